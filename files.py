@@ -1,0 +1,115 @@
+"""Files that are either whole or absent: atomic writes, digests, JSON and safetensors with clear errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the place of `path` in one step, on failure it is gone.
+
+    The block may write a file or make a folder there. Raises UserError where the place cannot be written (a path under
+    a file, no permission, a full disk, a size limit), naming the path.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            yield temporary
+            _flush(temporary)
+            if temporary.is_dir():
+                _remove(path)
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn the operating system's refusals inside the block into a UserError that names `path`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
+
+
+def _flush(path: Path) -> None:
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def digest(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:
+    state = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as readable JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON. Raises UserError where the file is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be damaged") from error
+
+
+def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as safetensors, atomically; each is made contiguous and moved to the CPU."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU. Raises UserError where it is missing, truncated or no safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
