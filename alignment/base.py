@@ -1,0 +1,186 @@
+"""The contract of an alignment: an auxiliary objective on what the network computes inside.
+
+An alignment is one file with one class. Naming it registers it; its `Options` dataclass is its command line; the loop
+never learns its name. It says what it reads and returns one loss per sample:
+
+    name      word after --align, key in logs and checkpoints
+    Options   frozen dataclass of its options, a child of `AlignOptions`
+    presets   named settings: {"paper": {"options": {...}, "train": {...}}}
+    coupled   True if the loss depends on which samples share a rank; forward then returns a scalar
+    reads_ema True if it wants the EMA network in the context
+    columns   extra data columns it wants, e.g. ("image",)
+    taps      blocks of the student, counted from 1, whose raw outputs it wants
+    draw      random numbers of its own, one row per sample of the global batch
+    frozen    networks it holds that are neither trained, saved nor synchronised
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import option, require
+from models import Backbone, ModelSpec
+from models.latents import LatentSpace
+from training.streams import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignOptions:
+    """Options that every alignment has."""
+
+    weight: float = option(0.5, help="lambda, the weight of this loss beside the flow-matching loss")
+    stop_steps: int | None = option(None, help="drop this loss after so many optimiser steps")
+    stop_epochs: float | None = option(None, help="drop this loss after so many epochs")
+    interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
+    mask: str = option("select", choices=("select", "upstream"),
+                       help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
+
+    def __post_init__(self) -> None:
+        require(self.stop_steps is None or self.stop_epochs is None, "give the stop in steps or in epochs, not in both")
+        if self.interval is not None:
+            low, high = self.interval
+            require(0 <= low <= high <= 1, f"the interval {low} {high} must satisfy 0 <= a <= b <= 1")
+
+    def stop(self, epoch_steps: int) -> int | None:
+        """The optimiser step after which the loss is gone, None for never."""
+        return self.stop_steps if self.stop_epochs is None else math.floor(self.stop_epochs * epoch_steps + 0.5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an alignment may know when it is built."""
+
+    student: ModelSpec
+    space: LatentSpace
+    seed: int
+    device: torch.device
+    dtype: torch.dtype | None
+    """bfloat16 under mixed precision, else None."""
+    load: Callable[[str], Any]
+    """Opens a checkpoint folder (`training.checkpoint.Checkpoint`)."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a step knows about its samples, and nothing it can change. N is the number of aligned samples."""
+
+    x0: Tensor
+    """(N, C, H, W) clean latent."""
+    eps: Tensor
+    """(N, C, H, W) noise."""
+    xt: Tensor
+    """(N, C, H, W) noisy latent."""
+    t: Tensor
+    """(N,) time, 1 is noise."""
+    y: Tensor
+    """(N,) labels as the student saw them, after dropout."""
+    labels: Tensor
+    """(N,) true labels."""
+    features: dict[int, Tensor]
+    """Block number -> (N, T, D) raw output of that block of the student."""
+    columns: dict[str, Tensor]
+    draws: dict[str, Tensor]
+    ema: Backbone | None = None
+
+    def take(self, index: Tensor) -> Context:
+        """The context of the samples at `index`."""
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[index]
+            return {key: item[index] for key, item in value.items()} if isinstance(value, dict) else value
+
+        return Context(**{field.name: pick(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+
+class Alignment(nn.Module):
+    """Base of all alignments; see the module's head for the contract."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[AlignOptions]] = AlignOptions
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+    coupled: ClassVar[bool] = False
+    reads_ema: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ()
+    registry: ClassVar[dict[str, type[Alignment]]] = {}
+
+    taps: tuple[int, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Alignment.registry[cls.name] = cls
+
+    def __init__(self, options: AlignOptions, setting: Setting) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, context: Context) -> Tensor:
+        """(N,) loss per sample in float32, or a scalar if `coupled`."""
+        raise NotImplementedError
+
+    def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
+        """Random numbers of its own for a global batch of `count` samples, one row per sample."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Resolved choices (block numbers, teacher digest) for the printout and the checkpoint."""
+        return {"taps": list(self.taps)}
+
+    @property
+    def frozen(self) -> list[Backbone]:
+        """Frozen networks, for compilation."""
+        return []
+
+
+class Frozen:
+    """Holds a network that is neither trained, saved nor synchronised: being no Module, it hides its parameters.
+
+    The linear layers' weights are kept in `dtype` (what autocast would cast them to at every call); gradients never
+    enter.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.network = network.to(device).eval().requires_grad_(False)
+        if dtype is not None:
+            for module in network.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.network(*args, **kwargs)
+
+
+def layer(depth: int, share: float, chosen: int | None, what: str) -> int:
+    """Block number: `chosen`, else `share` of the depth rounded to the nearest (halves up), at least 1."""
+    number = chosen if chosen is not None else max(1, math.floor(depth * share + 0.5))
+    require(1 <= number <= depth, f"{what} {number} is beyond the network's depth: blocks count from 1 to {depth}")
+    return number
+
+
+def linear(width: int, out: int, stream: Stream) -> nn.Linear:
+    """Linear layer with Xavier-uniform weights from `stream` and zero biases."""
+    module = nn.utils.skip_init(nn.Linear, width, out)
+    bound = math.sqrt(6 / (width + out))
+    values = (stream.uniform(width * out) * 2 - 1) * bound
+    module.weight.data.copy_(torch.from_numpy(values).view(out, width))
+    module.bias.data.zero_()
+    return module
+
+
+def mlp(width: int, hidden: int, out: int, stream: Stream) -> nn.Sequential:
+    """The paper's head: Linear, SiLU, Linear, SiLU, Linear, acting on each token."""
+    return nn.Sequential(linear(width, hidden, stream), nn.SiLU(), linear(hidden, hidden, stream), nn.SiLU(),
+                         linear(hidden, out, stream))
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference over all axes but the first, in float32: (N, ...) -> (N,)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)

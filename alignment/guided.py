@@ -1,0 +1,100 @@
+"""Stage 2, self-guided representation (paper section 3.3, equations 3 and 4).
+
+The stage-1 network, frozen, sees the same (x_t, t) with and without its label. Its features at the guiding block are
+combined far beyond the conditional ones, and a head on the student's guided block regresses the result:
+
+    f_g     = f_u + omega (f_c - f_u)
+    L_guide = mean (MLP(f_n) - f_g)^2
+
+Both passes of the teacher are one doubled batch, cut after the guiding block; blocks beyond it are not loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import path
+from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, layer, mlp, squared_error
+from config import option, require
+from models import Backbone
+from training.streams import Stream
+
+OMEGA = {"sit": 30.0, "lightningdit": 10.0}
+"""The paper's guidance scale by backbone (section 4.1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedOptions(AlignOptions):
+    """Options of the stage-2 alignment; `guiding` is the teacher, `guided` the student."""
+
+    guiding_ckpt: str = option(help="the stage-1 checkpoint, or a run that holds one", flag="guiding-ckpt")
+    guiding_weights: str = option("raw", choices=("raw", "ema"), help="which of its weights", flag="guiding-weights")
+    guiding_labels: str = option("true", choices=("true", "dropped"), flag="guiding-labels",
+                                 help="labels the teacher sees: the true ones, or those after the student's dropout")
+    guiding_depth: int | None = option(None, help="teacher's block (default: 2/3 of its depth)", flag="guiding-depth")
+    guided_depth: int | None = option(None, help="student's block (default: half its depth)", flag="guided-depth")
+    guide_scale: float | None = option(None, help="omega (default: 30 for SiT, 10 for LightningDiT)", flag="guide-scale")
+    hidden: int = option(2048, help="width of the head's hidden layers")
+
+
+class Guided(Alignment):
+    """Mean squared error between a head on the guided block and the guided feature, one value per sample."""
+
+    name = "guided"
+    Options = GuidedOptions
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "paper": {"options": {}},
+        "upstream": {"options": {"interval": (0.4, 0.7), "mask": "upstream"}, "train": {"qk_norm": True}},
+        "efficient": {"options": {"interval": (0.4, 0.7), "mask": "select", "guiding_weights": "ema"}},
+    }
+
+    def __init__(self, options: GuidedOptions, setting: Setting) -> None:
+        super().__init__(options, setting)
+        checkpoint = setting.load(options.guiding_ckpt)
+        teacher, student = checkpoint.spec, setting.student
+        _fits(checkpoint, setting, options.guiding_ckpt)
+        self.taps = (layer(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),)
+        self.guiding = layer(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
+        self.scale = OMEGA[student.architecture] if options.guide_scale is None else options.guide_scale
+        self.null = teacher.num_classes
+        self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, Stream(setting.seed, "init/guided"))
+        self.teacher = Frozen(checkpoint.network(options.guiding_weights, depth=self.guiding), setting.device, setting.dtype)
+        self.origin = {"path": str(checkpoint.path), "digest": checkpoint.digest, "step": checkpoint.step,
+                       "model": teacher.name, "weights": options.guiding_weights}
+
+    def forward(self, context: Context) -> Tensor:
+        return squared_error(self.head(context.features[self.taps[0]]), self.target(context))
+
+    def target(self, context: Context) -> Tensor:
+        """f_g, (N, T, D of the teacher), float32 (equation 3)."""
+        labels = context.labels if self.options.guiding_labels == "true" else context.y
+        doubled = self.teacher(torch.cat([context.xt, context.xt]), torch.cat([context.t, context.t]),
+                               torch.cat([torch.full_like(labels, self.null), labels]),
+                               taps=(self.guiding,), exit_early=True)
+        unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
+        return path.guide(unconditional, conditional, self.scale)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "guiding": self.guiding, "guided": self.taps[0], "guide_scale": self.scale,
+                "teacher": self.origin}
+
+    @property
+    def frozen(self) -> list[Backbone]:
+        return [self.teacher.network]
+
+
+def _fits(checkpoint: Any, setting: Setting, source: str) -> None:
+    """Refuse a teacher whose inputs or tokens differ; another width or depth is allowed."""
+    teacher, student = checkpoint.spec, setting.student
+    grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]
+    require(grids[0] == grids[1], f"the teacher {source} has {grids[0]}x{grids[0]} tokens, the student {grids[1]}x{grids[1]}: "
+                                  f"use a teacher with the student's patch and latent size")
+    require(teacher.input_size == student.input_size and checkpoint.space.same_as(setting.space),
+            f"the teacher {source} was trained in latent space {checkpoint.space.name} at {teacher.input_size}x"
+            f"{teacher.input_size}, the data is {setting.space.name} at {student.input_size}x{student.input_size}: they must agree")
+    require(teacher.num_classes == student.num_classes, f"the teacher {source} knows {teacher.num_classes} classes, the data "
+                                                        f"has {student.num_classes}: they must agree")

@@ -1,0 +1,92 @@
+"""The flow-matching loss, and the `Learner`: a network and its alignments as one function from draws to named losses.
+
+The learner draws nothing: data, noise, times and dropped labels come in, so every objective sees the same ones and the
+whole is testable with hand-made tensors. It is the one module that is wrapped by DDP and differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import path
+from alignment import Alignment, Context
+from models import Backbone
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of draws; N samples, all on the training device."""
+
+    x0: Tensor
+    """(N, C, H, W) clean normalised latents."""
+    eps: Tensor
+    """(N, C, H, W) noise."""
+    t: Tensor
+    """(N,) times, 1 is noise."""
+    y: Tensor
+    """(N,) labels after dropout."""
+    labels: Tensor
+    """(N,) true labels."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    draws: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Alignment name -> its own random numbers."""
+    selected: dict[str, Tensor] = field(default_factory=dict)
+    """Alignment name -> indices of the samples it works on; absent means all."""
+    share: dict[str, float] = field(default_factory=dict)
+    """Alignment name -> factor on its mean (the share of the global batch in range, for mask `upstream`)."""
+
+
+def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
+    """Flow-matching loss per sample, (N,) float32: mean squared error over all elements.
+
+    `mse+cosine` adds LightningDiT's 1 - cosine over the channels, averaged over space.
+    """
+    prediction, target = prediction.float(), target.float()
+    loss = (prediction - target).square().flatten(1).mean(1)
+    if kind == "mse+cosine":
+        loss = loss + (1 - F.cosine_similarity(prediction, target, dim=1)).flatten(1).mean(1)
+    return loss
+
+
+class Learner(nn.Module):
+    """Network plus alignments. No alignment is the empty mapping: plain training."""
+
+    def __init__(self, network: Backbone, alignments: Mapping[str, Alignment] | None = None, *, velocity_loss: str = "mse",
+                 autocast: torch.dtype | None = None, ema: Backbone | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.alignments = nn.ModuleDict(alignments or {})
+        self.velocity_loss = velocity_loss
+        self.autocast = autocast
+        self._ema = [ema]  # in a list, so that DDP, optimiser and checkpoint do not see it
+        self.taps = sorted({tap for alignment in self.alignments.values() for tap in alignment.taps})
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named losses: `diffusion` (N,) per sample, and a scalar for each alignment, before its weight."""
+        mixed = nullcontext() if self.autocast is None else torch.autocast(batch.x0.device.type, self.autocast)
+        xt = path.corrupt(batch.x0, batch.eps, batch.t)
+        with mixed:
+            output = self.network(xt, batch.t, batch.y, taps=self.taps)
+            losses = {"diffusion": flow_matching(output.velocity, path.velocity(batch.x0, batch.eps), self.velocity_loss)}
+            for name, alignment in self.alignments.items():
+                context = Context(batch.x0, batch.eps, xt, batch.t, batch.y, batch.labels,
+                                  {tap: output.features[tap] for tap in alignment.taps}, batch.columns,
+                                  batch.draws.get(name, {}), self._ema[0])
+                losses[name] = self._align(alignment, name, context, batch)
+        return losses
+
+    @staticmethod
+    def _align(alignment: Alignment, name: str, context: Context, batch: Batch) -> Tensor:
+        """Mean of the alignment's loss over the micro-batch; unselected samples count as zero (mask `select`)."""
+        count = len(batch.t)
+        index = batch.selected.get(name)
+        value = alignment(context if index is None else context.take(index))
+        if index is None:
+            return value.mean() * batch.share.get(name, 1.0)
+        return value * (len(index) / count) if alignment.coupled else value.sum() / count

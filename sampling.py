@@ -1,0 +1,105 @@
+"""From a network to images: labels, one random stream per sample index, solver, decoder.
+
+Sample i is a function of (seed, i) and the settings: its label and every noise draw come from its own stream, whatever
+the batch size and the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import samplers
+from config import SamplingConfig, require
+from models import Backbone
+from models.latents import Codec, to_uint8
+from training.streams import Stream
+
+
+class Sampler:
+    """Draws samples from a network under one `SamplingConfig`.
+
+    Args:
+        codec: decodes normalised latents to images in [-1, 1].
+        count: how many samples there are in all (balanced labels are a shuffle of that many).
+        dtype: bfloat16 for autocast, None for float32. Solver states are float64 either way.
+
+    Raises:
+        UserError: guidance for a network without a null label (a single class has one too; label dropout made it).
+    """
+
+    def __init__(self, network: Backbone, codec: Codec, settings: SamplingConfig, count: int,
+                 dtype: torch.dtype | None = None) -> None:
+        self.network, self.codec, self.settings, self.count, self.dtype = network, codec, settings, count, dtype
+        self.device = next(network.parameters()).device
+        spec = network.spec
+        self.shape = (spec.in_channels, spec.input_size, spec.input_size)
+        steps = settings.num_steps - (settings.grid == "points")
+        self.grid = samplers.sde_grid(steps, settings.last_step) if settings.mode == "sde" else \
+            samplers.ode_grid(steps, settings.timestep_shift)
+        self._balanced = np.arange(count)
+        if settings.labels == "balanced":
+            self._balanced = Stream(settings.seed, "sample/balanced").permutation(count) % spec.num_classes
+
+    @property
+    def evaluations(self) -> int | None:
+        """Network evaluations per sample (a guided one counts twice); None for the adaptive solver."""
+        s = self.settings
+        return None if s.solver == "dopri5" else samplers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low,
+                                                                      s.guidance_high)
+
+    def labels(self, indices: Sequence[int]) -> np.ndarray:
+        """(n,) int64 labels of the samples at `indices`."""
+        if self.settings.labels == "balanced":
+            return self._balanced[list(indices)]
+        classes = self.network.spec.num_classes
+        return np.array([Stream(self.settings.seed, "sample/label", i).integers(classes, 1)[0] for i in indices], dtype=np.int64)
+
+    @torch.no_grad()
+    def latents(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Tensor:
+        """(n, C, H, W) float64 normalised latents of the samples at `indices`; `labels` (n,) replaces their own."""
+        streams = [Stream(self.settings.seed, "sample/noise", i) for i in indices]
+
+        def draw(_: int) -> Tensor:
+            return torch.stack([stream.normal(self.shape) for stream in streams]).to(self.device, torch.float64)
+
+        y = torch.from_numpy(self.labels(indices) if labels is None else labels).to(self.device)
+        velocity = self._velocity(y)
+        noise = draw(0)
+        if self.settings.mode == "sde":
+            return samplers.euler_maruyama(velocity, noise, self.grid, draw)
+        return samplers.SOLVERS[self.settings.solver](velocity, noise, self.grid)
+
+    def images(self, indices: Sequence[int], labels: np.ndarray | None = None) -> np.ndarray:
+        """(n, H, W, C) uint8 images of the samples at `indices`."""
+        decoded = self.codec.decode(self.latents(indices, labels).float())
+        return to_uint8(decoded, self.settings.rounding).cpu().numpy()
+
+    def _velocity(self, y: Tensor) -> samplers.Velocity:
+        null = torch.full_like(y, self.network.spec.num_classes)
+
+        def predict(x: Tensor, t: float, labels: Tensor) -> Tensor:
+            times = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
+            mixed = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+            with mixed:
+                return self.network(x.float(), times, labels).velocity.double()
+
+        def pair(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            unconditional, conditional = predict(torch.cat([x, x]), t, torch.cat([null, y])).chunk(2)
+            return unconditional, conditional
+
+        s = self.settings
+        channels = 3 if s.guidance_channels == "first3" else None
+        return samplers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
+
+
+def grid_picture(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
+    """(n, H, W, C) uint8 images as one (rows H, columns W, 3) picture, each pixel enlarged `scale` times."""
+    from torchvision.utils import make_grid
+
+    tiles = torch.from_numpy(images).permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(tiles, nrow=columns, padding=max(1, tiles.shape[-1] // 16), pad_value=255).permute(1, 2, 0).numpy()

@@ -1,0 +1,136 @@
+"""The draws of a step as a function of (seed, step): data order, views, times, dropped labels, noise.
+
+Every process draws the whole global batch and takes its slice, so the numbers do not depend on how many processes or
+micro-batches share the work. Host draws are a few hundred numbers; counts and shares are therefore known without asking
+the device. The next step's rows are read by a thread while the device is busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dataset
+from alignment import Alignment
+from config import TrainConfig
+from dataset import LatentSet
+from loss import Batch
+from training.streams import Stream
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Host draws of one optimiser step for the global batch of B samples."""
+
+    index: np.ndarray
+    """(B,) items of the data set."""
+    view: np.ndarray
+    """(B,) 0 for the image, 1 for its stored mirror."""
+    t: np.ndarray
+    """(B,) float32 times."""
+    dropped: np.ndarray
+    """(B,) bool, True where the label becomes the null label."""
+
+
+def plan(config: TrainConfig, data: LatentSet, step: int) -> Plan:
+    """Host draws of optimiser step `step`, counted from 0."""
+    batch, seed = config.batch_size, config.seed
+    return Plan(dataset.order(seed, step, batch, len(data)), dataset.flips(seed, step, batch, data.views),
+                times(config, step, len(data)), Stream(seed, "labels", step).uniform(batch) < config.cfg_prob)
+
+
+def times(config: TrainConfig, step: int, count: int) -> np.ndarray:
+    """(B,) float32 times of step `step`: uniform, or logit-normal(0, 1) until `uniform_from_epoch`."""
+    stream = Stream(config.seed, "time", step)
+    until = config.uniform_from_epoch
+    if config.time_sampling == "uniform" or (
+            until is not None and step >= until * dataset.steps_per_epoch(count, config.batch_size)):
+        return stream.uniform(config.batch_size)
+    return (1 / (1 + np.exp(-stream.host.standard_normal(config.batch_size)))).astype(np.float32)
+
+
+class Batches:
+    """Micro-batches of this process, step by step.
+
+    Args:
+        rank, world: this process and their number. Process r holds samples [r B / world, (r + 1) B / world), cut into
+            `gradient_accumulation_steps` contiguous micro-batches.
+    """
+
+    def __init__(self, config: TrainConfig, data: LatentSet, device: torch.device, rank: int, world: int) -> None:
+        self.config, self.data, self.device = config, data, device
+        share = config.batch_size // world
+        self.mine = slice(rank * share, (rank + 1) * share)
+        self.micro = share // config.gradient_accumulation_steps
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+
+    def steps(self, start: int, stop: int, alignments: dict[str, Alignment]) -> Iterator[list[Batch]]:
+        """The micro-batches of optimiser steps start .. stop-1."""
+        images = any("image" in alignment.columns for alignment in alignments.values())
+        pending: Future | None = None
+        for step in range(start, stop):
+            current = pending or self._reader.submit(self._read, step, images)
+            pending = self._reader.submit(self._read, step + 1, images) if step + 1 < stop else None
+            yield self._batches(step, *current.result(), alignments)
+
+    def _read(self, step: int, images: bool) -> tuple[Plan, dict[str, Tensor]]:
+        """Host draws of the step, and this process's rows in (pinned) host memory."""
+        drawn = plan(self.config, self.data, step)
+        latents, labels = self.data.read(drawn.index[self.mine], drawn.view[self.mine])
+        rows = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels),
+                "t": torch.from_numpy(drawn.t[self.mine]), "dropped": torch.from_numpy(drawn.dropped[self.mine])}
+        if images:
+            rows["image"] = torch.from_numpy(self.data.images(drawn.index[self.mine]))
+        if self.device.type == "cuda":
+            rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
+        return drawn, rows
+
+    def _batches(self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]) -> list[Batch]:
+        rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
+        x0, eps = self.noise(step, rows.pop("latents"))
+        labels = rows["labels"]
+        y = torch.where(rows["dropped"], self.data.num_classes, labels)
+        draws = {name: {key: torch.from_numpy(value[self.mine]).to(self.device, non_blocking=True) for key, value in
+                        alignment.draw(Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size).items()}
+                 for name, alignment in alignments.items()}
+        batches = []
+        for start in range(0, len(labels), self.micro):
+            part = slice(start, start + self.micro)
+            selected, share = self._ranges(drawn.t, part, alignments)
+            batches.append(Batch(
+                x0[part], eps[part], rows["t"][part], y[part], labels[part],
+                {"image": rows["image"][part]} if "image" in rows else {},
+                {name: {key: value[part] for key, value in own.items()} for name, own in draws.items()}, selected, share))
+        return batches
+
+    def noise(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(clean normalised latents, noise) of this process's rows; latents (n, parts, C, H, W) as stored.
+
+        With two parts (mean and standard deviation) the posterior is sampled anew at every step.
+        """
+        shape = (self.config.batch_size, *latents.shape[2:])
+        raw = latents[:, 0]
+        if latents.shape[1] == 2:
+            draw = Stream(self.config.seed, "posterior", step).normal(shape, self.device)[self.mine]
+            raw = raw + latents[:, 1] * draw
+        return self.data.space.normalise(raw), Stream(self.config.seed, "noise", step).normal(shape, self.device)[self.mine]
+
+    def _ranges(self, t: np.ndarray, part: slice, alignments: dict[str, Alignment]) -> tuple[dict, dict]:
+        """What each alignment's interval makes of this micro-batch: indices (`select`) or a factor (`upstream`)."""
+        selected, share = {}, {}
+        for name, alignment in alignments.items():
+            if alignment.options.interval is None:
+                continue
+            low, high = alignment.options.interval
+            inside = (t >= low) & (t <= high)
+            if alignment.options.mask == "select":
+                index = torch.from_numpy(np.flatnonzero(inside[self.mine][part]))
+                selected[name] = index.to(self.device, non_blocking=True)
+            else:
+                share[name] = float(inside.mean())
+        return selected, share

@@ -1,0 +1,182 @@
+"""Checkpoints that describe themselves: a folder of plain tensors and one readable JSON.
+
+    0200000/
+      config.json             model, latent space, data, options, step, teacher, versions, digest of every file
+      network.safetensors     the trained network, published parameter names
+      ema.safetensors         its exponential moving average
+      heads.safetensors       the alignments' heads, apart, so that sampling never meets them
+      optimizer.safetensors   optimiser state by parameter name; optimizer.json holds its groups
+
+`Checkpoint.open` accepts such a folder or a run that holds some, and needs nothing else to rebuild the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import files
+import models
+from errors import UserError
+from models import Backbone, ModelSpec
+from models.latents import LatentSpace
+
+FORMAT = 1
+WEIGHTS = ("ema", "raw")
+
+
+class Checkpoint:
+    """A checkpoint on disk, read lazily: opening it reads the JSON alone."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.config = config
+        self.step: int = config["step"]
+        self.spec = ModelSpec(**config["model"])
+        self.space = LatentSpace.from_json(config["space"])
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Open a checkpoint folder, or the latest checkpoint of a run folder.
+
+        Raises:
+            UserError: nothing there, or a folder that is no checkpoint.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            found = latest(folder)
+            if found is None:
+                raise UserError(f"no checkpoint in {path}: give a checkpoint folder (it holds config.json) or a run")
+            folder = found
+        config = files.read_json(folder / "config.json")
+        if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") != FORMAT:
+            raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise")
+        try:
+            return cls(folder, config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}/config.json is damaged ({error}); use another checkpoint") from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over config.json, which itself holds the digest of every other file."""
+        return files.digest(self.path / "config.json")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file (`network`, `ema`, `heads`, `optimizer`), verified against the recorded digest."""
+        file = self.path / f"{name}.safetensors"
+        recorded = self.config["files"].get(file.name)
+        if recorded is None:
+            raise UserError(f"{self.path} has no {name} weights; it holds {', '.join(self.config['files'])}")
+        if not file.is_file():
+            raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
+        if files.digest(file) != recorded:
+            raise UserError(f"{file} is damaged: its digest differs from config.json; use another checkpoint")
+        return files.load_tensors(file)
+
+    def network(self, weights: str = "ema", depth: int | None = None) -> Backbone:
+        """The network on the CPU in eval mode. `weights` is `ema` or `raw`; `depth` keeps the first blocks alone.
+
+        Raises:
+            UserError: weights that the checkpoint lacks, or that do not fit the recorded architecture.
+        """
+        network = models.build(self.spec, depth=depth)
+        load_strictly(network, self.tensors("network" if weights == "raw" else "ema"), self.path, partial=depth is not None)
+        return network.eval().requires_grad_(False)
+
+
+def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path | str, *, partial: bool = False) -> None:
+    """Load named tensors: every parameter must be there with its shape, and nothing may be left over.
+
+    With `partial`, the tensors of blocks that `module` was built without are left over by design.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - own.keys())
+    if missing or (extra and not partial):
+        name, verb = (missing[0], "lacks") if missing else (extra[0], "has an unknown")
+        raise UserError(f"{source} {verb} tensor {name} ({len(missing)} missing, {len(extra)} unknown): another architecture")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(f"{source}: {name} has shape {list(tensors[name].shape)}, the network wants "
+                            f"{list(parameter.shape)}: another architecture")
+    module.load_state_dict({name: tensors[name] for name in own})
+
+
+def latest(run: Path | str) -> Path | None:
+    """The checkpoint with the highest step in `run` or `run/checkpoints`, by the number in its name."""
+    for folder in (Path(run) / "checkpoints", Path(run)):
+        found = [p for p in folder.glob("*") if p.name.isdigit() and (p / "config.json").is_file()] if folder.is_dir() else []
+        if found:
+            return max(found, key=lambda p: int(p.name))
+    return None
+
+
+def write(
+    path: Path | str,
+    *,
+    spec: ModelSpec,
+    space: LatentSpace,
+    step: int,
+    network: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None = None,
+    heads: Mapping[str, Tensor] | None = None,
+    optimizer: tuple[Mapping[str, Tensor], list[dict[str, Any]]] | None = None,
+    **meta: Any,
+) -> None:
+    """Write a checkpoint folder in one step: it is whole or absent. `meta` joins config.json as it is.
+
+    `optimizer` is (state tensors by 'parameter/slot', groups as JSON values).
+    """
+    parts = {"network": network, "ema": ema, "heads": heads, "optimizer": optimizer[0] if optimizer else None}
+    with files.replacing(path) as folder:
+        folder.mkdir()
+        for name, tensors in parts.items():
+            if tensors:
+                files.save_tensors(folder / f"{name}.safetensors", dict(tensors))
+        if optimizer:
+            files.write_json(folder / "optimizer.json", optimizer[1])
+        digests = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
+        files.write_json(folder / "config.json", {
+            "format": FORMAT, "kind": "checkpoint", "model": dataclasses.asdict(spec), "space": space.to_json(),
+            "step": step, **meta, "versions": versions(), "files": digests})
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that numbers depend on."""
+    found = {}
+    for name in ("torch", "numpy", "accelerate", "diffusers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], list[dict]]:
+    """The optimiser's state by parameter name: tensors under 'name/slot', and its groups as JSON values."""
+    tensors = {f"{names[parameter]}/{slot}": torch.as_tensor(value)
+               for parameter, state in optimizer.state.items() for slot, value in state.items()}
+    groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
+              for group in optimizer.param_groups]
+    return tensors, json.loads(json.dumps(groups))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
+    """Give each parameter the state saved under its name, on its device. State of unknown names is refused."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for key, value in tensors.items():
+        name, slot = key.rsplit("/", 1)
+        if name not in parameters:
+            raise UserError(f"the optimiser state names {name}, which this run does not train")
+        parameter = parameters[name]
+        # AdamW keeps its step counter on the CPU unless fused or capturable
+        device = "cpu" if slot == "step" and not any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups) \
+            else parameter.device
+        optimizer.state[parameter][slot] = value.to(device)

@@ -1,0 +1,69 @@
+"""Processes, devices and precision: the one place that talks to Accelerate's launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from config import require
+from errors import UserError
+
+
+def accelerator(**kwargs: Any) -> Accelerator:
+    """The Accelerator of this process, with mixed precision off: autocast sits inside the learner.
+
+    Raises:
+        UserError: a launcher configuration that these programs do not support, or processes that Accelerate does not see.
+    """
+    for variable, word in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        require(os.environ.get(variable, "false").lower() not in ("true", "1"),
+                f"the accelerate configuration asks for {word}, which is not supported: run accelerate config for plain DDP")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    require(dynamo == "no", f"the accelerate configuration asks for dynamo ({dynamo}): use --compile on instead")
+    found = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)], **kwargs)
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    require(found.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {found.num_processes} process takes part: launch with "
+                                           f"accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
+    return found
+
+
+def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
+    """torch.bfloat16 or None (float32).
+
+    The flag wins; else the launcher's bf16; else bf16 on CUDA hardware that has it, float32 elsewhere.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if wanted is None and launcher not in ("no", "bf16"):
+        raise UserError(f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no")
+    if wanted is None:
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        wanted = "bf16" if launcher == "bf16" or native else "no"
+    return torch.bfloat16 if wanted == "bf16" else None
+
+
+def compiles(wanted: str | None, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile, and a note for the printout. Without a C++ compiler a CPU run is eager, and says so."""
+    if wanted is None:
+        wanted = "on" if device.type == "cuda" else "off"
+    if wanted == "on" and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        return False, "off (no C++ compiler found, running eagerly)"
+    return wanted == "on", wanted
+
+
+def compile_blocks(network: Any) -> None:
+    """Compile each block in place: names stay as they are, and all blocks of a shape share one compiled graph."""
+    for block in network.blocks:
+        block.compile()
+
+
+def deterministic() -> None:
+    """Bitwise reproducible kernels, on CUDA too."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
