@@ -1,0 +1,74 @@
+"""The networks: a registry of sizes, and `build`, the one way to make one.
+
+    spec = models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000)
+    network = models.build(spec, seed=0)
+    velocity, features = network(x, t, y, taps=[8])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from errors import UserError, nearest
+from models.backbone import Backbone, ModelSpec, Output, initial_weights, load_weights, parameter_count
+from models.sit import SIZES as SIT_SIZES
+from models.sit import SiT
+
+__all__ = ["Backbone", "ModelSpec", "Output", "build", "names", "outline", "parameter_count", "parameter_names", "spec"]
+
+ARCHITECTURES: dict[str, type[Backbone]] = {"sit": SiT}
+SIZES = {"sit": SIT_SIZES}
+
+
+def names() -> list[str]:
+    """Every registered model."""
+    return [name for sizes in SIZES.values() for name in sizes]
+
+
+def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_norm: bool = False) -> ModelSpec:
+    """The registered model `name` on latents (in_channels, input_size, input_size).
+
+    Raises:
+        UserError: no such model, or a latent that its patches do not tile.
+    """
+    for architecture, sizes in SIZES.items():
+        if name in sizes:
+            depth, hidden_size, num_heads, patch_size = sizes[name]
+            return ModelSpec(name=name, architecture=architecture, depth=depth, hidden_size=hidden_size,
+                             num_heads=num_heads, patch_size=patch_size, in_channels=in_channels,
+                             input_size=input_size, num_classes=num_classes, qk_norm=qk_norm)
+    raise UserError(f"no model is called {name}{nearest(name, names())}; there are {', '.join(names())}")
+
+
+def outline(spec: ModelSpec, *, depth: int | None = None) -> Backbone:
+    """The network on the meta device: names and shapes, no weights."""
+    if spec.architecture not in ARCHITECTURES:
+        raise UserError(f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}")
+    with torch.device("meta"):
+        return ARCHITECTURES[spec.architecture](spec, depth)
+
+
+def build(spec: ModelSpec, *, seed: int = 0, depth: int | None = None,
+          weights: Mapping[str, Tensor] | None = None) -> Backbone:
+    """A float32 network on the CPU, with `weights` or, without them, freshly initialised from `seed`.
+
+    The global random generator is neither read nor moved. With `depth`, only the first blocks and no final layer are
+    built (a teacher read at a block); `weights` then holds `parameter_names(spec, depth=depth)` and nothing else.
+
+    Raises:
+        UserError: `depth` beyond the network, or weights that do not fit exactly.
+    """
+    network = outline(spec, depth=depth)
+    if weights is None:
+        network.load_state_dict(initial_weights(network, seed), assign=True)
+    else:
+        load_weights(network, weights)
+    return network
+
+
+def parameter_names(spec: ModelSpec, *, depth: int | None = None) -> list[str]:
+    """The state-dict keys of the network, or of its first `depth` blocks: what to read from a checkpoint."""
+    return list(outline(spec, depth=depth).state_dict())

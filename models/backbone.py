@@ -1,0 +1,233 @@
+"""What every diffusion transformer here has in common: SiT, LightningDiT and their kin.
+
+    tokens   = patches of x + fixed sin-cos positions
+    c        = time embedding + label embedding
+    f_n      = Block_n(f_{n-1}, c)                          (blocks count from 1; f_0 = tokens)
+    velocity = FinalLayer(f_depth, c), back on the latent grid
+
+Conditioning is adaLN-Zero (DiT, arXiv 2212.09748). An architecture is a subclass that names its norm, its
+normalisation of queries and keys, its MLP and, if it has one, its rotation: `sit.py` is the plain one.
+Times run from data (t = 0) to noise (t = 1); the velocity is noise minus data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from models.layers import (Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify)
+from training.streams import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All that rebuilds a network; a checkpoint stores it as JSON. The null label is `num_classes`."""
+
+    name: str  # a registered name, or "custom"
+    architecture: str  # "sit" or "lightningdit"
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    in_channels: int
+    input_size: int  # side of the latent
+    num_classes: int
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "input_size", "num_classes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model {self.name}: {name} must be at least 1, not {getattr(self, name)}")
+        for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
+            if getattr(self, whole) % getattr(self, part):
+                raise UserError(f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "
+                                f"{getattr(self, part)}")
+        if self.hidden_size % 4:
+            raise UserError(f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModelSpec:
+        """Raises UserError where a field is missing or unknown."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = known - {"qk_norm"}
+        if not required <= set(value) <= known:
+            wrong = sorted((required - set(value)) | (set(value) - known))
+            raise UserError(f"the model's description is damaged or from another version: {', '.join(wrong)}")
+        return cls(**value)
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: velocity (N, C, H, W), or None after an early exit, and the tapped f_n (N, T, D)."""
+
+    velocity: Tensor | None
+    features: dict[int, Tensor]
+
+
+class Block(nn.Module):
+    """One transformer block with adaLN-Zero: tokens (N, T, D) and condition (N, D) -> tokens (N, T, D)."""
+
+    def __init__(self, width: int, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.attn = attn
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (N, T, D) and condition (N, D) -> patches (N, T, p*p*C)."""
+
+    def __init__(self, width: int, out: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm_final = norm
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Backbone(nn.Module):
+    """A diffusion transformer. With `depth`, only its first blocks and no final layer: a teacher read at a block.
+
+    Construct through `models.build`, which fills in the weights.
+    """
+
+    def __init__(self, spec: ModelSpec, depth: int | None = None) -> None:
+        super().__init__()
+        if depth is not None and not 1 <= depth <= spec.depth:
+            raise UserError(f"block {depth} does not exist: {spec.name} has blocks 1 to {spec.depth}")
+        width, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
+        self.spec = spec
+        self.x_embedder = PatchEmbedder(spec.patch_size, spec.in_channels, width)
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(spec.num_classes, width)
+        self.register_buffer("pos_embed", sincos_positions(width, math.isqrt(spec.tokens)), persistent=False)
+
+        def head_norm() -> nn.Module:
+            return self.head_norm(head_dim) if spec.qk_norm else nn.Identity()
+
+        self.blocks = nn.ModuleList(
+            Block(width, norm1=self.norm(width), attn=Attention(width, spec.num_heads, head_norm(), head_norm()),
+                  norm2=self.norm(width), mlp=self.mlp(width))
+            for _ in range(spec.depth if depth is None else depth))
+        out = spec.patch_size**2 * spec.in_channels
+        self.final_layer = FinalLayer(width, out, self.norm(width)) if depth is None else None
+
+    @staticmethod
+    def norm(width: int) -> nn.Module:
+        """The norm before attention, MLP and final layer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def head_norm(head_dim: int) -> nn.Module:
+        """The norm of queries and keys, where the spec asks for one."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mlp(width: int) -> nn.Module:
+        raise NotImplementedError
+
+    def rotation(self) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines (T, head_dim) that turn queries and keys; None for absolute positions alone."""
+        return None
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for 'no class'."""
+        return self.spec.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[int] = (), exit_early: bool = False) -> Output:
+        """Velocity and block outputs at noisy latents.
+
+        Args:
+            x: (N, C, H, W) noisy latents.
+            t: (N,) times in [0, 1], 1 is noise.
+            y: (N,) int64 labels, the null label where the class was dropped.
+            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned.
+            exit_early: stop after the last tap; the velocity is then None.
+
+        Raises:
+            UserError: a tap beyond the depth.
+        """
+        depth = len(self.blocks)
+        for tap in taps:
+            if not 1 <= tap <= depth:
+                raise UserError(f"block {tap} does not exist: this {self.spec.name} has blocks 1 to {depth}")
+        if self.final_layer is None and not exit_early:
+            raise ValueError("a truncated network predicts no velocity: call it with exit_early=True")
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        rotation = self.rotation()
+        features = {}
+        for number, block in enumerate(self.blocks[: max(taps, default=0)] if exit_early else self.blocks, start=1):
+            tokens = block(tokens, c, rotation)
+            if number in taps:
+                features[number] = tokens
+        velocity = None if exit_early else unpatchify(self.final_layer(tokens, c), self.spec.patch_size)
+        return Output(velocity, features)
+
+
+def initial_weights(network: Backbone, seed: int) -> dict[str, Tensor]:
+    """Fresh weights for `network`, by name, each from its own stream: independent of order, depth and heads.
+
+    Xavier-uniform linear layers and patch embedding (seen as a linear layer), N(0, 0.02) time MLP and label table,
+    zero biases, and zeros in all of adaLN and the last layer, so that each block is the identity and the velocity 0.
+    """
+    return {name: _initial(name, parameter.shape, Stream(seed, f"init/{name}"))
+            for name, parameter in network.named_parameters()}
+
+
+def _initial(name: str, shape: torch.Size, stream: Stream) -> Tensor:
+    if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+        return torch.zeros(shape)
+    if len(shape) == 1:  # the scales of norms
+        return torch.ones(shape)
+    if name.startswith(("t_embedder", "y_embedder")):
+        return 0.02 * stream.normal(shape)
+    bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+    return torch.from_numpy(stream.uniform(math.prod(shape))).reshape(shape).mul_(2 * bound).sub_(bound)
+
+
+def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
+    """Put float32 copies of `weights` into `network` (which may lie on the meta device), strictly.
+
+    Raises:
+        UserError: names or shapes differ; says which.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    faults = [f"{name} is missing" for name in wanted if name not in weights]
+    faults += [f"{name} is unexpected" for name in weights if name not in wanted]
+    faults += [f"{name} is {tuple(weights[name].shape)} where {shape} is needed" for name, shape in wanted.items()
+               if name in weights and tuple(weights[name].shape) != shape]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"the weights do not fit {network.spec.name}: {', '.join(faults[:3])}{more}")
+    network.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
+
+
+def parameter_count(network: Backbone) -> int:
+    """Parameters as the published tables count them: with the fixed position table."""
+    return sum(parameter.numel() for parameter in network.parameters()) + network.pos_embed.numel()

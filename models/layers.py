@@ -1,0 +1,136 @@
+"""The layers that the backbones share. N batch, T tokens, D width, C channels, p patch size.
+
+Attributes carry the names of the published checkpoints, so that their state dicts load without renaming. Tables
+(positions, frequencies) are made with NumPy: a network is first laid out on the meta device, where a torch factory
+would leave a table without values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """Cut images (N, C, H, W) into tokens (N, T, p*p*C): row-major patches, each as (row, column, channel)."""
+    n, c, h, w = x.shape
+    x = x.reshape(n, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify` for square images: (N, T, p*p*C) -> (N, C, H, W)."""
+    n, count, width = tokens.shape
+    side, c = math.isqrt(count), width // patch**2
+    x = tokens.reshape(n, side, side, patch, patch, c)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * patch, side * patch)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """(1, side*side, width) fixed positions: quarters sin(column), cos(column), sin(row), cos(row); `width` in fours.
+
+    Frequencies 10000^(-i / (width/4)), as in MAE and DiT.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = np.divmod(np.arange(side * side), side)
+    angles = [np.outer(axis, frequencies) for axis in (column, row)]
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(table.astype(np.float32))[None]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: x (N, T, D) times 1 + scale plus shift, both (N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbedder(nn.Module):
+    """Images (N, C, H, W) -> tokens (N, T, D)."""
+
+    def __init__(self, patch: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A matrix product instead of the convolution: the same sum, and it follows the precision of all other products.
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patchify(x, self.patch), weight, self.proj.bias)
+
+
+class TimeEmbedder(nn.Module):
+    """Times (N,) in [0, 1], unscaled, -> (N, D): cosines then sines of 128 frequencies, then an MLP.
+
+    Runs in float32 under autocast too: in bf16 neighbouring times would share their sinusoids.
+    """
+
+    def __init__(self, width: int, frequencies: int = 128) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        table = np.exp(-math.log(10000) * np.arange(frequencies, dtype=np.float32) / frequencies)
+        self.register_buffer("frequencies", torch.from_numpy(table.astype(np.float32)), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            angles = t.float()[:, None] * self.frequencies
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (N,) in 0 .. num_classes -> (N, D); the last row, `num_classes`, is the null label."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (N, T, D), with optional normalisation and rotation of queries and keys.
+
+    `query_norm` and `key_norm` act on each head's (..., head_dim) vector, before the rotation.
+    """
+
+    def __init__(self, width: int, heads: int, query_norm: nn.Module, key_norm: nn.Module) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = query_norm
+        self.k_norm = key_norm
+        self.proj = nn.Linear(width, width)
+
+    def queries_keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Three tensors (N, heads, T, head_dim) of one dtype, as they enter the dot product."""
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind()
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, rotation)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each adjacent pair (a, b) of x (..., T, head_dim) into (a cos - b sin, b cos + a sin); tables (T, head_dim)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+
+
+class Mlp(nn.Module):
+    """(..., D) -> (..., D) through `hidden` units with the tanh approximation of GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

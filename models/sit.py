@@ -1,0 +1,35 @@
+"""SiT (arXiv 2401.08740): the plain diffusion transformer, with optional normalisation of queries and keys.
+
+Sizes and names are those of the published checkpoints; REPA, SRA, Dispersive Loss, LayerSync and Self-Transcendence
+train this network.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from models.backbone import Backbone
+from models.layers import Mlp
+
+# name: (depth, hidden_size, num_heads, patch_size)
+SIZES = {
+    f"SiT-{size}/{patch}": (*shape, patch)
+    for size, shape in {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items()
+    for patch in (2, 4, 8)
+} | {"SiT-Tiny/2": (6, 128, 4, 2)}
+
+
+class SiT(Backbone):
+    """LayerNorm without affine, tanh-GELU MLP of ratio 4, absolute positions only."""
+
+    @staticmethod
+    def norm(width: int) -> nn.Module:
+        return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+    @staticmethod
+    def head_norm(head_dim: int) -> nn.Module:
+        return nn.LayerNorm(head_dim, eps=1e-5)
+
+    @staticmethod
+    def mlp(width: int) -> nn.Module:
+        return Mlp(width, 4 * width)
