@@ -1,0 +1,245 @@
+"""Latent sets: packed latents on disk, read at memory speed in an order that is a function of (seed, step).
+
+A latent set is a folder of `manifest.json` and `shard-00000.safetensors`, ... Each shard holds
+
+    latents        (n, views, parts, C, H, W) float16 or float32: raw latents, before any shift and scale.
+                   views 1: as it is; 2: also encoded from the mirrored image.
+                   parts 2: posterior mean and standard deviation; 1: a fixed sample, or pixels.
+    labels         (n,) int64
+    image_offsets  (n + 1,) int64 and image_bytes uint8, where images were kept: the cropped images as PNG.
+
+Shards are memory-mapped, so that a set larger than memory is read through the kernel's page cache and a batch costs one
+copy per item: no worker processes, no files per item, no decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import files
+from errors import UserError
+from training.streams import Stream
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
+_KEYS = ("space", "resolution", "latent_size", "views", "parts", "dtype", "num_classes", "class_names", "count", "images",
+         "shards")
+
+
+class LatentSet:
+    """A latent set on disk.
+
+    `len()` is the number of items; `space` the latent space; `num_classes` the number of classes, which is also the
+    null label; `latent_size` H = W; `digest` the SHA-256 of the manifest, which holds the SHA-256 of every shard.
+
+    Args:
+        path: the folder that holds `manifest.json`.
+        resident: "disk" maps the files (the kernel keeps what it can of them in memory); "ram" copies all latents into
+            memory first.
+
+    Raises:
+        UserError: the folder is missing, empty or unfinished, a shard is missing, truncated or disagrees with the
+            manifest, a label is outside 0 .. num_classes-1, or the set does not fit in memory ("ram").
+    """
+
+    def __init__(self, path: Path | str, *, resident: str = "disk") -> None:
+        from models.latents import LatentSpace
+
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        self.digest = files.digest(self.path / MANIFEST)
+        self.space = LatentSpace.from_json(self.manifest["space"])
+        self.num_classes: int = self.manifest["num_classes"]
+        self.latent_size: int = self.manifest["latent_size"]
+        self.views: int = self.manifest["views"]
+        self.parts: int = self.manifest["parts"]
+        self.channels: int = self.space.channels
+        self.count: int = self.manifest["count"]
+        self.shape = (self.parts, self.channels, self.latent_size, self.latent_size)  # of one view of one item
+        shards = [map_shard(self.path / shard["file"]) for shard in self.manifest["shards"]]
+        self._check(shards)
+        self.labels = np.concatenate([np.asarray(shard["labels"]) for shard in shards])
+        self._check_labels()
+        self._images = [(s["image_offsets"], s["image_bytes"]) for s in shards] if self.manifest["images"] else None
+        self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in shards])
+        self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in shards]  # row = item * views + view
+        if resident == "ram":
+            self._rows = [_into_memory(self._rows, self.path)]
+        elif resident != "disk":
+            raise UserError(f"a latent set can be resident on disk or ram, not {resident}")
+        self._bounds = np.cumsum([0] + [len(rows) for rows in self._rows])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: np.ndarray, views: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The raw latents and labels of `indices` (n,), each in view `views` (n,) (0 where None).
+
+        Returns (n, parts, C, H, W) float32 and (n,) int64. Raises IndexError for an index or view that does not exist.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        chosen = np.zeros_like(indices) if views is None else np.asarray(views, dtype=np.int64)
+        if len(indices) and not (0 <= indices.min() and indices.max() < self.count
+                                 and 0 <= chosen.min() and chosen.max() < self.views):
+            raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
+        raw = np.empty((len(indices), *self.shape), self._rows[0].dtype)
+        rows = indices * self.views + chosen
+        shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
+        within = rows - self._bounds[shard_of]
+        for place, (shard, row) in enumerate(zip(shard_of.tolist(), within.tolist())):
+            raw[place] = self._rows[shard][row]
+        return torch.from_numpy(raw).float().numpy(), self.labels[indices]
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """The cropped images of `indices` (n,) as uint8 (n, R, R, channels).
+
+        Raises:
+            UserError: the set was made without images, or a stored image is damaged.
+        """
+        if self._images is None:
+            raise UserError(f"{self.path} holds no images; encode it again with --keep-images")
+        from PIL import Image
+
+        pictures = []
+        for index in np.asarray(indices).tolist():
+            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+            offsets, payload = self._images[shard]
+            begin, end = offsets[index - self._starts[shard]:][:2]
+            try:
+                with Image.open(io.BytesIO(payload[begin:end].tobytes())) as picture:
+                    pictures.append(np.asarray(picture))
+            except (OSError, SyntaxError) as error:
+                raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error
+        stacked = np.stack(pictures)
+        return stacked if stacked.ndim == 4 else stacked[..., None]
+
+    def on_device(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """The whole set as (count, views, parts, C, H, W) in its stored type and (count,) int64, on `device`."""
+        latents = torch.empty((self.count, self.views, *self.shape), device=device,
+                              dtype=getattr(torch, self.manifest["dtype"]))
+        flat = latents.view(-1, *self.shape)
+        for begin, rows in zip(self._bounds, self._rows):
+            for at in range(0, len(rows), 4096):  # in pieces, so that no shard is ever copied whole in host memory
+                piece = torch.from_numpy(np.array(rows[at:at + 4096]))
+                flat[begin + at:begin + at + len(piece)].copy_(piece)
+        return latents, torch.from_numpy(self.labels).to(device)
+
+    def _check(self, shards: list[dict[str, np.ndarray]]) -> None:
+        needed = {"latents", "labels"} | ({"image_offsets", "image_bytes"} if self.manifest["images"] else set())
+        for entry, shard in zip(self.manifest["shards"], shards):
+            file, count = self.path / entry["file"], entry["count"]
+            if absent := needed - shard.keys():
+                raise UserError(f"{file} lacks {min(absent)}; it is not a shard of this set")
+            if len(shard["labels"]) != count:
+                raise UserError(f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again")
+            expected = (count, self.views, *self.shape)
+            if shard["latents"].shape != expected or shard["latents"].dtype != self.manifest["dtype"]:
+                raise UserError(f"{file} holds latents {shard['latents'].shape} of {shard['latents'].dtype}, the manifest "
+                                f"says {expected} of {self.manifest['dtype']}; encode it again")
+        total = sum(entry["count"] for entry in self.manifest["shards"])
+        if total != self.count or not total:
+            raise UserError(f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again")
+
+    def _check_labels(self) -> None:
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if len(wrong):
+            raise UserError(f"item {wrong[0]} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
+                            f"{self.num_classes - 1} of its {self.num_classes} classes; encode it again")
+
+
+def steps_per_epoch(count: int, batch: int) -> int:
+    """Optimiser steps in one pass over `count` items; the incomplete last batch is dropped. Raises UserError if none."""
+    if batch > count:
+        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items")
+    return count // batch
+
+
+def order(seed: int, step: int, batch: int, count: int) -> np.ndarray:
+    """(batch,) int64: the items of global step `step` (from 0). Each epoch is one permutation, cut into whole batches."""
+    epoch, within = divmod(step, steps_per_epoch(count, batch))
+    return _epoch(seed, epoch, count)[within * batch:(within + 1) * batch].copy()
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, count: int) -> np.ndarray:
+    return Stream(seed, "order", epoch).permutation(count)
+
+
+def flips(seed: int, step: int, batch: int, views: int) -> np.ndarray:
+    """(batch,) int64: which view each item of global step `step` is read in; all 0 where there is one view."""
+    return np.zeros(batch, np.int64) if views == 1 else Stream(seed, "flip", step).integers(views, batch)
+
+
+def map_shard(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of one safetensors file, memory-mapped read-only.
+
+    Raises:
+        UserError: the file is missing, truncated or not a safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if length > size - 8:
+                raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes); copy or encode it again")
+            header = json.loads(handle.read(length))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; copy or encode it again") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: its header is not JSON; copy or encode it again") from error
+    header.pop("__metadata__", None)
+    expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    if size != expected:
+        raise UserError(f"{file} is truncated: {size} of {expected} bytes; copy or encode it again")
+    payload = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    arrays = {}
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        arrays[name] = payload[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+def _read_manifest(path: Path) -> dict:
+    if not path.is_dir():
+        raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
+    if not (path / MANIFEST).exists():
+        begun = "is unfinished: run its preprocessing command again" if any(path.glob("shard-*")) else "is not a latent set"
+        raise UserError(f"{path} {begun} ({MANIFEST} is missing)")
+    manifest = files.read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path / MANIFEST} is not of format {FORMAT}; encode the set again with this version")
+    if absent := [key for key in _KEYS if key not in manifest]:
+        raise UserError(f"{path / MANIFEST} lacks {absent[0]!r}; encode the set again")
+    return manifest
+
+
+def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
+    from tqdm import tqdm
+
+    needed = sum(shard.nbytes for shard in shards)
+    if (free := available_memory()) is not None and needed > free:
+        raise UserError(f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk")
+    rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
+    at = 0
+    for shard in tqdm(shards, desc="reading into memory", unit="shard", disable=len(shards) == 1):
+        rows[at:at + len(shard)] = shard
+        at += len(shard)
+    return rows
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,82 @@
+"""Writing latent sets: shard by shard, each whole or absent; the manifest last, so that an unfinished set is never read.
+
+The format is described in `dataset.py`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import files
+from dataset import FORMAT, MANIFEST
+from errors import UserError
+
+if TYPE_CHECKING:
+    from models.latents import LatentSpace
+
+
+def shard_name(number: int) -> str:
+    """The file name of shard `number`."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, latents: np.ndarray, labels: np.ndarray,
+                images: Sequence[bytes] | None = None) -> dict[str, Any]:
+    """Write one shard atomically and return its entry of the manifest.
+
+    Args:
+        latents: (n, views, parts, C, H, W) float16 or float32, raw.
+        labels: (n,) integers.
+        images: n PNG files, where images are kept.
+
+    Raises:
+        UserError: a latent is not finite, or the place cannot be written.
+    """
+    file = folder / shard_name(number)
+    finite = np.isfinite(latents).reshape(len(latents), -1).all(1)
+    if not finite.all():
+        raise UserError(f"item {np.argmin(finite)} of {file} has a latent that is not finite in {latents.dtype}; "
+                        "if the images are sound, use --dtype float32")
+    tensors = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels.astype(np.int64))}
+    if images is not None:
+        tensors["image_offsets"] = torch.from_numpy(np.cumsum([0] + [len(image) for image in images], dtype=np.int64))
+        tensors["image_bytes"] = torch.from_numpy(np.frombuffer(b"".join(images), np.uint8).copy())
+    files.save_tensors(file, tensors)
+    return entry(folder, number, len(latents))
+
+
+def entry(folder: Path, number: int, count: int) -> dict[str, Any]:
+    """The manifest's entry of a shard that is on disk."""
+    return {"file": shard_name(number), "count": count, "sha256": files.digest(folder / shard_name(number))}
+
+
+def write_manifest(folder: Path, *, space: LatentSpace, resolution: int, latent_size: int, views: int, parts: int,
+                   dtype: str, crop: str, class_names: Sequence[str], images: bool, shards: Sequence[dict[str, Any]],
+                   source: str) -> None:
+    """Write `manifest.json`, which makes the folder a latent set. All shards must be on disk."""
+    files.write_json(folder / MANIFEST, {
+        "format": FORMAT, "space": space.to_json(), "resolution": resolution, "latent_size": latent_size, "views": views,
+        "parts": parts, "dtype": dtype, "crop": crop, "range": [-1, 1], "num_classes": len(class_names),
+        "class_names": list(class_names), "count": sum(shard["count"] for shard in shards), "images": images,
+        "shards": list(shards), "source": source})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one writer. Raises UserError where another process is writing there."""
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}; wait for it, or choose another --out") from None
+        yield
