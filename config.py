@@ -38,7 +38,7 @@ def parse(schema: type, argv: Sequence[str], *, prog: str, description: str | No
     """The options that `argv` gives, by field name, typed as the dataclass `schema` says.
 
     Raises:
-        UserError: an unknown flag (with the nearest known one), a value of the wrong type, a required flag missing.
+        UserError: an unknown flag (with the nearest known one), a value of the wrong type.
     """
     return parse_sections({"": schema}, argv, prog=prog, description=description)[""]
 
@@ -92,11 +92,12 @@ def flags_of(field: dataclasses.Field, section: str = "", alone: bool = False) -
 def _add(parser: Any, field: dataclasses.Field, hint: Any, flags: list[str], dest: str) -> None:
     kind, count = _kind(hint)
     text = field.metadata["help"]
-    required = field.default is MISSING
-    if not required and field.default not in (None, ""):
+    if field.default is MISSING:
+        text += " (required)"  # by `build`: an unknown flag is the better thing to complain about first
+    elif field.default not in (None, ""):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" (default {shown})"
-    arguments: dict[str, Any] = {"dest": dest, "help": text.replace("%", "%%"), "required": required}
+    arguments: dict[str, Any] = {"dest": dest, "help": text.replace("%", "%%")}
     if kind is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
     else:

@@ -5,6 +5,7 @@ never learns its name. It says what it reads and returns one loss per sample:
 
     name      word after --align, key in logs and checkpoints
     Options   frozen dataclass of its options, a child of `AlignOptions`
+    resolve   fills in the defaults that depend on the student
     presets   named settings: {"paper": {"options": {...}, "train": {...}}}
     coupled   True if the loss depends on which samples share a rank; forward then returns a scalar
     reads_ema True if it wants the EMA network in the context
@@ -37,8 +38,8 @@ class AlignOptions:
     """Options that every alignment has."""
 
     weight: float = option(0.5, help="lambda, the weight of this loss beside the flow-matching loss")
-    stop_steps: int | None = option(None, help="drop this loss after so many optimiser steps")
-    stop_epochs: float | None = option(None, help="drop this loss after so many epochs")
+    stop_steps: int | None = option(None, help="drop this loss after so many optimiser steps; 0 for never")
+    stop_epochs: float | None = option(None, help="drop this loss after so many epochs; 0 for never")
     interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
     mask: str = option("select", choices=("select", "upstream"),
                        help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
@@ -51,7 +52,9 @@ class AlignOptions:
 
     def stop(self, epoch_steps: int) -> int | None:
         """The optimiser step after which the loss is gone, None for never."""
-        return self.stop_steps if self.stop_epochs is None else math.floor(self.stop_epochs * epoch_steps + 0.5)
+        if self.stop_steps is not None:
+            return self.stop_steps or None
+        return math.floor(self.stop_epochs * epoch_steps + 0.5) if self.stop_epochs else None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Alignment(nn.Module):
         super().__init_subclass__(**kwargs)
         Alignment.registry[cls.name] = cls
 
+    @classmethod
+    def resolve(cls, options: Any, student: ModelSpec) -> Any:
+        """The options with what depends on the student filled in: block numbers, scales, stops."""
+        return options
+
     def __init__(self, options: AlignOptions, setting: Setting) -> None:
         super().__init__()
         self.options = options
@@ -142,14 +150,13 @@ class Alignment(nn.Module):
 class Frozen:
     """Holds a network that is neither trained, saved nor synchronised: being no Module, it hides its parameters.
 
-    The linear layers' weights are kept in `dtype` (what autocast would cast them to at every call); gradients never
-    enter.
+    The weights of the blocks' linear layers are kept in `dtype`, which is what autocast would make of them at every call.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(self, network: Backbone, device: torch.device, dtype: torch.dtype | None) -> None:
         self.network = network.to(device).eval().requires_grad_(False)
         if dtype is not None:
-            for module in network.modules():
+            for module in network.blocks.modules():
                 if isinstance(module, nn.Linear):
                     module.to(dtype)
 

@@ -6,12 +6,12 @@ combined far beyond the conditional ones, and a head on the student's guided blo
     f_g     = f_u + omega (f_c - f_u)
     L_guide = mean (MLP(f_n) - f_g)^2
 
-Both passes of the teacher are one doubled batch, cut after the guiding block; blocks beyond it are not loaded.
+The loss ends after 20 epochs for base models and 10 for larger ones (section 4.1). Both passes of the teacher are one doubled batch, cut after the guiding block; blocks beyond it are not loaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 import path
 from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, layer, mlp, squared_error
 from config import option, require
-from models import Backbone
+from models import Backbone, ModelSpec
 from training.streams import Stream
 
 OMEGA = {"sit": 30.0, "lightningdit": 10.0}
@@ -52,14 +52,21 @@ class Guided(Alignment):
         "efficient": {"options": {"interval": (0.4, 0.7), "mask": "select", "guiding_weights": "ema"}},
     }
 
+    @classmethod
+    def resolve(cls, options: GuidedOptions, student: ModelSpec) -> GuidedOptions:
+        never_said = options.stop_steps is None and options.stop_epochs is None
+        return replace(
+            options, guided_depth=layer(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
+            guide_scale=OMEGA[student.architecture] if options.guide_scale is None else options.guide_scale,
+            stop_epochs=(20 if student.hidden_size <= 768 else 10) if never_said else options.stop_epochs)
+
     def __init__(self, options: GuidedOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         checkpoint = setting.load(options.guiding_ckpt)
         teacher, student = checkpoint.spec, setting.student
         _fits(checkpoint, setting, options.guiding_ckpt)
-        self.taps = (layer(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),)
+        self.taps = (options.guided_depth,)
         self.guiding = layer(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
-        self.scale = OMEGA[student.architecture] if options.guide_scale is None else options.guide_scale
         self.null = teacher.num_classes
         self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, Stream(setting.seed, "init/guided"))
         self.teacher = Frozen(checkpoint.network(options.guiding_weights, depth=self.guiding), setting.device, setting.dtype)
@@ -76,11 +83,10 @@ class Guided(Alignment):
                                torch.cat([torch.full_like(labels, self.null), labels]),
                                taps=(self.guiding,), exit_early=True)
         unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
-        return path.guide(unconditional, conditional, self.scale)
+        return path.guide(unconditional, conditional, self.options.guide_scale)
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "guiding": self.guiding, "guided": self.taps[0], "guide_scale": self.scale,
-                "teacher": self.origin}
+        return {**super().describe(), "guiding_depth": self.guiding, "teacher": self.origin}
 
     @property
     def frozen(self) -> list[Backbone]:
@@ -93,8 +99,10 @@ def _fits(checkpoint: Any, setting: Setting, source: str) -> None:
     grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]
     require(grids[0] == grids[1], f"the teacher {source} has {grids[0]}x{grids[0]} tokens, the student {grids[1]}x{grids[1]}: "
                                   f"use a teacher with the student's patch and latent size")
-    require(teacher.input_size == student.input_size and checkpoint.space.same_as(setting.space),
-            f"the teacher {source} was trained in latent space {checkpoint.space.name} at {teacher.input_size}x"
-            f"{teacher.input_size}, the data is {setting.space.name} at {student.input_size}x{student.input_size}: they must agree")
+    difference = checkpoint.space.difference(setting.space)
+    require(teacher.input_size == student.input_size and difference is None,
+            f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, the "
+            f"data is {student.input_size}x{student.input_size} of {setting.space.name}{f' ({difference})' if difference else ''}: "
+            f"they must agree")
     require(teacher.num_classes == student.num_classes, f"the teacher {source} knows {teacher.num_classes} classes, the data "
                                                         f"has {student.num_classes}: they must agree")

@@ -10,7 +10,7 @@ same without QK-norm, the interval selecting samples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import path
 from alignment.base import Alignment, AlignOptions, Context, Setting, layer, linear, mlp, squared_error
 from config import option
-from models import patchify
+from models import ModelSpec, patchify
 from training.streams import Stream
 
 
@@ -49,11 +49,15 @@ class Latent(Alignment):
         "efficient": {"options": {**AUTHORS, "mask": "select"}},
     }
 
+    @classmethod
+    def resolve(cls, options: LatentOptions, student: ModelSpec) -> LatentOptions:
+        return replace(options, depth=layer(student.depth, options.share, options.depth, "--latent-depth"))
+
     def __init__(self, options: LatentOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         student = setting.student
         self.patch = student.patch_size
-        self.taps = (layer(student.depth, options.share, options.depth, "--latent-depth"),)
+        self.taps = (options.depth,)
         width, out = student.hidden_size, student.patch_size**2 * student.in_channels
         stream = Stream(setting.seed, "init/latent")
         if options.head == "mlp":

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +38,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.step: int = config["step"]
-        self.spec = ModelSpec(**config["model"])
+        self.spec = ModelSpec.from_json(config["model"])
         self.space = LatentSpace.from_json(config["space"])
 
     @classmethod
@@ -86,27 +85,11 @@ class Checkpoint:
         Raises:
             UserError: weights that the checkpoint lacks, or that do not fit the recorded architecture.
         """
-        network = models.build(self.spec, depth=depth)
-        load_strictly(network, self.tensors("network" if weights == "raw" else "ema"), self.path, partial=depth is not None)
-        return network.eval().requires_grad_(False)
-
-
-def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path | str, *, partial: bool = False) -> None:
-    """Load named tensors: every parameter must be there with its shape, and nothing may be left over.
-
-    With `partial`, the tensors of blocks that `module` was built without are left over by design.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - own.keys())
-    if missing or (extra and not partial):
-        name, verb = (missing[0], "lacks") if missing else (extra[0], "has an unknown")
-        raise UserError(f"{source} {verb} tensor {name} ({len(missing)} missing, {len(extra)} unknown): another architecture")
-    for name, parameter in own.items():
-        if parameter.shape != tensors[name].shape:
-            raise UserError(f"{source}: {name} has shape {list(tensors[name].shape)}, the network wants "
-                            f"{list(parameter.shape)}: another architecture")
-    module.load_state_dict({name: tensors[name] for name in own})
+        tensors = self.tensors("network" if weights == "raw" else "ema")
+        if depth is not None:
+            wanted = models.parameter_names(self.spec, depth=depth)
+            tensors = {name: tensors[name] for name in wanted if name in tensors}
+        return models.build(self.spec, depth=depth, weights=tensors).eval().requires_grad_(False)
 
 
 def latest(run: Path | str) -> Path | None:
@@ -144,7 +127,7 @@ def write(
             files.write_json(folder / "optimizer.json", optimizer[1])
         digests = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
         files.write_json(folder / "config.json", {
-            "format": FORMAT, "kind": "checkpoint", "model": dataclasses.asdict(spec), "space": space.to_json(),
+            "format": FORMAT, "kind": "checkpoint", "model": spec.to_json(), "space": space.to_json(),
             "step": step, **meta, "versions": versions(), "files": digests})
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 import files
+import progress
 from errors import UserError
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
@@ -72,7 +73,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, start: int, total: int, settings: dict[str, Any],
-                 tracker: str) -> None:
+                 tracker: str, introduction: Sequence[str] = ()) -> None:
         self.path = folder / "log.jsonl"
         self._accelerator = accelerator
         self._tracker = tracker != "none"
@@ -81,8 +82,9 @@ class RunLog:
                 accelerator.init_trackers("self-transcendence", _flat(settings), {"wandb": {"name": folder.name}})
             except ImportError as error:
                 raise UserError(f"--report-to {tracker}: {error}; pip install {tracker}, or --report-to none") from error
-        self._bar = tqdm(total=total, initial=start, desc=folder.name, unit="step", dynamic_ncols=True,
-                         disable=not accelerator.is_main_process)
+        if accelerator.is_main_process:
+            print(*introduction, sep="\n", flush=True)
+        self._bar = progress.bar(total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process)
         if accelerator.is_main_process:
             kept = [line for line in read(self.path) if line["step"] <= start]
             with files.replacing(self.path) as temporary:
@@ -102,7 +104,7 @@ class RunLog:
         with files.writing(self.path), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
         self._bar.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in values.items()
-                               if name.startswith("loss/") and " " not in name})
+                               if name.startswith("loss/") and " " not in name}, refresh=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar, on the main process."""

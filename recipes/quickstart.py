@@ -1,0 +1,200 @@
+"""The whole method on the embedded digits, in minutes on a CPU: `make quickstart`.
+
+    data -> stage 1 (the teacher) -> stage 2 (guided) and plain SiT from the same initial weights and data order
+         -> samples of each -> one table, one figure of the losses, one picture of the samples
+
+The paper's proportions at a thousandth of its length: a teacher of 400 steps, students of 800 steps, omega 30, guidance
+over after 100 steps. Both students have the same hyper-parameters. Every step printed is a command to type by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import errors
+import files
+from config import build, option, parse
+
+TEACHER, HALF, FULL = 400, 400, 800
+GUIDED_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Options of the quickstart."""
+
+    out: str = option("runs/quickstart", help="folder of everything it writes")
+    seeds: tuple[int, ...] = option((0,), help="seeds to run; the table shows means and standard deviations for several")
+    samples: int = option(1000, help="samples per row")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a checkpoint and what it cost."""
+
+    name: str
+    run: str
+    step: int
+    total: int
+    """Optimiser steps spent, stage 1 counted."""
+
+
+ROWS = (
+    Row("stage 1 (teacher)", "stage1", TEACHER, TEACHER),
+    Row("plain SiT", "plain", HALF, HALF),
+    Row("plain SiT", "plain", FULL, FULL),
+    Row("plain SiT", "plain", TEACHER + FULL, TEACHER + FULL),
+    Row("self-guided SiT", "guided", HALF, TEACHER + HALF),
+    Row("self-guided SiT", "guided", FULL, TEACHER + FULL),
+)
+METRICS = {"frechet": "Frechet (lower)", "precision": "precision", "recall": "recall", "accuracy": "class accuracy"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    given = parse(QuickstartConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.quickstart",
+                  description=__doc__)
+    config = build(QuickstartConfig, given)
+    out = Path(config.out)
+    started = time.perf_counter()
+    _prepare(out)
+    results = {seed: run_seed(out / f"seed{seed}", out, seed, config.samples) for seed in config.seeds}
+    files.write_json(out / "results.json", {str(seed): rows for seed, rows in results.items()})
+    first = out / f"seed{config.seeds[0]}"
+    loss_figure(first, out / "losses.png")
+    sample_figure(first, out / "samples.png")
+    print("\n" + table(results))
+    print(f"\n{verdict(results)}")
+    print(f"\n{time.perf_counter() - started:.0f} s. Look at {out}/samples.png and {out}/losses.png (numbers in {out}/results.json). "
+          f"Next: python generate.py --ckpt {first}/exps/guided --cfg-scale 2 --num-fid-samples 64, or README.md for ImageNet.")
+
+
+def _prepare(out: Path) -> None:
+    from preprocessing import digits, reference
+
+    if not (out / "data" / "manifest.json").is_file():
+        _call(digits.main, "python -m preprocessing.digits", "--out", out / "data")
+    _call(reference.main, "python -m preprocessing.reference", "--images", out / "data", "--out", out / "reference.npz")
+
+
+def run_seed(folder: Path, out: Path, seed: int, samples: int) -> list[dict[str, Any]]:
+    """Train the three runs under one seed, sample and score every row; returns the rows with their metrics."""
+    import generate
+    import train
+    import train_guide
+    from evaluations import evaluate
+
+    common = ["--recipe", "digits", "--data-dir", out / "data", "--output-dir", folder / "exps", "--seed", seed]
+    teacher = ["--exp-name", "stage1", "--align", "latent", "--max-train-steps", TEACHER]
+    guided = ["--exp-name", "guided", "--guiding-ckpt", folder / "exps" / "stage1", "--align-stop-steps", GUIDED_STEPS]
+    _call(train.main, "python train.py", *common, *teacher)
+    _call(train_guide.main, "python train_guide.py", *common, *guided, "--max-train-steps", FULL)
+    _call(train.main, "python train.py", *common, "--exp-name", "plain", "--max-train-steps", TEACHER + FULL)
+    rows = []
+    for row in ROWS:
+        drawn = folder / "samples" / f"{row.run}-{row.step}"
+        _call(generate.main, "python generate.py", "--ckpt", folder / "exps" / row.run / "checkpoints" / f"{row.step:07d}",
+              "--num-fid-samples", samples, "--mode", "ode", "--solver", "heun", "--num-steps", 20, "--labels", "balanced",
+              "--batch-size", 250, "--out", drawn)
+        _call(evaluate.main, "python -m evaluations.evaluate", "--samples", drawn / "samples.npz", "--reference",
+              out / "reference.npz", "--features", "pixels", "--out", drawn / "metrics.json")
+        metrics = json.loads((drawn / "metrics.json").read_text())["metrics"]
+        rows.append({"name": row.name, "step": row.step, "total": row.total, **{key: metrics[key] for key in METRICS}})
+    return rows
+
+
+def _call(command: Any, name: str, *words: Any) -> None:
+    argv = [str(word) for word in words]
+    print(f"\n$ {name} {' '.join(argv)}", flush=True)
+    command(argv)
+
+
+def table(results: dict[int, list[dict[str, Any]]]) -> str:
+    """The aligned table: means over seeds, with standard deviations where there are several."""
+    header = ["network", "steps", "total steps", *METRICS.values()]
+    lines = [header]
+    for index, row in enumerate(ROWS):
+        cells = [row.name, str(row.step), str(row.total)]
+        for key in METRICS:
+            values = [rows[index][key] for rows in results.values()]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}")
+        lines.append(cells)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    rendered = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                          for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
+
+
+def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
+    """One sentence that says what the table shows, whichever way it falls."""
+    def mean(name: str, key: str, value: int) -> float:
+        return statistics.mean(next(r["frechet"] for r in rows if r["name"] == name and r[key] == value) for rows in results.values())
+
+    def compare(key: str, value: int, words: str) -> str:
+        guided, plain = mean("self-guided SiT", key, value), mean("plain SiT", key, value)
+        side = "ahead of" if guided < plain else "behind"
+        return f"{words} the self-guided network is {side} plain SiT (Frechet {guided:.2f} against {plain:.2f})"
+
+    seeds = f"{len(results)} seeds" if len(results) > 1 else f"one seed ({next(iter(results))}; other seeds differ)"
+    return (f"Over {seeds}: {compare('step', HALF, f'at {HALF} of its own steps')}; {compare('step', FULL, f'at {FULL}')}; and "
+            f"{compare('total', TEACHER + FULL, f'at {TEACHER + FULL} total steps, stage 1 counted,')}.")
+
+
+def loss_figure(folder: Path, path: Path) -> None:
+    """The flow-matching loss of the three runs by step, and by total steps with stage 1 counted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from training.log import read
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for run, name in (("stage1", "stage 1 (teacher)"), ("plain", "plain SiT"), ("guided", "self-guided SiT")):
+        lines = read(folder / "exps" / run / "log.jsonl")
+        steps, loss = [line["step"] for line in lines], [line["loss/diffusion"] for line in lines]
+        axes[0].plot(steps, loss, label=name)
+        axes[1].plot([step + (TEACHER if run == "guided" else 0) for step in steps], loss, label=name)
+    axes[0].axvline(GUIDED_STEPS, color="grey", linewidth=0.8, linestyle=":")
+    axes[0].set(xlabel="optimiser steps (dotted: guidance ends)", ylabel="flow-matching loss", yscale="log")
+    axes[1].set(xlabel="total optimiser steps, stage 1 counted")
+    axes[0].legend()
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+
+
+def sample_figure(folder: Path, path: Path) -> None:
+    """The samples of every row side by side: same noise and labels, one digit a column."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from sampling import grid_picture
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    for axis, row in zip(axes.flat, ROWS, strict=True):
+        with np.load(folder / "samples" / f"{row.run}-{row.step}" / "samples.npz") as drawn:
+            images, labels = drawn["arr_0"], drawn["labels"]
+        # rows of the picture are repetitions, columns the ten classes
+        chosen = np.stack([np.flatnonzero(labels == digit)[:6] for digit in range(10)], axis=1).ravel()
+        axis.imshow(grid_picture(images[chosen], 10, scale=6))
+        axis.set_title(f"{row.name}, {row.step} steps ({row.total} in all)", fontsize=10)
+        axis.axis("off")
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    errors.run(main)

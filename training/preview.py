@@ -1,0 +1,29 @@
+"""Grids of samples during training: EMA weights in eval mode, at fixed noise and labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import files
+from config import SamplingConfig
+from models import Backbone
+from models.latents import Codec
+from sampling import Sampler, grid_picture
+
+SETTINGS = SamplingConfig(mode="ode", solver="heun", num_steps=25)
+
+
+def write(path: Path, network: Backbone, codec: Codec, dtype: torch.dtype | None, seed: int) -> None:
+    """Write a PNG of up to eight classes in rows, eight samples each; the same noise and labels every time."""
+    from PIL import Image
+
+    classes = min(8, network.spec.num_classes)
+    labels = np.repeat(np.arange(classes) * network.spec.num_classes // classes, 8)
+    sampler = Sampler(network, codec, SETTINGS, len(labels), dtype)
+    rows = [sampler.images(range(start, start + 8), labels[start : start + 8]) for start in range(0, len(labels), 8)]
+    images = np.concatenate(rows)
+    with files.replacing(path) as temporary:
+        Image.fromarray(grid_picture(images, 8, scale=max(1, 64 // images.shape[1]))).save(temporary, format="PNG")
