@@ -18,8 +18,8 @@ from models.layers import patchify, unpatchify
 from models.sit import SIZES as SIT_SIZES
 from models.sit import SiT
 
-__all__ = ["Backbone", "ModelSpec", "Output", "build", "names", "outline", "parameter_count", "parameter_names", "patchify",
-           "spec", "unpatchify"]
+__all__ = ["Backbone", "ModelSpec", "Output", "build", "names", "outline", "parameter_count",
+           "parameter_names", "patchify", "spec", "unpatchify"]
 
 ARCHITECTURES: dict[str, type[Backbone]] = {"sit": SiT}
 SIZES = {"sit": SIT_SIZES}

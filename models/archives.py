@@ -1,0 +1,50 @@
+"""Published weight files (.pt, .pth, .ckpt, .bin, .safetensors), read without running code from them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import files
+from errors import UserError
+
+
+def read_archive(path: Path | str) -> Any:
+    """What a weight file holds: tensors by name, or whatever nest of plain values its trainer saved.
+
+    Pickles are read with torch's restricted unpickler; of classes it knows tensors alone, and the argument lists that
+    trainers leave beside them (`argparse.Namespace`, inert).
+
+    Raises:
+        UserError: the file is missing, damaged, or asks to run code.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return files.load_tensors(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise UserError(f"{path} is damaged or no weight file of PyTorch; restore it from a copy") from error
+        raise UserError(f"{path} asks to run {found[1]} from outside torch, which is refused; save its state dict alone, "
+                        "as safetensors, where you trust it") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no weight file of PyTorch; restore it from a copy") from error
+
+
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """The entries of `value` if it maps names to tensors and to nothing else; otherwise empty."""
+    if isinstance(value, Mapping) and value and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        return dict(value)
+    return {}
