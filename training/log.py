@@ -30,6 +30,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._quarters = torch.zeros(2, 4, device=accelerator.device)
         self._steps = 0
+        self._seconds = 0.0
         self._start = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor], t: Tensor, parts: int) -> None:
@@ -44,6 +45,8 @@ class Meter:
     def step(self, grad_norm: Tensor | None) -> None:
         """The end of an optimiser step."""
         self._steps += 1
+        self._seconds += time.perf_counter() - self._start
+        self._start = time.perf_counter()
         if grad_norm is not None:
             self._add("grad_norm", grad_norm.detach())
 
@@ -60,10 +63,13 @@ class Meter:
         for name, total, count in zip(QUARTERS, *quarters.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
-        values["images_per_second"] = self._steps * batch_size / (time.perf_counter() - self._start)
-        self._sums, self._quarters, self._steps = {}, torch.zeros_like(self._quarters), 0
-        self._start = time.perf_counter()
+        values["images_per_second"] = self._steps * batch_size / (self._seconds + time.perf_counter() - self._start)
+        self._sums, self._quarters, self._steps, self._seconds = {}, torch.zeros_like(self._quarters), 0, 0.0
         return values
+
+    def restart_clock(self) -> None:
+        """Leave out of the rate what has passed since the last step: reports, grids, checkpoints."""
+        self._start = time.perf_counter()
 
 
 class RunLog:

@@ -64,6 +64,7 @@ class Trainer:
         self.resumed = Checkpoint.open(found) if found else None
         if self.resumed:
             self._agrees(self.resumed)
+        self._resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
         self.step: int = self.resumed.step if self.resumed else 0
         self._build()
 
@@ -172,6 +173,7 @@ class Trainer:
             preview.write(self.folder / "samples" / f"{step:07d}.png", self.ema.network, self.codec, self.dtype, config.seed)
         if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             self.save()
+        meter.restart_clock()
 
     def _end_alignments(self) -> None:
         for name in [name for name in self.alignments if not self._lives(name)]:
@@ -197,9 +199,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _align_json(self) -> dict[str, Any]:
-        return {name: {**as_dict(own), "stop": self.stops[name],
-                       **(self.alignments[name].describe() if name in self.alignments else {"ended": True})}
-                for name, own in self.options.items()}
+        """Each alignment's options and resolved choices; those of one that has ended are what they were."""
+        for name, own in self.options.items():
+            if name in self.alignments:
+                self._resolved[name] = {**as_dict(own), "stop": self.stops[name], **self.alignments[name].describe()}
+        return self._resolved
 
     def _introduction(self) -> list[str]:
         """What is about to run: everything that two runs of the same name could differ in."""
