@@ -263,4 +263,5 @@ class GenerateConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.num_fid_samples > 0 and self.batch_size > 0, "--num-fid-samples and --batch-size must be positive")
-        require(self.mixed_precision in (None, "no", "bf16"), f"--mixed-precision {self.mixed_precision} is not supported: bf16 or no")
+        require(self.mixed_precision in (None, "no", "bf16"),
+                f"--mixed-precision {self.mixed_precision} is not supported: bf16 or no")

@@ -15,7 +15,6 @@ copy per item: no worker processes, no files per item, no decoding.
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 from pathlib import Path

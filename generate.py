@@ -151,10 +151,11 @@ class Store:
         from sampling import grid_picture
 
         images, labels = self._open("images"), self._open("labels")
-        with files.replacing(self.out / "samples.npz") as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, True) as archive:
-            for name, array in (("arr_0", images), ("labels", labels)):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asanyarray(array))
+        with files.replacing(self.out / "samples.npz") as temporary:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                for name, array in (("arr_0", images), ("labels", labels)):
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # streamed: no copy in memory
+                        np.lib.format.write_array(member, np.asanyarray(array))
         shown = np.asarray(images[: min(64, self.count)])
         with files.replacing(self.out / "grid.png") as temporary:
             Image.fromarray(grid_picture(shown, 8, scale=max(1, 64 // shown.shape[1]))).save(temporary, format="PNG")

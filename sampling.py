@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import samplers
-from config import SamplingConfig, require
+from config import SamplingConfig
 from models import Backbone
 from models.latents import Codec, to_uint8
 from training.streams import Stream

@@ -6,7 +6,8 @@ combined far beyond the conditional ones, and a head on the student's guided blo
     f_g     = f_u + omega (f_c - f_u)
     L_guide = mean (MLP(f_n) - f_g)^2
 
-The loss ends after 20 epochs for base models and 10 for larger ones (section 4.1). Both passes of the teacher are one doubled batch, cut after the guiding block; blocks beyond it are not loaded.
+The loss ends after 20 epochs for base models and 10 for larger ones (section 4.1). Both passes of the teacher are one
+doubled batch, cut after the guiding block; blocks beyond it are not loaded.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def _fits(checkpoint: Any, setting: Setting, source: str) -> None:
                                   f"use a teacher with the student's patch and latent size")
     difference = checkpoint.space.difference(setting.space)
     require(teacher.input_size == student.input_size and difference is None,
-            f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, the "
-            f"data is {student.input_size}x{student.input_size} of {setting.space.name}{f' ({difference})' if difference else ''}: "
-            f"they must agree")
+            f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, "
+            f"the data is {student.input_size}x{student.input_size} of {setting.space.name}"
+            f"{f' ({difference})' if difference else ''}: they must agree")
     require(teacher.num_classes == student.num_classes, f"the teacher {source} knows {teacher.num_classes} classes, the data "
                                                         f"has {student.num_classes}: they must agree")

@@ -21,7 +21,6 @@ from config import option
 from models import ModelSpec, patchify
 from training.streams import Stream
 
-
 AUTHORS = {"target": "velocity", "head": "mlp-norm-linear", "interval": (0.4, 0.7), "share": 1 / 6}
 """What the authors' code does in this stage (SiT-B: block 2 of 12)."""
 

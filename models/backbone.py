@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.layers import (Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify)
+from models.layers import Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify
 from training.streams import Stream
 
 

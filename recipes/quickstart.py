@@ -72,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample_figure(first, out / "samples.png")
     print("\n" + table(results))
     print(f"\n{verdict(results)}")
-    print(f"\n{time.perf_counter() - started:.0f} s. Look at {out}/samples.png and {out}/losses.png (numbers in {out}/results.json). "
-          f"Next: python generate.py --ckpt {first}/exps/guided --cfg-scale 2 --num-fid-samples 64, or README.md for ImageNet.")
+    print(f"\n{time.perf_counter() - started:.0f} s. Look at {out}/samples.png and {out}/losses.png; numbers are in "
+          f"{out}/results.json. Next: python generate.py --ckpt {first}/exps/guided --cfg-scale 2 --num-fid-samples 64, "
+          f"or the ImageNet commands of README.md.")
 
 
 def _prepare(out: Path) -> None:
@@ -136,7 +137,8 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
 def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
     """One sentence that says what the table shows, whichever way it falls."""
     def mean(name: str, key: str, value: int) -> float:
-        return statistics.mean(next(r["frechet"] for r in rows if r["name"] == name and r[key] == value) for rows in results.values())
+        return statistics.mean(next(row["frechet"] for row in rows if row["name"] == name and row[key] == value)
+                               for rows in results.values())
 
     def compare(key: str, value: int, words: str) -> str:
         guided, plain = mean("self-guided SiT", key, value), mean("plain SiT", key, value)

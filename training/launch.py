@@ -28,8 +28,8 @@ def accelerator(**kwargs: Any) -> Accelerator:
     found = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)], **kwargs)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    require(found.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {found.num_processes} process takes part: launch with "
-                                           f"accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
+    require(found.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {found.num_processes} process takes part: launch "
+                                           f"with accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dataset
 import files
 import models
-from alignment import Alignment, AlignOptions, Setting, find
+from alignment import AlignOptions, Setting, find
 from config import FREE_ON_RESUME, TrainConfig, as_dict, require
 from dataset import LatentSet
 from errors import UserError
@@ -74,7 +74,8 @@ class Trainer:
         self.network = self._network().to(self.device).train()
         self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
         setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype, Checkpoint.open)
-        self.alignments = {name: find(name)(own, setting).to(self.device) for name, own in self.options.items() if self._lives(name)}
+        self.alignments = {name: find(name)(own, setting).to(self.device)
+                           for name, own in self.options.items() if self._lives(name)}
         groups = [{"name": "network", "params": list(self.network.parameters())}]
         groups += [{"name": name, "params": own} for name, one in self.alignments.items() if (own := list(one.parameters()))]
         self.optimizer = torch.optim.AdamW(
@@ -111,7 +112,8 @@ class Trainer:
                                                                     f"than the one it was trained on; use another --exp-name")
         now = json.loads(json.dumps({"train": as_dict(self.config), **{n: as_dict(o) for n, o in self.options.items()}}))
         then = {"train": found.config["train"], **found.config["align"]}
-        require(now.keys() == then.keys(), f"{where}: its alignments are {list(then)[1:]}, not {list(now)[1:]}; use another --exp-name")
+        require(now.keys() == then.keys(), f"{where}: its alignments are {list(then)[1:]}, not {list(now)[1:]}; "
+                                           f"use another --exp-name")
         for section, values in now.items():
             for key, value in values.items():
                 if key not in FREE_ON_RESUME and then[section].get(key) != value:
@@ -138,7 +140,8 @@ class Trainer:
                           self._introduction())
         try:
             while self.step < config.max_train_steps:
-                self._segment(min([config.max_train_steps] + [self.stops[n] for n in self.alignments if self.stops[n] is not None]))
+                ends = [self.stops[name] for name in self.alignments if self.stops[name] is not None]
+                self._segment(min([config.max_train_steps, *ends]))
         finally:
             self.log.close()
         return self.folder
@@ -167,8 +170,8 @@ class Trainer:
             values = meter.report(config.batch_size)
             self.log.write(step, values)
             bad = [name for name, value in values.items() if not math.isfinite(value)]
-            require(not bad, f"{bad[0] if bad else ''} is not finite near step {step}: the run stops before a checkpoint takes it in; "
-                             f"continue from the last one with --mixed-precision no, or train with --qk-norm")
+            require(not bad, f"{bad[0] if bad else ''} is not finite near step {step}: the run stops before a checkpoint takes it "
+                             f"in; continue from the last one with --mixed-precision no, or train with --qk-norm")
         if config.sampling_steps and step % config.sampling_steps == 0 and self.accelerator.is_main_process:
             preview.write(self.folder / "samples" / f"{step:07d}.png", self.ema.network, self.codec, self.dtype, config.seed)
         if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
@@ -190,7 +193,8 @@ class Trainer:
             checkpoint.write(
                 self.folder / "checkpoints" / f"{self.step:07d}", spec=self.spec, space=self.data.space, step=self.step,
                 network=self.network.state_dict(), ema=self.ema.network.state_dict(),
-                heads={f"{name}.{key}": value for name, one in self.alignments.items() for key, value in one.state_dict().items()},
+                heads={f"{name}.{key}": value for name, one in self.alignments.items()
+                       for key, value in one.state_dict().items()},
                 optimizer=checkpoint.optimizer_state(self.optimizer, self._names()),
                 data={"path": str(self.config.data_dir), "digest": self.data.digest, "count": len(self.data),
                       "class_names": self.data.manifest["class_names"]},
@@ -219,8 +223,8 @@ class Trainer:
         for name, own in self._align_json().items():
             lines.append(f"alignment {name}: " + ", ".join(f"{key} {value}" for key, value in own.items() if value is not None))
         if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
-            lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its weights "
-                         f"stay near the start: add --ema-warmup")
+            lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its "
+                         f"weights stay near the start: add --ema-warmup")
         return lines + ([f"continuing from step {self.step}"] if self.step else [])
 
 
@@ -234,7 +238,7 @@ def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], o
         last = number == len(micros)
         with nullcontext() if last or not hasattr(learner, "no_sync") else learner.no_sync():
             losses = learner(batch)
-            total = losses["diffusion"].mean() + sum(weights[name] * value for name, value in losses.items() if name != "diffusion")
+            total = losses["diffusion"].mean() + sum(weights[name] * losses[name] for name in losses if name != "diffusion")
             (total / len(micros)).backward()
         if meter is not None:
             meter.add(losses, batch.t, len(micros))
