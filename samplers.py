@@ -88,12 +88,12 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: 
     return x
 
 
-def dopri5(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Adaptive Dormand-Prince from the grid's first to its last time (SiT: atol 1e-6, rtol 1e-3), by torchdiffeq."""
+def dopri5(velocity: Velocity, x: Tensor, grid: Sequence[float], atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
+    """Adaptive Dormand-Prince from the grid's first to its last time (SiT's tolerances), by torchdiffeq."""
     from torchdiffeq import odeint
 
     ends = torch.tensor([grid[0], grid[-1]], dtype=x.dtype, device=x.device)
-    return odeint(lambda t, state: velocity(state, t.item()).to(x.dtype), x, ends, method="dopri5", atol=1e-6, rtol=1e-3)[-1]
+    return odeint(lambda t, state: velocity(state, t.item()).to(x.dtype), x, ends, method="dopri5", atol=atol, rtol=rtol)[-1]
 
 
 SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5}

@@ -172,7 +172,7 @@ class Trainer:
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             require(not bad, f"{bad[0] if bad else ''} is not finite near step {step}: the run stops before a checkpoint takes it "
                              f"in; continue from the last one with --mixed-precision no, or train with --qk-norm")
-        if config.sampling_steps and step % config.sampling_steps == 0 and self.accelerator.is_main_process:
+        if self.codec and step % config.sampling_steps == 0 and self.accelerator.is_main_process:
             preview.write(self.folder / "samples" / f"{step:07d}.png", self.ema.network, self.codec, self.dtype, config.seed)
         if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             self.save()

@@ -1,0 +1,53 @@
+"""Shared fixtures: the embedded digits as a latent set, and a stage-1 run of a few steps to guide with."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the two-process runs have it: thread counts change the last bits
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import train_guide
+from preprocessing import digits
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as a latent set in pixel space."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    digits.main(["--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(data: Path) -> Callable[..., list[str]]:
+    """Command-line words of a tiny run: words(output_dir, name, *more)."""
+
+    def build(output: Path, name: str, *more: object) -> list[str]:
+        return ["--recipe", "digits", "--data-dir", str(data), "--output-dir", str(output), "--exp-name", name,
+                "--batch-size", "16", "--log-steps", "1", *map(str, more)]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[str]]) -> Path:
+    """A stage-1 run of 4 steps."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return train.main(words(folder, "stage1", "--align", "latent", "--align-hidden", 32, "--max-train-steps", 4))
+
+
+@pytest.fixture(scope="session")
+def guided(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[str]], teacher: Path) -> Path:
+    """A stage-2 run of 4 steps whose guidance ends after 2."""
+    folder = tmp_path_factory.mktemp("guided")
+    return train_guide.main(words(folder, "stage2", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 2,
+                                  "--max-train-steps", 4))

@@ -1,0 +1,215 @@
+"""Laws of the losses of both stages: formulas, intervals, what is trained and what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import models
+import path
+from alignment import Alignment, Context, Setting, find
+from errors import UserError
+from loss import Batch, Learner, flow_matching
+from models.latents import pixels
+from training.checkpoint import Checkpoint
+
+SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
+
+
+def perturbed(spec: models.ModelSpec = SPEC, seed: int = 0) -> models.Backbone:
+    """A network without zero weights, so that every path carries signal."""
+    network = models.build(spec, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def batch(count: int = 6, **more: object) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    x0, eps = (torch.randn(count, 1, 8, 8, generator=generator) for _ in range(2))
+    labels = torch.arange(count) % 10
+    return Batch(x0, eps, torch.linspace(0.05, 0.95, count), torch.where(labels == 2, 10, labels), labels, **more)
+
+
+def setting(load: object = Checkpoint.open, **more: object) -> Setting:
+    return Setting(**{"student": SPEC, "space": pixels(1), "seed": 0, "device": torch.device("cpu"), "dtype": None, "load": load} | more)
+
+
+def make(name: str, **options: object) -> Alignment:
+    kind = find(name)
+    return kind(kind.resolve(kind.Options(hidden=32, **options), SPEC), setting())
+
+
+def context_of(network: models.Backbone, one: Batch, taps: tuple[int, ...]) -> Context:
+    xt = path.corrupt(one.x0, one.eps, one.t)
+    return Context(one.x0, one.eps, xt, one.t, one.y, one.labels, network(xt, one.t, one.y, taps=taps).features, {}, {})
+
+
+def test_flow_matching_against_literal_formulas() -> None:
+    a, b = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)), torch.randn(3, 4, 5, 5)
+    expected = torch.stack([((x - y) ** 2).sum() / x.numel() for x, y in zip(a, b)])
+    torch.testing.assert_close(flow_matching(a, b), expected)
+    for n in range(3):
+        cosines = [F.cosine_similarity(a[n, :, i, j], b[n, :, i, j], dim=0) for i in range(5) for j in range(5)]
+        expected[n] += 1 - sum(cosines) / 25
+    torch.testing.assert_close(flow_matching(a, b, "mse+cosine"), expected)
+
+
+def test_plain_learner_is_the_flow_matching_loss() -> None:
+    network, one = perturbed(), batch()
+    losses = Learner(network)(one)
+    xt = (1 - one.t)[:, None, None, None] * one.x0 + one.t[:, None, None, None] * one.eps
+    prediction = network(xt, one.t, one.y).velocity
+    assert list(losses) == ["diffusion"]
+    torch.testing.assert_close(losses["diffusion"], ((prediction - (one.eps - one.x0)) ** 2).mean(dim=(1, 2, 3)))
+
+
+def test_latent_loss_regresses_the_clean_latent_in_token_layout() -> None:
+    network, one, alignment = perturbed(), batch(), make("latent")
+    value = alignment(context_of(network, one, alignment.taps))
+    feature = context_of(network, one, (3,)).features[3]
+    # paper: n = depth/2, and the latent of token (row, column) is its 2x2 patch
+    assert alignment.taps == (3,)
+    head = alignment.head(feature)
+    for n in range(len(one.t)):
+        total = 0.0
+        for row in range(4):
+            for column in range(4):
+                patch = one.x0[n, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten()
+                total = total + ((head[n, 4 * row + column] - patch) ** 2).sum()
+        torch.testing.assert_close(value[n], total / (16 * 4))
+
+
+def test_upstream_preset_of_stage_1() -> None:
+    kind = find("latent")
+    options = kind.resolve(kind.Options(**kind.presets["upstream"]["options"], hidden=32), SPEC)
+    assert (options.depth, options.target, options.mask, options.interval) == (1, "velocity", "upstream", (0.4, 0.7))
+    assert kind.presets["upstream"]["train"] == {"qk_norm": True}
+    alignment, one = kind(options, setting()), batch()
+    context = context_of(perturbed(), one, alignment.taps)
+    mlp, norm, last = alignment.head
+    assert not list(norm.parameters())
+    predicted = models.unpatchify(last(F.layer_norm(mlp(context.features[1]), (128,))), 2)
+    torch.testing.assert_close(alignment(context), ((predicted - (one.eps - one.x0)) ** 2).mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(("name", "block", "thirds", "sixth"), [("SiT-B/2", 6, 8, 2), ("SiT-L/2", 12, 16, 4), ("SiT-XL/2", 14, 19, 5)])
+def test_layers_of_the_published_sizes(name: str, block: int, thirds: int, sixth: int) -> None:
+    from alignment.base import layer
+
+    spec = models.spec(name, in_channels=4, input_size=32, num_classes=1000)
+    guided = find("guided")
+    options = guided.resolve(guided.Options(guiding_ckpt="x"), spec)
+    assert (options.guided_depth, layer(spec.depth, 2 / 3, None, ""), layer(spec.depth, 1 / 6, None, "")) == (block, thirds, sixth)
+    assert options.guide_scale == 30 and options.stop_epochs == (20 if name == "SiT-B/2" else 10)
+    assert options.stop(5004) == (100_080 if name == "SiT-B/2" else 50_040)
+    assert guided.resolve(guided.Options(guiding_ckpt="x", stop_steps=0), spec).stop(5004) is None  # 0 is never
+
+
+def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path) -> None:
+    one = batch()
+    xt = path.corrupt(one.x0, one.eps, one.t)
+    full = Checkpoint.open(teacher).network("raw")
+    with torch.no_grad():
+        conditional = full(xt, one.t, one.labels, taps=(4,)).features[4]
+        unconditional = full(xt, one.t, torch.full_like(one.labels, 10), taps=(4,)).features[4]
+        dropped = full(xt, one.t, one.y, taps=(4,)).features[4]
+    context = Context(one.x0, one.eps, xt, one.t, one.y, one.labels, {}, {}, {})
+
+    def target(**options: object) -> Tensor:
+        return make("guided", guiding_ckpt=str(teacher), **options).target(context)
+
+    alignment = make("guided", guiding_ckpt=str(teacher))
+    assert len(alignment.teacher.network.blocks) == 4 and alignment.teacher.network.final_layer is None
+    torch.testing.assert_close(alignment.target(context), unconditional + 30 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(target(guide_scale=1.0), conditional)
+    torch.testing.assert_close(target(guide_scale=0.0), unconditional)
+    # labels after dropout: a dropped sample has f_c = f_u, so its target is the unconditional feature at any scale
+    with_dropped = target(guiding_labels="dropped")
+    torch.testing.assert_close(with_dropped, unconditional + 30 * (dropped - unconditional), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(with_dropped[2], unconditional[2])
+    assert not torch.allclose(target(guiding_weights="ema"), target())
+    assert not torch.allclose(target(guiding_depth=2), target())
+
+
+def test_guided_loss_against_the_formula(teacher: Path) -> None:
+    network, one = perturbed(), batch()
+    alignment = make("guided", guiding_ckpt=str(teacher))
+    context = context_of(network, one, alignment.taps)
+    feature, target = alignment.head(context.features[3]), alignment.target(context)
+    torch.testing.assert_close(alignment(context), ((feature - target) ** 2).sum(dim=(1, 2)) / (16 * 128))
+
+
+def test_gradients_reach_student_and_head_and_never_the_teacher(teacher: Path) -> None:
+    network, one = perturbed(), batch()
+    alignment = make("guided", guiding_ckpt=str(teacher))
+    learner = Learner(network, {"guided": alignment})
+    learner(one)["guided"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in alignment.head.parameters())
+    for number, block in enumerate(network.blocks, start=1):
+        reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+        assert reached == (number <= 3)
+    frozen = list(alignment.teacher.network.parameters())
+    assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
+    held = {p.data_ptr() for p in learner.parameters()}
+    assert not held & {p.data_ptr() for p in frozen} and not any("teacher" in name for name in learner.state_dict())
+
+
+@pytest.mark.parametrize("low, high", [(0.4, 0.7), (0.0, 1.0), (0.96, 0.99)])
+def test_interval_masks(low: float, high: float) -> None:
+    """`select` is (1/N) sum m_i l_i, gradients included; `upstream` is mean(m) mean(l); a range without samples is zero."""
+    network, alignment, one = perturbed(), make("latent"), batch()
+    each = alignment(context_of(network, one, (3,)))
+    inside = ((one.t >= low) & (one.t <= high)).float()
+    learner = Learner(network, {"latent": alignment})
+    expected = torch.autograd.grad((inside * each).sum() / len(one.t), list(alignment.parameters()), retain_graph=True)
+    selected = learner(dataclasses.replace(one, selected={"latent": inside.nonzero().flatten()}))["latent"]
+    torch.testing.assert_close(selected, (inside * each).sum() / len(one.t))
+    for found, wanted in zip(torch.autograd.grad(selected, list(alignment.parameters())), expected):
+        torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-5)  # zeros, not None, where nothing is in range
+    upstream = learner(dataclasses.replace(one, share={"latent": inside.mean().item()}))["latent"]
+    torch.testing.assert_close(upstream, inside.mean() * each.mean())
+
+
+def test_upstream_mask_is_the_authors_broadcast() -> None:
+    """(B,) * (B,1,1,1) broadcasts to (B,1,1,B), whose mean is mean(m) mean(l): nothing is selected."""
+    losses, mask = torch.rand(5, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 0], dtype=torch.float64)
+    product = losses * mask.view(5, 1, 1, 1)
+    assert product.shape == (5, 1, 1, 5)
+    torch.testing.assert_close(product.mean(), mask.mean() * losses.mean())
+
+
+@pytest.mark.parametrize("change, word", [({"num_classes": 7}, "classes"), ({"patch_size": 1}, "tokens"), ({"input_size": 4, "patch_size": 1}, "latents")])
+def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, change: dict, word: str) -> None:
+    kind = find("guided")
+    student = dataclasses.replace(SPEC, **change)
+    options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), hidden=8), student)
+    with pytest.raises(UserError, match=word):
+        kind(options, setting(student=student))
+
+
+def test_a_teacher_of_another_scale_is_refused_and_of_another_width_welcome(teacher: Path) -> None:
+    kind = find("guided")
+    options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), hidden=8), SPEC)
+    with pytest.raises(UserError, match="scale"):
+        kind(options, setting(space=pixels(1, scale=(2.0,))))
+    student = dataclasses.replace(SPEC, hidden_size=64, depth=4)
+    options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), hidden=8), student)
+    alignment = kind(options, setting(student=student))
+    assert alignment(context_of(perturbed(student), batch(), alignment.taps)).shape == (6,)
+
+
+def test_layers_beyond_the_depth_are_refused(teacher: Path) -> None:
+    with pytest.raises(UserError, match="7 is beyond"):
+        make("latent", depth=7)
+    with pytest.raises(UserError, match="9 is beyond"):
+        make("guided", guiding_ckpt=str(teacher), guiding_depth=9)
+    with pytest.raises(UserError, match="0 is beyond"):
+        make("guided", guiding_ckpt=str(teacher), guided_depth=0)
