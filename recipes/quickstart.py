@@ -54,7 +54,7 @@ ROWS = (
     Row("self-guided SiT", "guided", HALF, TEACHER + HALF),
     Row("self-guided SiT", "guided", FULL, TEACHER + FULL),
 )
-METRICS = {"frechet": "Frechet (lower)", "precision": "precision", "recall": "recall", "accuracy": "class accuracy"}
+METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall", "class_accuracy": "class accuracy"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,7 +137,7 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
 def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
     """One sentence that says what the table shows, whichever way it falls."""
     def mean(name: str, key: str, value: int) -> float:
-        return statistics.mean(next(row["frechet"] for row in rows if row["name"] == name and row[key] == value)
+        return statistics.mean(next(row["fd"] for row in rows if row["name"] == name and row[key] == value)
                                for rows in results.values())
 
     def compare(key: str, value: int, words: str) -> str:

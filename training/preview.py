@@ -23,7 +23,6 @@ def write(path: Path, network: Backbone, codec: Codec, dtype: torch.dtype | None
     classes = min(8, network.spec.num_classes)
     labels = np.repeat(np.arange(classes) * network.spec.num_classes // classes, 8)
     sampler = Sampler(network, codec, SETTINGS, len(labels), dtype)
-    rows = [sampler.images(range(start, start + 8), labels[start : start + 8]) for start in range(0, len(labels), 8)]
-    images = np.concatenate(rows)
+    images = sampler.images(range(len(labels)), labels)
     with files.replacing(path) as temporary:
         Image.fromarray(grid_picture(images, 8, scale=max(1, 64 // images.shape[1]))).save(temporary, format="PNG")
