@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from errors import UserError, nearest
+from models import lightningdit, sit
 from models.backbone import Backbone, ModelSpec, Output, initial_weights, load_weights, parameter_count
 from models.layers import patchify, unpatchify
-from models.sit import SIZES as SIT_SIZES
-from models.sit import SiT
 
-__all__ = ["Backbone", "ModelSpec", "Output", "build", "names", "outline", "parameter_count",
-           "parameter_names", "patchify", "spec", "unpatchify"]
+__all__ = ["Backbone", "ModelSpec", "Output", "build", "load_weights", "names", "outline",
+           "parameter_count", "parameter_names", "patchify", "spec", "unpatchify"]
 
-ARCHITECTURES: dict[str, type[Backbone]] = {"sit": SiT}
-SIZES = {"sit": SIT_SIZES}
+ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}
+SIZES = {"sit": sit.SIZES, "lightningdit": lightningdit.SIZES}
 
 
 def names() -> list[str]:

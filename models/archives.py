@@ -29,17 +29,19 @@ def read_archive(path: Path | str) -> Any:
     if path.suffix == ".safetensors":
         return files.load_tensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
             raise UserError(f"{path} is damaged or no weight file of PyTorch; restore it from a copy") from error
         raise UserError(f"{path} asks to run {found[1]} from outside torch, which is refused; save its state dict alone, "
                         "as safetensors, where you trust it") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged or no weight file of PyTorch; restore it from a copy") from error
 
 

@@ -8,6 +8,7 @@ or the identity for images that are trained on directly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import files
 from errors import UserError
@@ -71,7 +72,7 @@ class LatentSpace:
         for name in ("shift", "scale"):
             here, there = ((values * self.channels if len(values) == 1 else values)
                            for values in (getattr(self, name), getattr(other, name)))
-            if here != there:
+            if not all(map(functools.partial(math.isclose, rel_tol=1e-5), here, there)):
                 return f"{name} {getattr(self, name)[0]:g}... against {getattr(other, name)[0]:g}..."
         if None not in (self.digest, other.digest) and self.digest != other.digest:
             return f"the encoder of {self.vae} against that of {other.vae}"
@@ -125,7 +126,8 @@ class VaeCodec:
 
     def __init__(self, vae: AutoencoderKL, space: LatentSpace, device: torch.device | str, dtype: torch.dtype) -> None:
         self.space = space
-        self._vae = vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns at every call
+        self._vae = vae.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,281 @@
+"""Published weights -> a checkpoint that everything here reads.
+
+    python -m models.convert 0400000.pt --out checkpoints/repa-xl
+    python -m models.convert lightningdit-xl.pt --out checkpoints/lightningdit-xl --statistics latents_stats.pt
+    python -m models.convert vavae-imagenet256-f16d32-dinov2.pt --out vaes/va-vae --statistics latents_stats.pt
+
+The layout is recognised by its keys: SiT, REPA (legacy names too), SRA, Dispersive Loss, LayerSync, both stages of
+Self-Transcendence's authors, LightningDiT, and VA-VAE, which becomes a diffusers folder. Nothing in the file is run.
+What a sampler has no use for is left out and named; whatever else does not fit is refused.
+
+Networks come out in this project's convention: t = 1 is noise and the velocity is noise - data. Where a file runs the
+other way, the reversal is folded into its weights (`reverse_time`), so that no flag has to remember it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import config
+import errors
+import files
+import models
+from errors import UserError
+from models import ModelSpec, vavae
+from models.archives import read_archive, tensors_of
+from models.latents import LatentSpace, open_codec, pixels, read_statistics
+from models.layers import TimeEmbedder
+from training import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m models.convert SRC`."""
+
+    source: str = config.option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)")
+    out: str = config.option(help="checkpoint folder to write (a diffusers folder for a VAE)")
+    num_heads: int | None = config.option(None, help="attention heads, where the size is not a published one")
+    noise_at: int | None = config.option(None, choices=(0, 1), help="time at which the file's network sees noise, where its "
+                                         "family is not known by its keys (SiT, LightningDiT: 0; REPA and its kin: 1)")
+    vae: str | None = config.option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)")
+    statistics: str | None = config.option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
+
+
+SD_VAE = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema")
+
+# Training heads that a network does not need, by prefix; the first key that is present names the family.
+HEADS = {
+    "projectors_final.": "Self-Transcendence, stage 1",
+    "projectors.0.weight": "Self-Transcendence, stage 2",
+    "projectors.": "REPA",
+    "ap_head.": "SRA",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the command; returns the folder written."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--source", *words]
+    options = config.build(Options, config.parse(Options, words, prog="python -m models.convert", description=__doc__))
+    source = Path(options.source)
+    archive = read_archive(source)
+    sets, ignored = weight_sets(archive, source)
+    origin: dict[str, Any] = {"file": source.name, "digest": files.digest(source)}
+    if vavae.recognises(next(iter(sets.values()))):
+        return convert_vae(sets, ignored, origin, options)
+    converted = {name: convert_network(weights, options) for name, weights in sets.items()}
+    first = next(iter(converted.values()))
+    space = latent_space(first.spec, options)
+    ignored += first.ignored
+    checkpoint.write(
+        options.out, spec=first.spec, space=space, step=step_of(archive, source),
+        network=converted["model"].weights if "model" in converted else {}, ema=converted["ema"].weights,
+        source={**origin, "layout": first.layout, "ignored": ignored})
+    print(f"{source.name}: {describe(first)}")
+    return _done(options.out, ignored)
+
+
+def _done(out: str, ignored: list[str]) -> Path:
+    print(f"ignored: {', '.join(ignored) or 'nothing'}")
+    print(f"written: {out}")
+    return Path(out)
+
+
+def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The state dicts in an archive ("ema", and "model" where both were saved), and the names of all else in it.
+
+    A file that holds one state dict is taken for the averaged weights: that is what is published.
+    """
+    if flat := tensors_of(archive):
+        return {"ema": _unwrapped(flat)}, []
+    if not isinstance(archive, Mapping):
+        raise UserError(f"{source} holds a {type(archive).__name__}, not weights by name")
+    sets = {name: _unwrapped(found) for name in ("ema", "model", "state_dict") if (found := tensors_of(archive.get(name)))}
+    ignored = [str(name) for name in archive if name not in sets]
+    if not sets:
+        raise UserError(f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
+                        f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}")
+    if "ema" not in sets:
+        sets = {"ema": sets.get("model") or sets["state_dict"]}
+    return sets, ignored
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes of DDP and torch.compile."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+
+
+def step_of(archive: Any, source: Path) -> int:
+    """The optimiser step: as saved, else the number that is the file's name, else 0."""
+    if isinstance(archive, Mapping) and isinstance(archive.get("steps"), int):
+        return archive["steps"]
+    return int(source.stem) if source.stem.isdigit() else 0
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A network in this project's names and conventions."""
+
+    spec: ModelSpec
+    layout: str
+    weights: dict[str, Tensor]
+    ignored: list[str]
+
+
+def convert_network(weights: Mapping[str, Tensor], options: Options) -> Converted:
+    """Recognise a transformer's state dict and bring it into this project's form, strictly.
+
+    Raises:
+        UserError: an unknown layout, a number of heads that cannot be told, or tensors left over or missing.
+    """
+    weights = rename_legacy(weights)
+    for name in ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "y_embedder.embedding_table.weight", "pos_embed",
+                 "final_layer.linear.weight"):
+        if name not in weights:
+            raise UserError(f"{options.source} is of no known layout (SiT, REPA and kin, LightningDiT, VA-VAE): it has no "
+                            f"{name}; its first keys are {', '.join(list(weights)[:3])}")
+    spec = read_spec(weights, options)
+    own, heads = {}, Counter()
+    for name, value in weights.items():
+        if head := next((prefix for prefix in HEADS if name.startswith(prefix)), None):
+            heads[head.split(".")[0]] += 1
+        else:
+            own[name] = value.float()
+    check_tables(own, spec, options.source)
+    channels = own["final_layer.linear.weight"].shape[0] // spec.patch_size**2
+    doubled = channels == 2 * spec.in_channels
+    if doubled:  # DiT's unused second half: rows are (row, column, channel), channel fastest
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            own[name] = own[name][torch.arange(len(own[name])) % channels < spec.in_channels]
+    layout, noise_at = recognise(weights, spec, doubled)
+    if options.noise_at is not None:
+        noise_at = options.noise_at
+    if noise_at == 0:
+        reverse_time(own)
+    models.load_weights(models.outline(spec), own)  # refuses what does not fit
+    return Converted(spec, f"{layout}, noise at t = {noise_at}", own, [f"{head}.* ({count} tensors)" for head, count in heads.items()])
+
+
+def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's first layout counts the blocks after the aligned one anew, as `decoder_blocks`."""
+    before = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return {re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + before}", name): value
+            for name, value in weights.items()}
+
+
+def read_spec(weights: Mapping[str, Tensor], options: Options) -> ModelSpec:
+    """All that the shapes tell; the number of heads from QK-norms, the table of sizes, or --num-heads."""
+    hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    architecture = "lightningdit" if "blocks.0.mlp.w12.weight" in weights else "sit"
+    head_norm = weights.get("blocks.0.attn.q_norm.weight")
+    sizes = {(d, h): (name, heads) for name, (d, h, heads, p) in reversed(models.SIZES[architecture].items()) if p == patch}
+    sizes = {(d, h): ("custom", heads) for d, h, heads, _ in models.SIZES[architecture].values()} | sizes
+    name, heads = sizes.get((depth, hidden), ("custom", None))
+    told = options.num_heads or (hidden // len(head_norm) if head_norm is not None else heads)
+    if told is None:
+        raise UserError(f"{options.source}: {depth} blocks of width {hidden} are no published size, and the number of heads is "
+                        f"not in the weights: add --num-heads")
+    return ModelSpec(
+        name=name if told == heads else "custom", architecture=architecture, depth=depth, hidden_size=hidden, num_heads=told,
+        patch_size=patch, in_channels=in_channels, input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
+        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, qk_norm=head_norm is not None)
+
+
+def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> tuple[str, int]:
+    """The family that a state dict comes from, and the time at which it sees noise."""
+    if spec.architecture == "lightningdit":
+        return "LightningDiT", 0
+    if doubled:
+        return "SiT, Dispersive Loss or LayerSync (8-channel head)", 0
+    for prefix, family in HEADS.items():
+        if any(name.startswith(prefix) for name in weights):
+            return family, 1
+    return "REPA without projectors", 1
+
+
+def check_tables(own: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
+    """Take the fixed tables out of `own`: they are recomputed, and must be the ones that were stored."""
+    network = models.outline(spec)
+    tables = {"pos_embed": network.pos_embed}
+    if spec.architecture == "lightningdit":
+        tables |= {"feat_rope.freqs_cos": network.rotary_cos, "feat_rope.freqs_sin": network.rotary_sin}
+    for name, table in tables.items():
+        stored = own.pop(name, None)
+        if stored is None or stored.shape != table.shape or not torch.allclose(stored, table, rtol=0, atol=1e-3):
+            raise UserError(f"{source}: its {name} is not the fixed table of the published networks, so that its positions "
+                            "would be misread; check --num-heads, or train such a network here")
+
+
+def reverse_time(weights: dict[str, Tensor]) -> None:
+    """Turn f(x, t) into -f(x, 1 - t), in place and exactly.
+
+    cos(w(1-t)) = cos w cos wt + sin w sin wt and sin(w(1-t)) = sin w cos wt - cos w sin wt: a rotation of each pair of
+    columns of the first time layer. The sign goes into the last layer.
+    """
+    w = TimeEmbedder(1).frequencies.double()
+    cosines, sines = weights["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)
+    turned = torch.cat([cosines * w.cos() + sines * w.sin(), cosines * w.sin() - sines * w.cos()], dim=1)
+    weights["t_embedder.mlp.0.weight"] = turned.float()
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = -weights[name]
+
+
+def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
+    """The space a network was trained in: --vae, --statistics, or SD-VAE where four channels leave no doubt.
+
+    Raises:
+        UserError: it cannot be told, or has other channels than the network.
+    """
+    if options.vae == "pixels":
+        space = pixels(spec.in_channels)
+    elif options.vae is not None:
+        space = open_codec(options.vae, statistics=options.statistics).space
+    elif options.statistics is not None:
+        shift, scale = read_statistics(options.statistics)
+        space = LatentSpace(name="va-vae", channels=len(shift), stride=16, shift=shift, scale=scale)
+    elif spec.architecture == "sit" and spec.in_channels == SD_VAE.channels:
+        space = SD_VAE
+    else:
+        raise UserError(f"{options.source} works on latents of {spec.in_channels} channels, whose VAE and statistics are not in the "
+                        "weights: add --vae (the converted VA-VAE, pixels, ...) or --statistics latents_stats.pt")
+    if space.channels != spec.in_channels:
+        raise UserError(f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has {space.channels}")
+    return space
+
+
+def describe(found: Converted) -> str:
+    """One line on a converted network."""
+    s = found.spec
+    norm = ", QK-norm" if s.qk_norm else ""
+    return (f"{s.name} from {found.layout}: {s.depth} blocks, width {s.hidden_size}, {s.num_heads} heads{norm}, patch "
+            f"{s.patch_size}, latents {s.in_channels}x{s.input_size}x{s.input_size}, {s.num_classes} classes")
+
+
+def convert_vae(sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: dict[str, Any], options: Options) -> Path:
+    """VA-VAE's LDM layout -> a diffusers folder, with the latents' statistics in its config where they are given."""
+    if options.num_heads is not None or options.noise_at is not None or options.vae is not None:
+        raise UserError(f"{options.source} is a VAE: of the options, only --out and --statistics apply to it")
+    statistics = read_statistics(options.statistics) if options.statistics else None
+    model, left_out = vavae.build(sets["ema"], options.source, statistics)
+    with files.replacing(options.out) as folder:
+        model.save_pretrained(folder)
+        files.write_json(folder / "source.json", {**origin, "ignored": ignored + left_out})
+    print(f"{Path(options.source).name}: VA-VAE, {model.config.latent_channels} channels, stride "
+          f"{2 ** (len(model.config.block_out_channels) - 1)}, {'with' if statistics else 'without'} latent statistics")
+    return _done(options.out, ignored + left_out)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,178 @@
+"""Published weights through the public command: every layout of the family, matched to the peers' own numbers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import files
+from errors import UserError
+from models import convert
+from tests.test_models import parity
+from training.checkpoint import Checkpoint
+
+
+def save(path: Path, weights: dict[str, Tensor], *, wrapped: bool = False) -> Path:
+    """Weights as a trainer leaves them: flat, or beside the raw ones, the optimiser and an argument list."""
+    if wrapped:
+        raw = {f"module.{name}": value + 1 if name == "final_layer.linear.bias" else value for name, value in weights.items()}
+        torch.save({"model": raw, "ema": weights, "opt": {"state": {}, "param_groups": []},
+                    "args": argparse.Namespace(model="SiT-XL/2", lr=1e-4), "steps": 400}, path)
+    elif path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path)
+    return path
+
+
+def statistics(tmp_path: Path, channels: int) -> str:
+    torch.save({"mean": torch.arange(channels).view(1, -1, 1, 1) / 10, "std": torch.full((1, channels, 1, 1), 2.0)},
+               tmp_path / "latents_stats.pt")
+    return str(tmp_path / "latents_stats.pt")
+
+
+def compare(found: Checkpoint, stored: dict[str, Tensor], reversed_time: bool) -> None:
+    """The velocity and every stored block are the peer's, to 2e-5."""
+    blocks = {int(name.removeprefix("block")): value for name, value in stored.items() if name.startswith("block")}
+    t = 1 - stored["t"] if reversed_time else stored["t"]
+    output = found.network("ema")(stored["x"], t, stored["y"], taps=list(blocks))
+    pairs = [(-output.velocity if reversed_time else output.velocity, stored["velocity"])]
+    pairs += [(output.features[number], value) for number, value in blocks.items()]
+    assert max((a - b).abs().max() for a, b in pairs) < 2e-5
+
+
+@pytest.mark.parametrize(("name", "suffix", "reversed_time"), [
+    ("repa_sit", ".pt", False), ("sit_original", ".pth", True), ("lightningdit", ".safetensors", True),
+    ("lightningdit_qknorm", ".pt", True)])
+def test_parity_with_the_published_code(name, suffix, reversed_time, tmp_path, capsys):
+    weights, stored = parity(name)
+    source = save(tmp_path / f"{name}{suffix}", weights)
+    extra = ["--statistics", statistics(tmp_path, 8)] if name.startswith("lightningdit") else []
+    found = Checkpoint.open(convert.main([str(source), "--out", str(tmp_path / "out"), "--num-heads", "4", *extra]))
+    compare(found, stored, reversed_time)
+    assert found.spec.qk_norm == name.endswith("qknorm") and found.spec.num_classes == 10
+    assert found.config["source"]["digest"] == files.digest(source)
+    assert found.config["source"]["layout"] in capsys.readouterr().out
+    if extra:
+        assert (found.space.name, found.space.stride) == ("va-vae", 16)
+        assert (found.space.shift[3], found.space.scale[3]) == pytest.approx((0.3, 0.5))
+    else:
+        assert (found.space.name, found.space.scale, found.space.digest) == ("sd-vae", (0.18215,), None)
+
+
+def test_a_training_checkpoint_gives_both_sets_of_weights_and_names_what_it_leaves(tmp_path, capsys):
+    weights, stored = parity("repa_sit")
+    source = save(tmp_path / "0400000.pt", weights, wrapped=True)
+    found = Checkpoint.open(convert.main([str(source), "--out", str(tmp_path / "out"), "--num-heads", "4"]))
+    compare(found, stored, reversed_time=False)
+    bias = [found.network(which).final_layer.linear.bias for which in ("raw", "ema")]
+    torch.testing.assert_close(bias[0], bias[1] + 1)
+    assert found.step == 400
+    assert found.config["source"]["ignored"] == ["opt", "args", "steps", "projectors.* (6 tensors)"]
+    assert "ignored: opt, args, steps, projectors.* (6 tensors)" in capsys.readouterr().out
+
+
+def test_every_layout_of_the_family_is_the_same_network(tmp_path):
+    """Heads and block names differ between the codes; what is left is REPA's network."""
+    weights, stored = parity("repa_sit")
+    bare = {name: value for name, value in weights.items() if not name.startswith("projectors.")}
+    mlp = {f"projectors.{i}.{part}": torch.zeros(1) for i in (0, 2, 4) for part in ("weight", "bias")}
+    layouts = {
+        "REPA without projectors": bare,
+        "REPA": {name.replace("blocks.2.", "decoder_blocks.0.").replace("blocks.3.", "decoder_blocks.1."): value
+                 for name, value in weights.items()},
+        "SRA": bare | {f"ap_head.linear{i}.{part}": torch.zeros(1) for i in (1, 2) for part in ("weight", "bias")},
+        "Self-Transcendence, stage 2": bare | mlp,
+        "Self-Transcendence, stage 1": bare | mlp | {"projectors_final.linear.weight": torch.zeros(1)},
+    }
+    for number, (layout, tensors) in enumerate(layouts.items()):
+        source = save(tmp_path / f"{number}.pt", tensors)
+        found = Checkpoint.open(convert.main([str(source), "--out", str(tmp_path / str(number)), "--num-heads", "4"]))
+        assert found.config["source"]["layout"] == f"{layout}, noise at t = 1"
+        compare(found, stored, reversed_time=False)
+
+
+def test_qk_norm_tells_the_heads_and_loads(tmp_path):
+    """The authors' networks: LayerNorm with affine on queries and keys, from which the head width is read."""
+    weights, stored = parity("repa_sit")
+    for block in range(4):
+        for which in "qk":
+            weights[f"blocks.{block}.attn.{which}_norm.weight"] = torch.full((12,), 1.5)
+            weights[f"blocks.{block}.attn.{which}_norm.bias"] = torch.full((12,), 0.1)
+    found = Checkpoint.open(convert.main([str(save(tmp_path / "a.pt", weights)), "--out", str(tmp_path / "out")]))
+    assert found.spec.qk_norm and found.spec.num_heads == 4
+    velocity = found.network()(stored["x"], stored["t"], stored["y"]).velocity
+    assert (velocity - stored["velocity"]).abs().max() > 1e-3
+
+
+def test_the_direction_of_time_can_be_said(tmp_path):
+    """A four-channel SiT has REPA's keys: --noise-at folds the reversal where the keys leave it open."""
+    weights, stored = parity("repa_sit")
+    source = save(tmp_path / "a.pt", weights)
+    found = Checkpoint.open(convert.main([str(source), "--out", str(tmp_path / "out"), "--num-heads", "4", "--noise-at", "0"]))
+    compare(found, stored, reversed_time=True)
+
+
+def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
+    import models
+
+    spec = models.spec("SiT-S/2", in_channels=4, input_size=8, num_classes=3)
+    network = models.build(spec)
+    weights = network.state_dict() | {"pos_embed": network.pos_embed}
+    found = Checkpoint.open(convert.main([str(save(tmp_path / "a.safetensors", weights)), "--out", str(tmp_path / "out")]))
+    assert found.spec == spec
+
+
+def test_the_vae_of_the_latents_can_be_named(tmp_path):
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    source = str(save(tmp_path / "a.pt", parity("repa_sit")[0]))
+    arguments = ["--out", str(tmp_path / "out"), "--num-heads", "4", "--vae"]
+    space = Checkpoint.open(convert.main([source, *arguments, str(tmp_path / "vae")])).space
+    assert (space.stride, space.scale, space.vae) == (2, (0.5,), str(tmp_path / "vae")) and space.digest
+    assert Checkpoint.open(convert.main([source, *arguments, "pixels"])).space.name == "pixels"
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
+    weights, _ = parity("repa_sit")
+    lightning, _ = parity("lightningdit")
+
+    class Mischief:
+        def __reduce__(self):
+            return print, ("run",)
+
+    rope = {name: value for name, value in lightning.items() if not name.startswith("feat_rope")}
+    shifted = lightning | {"blocks.0.adaLN_modulation.1.weight": torch.zeros(192, 48)}
+    heads, stats = ["--num-heads", "4"], ["--statistics", statistics(tmp_path, 8)]
+    cases = [
+        (weights, [], "add --num-heads"),
+        (weights | {"extra.weight": torch.zeros(1)}, heads, "extra.weight is unexpected"),
+        ({k: v for k, v in weights.items() if k != "blocks.2.mlp.fc1.bias"}, heads, "blocks.2.mlp.fc1.bias is missing"),
+        ({"a.weight": torch.zeros(1)}, heads, "no known layout"),
+        (weights | {"pos_embed": weights["pos_embed"] + 0.1}, heads, "pos_embed is not the fixed table"),
+        (weights, [*heads, *stats], "works on 4 channels, .* has 8"),
+        (lightning, heads, "--statistics latents_stats.pt"),
+        (rope, [*heads, *stats], "feat_rope.freqs_cos is not the fixed table"),
+        (shifted, [*heads, *stats], r"adaLN_modulation.1.weight is \(192, 48\) where \(288, 48\)"),
+        ({"ema": weights, "hook": Mischief()}, heads, "asks to run print"),
+        ({"epoch": 3}, heads, "holds no weights"),
+        ([1, 2], heads, "not weights by name"),
+        (weights, [*heads, "--num-head", "4"], "did you mean --num-heads"),
+    ]
+    for number, (value, arguments, message) in enumerate(cases):
+        torch.save(value, tmp_path / f"{number}.pt")
+        with pytest.raises(UserError, match=message):
+            convert.main([str(tmp_path / f"{number}.pt"), "--out", str(tmp_path / "out"), *arguments])
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "0.pt").read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("no weights")
+    for name, message in (("cut.pt", "damaged"), ("text.pt", "damaged"), ("absent.pt", "cannot read"), ("a.safetensors", "cannot read")):
+        with pytest.raises(UserError, match=message):
+            convert.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *heads])
+    assert not (tmp_path / "out").exists()
