@@ -6,6 +6,7 @@ A latent set is a folder of `manifest.json` and `shard-00000.safetensors`, ... E
                    views 1: as it is; 2: also encoded from the mirrored image.
                    parts 2: posterior mean and standard deviation; 1: a fixed sample, or pixels.
     labels         (n,) int64
+    name_offsets   (n + 1,) int64 and name_bytes uint8, where known: the names of the items in their source.
     image_offsets  (n + 1,) int64 and image_bytes uint8, where images were kept: the cropped images as PNG.
 
 Shards are memory-mapped, so that a set larger than memory is read through the kernel's page cache and a batch costs one
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import files
 from errors import UserError
+from models.latents import LatentSpace
 from training.streams import Stream
 
 FORMAT = 1
@@ -51,8 +54,6 @@ class LatentSet:
     """
 
     def __init__(self, path: Path | str, *, resident: str = "disk") -> None:
-        from models.latents import LatentSpace
-
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         self.digest = files.digest(self.path / MANIFEST)
@@ -67,9 +68,9 @@ class LatentSet:
         shards = [map_shard(self.path / shard["file"]) for shard in self.manifest["shards"]]
         self._check(shards)
         self.labels = np.concatenate([np.asarray(shard["labels"]) for shard in shards])
-        self._check_labels()
-        self._images = [(s["image_offsets"], s["image_bytes"]) for s in shards] if self.manifest["images"] else None
+        self._shards = shards
         self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in shards])
+        self._check_labels()
         self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in shards]  # row = item * views + view
         if resident == "ram":
             self._rows = [_into_memory(self._rows, self.path)]
@@ -104,22 +105,30 @@ class LatentSet:
         Raises:
             UserError: the set was made without images, or a stored image is damaged.
         """
-        if self._images is None:
+        if not self.manifest["images"]:
             raise UserError(f"{self.path} holds no images; encode it again with --keep-images")
         from PIL import Image
 
         pictures = []
         for index in np.asarray(indices).tolist():
-            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            offsets, payload = self._images[shard]
-            begin, end = offsets[index - self._starts[shard]:][:2]
             try:
-                with Image.open(io.BytesIO(payload[begin:end].tobytes())) as picture:
+                with Image.open(io.BytesIO(self._entry("image", index))) as picture:
                     pictures.append(np.asarray(picture))
             except (OSError, SyntaxError) as error:
                 raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error
         stacked = np.stack(pictures)
         return stacked if stacked.ndim == 4 else stacked[..., None]
+
+    def name(self, index: int) -> str:
+        """What item `index` is called in messages: its name in its source, where the set holds it."""
+        known = "name_bytes" in self._shards[0]
+        return f"item {index}" + (f" ({os.fsdecode(self._entry('name', index))})" if known else "")
+
+    def _entry(self, column: str, index: int) -> bytes:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        offsets = self._shards[shard][f"{column}_offsets"]
+        begin, end = offsets[index - self._starts[shard]:][:2]
+        return self._shards[shard][f"{column}_bytes"][begin:end].tobytes()
 
     def on_device(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The whole set as (count, views, parts, C, H, W) in its stored type and (count,) int64, on `device`."""
@@ -151,7 +160,7 @@ class LatentSet:
     def _check_labels(self) -> None:
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
-            raise UserError(f"item {wrong[0]} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
+            raise UserError(f"{self.name(wrong[0])} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
                             f"{self.num_classes - 1} of its {self.num_classes} classes; encode it again")
 
 

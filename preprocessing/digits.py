@@ -7,22 +7,40 @@ Source and licence: digits.txt beside this file.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import config
 import errors
-from dataset import MANIFEST, LatentSet
-from preprocessing import shards
+from preprocessing import job
+from preprocessing.encode import encode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     out: str = config.option("data/digits", help="folder of the latent set to write")
+
+
+class Digits:
+    """The digits as an image set: grey pictures of 8 x 8 pixels."""
+
+    description = "UCI optical recognition of handwritten digits, doi 10.24432/C50P49"
+    class_names = [str(digit) for digit in range(10)]
+
+    def __init__(self) -> None:
+        self.images, self.labels = load()
+        self.names = [f"digit-{index:04d}" for index in range(len(self.labels))]
+        self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+        self.summary = f"the embedded digits: {len(self.names):,} images, 10 classes"
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index, ..., 0])
 
 
 def load() -> tuple[np.ndarray, np.ndarray]:
@@ -33,21 +51,11 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the digits as a latent set."""
+    """Write the digits as a latent set; nothing happens where it is there already."""
     options = config.build(Options, config.parse(Options, sys.argv[1:] if argv is None else argv,
                                                  prog="python -m preprocessing.digits"))
-    from models.latents import pixels
-
-    folder = Path(options.out)
-    images, labels = load()
-    with shards.locked(folder):
-        if not (folder / MANIFEST).exists():
-            latents = (images.transpose(0, 3, 1, 2)[:, None, None] / 127.5 - 1).astype(np.float32)
-            entry = shards.write_shard(folder, 0, latents, labels)
-            shards.write_manifest(folder, space=pixels(1), resolution=8, latent_size=8, views=1, parts=1, dtype="float32",
-                                  crop="none", class_names=list("0123456789"), images=False, shards=[entry],
-                                  source="UCI optical recognition of handwritten digits, doi 10.24432/C50P49")
-    print(f"{folder}: {len(LatentSet(folder))} items")
+    encode(Digits(), job.Options(images="digits", vae="pixels", resolution=8, grey=True, dtype="float32", batch_size=256,
+                                 workers=0, out=options.out))
 
 
 if __name__ == "__main__":

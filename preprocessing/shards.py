@@ -6,20 +6,23 @@ The format is described in `dataset.py`.
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 import files
-from dataset import FORMAT, MANIFEST
+from dataset import FORMAT, MANIFEST, map_shard
 from errors import UserError
+from models.latents import LatentSpace
 
-if TYPE_CHECKING:
-    from models.latents import LatentSpace
+
+LOCK = ".lock"
 
 
 def shard_name(number: int) -> str:
@@ -28,26 +31,30 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(folder: Path, number: int, latents: np.ndarray, labels: np.ndarray,
-                images: Sequence[bytes] | None = None) -> dict[str, Any]:
+                names: Sequence[str] | None = None, images: Sequence[bytes] | None = None) -> dict[str, Any]:
     """Write one shard atomically and return its entry of the manifest.
 
     Args:
         latents: (n, views, parts, C, H, W) float16 or float32, raw.
         labels: (n,) integers.
+        names: the n names of the items in their source.
         images: n PNG files, where images are kept.
 
     Raises:
         UserError: a latent is not finite, or the place cannot be written.
     """
     file = folder / shard_name(number)
-    finite = np.isfinite(latents).reshape(len(latents), -1).all(1)
+    finite = np.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
     if not finite.all():
-        raise UserError(f"item {np.argmin(finite)} of {file} has a latent that is not finite in {latents.dtype}; "
+        which = names[np.argmin(finite)] if names else f"item {np.argmin(finite)} of {file}"
+        raise UserError(f"{which} has a latent that is not finite in {latents.dtype}; "
                         "if the images are sound, use --dtype float32")
     tensors = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels.astype(np.int64))}
-    if images is not None:
-        tensors["image_offsets"] = torch.from_numpy(np.cumsum([0] + [len(image) for image in images], dtype=np.int64))
-        tensors["image_bytes"] = torch.from_numpy(np.frombuffer(b"".join(images), np.uint8).copy())
+    columns = {"image": images, "name": None if names is None else [os.fsencode(name) for name in names]}
+    for column, items in columns.items():
+        if items is not None:
+            tensors[f"{column}_offsets"] = torch.from_numpy(np.cumsum([0] + [len(item) for item in items], dtype=np.int64))
+            tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
     return entry(folder, number, len(latents))
 
@@ -59,13 +66,13 @@ def entry(folder: Path, number: int, count: int) -> dict[str, Any]:
 
 def write_manifest(folder: Path, *, space: LatentSpace, resolution: int, latent_size: int, views: int, parts: int,
                    dtype: str, crop: str, class_names: Sequence[str], images: bool, shards: Sequence[dict[str, Any]],
-                   source: str) -> None:
+                   source: str, skipped: Sequence[str] = ()) -> None:
     """Write `manifest.json`, which makes the folder a latent set. All shards must be on disk."""
     files.write_json(folder / MANIFEST, {
         "format": FORMAT, "space": space.to_json(), "resolution": resolution, "latent_size": latent_size, "views": views,
         "parts": parts, "dtype": dtype, "crop": crop, "range": [-1, 1], "num_classes": len(class_names),
         "class_names": list(class_names), "count": sum(shard["count"] for shard in shards), "images": images,
-        "shards": list(shards), "source": source})
+        "shards": list(shards), "source": source, "skipped": list(skipped)})
 
 
 @contextmanager
@@ -73,10 +80,35 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one writer. Raises UserError where another process is writing there."""
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")
+        handle = open(folder / LOCK, "w")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {folder}; wait for it, or choose another --out") from None
         yield
+
+
+def names(file: Path) -> list[str]:
+    """The names of the items of a shard."""
+    shard = map_shard(file)
+    text, ends = shard["name_bytes"].tobytes(), shard["name_offsets"].tolist()
+    return [os.fsdecode(text[begin:end]) for begin, end in zip(ends, ends[1:])]
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writers left half-written. Only for the holder of the lock."""
+    for path in folder.glob(".shard-*.tmp"):
+        path.unlink()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Print the disk needed and free. Raises UserError where there is too little."""
+    free = shutil.disk_usage(folder).free
+    print(f"disk: {_gib(needed)} needed, {_gib(free)} free at {folder}")
+    if needed > free:
+        raise UserError(f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"

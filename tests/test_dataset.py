@@ -24,7 +24,7 @@ def write_set(folder: Path, latents: np.ndarray, labels: np.ndarray, *, classes:
     """A latent set of `latents` (n, views, parts, C, H, W), cut into shards of `per_shard`."""
     space = LatentSpace(name="test", channels=latents.shape[3], stride=8, shift=(0.0,), scale=(0.5,))
     entries = [shards.write_shard(folder, number, latents[at:at + per_shard], labels[at:at + per_shard],
-                                  images[at:at + per_shard] if images else None)
+                                  images=images[at:at + per_shard] if images else None)
                for number, at in enumerate(range(0, len(latents), per_shard))]
     shards.write_manifest(folder, space=space, resolution=32, latent_size=4, views=latents.shape[1], parts=latents.shape[2],
                           dtype=str(latents.dtype), crop="adm", class_names=[str(c) for c in range(classes)],

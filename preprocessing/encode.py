@@ -1,0 +1,185 @@
+"""Images to a latent set.
+
+    python -m preprocessing.encode --images DIR|ZIP --vae ID|DIR|pixels --resolution 256 --out data/imagenet
+    accelerate launch --multi_gpu --num_processes 8 -m preprocessing.encode ...
+
+Worker processes decode and crop while the encoder runs. A shard is encoded whole by one process, in batches that depend
+on the settings alone; so a command that was killed and is started again, with as many processes as you like, finishes
+with the same bytes as one that was not (on one kind of device).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import config
+import errors
+from errors import UserError
+from models.latents import Codec, open_codec, pixels
+from preprocessing import shards
+from preprocessing.images import ImageFiles, ImageSet
+from preprocessing.job import Job, Options, begin, finish
+from preprocessing.loading import Batch, batches
+from training.streams import Stream
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode a folder or ZIP file of images."""
+    options = config.build(Options, config.parse(Options, sys.argv[1:] if argv is None else argv,
+                                                 prog="python -m preprocessing.encode", description=__doc__))
+    encode(ImageFiles(options.images), options)
+
+
+def encode(source: ImageSet, options: Options) -> None:
+    """Encode `source` into the latent set `options.out`, in all processes of the launch together.
+
+    Raises:
+        UserError: an unusable image, more than `skip_bad` of them, settings that contradict each other or the unfinished
+            work in the folder, another writer, too little disk.
+    """
+    from accelerate.utils import gather_object
+
+    from training.launch import accelerator
+
+    processes = accelerator()
+    codec = _codec(options, processes.device)
+    job = Job(source=source, options=options, space=codec.space, shape=_shape(codec, options))
+    rank, world = processes.process_index, processes.num_processes
+    with ExitStack() as held:
+        if processes.is_main_process:
+            print(source.summary, f"encoding with {world} process(es) on {processes.device.type}", sep="\n")
+        kept = _on_main(processes, lambda: begin(job, held))
+        if kept is None:
+            return
+        pending = [shard for shard in job.shard_numbers if shard not in kept]
+        entries = [(shard, shards.entry(job.folder, shard, kept[shard])) for shard in list(kept)[rank::world]]
+        entries += _encode_shards(job, codec, pending[rank::world], processes)
+        everywhere = dict(gather_object(entries))
+        _on_main(processes, lambda: finish(job, everywhere))
+
+
+def _codec(options: Options, device: torch.device) -> Codec:
+    plain = options.vae == "pixels"
+    config.require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
+    config.require(min(options.resolution, options.batch_size, options.shard_size) > 0,
+                   "--resolution, --batch-size and --shard-size must be at least 1")
+    dtype = torch.bfloat16 if options.mixed_precision == "bf16" and not plain else torch.float32
+    config.require(not (plain and options.stats), "--stats scales the latents of an autoencoder; --vae pixels has none")
+    codec = open_codec(options.vae, space=pixels(1 if options.grey else 3) if plain else None, statistics=options.stats,
+                       device=device, dtype=dtype)
+    config.require(options.resolution % codec.space.stride == 0,
+                   f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}")
+    return codec
+
+
+def _shape(codec: Codec, options: Options) -> tuple[int, ...]:
+    parts = 2 if options.moments and codec.space.name != "pixels" else 1
+    side = options.resolution // codec.space.stride
+    return (2 if options.flip else 1, parts, codec.space.channels, side, side)
+
+
+def _encode_shards(job: Job, codec: Codec, mine: Sequence[int], processes: Accelerator) -> list[tuple[int, dict[str, Any]]]:
+    """Encode the shards `mine`, writing one while the next is encoded. Returns their numbers and manifest entries."""
+    bad: list[str] = []
+    written: list[tuple[int, Future]] = []
+    parts: list[tuple[Batch, np.ndarray]] = []
+    with ThreadPoolExecutor(1) as writer:
+        for shard, last, batch in _decoded(job, mine, processes):
+            bad += batch.bad
+            _tolerate(bad, job.options.skip_bad)
+            parts.append((batch, _encode_batch(job, codec, batch, processes.device)))
+            if last:
+                if written:
+                    written[-1][1].result()  # at most one shard waits in memory; a failed write ends the work here
+                written.append((shard, writer.submit(_write, job, shard, parts)))
+                parts = []
+        return [(shard, future.result()) for shard, future in written]
+
+
+def _decoded(job: Job, mine: Sequence[int], processes: Accelerator) -> Iterator[tuple[int, bool, Batch]]:
+    """The batches of the shards `mine`: shard, whether it is the shard's last, crops. Shows progress and time left."""
+    from tqdm import tqdm
+
+    options = job.options
+    plan = [(shard, items[at:at + options.batch_size]) for shard in mine for items in [job.items(shard)]
+            for at in range(0, len(items), options.batch_size)]
+    loader = batches(job.source, [list(items) for _, items in plan], resolution=options.resolution, grey=options.grey,
+                     keep=options.keep_images, workers=options.workers, processes=processes.num_processes,
+                     pin=processes.device.type == "cuda")
+    total, began = sum(len(items) for _, items in plan), time.monotonic()
+    with tqdm(total=total, desc="encoding", unit="img", disable=not processes.is_main_process) as bar:
+        for number, ((shard, items), batch) in enumerate(zip(plan, loader)):
+            yield shard, items.stop == job.items(shard).stop, batch
+            bar.update(len(items))
+            if number == 7 and processes.is_main_process:
+                seconds = (time.monotonic() - began) * total / bar.n
+                tqdm.write(f"estimated time: {tqdm.format_interval(seconds)} at {total / seconds:,.0f} images/s and process")
+
+
+def _tolerate(bad: Sequence[str], limit: int) -> None:
+    if len(bad) > limit:
+        remedy = f"{len(bad)} images are bad, --skip-bad allows {limit}" if limit else "or leave out a few with --skip-bad N"
+        raise UserError(f"{bad[-1]}; mend or remove it ({remedy})")
+
+
+def _encode_batch(job: Job, codec: Codec, batch: Batch, device: torch.device) -> np.ndarray:
+    """The raw latents of a batch, (n, views, parts, C, H, W) in the stored type."""
+    if not batch.indices:
+        return np.empty((0, *job.shape), job.options.dtype)
+    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+    views = [images, images.flip(-1)][:job.shape[0]]
+    with torch.no_grad():
+        encoded = [_parts(job, codec, batch.indices, images, view) for view, images in enumerate(views)]
+    return torch.stack(encoded, 1).to(getattr(torch, job.options.dtype)).cpu().numpy()
+
+
+def _parts(job: Job, codec: Codec, indices: Sequence[int], images: Tensor, view: int) -> Tensor:
+    """What is stored of one view, (n, parts, C, H, W) float32. A fixed sample depends on (seed, item, view) alone."""
+    mean, std = (moment.float() for moment in codec.encode(images))
+    if job.shape[1] == 2:
+        return torch.stack([mean, std], 1)
+    if job.space.name == "pixels":
+        return mean[:, None]
+    noise = torch.stack([Stream(job.options.seed, "encode", 2 * index + view).normal(mean.shape[1:]) for index in indices])
+    return (mean + std * noise.to(mean.device))[:, None]
+
+
+def _write(job: Job, shard: int, parts: Sequence[tuple[Batch, np.ndarray]]) -> dict[str, Any]:
+    indices = [index for batch, _ in parts for index in batch.indices]
+    images = [image for batch, _ in parts for image in batch.pngs] if job.options.keep_images else None
+    return shards.write_shard(job.folder, shard, np.concatenate([latents for _, latents in parts]), job.source.labels[indices],
+                              [job.source.names[index] for index in indices], images)
+
+
+def _on_main(processes: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` returns on the main process, in every process; so is a UserError that it raises."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,241 @@
+"""Image sets: folders and ZIP files with labels, decoding, and the centre crop.
+
+Labels come from `dataset.json` at the top of the set if there is one ({"labels": [["a/b.png", 3], ...]}, paths relative to
+it), else from the top-level folders, numbered in the order of their sorted names; a set without folders is one class.
+
+What is made of unusual files:
+
+    palette, CMYK, YCbCr, one bit   converted to RGB (or grey) by Pillow; CMYK without a colour profile
+    transparency                    dropped, the colours under it stay
+    16 bits per channel             scaled to 8 bits (grey: rounded v / 257; colour: the high byte, as Pillow reads it)
+    floating point, Lab             refused: their range is not known
+    more than one frame             refused (GIF, APNG, WebP, TIFF pages); an MPO photograph gives its main picture
+    EXIF rotation                   ignored, as ADM ignores it: pixels are taken as stored
+    smaller than the resolution     scaled up, as ADM does
+    empty, truncated, unreadable    refused, naming the file
+    not an image by its suffix      left out and counted; hidden files likewise
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+LABELS = "dataset.json"
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
+           Image.DecompressionBombError)
+
+
+class BadImage(UserError):
+    """One file that cannot be used; `--skip-bad` counts these."""
+
+
+class ImageSet(Protocol):
+    """What the commands of this package need of an image set."""
+
+    description: str          # for the manifest
+    summary: str              # for the screen
+    names: list[str]          # of the items, in the order of the set
+    labels: np.ndarray        # (n,) int64
+    class_names: list[str]
+    fingerprint: str          # changes with the names, the labels and the sizes of the files
+
+    def load(self, index: int) -> Image.Image:
+        """The picture of item `index`, as stored. Raises BadImage."""
+        ...
+
+
+class ImageFiles:
+    """A folder or ZIP file of images.
+
+    Raises:
+        UserError: the place is missing or holds no image, a class folder is empty, a name occurs twice, or the label file
+            and the images disagree.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        folders, sizes = self._list_zip() if self.path.is_file() else self._list_folder()
+        self.names = sorted(name for name in sizes if _is_image(name))
+        self.ignored = sorted(name for name in sizes if not _is_image(name) and name != LABELS)
+        if not self.names:
+            raise UserError(f"{self.path} holds no image ({' '.join(SUFFIXES)})")
+        if LABELS in sizes:
+            self.labels, self.class_names = _labels_of_file(self.names, self._read(LABELS), self.path / LABELS)
+        else:
+            self.labels, self.class_names = _labels_of_folders(self.names, folders, self.path)
+        lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
+        self.fingerprint = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+        self.description = self.path.resolve().name
+        others = f"; {len(self.ignored):,} other files left out (first: {self.ignored[0]})" if self.ignored else ""
+        self.summary = f"{self.path}: {len(self.names):,} images, {len(self.class_names):,} classes{others}"
+
+    def load(self, index: int) -> Image.Image:
+        """The picture of item `index`, as stored. Raises BadImage."""
+        name = f"{self.path}/{self.names[index]}"
+        try:
+            return decode(self._read(self.names[index]), name)
+        except _DAMAGE as error:
+            raise BadImage(f"{name} cannot be read ({str(error) or type(error).__name__})") from error
+
+    def _list_folder(self) -> tuple[set[str], dict[str, int]]:
+        if not self.path.is_dir():
+            raise UserError(f"there is no image folder or ZIP file at {self.path}")
+        folders, sizes = set(), {}
+        for folder, below, names in os.walk(self.path, followlinks=True):
+            relative = Path(folder).relative_to(self.path)
+            if relative == Path("."):
+                folders = {name for name in below if not name.startswith(".")}
+            sizes |= {(relative / name).as_posix(): os.stat(os.path.join(folder, name)).st_size for name in names
+                      if os.path.exists(os.path.join(folder, name))}
+        return folders, sizes
+
+    def _list_zip(self) -> tuple[set[str], dict[str, int]]:
+        try:
+            entries = self._zip().infolist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{self.path} is not a folder or a whole ZIP file ({error})") from error
+        sizes = {entry.filename: entry.file_size for entry in entries if not entry.is_dir()}
+        if twice := _first_twice(entry.filename for entry in entries if not entry.is_dir()):
+            raise UserError(f"{self.path} holds {twice} twice; give each file one name")
+        if locked := next((entry.filename for entry in entries if entry.flag_bits & 1), None):
+            raise UserError(f"{self.path} is encrypted (at {locked}); unpack it and give the folder")
+        tops = {entry.filename.split("/")[0] for entry in entries if "/" in entry.filename}
+        return {top for top in tops if not _hidden(top)}, sizes
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._archive is None or self._archive[0] != os.getpid():  # a forked worker must not share the file's position
+            self._archive = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._archive[1]
+
+    def _read(self, name: str) -> bytes:
+        return self._zip().read(name) if self.path.is_file() else (self.path / name).read_bytes()
+
+
+def _first_twice(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not any(map(_hidden, path.parts))
+
+
+def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tuple[np.ndarray, list[str]]:
+    tops = [name.split("/")[0] if "/" in name else None for name in names]
+    if empty := folders - set(tops):
+        raise UserError(f"class folder {where / min(empty)} holds no image; remove it or fill it")
+    if not folders:
+        return np.zeros(len(names), np.int64), [where.stem]
+    if None in tops:
+        raise UserError(f"{where / names[tops.index(None)]} lies beside the class folders, without a class; move it into one")
+    classes = sorted(folders)
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[top] for top in tops], np.int64), classes
+
+
+def _labels_of_file(names: list[str], text: bytes, where: Path) -> tuple[np.ndarray, list[str]]:
+    given = _parse_labels(text, where)
+    if absent := given.keys() - set(names):
+        raise UserError(f"{where} gives a label to {min(absent)}, which is not among the images; mend one of them")
+    if unlabelled := next((name for name in names if name not in given), None):
+        raise UserError(f"{where} has no label for {unlabelled}; mend one of them")
+    labels = np.array([given[name] for name in names], np.int64)
+    counts = np.bincount(labels)
+    if not counts.all():
+        raise UserError(f"class {np.argmin(counts)} of {where} has no image; number the classes from 0 without gaps")
+    return labels, [str(label) for label in range(len(counts))]
+
+
+def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
+    try:
+        pairs = json.loads(text)["labels"]
+        given = {name: label for name, label in pairs}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; mend or remove it') from error
+    if twice := _first_twice(name for name, _ in pairs):
+        raise UserError(f"{where} lists {twice} twice; give each file one label")
+    for name, label in given.items():
+        if type(label) is not int or label < 0:
+            raise UserError(f"{where} gives {name} the label {label!r}; labels are whole numbers from 0")
+    return given
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """The picture in `data`, as stored, in a mode that Pillow converts to RGB or grey without loss of range.
+
+    Raises:
+        BadImage: the file is empty, has several frames or is of a kind whose range is not known. Pillow's own errors for
+            damaged files pass through.
+    """
+    if not data:
+        raise BadImage(f"{name} is empty (0 bytes)")
+    with Image.open(io.BytesIO(data)) as picture:
+        if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+            raise BadImage(f"{name} has {picture.n_frames} frames; keep one of them")
+        picture.load()
+        if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it at 255
+            values = np.asarray(picture).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise BadImage(f"{name} has more than 16 bits per channel; convert it to 8")
+            return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if picture.mode in ("F", "LAB"):
+            raise BadImage(f"{name} is an image of kind {picture.mode}, whose range is not known; convert it to 8-bit RGB")
+        return picture.copy()
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The square centre of `image`, scaled to `size` pixels (the rule of Dhariwal and Nichol's ADM).
+
+    The image is halved with a box filter while its shorter side is at least twice `size`, scaled with a bicubic filter so
+    that the shorter side is `size`, and cut in the middle, odd remainders going to the right and the bottom.
+    """
+    while min(image.size) >= 2 * size:
+        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = _resize(image, round(image.width * factor), round(image.height * factor), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
+    # Width first: recent Pillow chooses the order of its two passes by their cost, earlier Pillow always went this way, and
+    # each pass rounds to 8 bits. Two calls give the same bits with all of them.
+    return image.resize((width, image.height), kernel).resize((width, height), kernel)
+
+
+def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.ndarray:
+    """Item `index` of `source` as uint8 (size, size, 3), or (size, size, 1) for `grey`. Raises BadImage."""
+    picture = center_crop(source.load(index).convert("L" if grey else "RGB"), size)
+    array = np.asarray(picture)
+    return array[..., None] if grey else array
+
+
+def png(image: np.ndarray) -> bytes:
+    """The PNG file of a uint8 (H, W, 1 or 3) image."""
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
