@@ -9,6 +9,8 @@ Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`),
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -99,16 +101,14 @@ class Store:
 
     def _prepare(self) -> None:
         """Keep an earlier attempt under the same settings, drop any other."""
-        import shutil
-
         mark = self.partial / "settings.json"
         if mark.is_file() and files.read_json(mark) == self.settings:
             return
         with files.writing(self.out):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            np.lib.format.open_memmap(self.partial / "done.npy", "w+", np.uint8, (self.count,)).flush()
-            np.lib.format.open_memmap(self.partial / "labels.npy", "w+", np.int64, (self.count,)).flush()
+            _allocate(self.partial / "done.npy", np.uint8, (self.count,))
+            _allocate(self.partial / "labels.npy", np.int64, (self.count,))
         files.write_json(mark, self.settings)
 
     def _open(self, name: str) -> np.ndarray:
@@ -134,7 +134,7 @@ class Store:
         file = self.partial / "images.npy"
         if "images" not in self._arrays and not file.exists():
             with files.replacing(file) as temporary:
-                np.lib.format.open_memmap(temporary, "w+", np.uint8, (self.count, *shape)).flush()
+                _allocate(temporary, np.uint8, (self.count, *shape))
         return self._open("images")
 
     def flush(self) -> None:
@@ -144,8 +144,6 @@ class Store:
 
     def finish(self) -> None:
         """Write the npz, the JSON and the grid, and drop the partial files."""
-        import shutil
-
         from PIL import Image
 
         from sampling import grid_picture
@@ -161,6 +159,13 @@ class Store:
             Image.fromarray(grid_picture(shown, 8, scale=max(1, 64 // shown.shape[1]))).save(temporary, format="PNG")
         files.write_json(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
         shutil.rmtree(self.partial)
+
+
+def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    """A file of zeros whose space is taken at once: a full disk is an error here, not a crash while it is written."""
+    np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
+    with open(file, "r+b") as handle:
+        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
 
 
 if __name__ == "__main__":

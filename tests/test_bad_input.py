@@ -1,0 +1,198 @@
+"""Mistakes that a user can make: one line that names the culprit, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import errors
+import generate
+import train
+import train_guide
+from errors import UserError
+
+Words = Callable[..., list[str]]
+
+
+def refused(main: Callable[[list[str]], object], argv: list[object], *said: str) -> None:
+    """`main(argv)` raises one line that holds every word of `said`."""
+    with pytest.raises(UserError) as caught:
+        main([str(word) for word in argv])
+    for word in said:
+        assert word in str(caught.value), str(caught.value)
+
+
+@contextmanager
+def size_limit(size: int) -> Iterator[None]:
+    """Files cannot grow beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def damaged(folder: Path, into: Path) -> Path:
+    shutil.copytree(folder, into)
+    return into
+
+
+def test_data_that_is_not_there(tmp_path: Path, words: Words) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "nowhere", tmp_path / "empty"):
+        refused(train.main, [*words(tmp_path, "x"), "--data-dir", place], str(place), "latent set")
+
+
+def test_damaged_shards_and_manifests(tmp_path: Path, words: Words, data: Path) -> None:
+    cut = damaged(data, tmp_path / "cut")
+    shard = next(cut.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(train.main, [*words(tmp_path, "x"), "--data-dir", cut], shard.name, "truncated")
+    shard.write_bytes(b"not a shard at all, but long enough to have a header length")
+    refused(train.main, [*words(tmp_path, "x"), "--data-dir", cut], shard.name)
+    broken = damaged(data, tmp_path / "broken")
+    (broken / "manifest.json").write_text("{")
+    refused(train.main, [*words(tmp_path, "x"), "--data-dir", broken], "manifest.json", "JSON")
+
+
+def test_labels_out_of_range(tmp_path: Path, words: Words, data: Path) -> None:
+    folder = damaged(data, tmp_path / "labels")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "num_classes": 5, "class_names": list("01234")}))
+    refused(train.main, [*words(tmp_path, "x"), "--data-dir", folder], "label", "5")
+
+
+def test_batches_that_do_not_divide_or_fit(tmp_path: Path, words: Words) -> None:
+    refused(train.main, [*words(tmp_path, "x"), "--gradient-accumulation-steps", 3], "--batch-size 16", "3")
+    refused(train.main, [*words(tmp_path, "x"), "--batch-size", 4096], "4096", "1797")
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--modle", "SiT-B/2"], ("--modle", "--model")),
+    (["--align", "latnt"], ("latnt", "latent")),
+    (["--model", "SiT-B/3"], ("SiT-B/3", "SiT-B/2")),
+    (["--align", "latent", "--align-depth", "7"], ("7", "1 to 6")),
+    (["--align", "latent", "--preset", "papr"], ("papr", "paper")),
+    (["--align", "latent", "--align-interval", "0.7", "0.4"], ("0.7 0.4",)),
+    (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("steps or in epochs",)),
+    (["--guide-scale", "30"], ("--guide-scale",)),
+    (["--mixed-precision", "fp16"], ("fp16", "bf16")),
+    (["--mixed-precision", "fp8"], ("fp8", "bf16")),
+    (["--batch-size", "many"], ("--batch-size", "many")),
+    (["--max-train-steps", "0"], ("--max-train-steps",)),
+    (["--cfg-prob", "1.5"], ("--cfg-prob", "1.5")),
+    (["--init-ckpt", "/nowhere"], ("/nowhere",)),
+])
+def test_options(tmp_path: Path, words: Words, argv: list[str], said: tuple[str, ...]) -> None:
+    refused(train.main, [*words(tmp_path, "x"), *argv], *said)
+
+
+def test_required_options_are_named() -> None:
+    refused(train.main, [], "--data-dir", "--exp-name")
+    refused(train_guide.main, ["--data-dir", "x", "--exp-name", "y"], "--guiding-ckpt")
+    refused(generate.main, [], "--ckpt")
+
+
+def test_launcher_configurations_that_are_not_supported(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value, word in (("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+                                  ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"), ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16"),
+                                  ("WORLD_SIZE", "2", "WORLD_SIZE")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            refused(train.main, words(tmp_path, "x"), word)
+
+
+def test_continuing_a_run_that_is_another(tmp_path: Path, words: Words, data: Path) -> None:
+    train.main(words(tmp_path, "run", "--max-train-steps", 1))
+    for argv, said in ((["--qk-norm"], "qk_norm"), (["--seed", "7"], "seed"), (["--learning-rate", "0.5"], "learning-rate"),
+                       (["--align", "latent"], "latent")):
+        refused(train.main, [*words(tmp_path, "run"), *argv], "cannot be continued", said)
+    other = damaged(data, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "source": "elsewhere"}))
+    refused(train.main, [*words(tmp_path, "run"), "--data-dir", other], "another latent set")
+
+
+def test_damaged_checkpoints(tmp_path: Path, words: Words, guided: Path) -> None:
+    def samples(folder: Path, *said: str) -> None:
+        refused(generate.main, ["--ckpt", folder, "--num-fid-samples", "2", "--out", tmp_path / "out"], *said)
+
+    samples(tmp_path / "nowhere", "nowhere")
+    flipped = damaged(guided, tmp_path / "flipped") / "checkpoints" / "0000004"
+    file = flipped / "ema.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    samples(flipped, "ema.safetensors", "damaged")
+    file.unlink()
+    samples(flipped, "ema.safetensors", "missing")
+    (flipped / "config.json").write_text('{"kind": "checkpoint", "format": 1}')
+    samples(flipped, "config.json")
+    (flipped / "config.json").write_text("{")
+    samples(flipped, "config.json", "JSON")
+
+
+def test_a_teacher_that_does_not_fit(tmp_path: Path, words: Words, teacher: Path, data: Path) -> None:
+    folder = damaged(data, tmp_path / "scaled")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["space"]["scale"] = [2.0]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused(train_guide.main, [*words(tmp_path, "x"), "--data-dir", folder, "--guiding-ckpt", teacher], "teacher", "scale")
+    refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", tmp_path / "nowhere"], "nowhere")
+    refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", teacher, "--guiding-depth", "7"], "--guiding-depth 7")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, words: Words, guided: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(train.main, words(tmp_path / "file", "run"), "cannot write", str(tmp_path / "file"))
+    refused(generate.main, ["--ckpt", guided, "--num-fid-samples", "2", "--num-steps", "2", "--out", tmp_path / "file" / "out"],
+            "cannot write")
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, words: Words) -> None:
+    with size_limit(1_000_000):
+        refused(train.main, words(tmp_path, "run", "--max-train-steps", 1), "cannot write", "0000001")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    train.main(words(tmp_path, "run", "--max-train-steps", 1))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000001"]
+
+
+def test_a_full_disk_while_sampling(tmp_path: Path, guided: Path) -> None:
+    argv = ["--ckpt", guided, "--num-fid-samples", "4000", "--num-steps", "2", "--out", tmp_path / "out"]
+    with size_limit(20_000):
+        refused(generate.main, argv, "cannot write")
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise UserError("something is\nwrong; mend it")
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: something is wrong; mend it\n"
+
+
+def test_bugs_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        errors.run(lambda: 1 / 0)
+
+
+def test_non_finite_losses_stop_the_run(tmp_path: Path, words: Words) -> None:
+    refused(train.main, words(tmp_path, "run", "--learning-rate", "1e30", "--max-grad-norm", "0", "--max-train-steps", 40),
+            "not finite")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_missing_trackers_are_named(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(train.main, words(tmp_path, "run", "--report-to", "wandb", "--max-train-steps", 1), "wandb", "--report-to none")

@@ -1,0 +1,117 @@
+"""Sampling: what a sample depends on, what is recorded, and what a killed run keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import generate
+from config import GenerateConfig, SamplingConfig, build
+from errors import UserError
+from models.latents import PixelCodec, pixels, to_uint8
+from sampling import Sampler, grid_picture
+from training.checkpoint import Checkpoint
+
+
+def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    folder = generate.main(["--ckpt", str(ckpt), "--out", str(out), "--num-fid-samples", "20", "--num-steps", "4",
+                            *map(str, words)])
+    with np.load(folder / "samples.npz") as found:
+        return found["arr_0"], found["labels"], json.loads((folder / "samples.json").read_text())
+
+
+def sampler(ckpt: Path, **settings: Any) -> Sampler:
+    return Sampler(Checkpoint.open(ckpt).network("raw"), PixelCodec(pixels(1)), SamplingConfig(num_steps=4, **settings), 20)
+
+
+def test_everything_is_recorded_and_the_picture_exists(guided: Path, tmp_path: Path) -> None:
+    images, labels, record = draw(guided, tmp_path / "a", "--cfg-scale", 2, "--guidance-high", 0.5)
+    assert images.dtype == np.uint8 and images.shape == (20, 8, 8, 1) and labels.shape == (20,)
+    assert record["checkpoint"] == Checkpoint.open(guided).digest and record["cfg_scale"] == 2 and record["weights"] == "ema"
+    assert record["evaluations"] == 4 + 2  # times 1, 0.68, 0.36, 0.04: the guided ones are at most 0.5
+    assert record["decoder"] == "pixels" and record["precision"] == "fp32"
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "samples.json", "samples.npz"]
+
+
+@pytest.mark.parametrize("argv", [("--weights", "raw"), ("--seed", 1), ("--cfg-scale", 3), ("--mode", "ode"), ("--num-steps", 5),
+                                   ("--mode", "ode", "--solver", "heun"), ("--mode", "ode", "--timestep-shift", 0.3),
+                                   ("--mode", "ode", "--grid", "points"), ("--last-step", 0.2), ("--labels", "balanced"),
+                                   ("--rounding", "truncate"), ("--mode", "ode", "--solver", "dopri5"),
+                                   ("--cfg-scale", 3, "--guidance-low", 0.5), ("--cfg-scale", 3, "--guidance-high", 0.5)])
+def test_every_option_acts(guided: Path, tmp_path: Path, argv: tuple[object, ...]) -> None:
+    base = argv[:2] if argv[:2] in (("--mode", "ode"), ("--cfg-scale", 3)) and len(argv) > 2 else ()
+    plain, changed = draw(guided, tmp_path / "a", *base), draw(guided, tmp_path / "b", *argv)
+    assert not np.array_equal(plain[0], changed[0])
+
+
+def test_first3_guides_three_channels_only(guided: Path) -> None:
+    """With one channel there is nothing beyond the third, so `first3` is `all`."""
+    every, first = (sampler(guided, cfg_scale=3.0, guidance_channels=which).latents(range(4)) for which in ("all", "first3"))
+    assert torch.equal(every, first)
+
+
+def test_guidance_at_one_is_conditional_and_at_zero_unconditional(guided: Path) -> None:
+    labels, null = np.arange(4), np.full(4, 10)
+    conditional = sampler(guided, mode="ode").latents(range(4), labels)
+    unconditional = sampler(guided, mode="ode").latents(range(4), null)
+    torch.testing.assert_close(sampler(guided, mode="ode", cfg_scale=1.0).latents(range(4), labels), conditional)
+    torch.testing.assert_close(sampler(guided, mode="ode", cfg_scale=0.0).latents(range(4), labels), unconditional)
+    assert not torch.allclose(conditional, unconditional)
+
+
+def test_balanced_labels_have_equal_counts_in_shuffled_order(guided: Path) -> None:
+    labels = sampler(guided, labels="balanced").labels(range(20))
+    assert np.bincount(labels).tolist() == [2] * 10 and labels.tolist() != sorted(labels)
+    drawn = np.concatenate([Sampler(sampler(guided).network, PixelCodec(pixels(1)), SamplingConfig(), 20).labels(range(2000))])
+    assert np.bincount(drawn, minlength=10).min() > 140  # uniform: 200 each
+
+
+def test_a_killed_run_keeps_its_samples(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = draw(guided, tmp_path / "whole", "--batch-size", 6)
+    images, calls = Sampler.images, []
+
+    def dies(self: Sampler, indices: Any, labels: Any = None) -> np.ndarray:
+        calls.append(len(indices))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return images(self, indices, labels)
+
+    monkeypatch.setattr(Sampler, "images", dies)
+    with pytest.raises(KeyboardInterrupt):
+        draw(guided, tmp_path / "killed", "--batch-size", 6)
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    again = draw(guided, tmp_path / "killed", "--batch-size", 6)
+    assert calls == [6, 6, 6, 6, 2]  # 12 were there, 8 were left
+    assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
+
+
+def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate.Store, "finish", lambda self: None)
+    generate.main(["--ckpt", str(guided), "--out", str(tmp_path), "--num-fid-samples", "4", "--num-steps", "2"])
+    settings = {"seed": 1}
+    store = generate.Store(tmp_path, settings, 4, True, lambda: None)
+    assert store.missing(0, 1) == [0, 1, 2, 3]
+
+
+def test_rounding_rules() -> None:
+    values = torch.tensor([-1.0, -1.2, 0.0, 1.0, 1.5, 0.003]).view(6, 1, 1, 1)
+    assert to_uint8(values).flatten().tolist() == [0, 0, 128, 255, 255, 128]
+    assert to_uint8(values, "truncate").flatten().tolist() == [0, 0, 127, 255, 255, 127]
+
+
+def test_contradictory_options_are_refused() -> None:
+    for values in ({"mode": "sde", "solver": "heun"}, {"guidance_low": 0.8, "guidance_high": 0.2}, {"num_steps": 1}):
+        with pytest.raises(UserError):
+            build(GenerateConfig, {"ckpt": "x"}, values)
+
+
+def test_grid_picture_lays_images_row_by_row() -> None:
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((6, 2, 2, 1), np.uint8)
+    picture = grid_picture(images, 3)
+    assert picture.shape == (2 * 3 + 1, 3 * 3 + 1, 3)
+    assert [picture[1, 1 + 3 * i, 0] for i in range(3)] == [0, 1, 2] and picture[4, 1, 0] == 3
