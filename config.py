@@ -50,7 +50,8 @@ def parse_sections(schemas: dict[str, type], argv: Sequence[str], *, prog: str,
     Every other section is an alignment: `depth` of section `repa` is set by `--repa-depth`, and by `--align-depth` too
     where it is the only alignment that has it.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     owners = Counter(f.name for section, schema in schemas.items() if section for f in dataclasses.fields(schema))
     for section, schema in schemas.items():
         hints = typing.get_type_hints(schema)

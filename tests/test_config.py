@@ -1,0 +1,100 @@
+"""The command line is derived from the dataclasses: types, defaults, layers, and every flag acts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+
+from config import RECIPES, GenerateConfig, TrainConfig, as_dict, build, flags_of, option, parse, parse_sections, peek
+from errors import UserError
+from training import command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    name: str = option(help="a name")
+    steps: int = option(3, help="steps, 50% of them")
+    rates: tuple[float, float] | None = option(None, help="two rates")
+    words: tuple[str, ...] = option(("a",), help="any words")
+    fast: bool = option(False, help="fast")
+    mode: str = option("x", choices=("x", "y"), help="mode")
+
+
+def test_values_are_typed_and_only_given_ones_are_returned() -> None:
+    given = parse(Small, ["--name", "n", "--rates", "0.1", "1e-3", "--words", "p", "q", "--fast"], prog="small")
+    assert given == {"name": "n", "rates": (0.1, 1e-3), "words": ("p", "q"), "fast": True}
+    assert build(Small, given).steps == 3
+    assert build(Small, {"steps": 5}, given, {"name": "later"}) == Small(name="later", steps=5, rates=(0.1, 1e-3), words=("p", "q"),
+                                                                           fast=True)
+    assert parse(Small, ["--no-fast"], prog="small") == {"fast": False}
+
+
+def test_mistakes_are_named() -> None:
+    for argv, said in ((["--stps", "3"], "--steps"), (["--steps", "x"], "--steps"), (["--mode", "z"], "--mode"),
+                       (["--rates", "1"], "--rates")):
+        with pytest.raises(UserError, match=said):
+            parse(Small, argv, prog="small")
+    with pytest.raises(UserError, match="missing --name"):
+        build(Small, {})
+    with pytest.raises(UserError, match="steps"):
+        build(Small, {"stepz": 1})
+
+
+def test_abbreviations_are_not_accepted() -> None:
+    with pytest.raises(UserError):
+        parse(Small, ["--step", "4"], prog="small")
+
+
+def test_sections_have_their_own_flags_and_a_common_one_where_it_is_clear() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class One:
+        weight: float = option(0.5, help="w")
+        only: int = option(1, help="o")
+
+    both = parse_sections({"": Small, "p": One, "q": Small}, ["--p-weight", "2", "--align-only", "4", "--q-steps", "9"], prog="x")
+    assert both == {"": {}, "p": {"weight": 2.0, "only": 4}, "q": {"steps": 9}}
+    with pytest.raises(UserError):  # two alignments have a weight: which one is meant?
+        parse_sections({"": Small, "p": One, "q": One}, ["--align-weight", "1"], prog="x")
+
+
+def test_peek_reads_one_option_and_nothing_else() -> None:
+    assert peek(TrainConfig, "align", ["--what", "ever", "--align", "a", "b", "--seed", "3"]) == ["a", "b"]
+    assert peek(TrainConfig, "align", ["--seed", "3"]) == ("none",)
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, GenerateConfig])
+def test_every_option_has_help_and_a_flag_of_its_own(schema: type) -> None:
+    flags = [flag for field in dataclasses.fields(schema) for flag in flags_of(field)]
+    assert len(flags) == len(set(flags))
+    assert all(len(field.metadata["help"]) > 5 for field in dataclasses.fields(schema))
+
+
+def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
+    argv = ["--data-dir", "d", "--exp-name", "e"]
+    config, options = command.resolve(argv, "train.py", None)
+    assert (config.learning_rate, config.batch_size, config.adam_beta2, config.max_grad_norm, config.ema_decay, config.cfg_prob,
+            config.adam_weight_decay) == (1e-4, 256, 0.999, 1.0, 0.9999, 0.1, 0.0) and options == {}
+    config, options = command.resolve([*argv, "--align", "latent", "--preset", "upstream", "--recipe", "digits",
+                                       "--align-hidden", "64", "--align-interval", "0.1", "0.2"], "train.py", None)
+    assert config.qk_norm and config.learning_rate == RECIPES["digits"]["train"]["learning_rate"]
+    assert options["latent"].hidden == 64 and options["latent"].interval == (0.1, 0.2) and options["latent"].mask == "upstream"
+    config, options = command.resolve([*argv, "--align", "latent", "--preset", "upstream", "--no-qk-norm"], "train.py", None)
+    assert not config.qk_norm and options["latent"].hidden == 2048
+    config, _ = command.resolve([*argv, "--recipe", "lightningdit", "--batch-size", "8"], "train.py", None)
+    assert (config.batch_size, config.adam_beta2, config.velocity_loss, config.time_sampling, config.max_grad_norm) == \
+        (8, 0.95, "mse+cosine", "logit-normal", 0)
+
+
+def test_a_config_survives_json() -> None:
+    config = build(TrainConfig, {"data_dir": "d", "exp_name": "e", "align": ("latent", "x")})
+    assert build(TrainConfig, as_dict(config)) == config
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.resolve(["--align", "latent", "--help"], "train.py", "First line.\n\n    a command\n")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--latent-depth" in text and "--align-depth" in text and "    a command\n" in text and "(default 0.0001)" in text
