@@ -72,7 +72,9 @@ class Checkpoint:
         file = self.path / f"{name}.safetensors"
         recorded = self.config["files"].get(file.name)
         if recorded is None:
-            raise UserError(f"{self.path} has no {name} weights; it holds {', '.join(self.config['files'])}")
+            weights = {"ema": "raw", "network": "ema"}.get(name)
+            remedy = f": use --weights {weights} (of a teacher, --guiding-weights {weights})" if weights else ""
+            raise UserError(f"{self.path} has no {file.name}{remedy}")
         if not file.is_file():
             raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
         if files.digest(file) != recorded:

@@ -1,0 +1,125 @@
+"""The README's commands parse, its code runs, its files exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from alignment import Alignment
+from config import GenerateConfig, flags_of
+from training import command
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(python [^`]+\.py [^`]+)`", TEXT)
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+
+
+def flags(module: str) -> set[str]:
+    """Every flag of the command in `module`."""
+    found = importlib.import_module(module)
+    schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind) and kind.__module__ == found.__name__]
+    return {flag for kind in schemas for field in dataclasses.fields(kind) if field.metadata for flag in flags_of(field)}
+
+
+@pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words], ids=" ".join)
+def test_commands_parse(words: list[str]) -> None:
+    _, *rest = words
+    given = [word for word in rest if word.startswith("--")]
+    if rest[0] in ("train.py", "train_guide.py"):
+        command.resolve([word for word in rest[1:] if word != "..."], rest[0], None, ("guided",) if "guide" in rest[0] else ())
+    elif rest[0] == "generate.py":
+        assert set(given) <= {flag for field in dataclasses.fields(GenerateConfig) for flag in flags_of(field)}
+    else:
+        assert rest[0] == "-m" and set(given) <= flags(rest[1])
+
+
+def test_named_files_and_targets_exist() -> None:
+    names = [name for cell in re.findall(r"^\| (`[^|]+`) \|", TEXT, flags=re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)]
+    files = [name for name in names if name.endswith((".py", "/"))]
+    assert len(files) > 15
+    for name in files:
+        assert (ROOT / name).exists(), name
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"{target}:" in makefile for target in re.findall(r"make (\w+)", TEXT))
+
+
+def test_symbols_name_real_flags_and_defaults() -> None:
+    config, options = command.resolve(["--data-dir", "d", "--exp-name", "e", "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",))
+    known = {flag for field in dataclasses.fields(options["guided"]) for flag in flags_of(field, "guided", alone=True)}
+    latent = command.resolve(["--data-dir", "d", "--exp-name", "e", "--align", "latent"], "train.py", None)[1]["latent"]
+    known |= {flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)}
+    table = TEXT.split("## The paper's symbols")[1].split("\n## ")[0]
+    known |= {flag for field in dataclasses.fields(config) for flag in flags_of(field)}
+    for flag in re.findall(r"`(--[a-z-]+)", table):
+        assert flag in known, flag
+    assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
+
+
+def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    (code,) = [block for block in blocks("python") if "class Smooth(" in block]
+    scope: dict = {"__name__": "alignment.smooth"}
+    exec(compile(code, "README.md", "exec", dont_inherit=True), scope)
+    try:
+        run = train.main(words(tmp_path, "run", "--align", "smooth", "--smooth-depth", 4, "--align-weight", 0.1,
+                               "--max-train-steps", 2))
+    finally:
+        Alignment.registry.pop("smooth")
+    assert '"loss/smooth"' in (run / "log.jsonl").read_text()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x * c[:, None])
+
+
+class Other(nn.Module):
+    """A network that is not ours: (N, T, width) in and out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(11, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+
+    def forward(self, xt: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            xt = block(xt, self.labels(y) + t[:, None])
+        return xt
+
+
+def test_the_ten_lines_work_in_another_network() -> None:
+    (code,) = [block for block in blocks("python") if "guided_loss" in block]
+    torch.nn.init.normal_(torch.empty(1), generator=torch.Generator().manual_seed(0))
+    student, teacher = Other(8), Other(8).requires_grad_(False)
+    scope = {"student": student, "teacher": teacher, "student_width": 8, "teacher_width": 8, "student_block": student.blocks[1],
+             "teacher_block": teacher.blocks[2]}
+    exec(compile(code, "README.md", "exec", dont_inherit=True), scope)
+    xt, t, y = torch.ones(2, 5, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 2])
+    student(xt, t, y)
+    loss = scope["guided_loss"](xt, t, y, 10)
+    f_u, f_c = teacher(xt, t, torch.full_like(y, 10)), teacher(xt, t, y)
+    feature = student.blocks[1](student.blocks[0](xt, student.labels(y) + t[:, None]), student.labels(y) + t[:, None])
+    torch.testing.assert_close(loss, 0.5 * ((scope["head"](feature) - (f_u + 30 * (f_c - f_u))) ** 2).mean())
+    loss.backward()
+    assert student.blocks[0].linear.weight.grad.abs().sum() > 0 and student.blocks[2].linear.weight.grad is None
