@@ -131,8 +131,9 @@ def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
 def test_the_vae_of_the_latents_can_be_named(tmp_path):
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
     source = str(save(tmp_path / "a.pt", parity("repa_sit")[0]))
     arguments = ["--out", str(tmp_path / "out"), "--num-heads", "4", "--vae"]
     space = Checkpoint.open(convert.main([source, *arguments, str(tmp_path / "vae")])).space
@@ -172,7 +173,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
             convert.main([str(tmp_path / f"{number}.pt"), "--out", str(tmp_path / "out"), *arguments])
     (tmp_path / "cut.pt").write_bytes((tmp_path / "0.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
-    for name, message in (("cut.pt", "damaged"), ("text.pt", "damaged"), ("absent.pt", "cannot read"), ("a.safetensors", "cannot read")):
+    for name, message in (("cut.pt", "damaged"), ("text.pt", "damaged"), ("absent.pt", "cannot read"),
+                          ("absent.safetensors", "cannot read")):
         with pytest.raises(UserError, match=message):
             convert.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *heads])
     assert not (tmp_path / "out").exists()
