@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import files
+import models
 from errors import UserError
 from models import convert
-from tests.test_models import parity
+from tests.networks import inputs, parity, perturbed
 from training.checkpoint import Checkpoint
 
 
@@ -118,9 +119,22 @@ def test_the_direction_of_time_can_be_said(tmp_path):
     compare(found, stored, reversed_time=True)
 
 
-def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
-    import models
+def test_reversing_time_changes_the_direction_and_nothing_else():
+    spec = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10)
+    network = perturbed(spec)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    convert.reverse_time(weights)
+    x, t, y = inputs(spec)
+    expected = network(x, t, y, taps=range(1, 7))
+    output = models.build(spec, weights=weights)(x, 1 - t, y, taps=range(1, 7))
+    torch.testing.assert_close(output.velocity, -expected.velocity, rtol=1e-5, atol=2e-5)
+    for number, feature in expected.features.items():
+        torch.testing.assert_close(output.features[number], feature, rtol=1e-5, atol=2e-5)
+    convert.reverse_time(weights)
+    torch.testing.assert_close(weights["t_embedder.mlp.0.weight"], network.state_dict()["t_embedder.mlp.0.weight"])
 
+
+def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
     spec = models.spec("SiT-S/2", in_channels=4, input_size=8, num_classes=3)
     network = models.build(spec)
     weights = network.state_dict() | {"pos_embed": network.pos_embed}

@@ -9,7 +9,7 @@ import models
 from errors import UserError
 from models.layers import rotate
 from models.lightningdit import RMSNorm, SwiGLU, rotary_tables
-from tests.test_models import parity
+from tests.networks import parity
 
 # Published tables: 32 latent channels at 16x16, 1000 classes.
 COUNTS = {"B/1": 130_556_192, "L/2": 458_153_056, "XL/1": 675_256_736, "1p0B/1": 1_029_401_120, "1p6B/1": 1_631_767_120}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 import models
 from errors import UserError
 from models.layers import patchify, unpatchify
+from tests.networks import inputs, parity, perturbed
 
-DATA = Path(__file__).parent / "data"
 TINY = models.ModelSpec(name="custom", architecture="sit", depth=4, hidden_size=48, num_heads=4, patch_size=2,
                         in_channels=4, input_size=8, num_classes=10)
 
@@ -22,29 +18,6 @@ both = pytest.mark.parametrize("name", ["SiT-Tiny/2", "LightningDiT-Tiny/1"])
 # Published tables: 4 latent channels at 32x32, 1000 classes, patch 2, 4, 8.
 COUNTS = {"S": (32_957_200, 32_920_384, 33_049_600), "B": (130_500_112, 130_426_432, 130_684_672),
           "L": (458_086_416, 457_988_160, 458_332_416), "XL": (675_111_184, 675_000_640, 675_387_904)}
-
-
-def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, spec.in_channels, spec.input_size, spec.input_size, generator=generator)
-    return x, torch.rand(count, generator=generator), torch.arange(count) % (spec.num_classes + 1)
-
-
-def perturbed(spec: models.ModelSpec, **arguments) -> models.Backbone:
-    """A network none of whose weights is zero, so that every path carries signal."""
-    network = models.build(spec, **arguments)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
-def parity(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights in a parity file, and everything else in it."""
-    tensors = load_file(DATA / f"{name}.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
-    return weights, {key: value for key, value in tensors.items() if not key.startswith("weights.")}
 
 
 @pytest.mark.parametrize("size", COUNTS)
