@@ -107,19 +107,19 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
         return {"ema": _unwrapped(flat)}, []
     if not isinstance(archive, Mapping):
         raise UserError(f"{source} holds a {type(archive).__name__}, not weights by name")
-    sets = {name: _unwrapped(found) for name in ("ema", "model", "state_dict") if (found := tensors_of(archive.get(name)))}
-    ignored = [str(name) for name in archive if name not in sets]
-    if not sets:
+    found = {name: _unwrapped(tensors) for name in ("ema", "model", "state_dict") if (tensors := tensors_of(archive.get(name)))}
+    if not found:
         raise UserError(f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
                         f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}")
-    if "ema" not in sets:
-        sets = {"ema": sets.get("model") or sets["state_dict"]}
-    return sets, ignored
+    first = next(iter(found))
+    used = {first, "model"} if first == "ema" else {first}
+    sets = {"ema" if name == first else name: weights for name, weights in found.items() if name in used}
+    return sets, [str(name) for name in archive if name not in used]
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of DDP and torch.compile."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+    """Names without what DDP and torch.compile put into them."""
+    return {re.sub(r"\b(module|_orig_mod)\.", "", name): value for name, value in weights.items()}
 
 
 def step_of(archive: Any, source: Path) -> int:
@@ -151,10 +151,10 @@ def convert_network(weights: Mapping[str, Tensor], options: Options) -> Converte
             raise UserError(f"{options.source} is of no known layout (SiT, REPA and kin, LightningDiT, VA-VAE): {name} with "
                             f"{dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}")
     spec = read_spec(weights, options)
-    own, heads = {}, Counter()
+    own, left_out = {}, Counter()
     for name, value in weights.items():
         if head := next((prefix for prefix in HEADS if name.startswith(prefix)), None):
-            heads[head.split(".")[0]] += 1
+            left_out[head.split(".")[0]] += 1
         else:
             own[name] = value.float()
     check_tables(own, spec, options.source)
@@ -169,7 +169,7 @@ def convert_network(weights: Mapping[str, Tensor], options: Options) -> Converte
     if noise_at == 0:
         reverse_time(own)
     models.check_weights(models.outline(spec), own)
-    ignored = [f"{head}.* ({count} tensors)" for head, count in heads.items()]
+    ignored = [f"{head}.* ({count} tensors)" for head, count in left_out.items()]
     return Converted(spec, f"{layout}, noise at t = {noise_at}", own, ignored)
 
 
@@ -204,7 +204,7 @@ def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> 
     if spec.architecture == "lightningdit":
         return "LightningDiT", 0
     if doubled:
-        return "SiT, Dispersive Loss or LayerSync (8-channel head)", 0
+        return "SiT, Dispersive Loss or LayerSync (doubled head)", 0
     for prefix, family in HEADS.items():
         if any(name.startswith(prefix) for name in weights):
             return family, 1

@@ -21,7 +21,8 @@ from training.checkpoint import Checkpoint
 def save(path: Path, weights: dict[str, Tensor], *, wrapped: bool = False) -> Path:
     """Weights as a trainer leaves them: flat, or beside the raw ones, the optimiser and an argument list."""
     if wrapped:
-        raw = {f"module.{name}": value + 1 if name == "final_layer.linear.bias" else value for name, value in weights.items()}
+        raw = {f"module.{name}".replace("attn.", "_orig_mod.attn."): value + 1 if name == "final_layer.linear.bias" else value
+               for name, value in weights.items()}
         torch.save({"model": raw, "ema": weights, "opt": {"state": {}, "param_groups": []},
                     "args": argparse.Namespace(model="SiT-XL/2", lr=1e-4), "steps": 400}, path)
     elif path.suffix == ".safetensors":
@@ -76,6 +77,17 @@ def test_a_training_checkpoint_gives_both_sets_of_weights_and_names_what_it_leav
     assert found.step == 400
     assert found.config["source"]["ignored"] == ["opt", "args", "steps", "projectors.* (6 tensors)"]
     assert "ignored: opt, args, steps, projectors.* (6 tensors)" in capsys.readouterr().out
+
+
+def test_without_an_average_the_weights_that_are_there_count(tmp_path):
+    weights, stored = parity("repa_sit")
+    for name in ("model", "state_dict"):
+        torch.save({name: weights, "epoch": 3}, tmp_path / "0000007.pt")
+        found = Checkpoint.open(convert.main([str(tmp_path / "0000007.pt"), "--out", str(tmp_path / name), "--num-heads", "4"]))
+        compare(found, stored, reversed_time=False)
+        assert found.step == 7 and "epoch" in found.config["source"]["ignored"]
+        with pytest.raises(UserError, match="has no network weights"):
+            found.network("raw")
 
 
 def test_every_layout_of_the_family_is_the_same_network(tmp_path):
