@@ -211,12 +211,8 @@ def _initial(name: str, shape: torch.Size, stream: Stream) -> Tensor:
     return torch.from_numpy(stream.uniform(math.prod(shape))).reshape(shape).mul_(2 * bound).sub_(bound)
 
 
-def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
-    """Put float32 copies of `weights` into `network` (which may lie on the meta device), strictly.
-
-    Raises:
-        UserError: names or shapes differ; says which.
-    """
+def check_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError, saying where, unless `weights` has exactly the names and shapes of `network`."""
     wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     faults = [f"{name} is missing" for name in wanted if name not in weights]
     faults += [f"{name} is unexpected" for name in weights if name not in wanted]
@@ -225,6 +221,15 @@ def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"the weights do not fit {network.spec.name}: {', '.join(faults[:3])}{more}")
+
+
+def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
+    """Put float32 copies of `weights` into `network` (which may lie on the meta device), strictly.
+
+    Raises:
+        UserError: names or shapes differ; says which.
+    """
+    check_weights(network, weights)
     network.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
 
 

@@ -6,7 +6,8 @@
 
 The layout is recognised by its keys: SiT, REPA (legacy names too), SRA, Dispersive Loss, LayerSync, both stages of
 Self-Transcendence's authors, LightningDiT, and VA-VAE, which becomes a diffusers folder. Nothing in the file is run.
-What a sampler has no use for is left out and named; whatever else does not fit is refused.
+What a sampler has no use for is left out and named; whatever else does not fit is refused. (DiT's own files carry SiT's
+keys but predict noise at t in 0..999: nothing in them tells, so do not give them to this command.)
 
 Networks come out in this project's convention: t = 1 is noise and the velocity is noise - data. Where a file runs the
 other way, the reversal is folded into its weights (`reverse_time`), so that no flag has to remember it.
@@ -19,7 +20,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Options:
 
 
 SD_VAE = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema")
+
+# What every layout of these networks has, with its number of dimensions.
+ESSENTIAL = {"x_embedder.proj.weight": 4, "pos_embed": 3, "blocks.0.attn.qkv.weight": 2,
+             "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2, "final_layer.linear.bias": 1,
+             "t_embedder.mlp.0.weight": 2}
 
 # Training heads that a network does not need, by prefix; the first key that is present names the family.
 HEADS = {
@@ -101,19 +107,19 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
         return {"ema": _unwrapped(flat)}, []
     if not isinstance(archive, Mapping):
         raise UserError(f"{source} holds a {type(archive).__name__}, not weights by name")
-    sets = {name: _unwrapped(found) for name in ("ema", "model", "state_dict") if (found := tensors_of(archive.get(name)))}
-    ignored = [str(name) for name in archive if name not in sets]
-    if not sets:
+    found = {name: _unwrapped(tensors) for name in ("ema", "model", "state_dict") if (tensors := tensors_of(archive.get(name)))}
+    if not found:
         raise UserError(f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
                         f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}")
-    if "ema" not in sets:
-        sets = {"ema": sets.get("model") or sets["state_dict"]}
-    return sets, ignored
+    first = next(iter(found))
+    used = {first, "model"} if first == "ema" else {first}
+    sets = {"ema" if name == first else name: weights for name, weights in found.items() if name in used}
+    return sets, [str(name) for name in archive if name not in used]
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of DDP and torch.compile."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+    """Names without what DDP and torch.compile put into them."""
+    return {re.sub(r"\b(module|_orig_mod)\.", "", name): value for name, value in weights.items()}
 
 
 def step_of(archive: Any, source: Path) -> int:
@@ -140,16 +146,15 @@ def convert_network(weights: Mapping[str, Tensor], options: Options) -> Converte
         UserError: an unknown layout, a number of heads that cannot be told, or tensors left over or missing.
     """
     weights = rename_legacy(weights)
-    for name in ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "y_embedder.embedding_table.weight", "pos_embed",
-                 "final_layer.linear.weight"):
-        if name not in weights:
-            raise UserError(f"{options.source} is of no known layout (SiT, REPA and kin, LightningDiT, VA-VAE): it has no "
-                            f"{name}; its first keys are {', '.join(list(weights)[:3])}")
+    for name, dimensions in ESSENTIAL.items():
+        if name not in weights or weights[name].ndim != dimensions:
+            raise UserError(f"{options.source} is of no known layout (SiT, REPA and kin, LightningDiT, VA-VAE): {name} with "
+                            f"{dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}")
     spec = read_spec(weights, options)
-    own, heads = {}, Counter()
+    own, left_out = {}, Counter()
     for name, value in weights.items():
         if head := next((prefix for prefix in HEADS if name.startswith(prefix)), None):
-            heads[head.split(".")[0]] += 1
+            left_out[head.split(".")[0]] += 1
         else:
             own[name] = value.float()
     check_tables(own, spec, options.source)
@@ -163,8 +168,9 @@ def convert_network(weights: Mapping[str, Tensor], options: Options) -> Converte
         noise_at = options.noise_at
     if noise_at == 0:
         reverse_time(own)
-    models.load_weights(models.outline(spec), own)  # refuses what does not fit
-    return Converted(spec, f"{layout}, noise at t = {noise_at}", own, [f"{head}.* ({count} tensors)" for head, count in heads.items()])
+    models.check_weights(models.outline(spec), own)
+    ignored = [f"{head}.* ({count} tensors)" for head, count in left_out.items()]
+    return Converted(spec, f"{layout}, noise at t = {noise_at}", own, ignored)
 
 
 def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,21 +181,21 @@ def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_spec(weights: Mapping[str, Tensor], options: Options) -> ModelSpec:
-    """All that the shapes tell; the number of heads from QK-norms, the table of sizes, or --num-heads."""
+    """All that the shapes tell; the number of heads from --num-heads, QK-norms, or the published sizes."""
     hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    depth = 1 + max(int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name)))
     architecture = "lightningdit" if "blocks.0.mlp.w12.weight" in weights else "sit"
+    sizes = models.SIZES[architecture]
     head_norm = weights.get("blocks.0.attn.q_norm.weight")
-    sizes = {(d, h): (name, heads) for name, (d, h, heads, p) in reversed(models.SIZES[architecture].items()) if p == patch}
-    sizes = {(d, h): ("custom", heads) for d, h, heads, _ in models.SIZES[architecture].values()} | sizes
-    name, heads = sizes.get((depth, hidden), ("custom", None))
-    told = options.num_heads or (hidden // len(head_norm) if head_norm is not None else heads)
-    if told is None:
+    published = {size[:2]: size[2] for size in sizes.values()}.get((depth, hidden))
+    heads = options.num_heads or (published if head_norm is None else hidden // len(head_norm))
+    if heads is None:
         raise UserError(f"{options.source}: {depth} blocks of width {hidden} are no published size, and the number of heads is "
-                        f"not in the weights: add --num-heads")
+                        "not in the weights: add --num-heads")
     return ModelSpec(
-        name=name if told == heads else "custom", architecture=architecture, depth=depth, hidden_size=hidden, num_heads=told,
-        patch_size=patch, in_channels=in_channels, input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
+        name=next((name for name, size in sizes.items() if size == (depth, hidden, heads, patch)), "custom"),
+        architecture=architecture, depth=depth, hidden_size=hidden, num_heads=heads, patch_size=patch,
+        in_channels=in_channels, input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
         num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, qk_norm=head_norm is not None)
 
 
@@ -198,7 +204,7 @@ def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> 
     if spec.architecture == "lightningdit":
         return "LightningDiT", 0
     if doubled:
-        return "SiT, Dispersive Loss or LayerSync (8-channel head)", 0
+        return "SiT, Dispersive Loss or LayerSync (doubled head)", 0
     for prefix, family in HEADS.items():
         if any(name.startswith(prefix) for name in weights):
             return family, 1
@@ -248,10 +254,11 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
     elif spec.architecture == "sit" and spec.in_channels == SD_VAE.channels:
         space = SD_VAE
     else:
-        raise UserError(f"{options.source} works on latents of {spec.in_channels} channels, whose VAE and statistics are not in the "
-                        "weights: add --vae (the converted VA-VAE, pixels, ...) or --statistics latents_stats.pt")
+        raise UserError(f"{options.source} works on latents of {spec.in_channels} channels, whose VAE and statistics are "
+                        "not in the weights: add --vae (the converted VA-VAE, pixels, ...) or --statistics latents_stats.pt")
     if space.channels != spec.in_channels:
-        raise UserError(f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has {space.channels}")
+        raise UserError(f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has "
+                        f"{space.channels}")
     return space
 
 

@@ -155,15 +155,17 @@ def open_codec(vae: str | None, *, space: LatentSpace | None = None, statistics:
     """
     if space is not None and statistics is not None:
         raise ValueError("a space has its own statistics")
-    vae = vae or (space.vae or space.name if space else "pixels")
+    if vae is None:
+        vae = space.vae if space is not None and space.vae else "pixels"
     if vae == "pixels":
-        if space is not None and space.stride != 1:
+        if space is not None and space.name != "pixels":
             raise UserError(f"latents of {space.name} need their VAE: pass its hub id or folder with --vae")
         return PixelCodec(space or pixels(3))
     model = _load(vae)
     found = _space_of(vae, model, statistics)
     if space is not None:
-        encoder = dataclasses.replace(found, shift=space.shift, scale=space.scale) if found.channels == space.channels else found
+        same = found.channels == space.channels
+        encoder = dataclasses.replace(found, shift=space.shift, scale=space.scale) if same else found
         if difference := space.difference(encoder):
             raise UserError(f"VAE {vae} does not fit these latents ({difference}); pass the one they were made with")
     return VaeCodec(model, space or found, device, dtype)

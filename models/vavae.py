@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from errors import UserError
@@ -38,7 +39,10 @@ def build(weights: Mapping[str, Tensor], source: str,
     from diffusers import AutoencoderKL
 
     left_out = Counter(name.split(".")[0] for name in weights if not name.startswith(PARTS))
-    config = read_config(weights)
+    try:
+        config = read_config(weights)
+    except KeyError as error:
+        raise UserError(f"{source} is an incomplete VA-VAE: {error.args[0]} is missing") from error
     if statistics is not None:
         shift, scale = statistics
         if len(shift) != config["latent_channels"]:
@@ -46,14 +50,15 @@ def build(weights: Mapping[str, Tensor], source: str,
         config |= {"latents_mean": list(shift), "latents_std": [1 / value for value in scale]}
     levels = len(config["block_out_channels"])
     renamed = {rename(name, levels): value.float() for name, value in weights.items() if name.startswith(PARTS)}
-    model = AutoencoderKL(**config)
+    with torch.device("meta"):
+        model = AutoencoderKL(**config)
     own = model.state_dict()
     renamed = {name: value[:, :, 0, 0] if value.ndim == 4 and name in own and own[name].ndim == 2 else value
                for name, value in renamed.items()}
     faults = sorted(own.keys() ^ renamed.keys()) or [name for name in own if own[name].shape != renamed[name].shape]
     if faults:
         raise UserError(f"{source} is no VA-VAE that diffusers can hold: {len(faults)} tensors do not fit, first {faults[0]}")
-    model.load_state_dict(renamed)
+    model.load_state_dict({name: value.contiguous() for name, value in renamed.items()}, assign=True)
     return model.eval(), [f"{name}.* ({count} tensors)" for name, count in left_out.items()]
 
 

@@ -11,16 +11,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import files
+import models
 from errors import UserError
 from models import convert
-from tests.test_models import parity
+from tests.networks import inputs, parity, perturbed
 from training.checkpoint import Checkpoint
 
 
 def save(path: Path, weights: dict[str, Tensor], *, wrapped: bool = False) -> Path:
     """Weights as a trainer leaves them: flat, or beside the raw ones, the optimiser and an argument list."""
     if wrapped:
-        raw = {f"module.{name}": value + 1 if name == "final_layer.linear.bias" else value for name, value in weights.items()}
+        raw = {f"module.{name}".replace("attn.", "_orig_mod.attn."): value + 1 if name == "final_layer.linear.bias" else value
+               for name, value in weights.items()}
         torch.save({"model": raw, "ema": weights, "opt": {"state": {}, "param_groups": []},
                     "args": argparse.Namespace(model="SiT-XL/2", lr=1e-4), "steps": 400}, path)
     elif path.suffix == ".safetensors":
@@ -77,6 +79,17 @@ def test_a_training_checkpoint_gives_both_sets_of_weights_and_names_what_it_leav
     assert "ignored: opt, args, steps, projectors.* (6 tensors)" in capsys.readouterr().out
 
 
+def test_without_an_average_the_weights_that_are_there_count(tmp_path):
+    weights, stored = parity("repa_sit")
+    for name in ("model", "state_dict"):
+        torch.save({name: weights, "epoch": 3}, tmp_path / "0000007.pt")
+        found = Checkpoint.open(convert.main([str(tmp_path / "0000007.pt"), "--out", str(tmp_path / name), "--num-heads", "4"]))
+        compare(found, stored, reversed_time=False)
+        assert found.step == 7 and "epoch" in found.config["source"]["ignored"]
+        with pytest.raises(UserError, match="has no network weights"):
+            found.network("raw")
+
+
 def test_every_layout_of_the_family_is_the_same_network(tmp_path):
     """Heads and block names differ between the codes; what is left is REPA's network."""
     weights, stored = parity("repa_sit")
@@ -118,9 +131,22 @@ def test_the_direction_of_time_can_be_said(tmp_path):
     compare(found, stored, reversed_time=True)
 
 
-def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
-    import models
+def test_reversing_time_changes_the_direction_and_nothing_else():
+    spec = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10)
+    network = perturbed(spec)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    convert.reverse_time(weights)
+    x, t, y = inputs(spec)
+    expected = network(x, t, y, taps=range(1, 7))
+    output = models.build(spec, weights=weights)(x, 1 - t, y, taps=range(1, 7))
+    torch.testing.assert_close(output.velocity, -expected.velocity, rtol=1e-5, atol=2e-5)
+    for number, feature in expected.features.items():
+        torch.testing.assert_close(output.features[number], feature, rtol=1e-5, atol=2e-5)
+    convert.reverse_time(weights)
+    torch.testing.assert_close(weights["t_embedder.mlp.0.weight"], network.state_dict()["t_embedder.mlp.0.weight"])
 
+
+def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
     spec = models.spec("SiT-S/2", in_channels=4, input_size=8, num_classes=3)
     network = models.build(spec)
     weights = network.state_dict() | {"pos_embed": network.pos_embed}
@@ -131,8 +157,9 @@ def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
 def test_the_vae_of_the_latents_can_be_named(tmp_path):
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
     source = str(save(tmp_path / "a.pt", parity("repa_sit")[0]))
     arguments = ["--out", str(tmp_path / "out"), "--num-heads", "4", "--vae"]
     space = Checkpoint.open(convert.main([source, *arguments, str(tmp_path / "vae")])).space
@@ -172,7 +199,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
             convert.main([str(tmp_path / f"{number}.pt"), "--out", str(tmp_path / "out"), *arguments])
     (tmp_path / "cut.pt").write_bytes((tmp_path / "0.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
-    for name, message in (("cut.pt", "damaged"), ("text.pt", "damaged"), ("absent.pt", "cannot read"), ("a.safetensors", "cannot read")):
+    for name, message in (("cut.pt", "damaged"), ("text.pt", "damaged"), ("absent.pt", "cannot read"),
+                          ("absent.safetensors", "cannot read")):
         with pytest.raises(UserError, match=message):
             convert.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *heads])
     assert not (tmp_path / "out").exists()

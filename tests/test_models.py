@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 import models
 from errors import UserError
 from models.layers import patchify, unpatchify
+from tests.networks import inputs, parity, perturbed
 
-DATA = Path(__file__).parent / "data"
 TINY = models.ModelSpec(name="custom", architecture="sit", depth=4, hidden_size=48, num_heads=4, patch_size=2,
                         in_channels=4, input_size=8, num_classes=10)
+
+both = pytest.mark.parametrize("name", ["SiT-Tiny/2", "LightningDiT-Tiny/1"])
 
 # Published tables: 4 latent channels at 32x32, 1000 classes, patch 2, 4, 8.
 COUNTS = {"S": (32_957_200, 32_920_384, 33_049_600), "B": (130_500_112, 130_426_432, 130_684_672),
           "L": (458_086_416, 457_988_160, 458_332_416), "XL": (675_111_184, 675_000_640, 675_387_904)}
-
-
-def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(count, spec.in_channels, spec.input_size, spec.input_size, generator=generator)
-    return x, torch.rand(count, generator=generator), torch.arange(count) % (spec.num_classes + 1)
-
-
-def perturbed(spec: models.ModelSpec, **arguments) -> models.Backbone:
-    """A network none of whose weights is zero, so that every path carries signal."""
-    network = models.build(spec, **arguments)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
-def parity(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights in a parity file, and everything else in it."""
-    tensors = load_file(DATA / f"{name}.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
-    return weights, {key: value for key, value in tensors.items() if not key.startswith("weights.")}
 
 
 @pytest.mark.parametrize("size", COUNTS)
@@ -70,8 +45,9 @@ def test_repa_sit_velocity_and_every_block():
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_taps_are_the_raw_outputs_of_the_blocks_and_an_early_exit_changes_nothing(qk_norm):
-    spec = models.spec("SiT-Tiny/2", in_channels=3, input_size=8, num_classes=10, qk_norm=qk_norm)
+@both
+def test_taps_are_the_raw_outputs_of_the_blocks_and_an_early_exit_changes_nothing(name, qk_norm):
+    spec = models.spec(name, in_channels=3, input_size=8, num_classes=10, qk_norm=qk_norm)
     network = perturbed(spec)
     hooked, called = {}, []
     for number, block in enumerate(network.blocks, start=1):
@@ -88,8 +64,9 @@ def test_taps_are_the_raw_outputs_of_the_blocks_and_an_early_exit_changes_nothin
     assert torch.equal(full.velocity, velocity)
 
 
-def test_a_truncated_network_equals_the_full_one_up_to_its_depth():
-    spec = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10)
+@both
+def test_a_truncated_network_equals_the_full_one_up_to_its_depth(name):
+    spec = models.spec(name, in_channels=4, input_size=8, num_classes=10)
     full = perturbed(spec)
     names = models.parameter_names(spec, depth=4)
     assert len(names) < len(full.state_dict())
@@ -105,8 +82,9 @@ def test_a_truncated_network_equals_the_full_one_up_to_its_depth():
 
 @pytest.mark.parametrize("num_classes", [1, 10, 1001])
 @pytest.mark.parametrize("in_channels", [1, 3, 4])
-def test_output_is_zero_at_initialisation_and_the_null_label_follows_the_classes(num_classes, in_channels):
-    spec = models.spec("SiT-Tiny/2", in_channels=in_channels, input_size=8, num_classes=num_classes)
+@both
+def test_output_is_zero_at_initialisation_and_the_null_label_follows_the_classes(name, num_classes, in_channels):
+    spec = models.spec(name, in_channels=in_channels, input_size=8, num_classes=num_classes)
     network = models.build(spec)
     assert network.null_label == num_classes
     x, t, _ = inputs(spec)
@@ -136,8 +114,9 @@ def test_initialisation_follows_the_published_distributions():
     assert not any(value.any() for name, value in weights.items() if name.endswith("bias") or "adaLN" in name)
 
 
-def test_initialisation_is_a_function_of_seed_and_name_alone():
-    spec = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10, qk_norm=True)
+@both
+def test_initialisation_is_a_function_of_seed_and_name_alone(name):
+    spec = models.spec(name, in_channels=4, input_size=8, num_classes=10, qk_norm=True)
     first = models.build(spec, seed=3).state_dict()
     torch.manual_seed(99)
     state = torch.get_rng_state()
@@ -185,6 +164,16 @@ def test_specs_survive_json_and_damage_is_named():
         models.build(TINY, depth=5)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+@both
+def test_every_parameter_is_used(name, qk_norm):
+    """DDP waits for a gradient of each one."""
+    spec = models.spec(name, in_channels=4, input_size=8, num_classes=10, qk_norm=qk_norm)
+    network = perturbed(spec)
+    network(*inputs(spec)).velocity.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
+
+
 def test_patches_are_row_major_with_channels_last():
     x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
     tokens = patchify(x, 2)
@@ -193,9 +182,12 @@ def test_patches_are_row_major_with_channels_last():
     assert torch.equal(unpatchify(tokens, 2), x)
 
 
-def test_under_autocast_the_residual_stream_and_the_time_embedding_stay_float32():
-    network = perturbed(TINY)
-    x, t, y = inputs(TINY)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@both
+def test_under_autocast_the_residual_stream_and_the_time_embedding_stay_float32(name, qk_norm):
+    spec = models.spec(name, in_channels=4, input_size=8, num_classes=10, qk_norm=qk_norm)
+    network = perturbed(spec)
+    x, t, y = inputs(spec)
     exact = network(x, t, y, taps=[4])
     embedding = network.t_embedder(t)
     with torch.autocast("cpu", torch.bfloat16):
@@ -206,12 +198,14 @@ def test_under_autocast_the_residual_stream_and_the_time_embedding_stay_float32(
     assert 0 < error < 0.05 * exact.features[4].abs().max()
 
 
-def test_blocks_compile_in_place_into_whole_graphs_and_keep_their_names():
-    network = perturbed(TINY)
-    names, expected = list(network.state_dict()), network(*inputs(TINY), taps=[2])
+@both
+def test_blocks_compile_in_place_into_whole_graphs_and_keep_their_names(name):
+    spec = models.spec(name, in_channels=4, input_size=8, num_classes=10)
+    network = perturbed(spec)
+    names, expected = list(network.state_dict()), network(*inputs(spec), taps=[2])
     for block in network.blocks:
         block.compile(backend="eager", fullgraph=True)
-    output = network(*inputs(TINY), taps=[2])
+    output = network(*inputs(spec), taps=[2])
     assert list(network.state_dict()) == names
     torch.testing.assert_close(output.velocity, expected.velocity, rtol=0, atol=1e-6)
     torch.testing.assert_close(output.features[2], expected.features[2], rtol=0, atol=1e-6)
