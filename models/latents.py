@@ -54,15 +54,11 @@ class LatentSpace:
 
     def normalise(self, raw: Tensor) -> Tensor:
         """(N, C, H, W) raw latents -> what the network sees."""
-        return (raw - self._channelwise(self.shift, raw)) * self._channelwise(self.scale, raw)
+        return (raw - _channelwise(self.shift, raw.dtype, raw.device)) * _channelwise(self.scale, raw.dtype, raw.device)
 
     def denormalise(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`."""
-        return x / self._channelwise(self.scale, x) + self._channelwise(self.shift, x)
-
-    @staticmethod
-    def _channelwise(values: Sequence[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+        return x / _channelwise(self.scale, x.dtype, x.device) + _channelwise(self.shift, x.dtype, x.device)
 
     def difference(self, other: LatentSpace) -> str | None:
         """Why a network of this space cannot read latents of `other`, in a few words; None where it can."""
@@ -89,6 +85,12 @@ class LatentSpace:
         if wrong:
             raise UserError(f"the latent space's description is damaged or from another version: {', '.join(wrong)}")
         return cls(**{**value, "shift": tuple(value["shift"]), "scale": tuple(value["scale"])})
+
+
+@functools.lru_cache(maxsize=16)
+def _channelwise(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, 1, 1) constants, made once: a copy to the device in every step would make the host wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 class Codec(Protocol):

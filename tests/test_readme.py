@@ -35,8 +35,8 @@ def commands() -> list[list[str]]:
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
     found = importlib.import_module(module)
-    schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind) and kind.__module__ == found.__name__]
-    return {flag for kind in schemas for field in dataclasses.fields(kind) if field.metadata for flag in flags_of(field)}
+    schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind)]
+    return {flag for kind in schemas for field in dataclasses.fields(kind) if "help" in field.metadata for flag in flags_of(field)}
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words], ids=" ".join)

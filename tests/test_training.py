@@ -292,6 +292,62 @@ def test_bf16_trains_close_to_fp32(tmp_path: Path, words: Words) -> None:
     assert all(value.dtype == torch.float32 for value in tensors(mixed).values())
 
 
+def test_compiled_blocks_compute_the_same(tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture) -> None:
+    from torch import nn
+
+    from models.backbone import Block
+
+    # dynamo's tracing without the minute that code generation takes here
+    monkeypatch.setattr(Block, "compile", lambda self: compiled.append(self) or nn.Module.compile(self, backend="eager", fullgraph=True))
+    compiled: list[Block] = []
+    argv = [*words(tmp_path, "run", "--max-train-steps", 2, "--guiding-ckpt", teacher, "--align-hidden", 32), "--output-dir"]
+    eager = train_guide.main([*argv, str(tmp_path / "eager"), "--compile", "off"])
+    assert not compiled
+    traced = train_guide.main([*argv, str(tmp_path / "compiled"), "--compile", "on"])
+    assert len(compiled) == 6 + 4 and "compile on" in capsys.readouterr().out
+    for step in (1, 2):
+        assert losses(traced)[step]["loss/diffusion"] == pytest.approx(losses(eager)[step]["loss/diffusion"], abs=1e-5)
+    assert tensors(traced).keys() == tensors(eager).keys()  # names do not change
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    train_guide.main([*argv, str(tmp_path / "bare"), "--compile", "on"])
+    assert "no C++ compiler found" in capsys.readouterr().out
+
+
+def test_deterministic_sets_deterministic_kernels(tmp_path: Path, words: Words) -> None:
+    try:
+        trainer("train", words(tmp_path, "run", "--deterministic"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_trackers_get_what_the_log_gets(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda self, values, step: sent.append((step, values)))
+    run = train.main(words(tmp_path, "run", "--report-to", "wandb", "--max-train-steps", 2))
+    assert [step for step, _ in sent] == [1, 2] and len(read(run / "log.jsonl")) == 2
+    assert sent[0][1]["loss/diffusion"] == pytest.approx(read(run / "log.jsonl")[0]["loss/diffusion"], rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
+    from loss import Learner
+    from training.batches import Batches
+    from training.log import Meter
+    from training.loop import update
+
+    run = trainer("train_guide", words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.9))
+    learner, meter = Learner(run.network, run.alignments, autocast=run.dtype), Meter(run.accelerator)
+    for step, micros in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 6, run.alignments)):
+        if step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        update(learner, micros, {"guided": 0.5}, run.optimizer, 1.0, meter)
+        run.ema.update(step + 1)
+    torch.cuda.set_sync_debug_mode("default")
+
+
 def test_checkpoints_rebuild_their_networks(guided: Path, teacher: Path) -> None:
     found = Checkpoint.open(guided)
     assert found.step == 4 and found.config["resolved"]["guided"]["teacher"]["digest"] == Checkpoint.open(teacher).digest
