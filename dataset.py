@@ -20,6 +20,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class LatentSet:
 
     def __init__(self, path: Path | str, *, resident: str = "disk") -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         self.digest = files.digest(self.path / MANIFEST)
         self.space = LatentSpace.from_json(self.manifest["space"])
         self.num_classes: int = self.manifest["num_classes"]
@@ -119,10 +120,14 @@ class LatentSet:
         stacked = np.stack(pictures)
         return stacked if stacked.ndim == 4 else stacked[..., None]
 
+    def source_name(self, index: int) -> str | None:
+        """The name of item `index` in its source, where the set holds it."""
+        return os.fsdecode(self._entry("name", index)) if "name_bytes" in self._shards[0] else None
+
     def name(self, index: int) -> str:
-        """What item `index` is called in messages: its name in its source, where the set holds it."""
-        known = "name_bytes" in self._shards[0]
-        return f"item {index}" + (f" ({os.fsdecode(self._entry('name', index))})" if known else "")
+        """What item `index` is called in messages."""
+        known = self.source_name(index)
+        return f"item {index}" + (f" ({known})" if known else "")
 
     def _entry(self, column: str, index: int) -> bytes:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -211,12 +216,15 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
     payload = np.memmap(file, np.uint8, "r").view(np.ndarray)
     arrays = {}
     for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{file} holds {name} as {entry['dtype']}; known are {', '.join(_DTYPES)}")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         arrays[name] = payload[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 
 
-def _read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the set at `path`. Raises UserError where it is missing, of another format or incomplete."""
     if not path.is_dir():
         raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
     if not (path / MANIFEST).exists():
