@@ -20,6 +20,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from training.streams import Stream
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_TOGETHER = 32  # items that are gathered before they are converted: few enough to stay in the processor's cache
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 _KEYS = ("space", "resolution", "latent_size", "views", "parts", "dtype", "num_classes", "class_names", "count", "images",
          "shards")
@@ -55,7 +57,7 @@ class LatentSet:
 
     def __init__(self, path: Path | str, *, resident: str = "disk") -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         self.digest = files.digest(self.path / MANIFEST)
         self.space = LatentSpace.from_json(self.manifest["space"])
         self.num_classes: int = self.manifest["num_classes"]
@@ -91,13 +93,17 @@ class LatentSet:
         if len(indices) and not (0 <= indices.min() and indices.max() < self.count
                                  and 0 <= chosen.min() and chosen.max() < self.views):
             raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
-        raw = np.empty((len(indices), *self.shape), self._rows[0].dtype)
         rows = indices * self.views + chosen
         shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
-        within = rows - self._bounds[shard_of]
-        for place, (shard, row) in enumerate(zip(shard_of.tolist(), within.tolist())):
-            raw[place] = self._rows[shard][row]
-        return torch.from_numpy(raw).float().numpy(), self.labels[indices]
+        places = list(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist()))
+        latents = torch.empty(len(indices), *self.shape)
+        some = np.empty((min(_TOGETHER, len(indices)), *self.shape), self.manifest["dtype"])
+        for begin in range(0, len(indices), _TOGETHER):
+            together = places[begin:begin + _TOGETHER]
+            for place, (shard, row) in enumerate(together):
+                some[place] = self._rows[shard][row]
+            latents[begin:begin + len(together)].copy_(torch.from_numpy(some[:len(together)]))
+        return latents.numpy(), self.labels[indices]
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """The cropped images of `indices` (n,) as uint8 (n, R, R, channels).
@@ -119,10 +125,14 @@ class LatentSet:
         stacked = np.stack(pictures)
         return stacked if stacked.ndim == 4 else stacked[..., None]
 
+    def source_name(self, index: int) -> str | None:
+        """The name of item `index` in its source, where the set holds it."""
+        return os.fsdecode(self._entry("name", index)) if "name_bytes" in self._shards[0] else None
+
     def name(self, index: int) -> str:
-        """What item `index` is called in messages: its name in its source, where the set holds it."""
-        known = "name_bytes" in self._shards[0]
-        return f"item {index}" + (f" ({os.fsdecode(self._entry('name', index))})" if known else "")
+        """What item `index` is called in messages."""
+        known = self.source_name(index)
+        return f"item {index}" + (f" ({known})" if known else "")
 
     def _entry(self, column: str, index: int) -> bytes:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -211,12 +221,15 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
     payload = np.memmap(file, np.uint8, "r").view(np.ndarray)
     arrays = {}
     for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{file} holds {name} as {entry['dtype']}; known are {', '.join(_DTYPES)}")
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         arrays[name] = payload[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 
 
-def _read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the set at `path`. Raises UserError where it is missing, of another format or incomplete."""
     if not path.is_dir():
         raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
     if not (path / MANIFEST).exists():

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -97,7 +97,7 @@ def _encode_shards(job: Job, codec: Codec, mine: Sequence[int], processes: Accel
     bad: list[str] = []
     written: list[tuple[int, Future]] = []
     parts: list[tuple[Batch, np.ndarray]] = []
-    with ThreadPoolExecutor(1) as writer:
+    with _fixed_sums(processes.device), ThreadPoolExecutor(1) as writer:
         for shard, last, batch in _decoded(job, mine, processes):
             bad += batch.bad
             _tolerate(bad, job.options.skip_bad)
@@ -108,6 +108,18 @@ def _encode_shards(job: Job, codec: Codec, mine: Sequence[int], processes: Accel
                 written.append((shard, writer.submit(_write, job, shard, parts)))
                 parts = []
         return [(shard, future.result()) for shard, future in written]
+
+
+@contextmanager
+def _fixed_sums(device: torch.device) -> Iterator[None]:
+    """On a CPU, the order of a sum depends on the number of threads: use one per process, and more processes for speed."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _decoded(job: Job, mine: Sequence[int], processes: Accelerator) -> Iterator[tuple[int, bool, Batch]]:

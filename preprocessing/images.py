@@ -159,16 +159,25 @@ def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tupl
 
 
 def _labels_of_file(names: list[str], text: bytes, where: Path) -> tuple[np.ndarray, list[str]]:
-    given = _parse_labels(text, where)
-    if absent := given.keys() - set(names):
-        raise UserError(f"{where} gives a label to {min(absent)}, which is not among the images; mend one of them")
-    if unlabelled := next((name for name in names if name not in given), None):
-        raise UserError(f"{where} has no label for {unlabelled}; mend one of them")
-    labels = np.array([given[name] for name in names], np.int64)
+    labels = match_labels(names, text, where)
     counts = np.bincount(labels)
     if not counts.all():
         raise UserError(f"class {np.argmin(counts)} of {where} has no image; number the classes from 0 without gaps")
     return labels, [str(label) for label in range(len(counts))]
+
+
+def match_labels(names: list[str], text: bytes, where: Path) -> np.ndarray:
+    """(n,) int64: the labels that the label file `where`, read as `text`, gives to `names`.
+
+    Raises:
+        UserError: the file is damaged, or it and the names are not about the same items.
+    """
+    given = _parse_labels(text, where)
+    if absent := given.keys() - set(names):
+        raise UserError(f"{where} gives a label to {min(absent)}, which is not there; mend one of them")
+    if unlabelled := next((name for name in names if name not in given), None):
+        raise UserError(f"{where} has no label for {unlabelled}; mend one of them")
+    return np.array([given[name] for name in names], np.int64)
 
 
 def _parse_labels(text: bytes, where: Path) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -84,7 +84,22 @@ class Job:
                 **{name: getattr(self.options, name) for name in _SETTINGS}}
 
 
-def begin(job: Job, held: ExitStack) -> dict[int, int] | None:
+class Work(Protocol):
+    """What `begin` needs to know of a job."""
+
+    folder: Path
+    shard_numbers: range
+
+    def bytes_needed(self, kept: Sequence[int]) -> int:
+        """Disk that the shards outside `kept` will take."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the bytes depend on, as JSON."""
+        ...
+
+
+def begin(job: Work, held: ExitStack) -> dict[int, int] | None:
     """Take the folder for this process until `held` closes, and look at what is there.
 
     Returns the item count of each shard that is whole, or None where the set is finished.
@@ -114,7 +129,7 @@ def begin(job: Job, held: ExitStack) -> dict[int, int] | None:
     return kept
 
 
-def _whole_shards(job: Job) -> dict[int, int]:
+def _whole_shards(job: Work) -> dict[int, int]:
     kept = {}
     for shard in job.shard_numbers:
         file = job.folder / shards.shard_name(shard)
@@ -122,7 +137,7 @@ def _whole_shards(job: Job) -> dict[int, int]:
             try:
                 kept[shard] = len(dataset.map_shard(file)["labels"])
             except UserError as error:
-                print(f"{error}: encoding this shard anew")
+                print(f"{error}: making this shard anew")
     return kept
 
 

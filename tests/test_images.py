@@ -111,7 +111,7 @@ def labels_of(folder: Path, value: object) -> None:
     (lambda f: (f / "n03").mkdir(), "class folder .*n03 holds no image"),
     (lambda f: photograph(0).save(f / "loose.png"), "loose.png lies beside the class folders"),
     (lambda f: labels_of(f, [["n00/0.png", 0]]), "no label for n00/1.png"),
-    (lambda f: labels_of(f, [["n00/x.png", 0]]), "gives a label to n00/x.png, which is not among"),
+    (lambda f: labels_of(f, [["n00/x.png", 0]]), "gives a label to n00/x.png, which is not there"),
     (lambda f: labels_of(f, [["n00/0.png", 0]] * 2), "lists n00/0.png twice"),
     (lambda f: labels_of(f, [["n00/0.png", -1]]), "n00/0.png the label -1"),
     (lambda f: labels_of(f, [["n00/0.png", 0.5]]), "n00/0.png the label 0.5"),
