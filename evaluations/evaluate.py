@@ -1,7 +1,10 @@
 """Score samples against a reference: an aligned table, and metrics.json with all that the numbers depend on.
 
     python -m evaluations.evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python -m evaluations.evaluate --samples seed0.npz seed1.npz seed2.npz --reference imagenet256.npz
     accelerate launch -m evaluations.evaluate ...        # the same numbers, features extracted by all GPUs
+
+Several files are several seeds of one setting: each has its row, and mean and standard deviation stand below.
 """
 
 from __future__ import annotations
@@ -12,69 +15,107 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import errors
 import files
 from config import build, option, parse, require
 from errors import UserError
 from evaluations import metrics
 from evaluations.features import open_extractor
-from evaluations.images import NpzArchive, NpzImages
+from evaluations.images import Images, NpzArchive, open_images
 from evaluations.reference import Reference
 from evaluations.score import Scorer, collect
-
-PROG = "python -m evaluations.evaluate"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    samples: str = option(help="samples.npz: arr_0 uint8 (N, H, W, C), perhaps labels")
-    reference: str = option(help="reference.npz: ADM's, or one made by evaluations.reference")
-    features: str = option("pixels", help="pixels")
+    samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels) or a folder of PNG "
+                                           "files; several are several seeds")
+    reference: str = option(help="reference: ADM's .npz, one made by evaluations.reference, or any images")
+    features: str = option("inception", help="inception, pixels, or timm:NAME[@SIDE]")
+    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
+    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
     precision_mode: str | None = option(None, choices=metrics.MODES, help="distances of precision and recall "
                                         "(default adm_fp16 for inception, as in published tables, else fp32)")
+    shuffle: int | None = option(None, help="shuffle by this seed before the Inception Score (default: in file order)")
     batch_size: int = option(64, help="images per pass through the extractor, on each process")
     out: str = option("metrics.json", help="where the result goes")
 
 
-def open_samples(path: str) -> NpzImages:
-    """A samples file. Raises UserError for one that is no samples file, statistics of another set inside included."""
-    names = NpzArchive(path).names
-    if "mu" in names or "sigma" in names:
+def open_samples(path: str) -> Images:
+    """Samples: an .npz file or a folder. Raises UserError for a reference in their place."""
+    if Path(path).suffix == ".npz" and {"mu", "sigma", "about"} & NpzArchive(path).names:
         raise UserError(f"{path} holds stored statistics (mu, sigma); it is a reference, not samples")
-    return NpzImages(path)
+    return open_images(path)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Results as an aligned table, one line each."""
-    cells = [["samples", "N", *rows[0]["metrics"]]]
-    cells += [[row["samples"]["name"], str(row["num_samples"]), *(f"{value:.4f}" for value in row["metrics"].values())]
-              for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells)
+def open_all(paths: Sequence[str]) -> list[Images]:
+    """The sample sets of several seeds. Raises UserError where their counts differ: no mean exists across counts."""
+    samples = [open_samples(path) for path in paths]
+    for path, one in zip(paths, samples, strict=True):
+        require(len(one) == len(samples[0]), f"{path} holds {len(one)} samples and {paths[0]} {len(samples[0])}: numbers "
+                                             f"of different counts cannot be compared; score them one by one")
+    return samples
+
+
+def about(path: str, samples: Images) -> dict[str, Any]:
+    """What a result says of its samples: name, digest and the settings in the JSON beside them."""
+    sidecar = Path(path).with_suffix(".json")
+    return {"name": samples.name, "sha256": samples.digest(),
+            "settings": files.read_json(sidecar) if sidecar.is_file() else None}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The content of metrics.json: one run, or the mean over several with their standard deviation (divisor n - 1)."""
+    if len(runs) == 1:
+        return runs[0]
+    values = {name: [run["metrics"][name] for run in runs] for name in runs[0]["metrics"]}
+    return {"metrics": {name: float(np.mean(all)) for name, all in values.items()},
+            "std": {name: float(np.std(all, ddof=1)) for name, all in values.items()},
+            "num_samples": runs[0]["num_samples"], "reference": runs[0]["reference"], "runs": list(runs)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result as an aligned table: a line for each run, then mean and standard deviation."""
+    runs = result.get("runs", [result])
+    lines = [("samples", "N", *runs[0]["metrics"])]
+    rows = [(run["samples"]["name"], run["num_samples"], run["metrics"]) for run in runs]
+    if len(runs) > 1:
+        rows += [("mean", result["num_samples"], result["metrics"]), ("std", "", result["std"])]
+    lines += [(name, str(count), *(f"{value:.4f}" for value in values.values())) for name, count, values in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    import torch
-    from accelerate import Accelerator
+    """Run the command."""
+    from training import launch
 
-    options = build(Options, parse(Options, sys.argv[1:] if argv is None else argv, prog=PROG, description=__doc__))
-    require(options.batch_size > 0, f"--batch-size is {options.batch_size}; it must be at least 1")
-    samples = open_samples(options.samples)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    extractor = open_extractor(options.features, device=accelerator.device)
+    options = build(Options, parse(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate",
+                                   description=__doc__))
+    require(options.batch_size > 0, f"--batch-size {options.batch_size} must be positive")
+    samples = open_all(options.samples)
+    accelerator = launch.accelerator()
+    with accelerator.main_process_first():  # who downloads the weights
+        extractor = open_extractor(options.features, inception_weights=options.inception_weights,
+                                   feature_weights=options.feature_weights, device=accelerator.device)
     how = {"accelerator": accelerator, "batch_size": options.batch_size}
     reference = Reference.open(options.reference, extractor, **how)
-    reference.require_shape(options.samples, samples.shape)
-    scorer = Scorer(reference, extractor, accelerator=accelerator, precision_mode=options.precision_mode)
-    result = scorer.compare(collect(samples, extractor, title="samples", **how))
+    scorer = Scorer(reference, extractor, accelerator=accelerator, precision_mode=options.precision_mode,
+                    shuffle=options.shuffle)
+    for path, one in zip(options.samples, samples, strict=True):
+        reference.require_shape(path, one.shape)
+    runs = [scorer.compare(collect(one, extractor, title=one.name, **how)) | {"samples": about(path, one)}
+            for path, one in zip(options.samples, samples, strict=True)]
     if accelerator.is_main_process:
-        sidecar = Path(options.samples).with_suffix(".json")
-        result["samples"] = {"name": samples.name, "sha256": samples.digest(),
-                             "settings": files.read_json(sidecar) if sidecar.is_file() else None}
+        result = summary(runs)
         files.write_json(options.out, result)
-        print(table([result]))
-        print(f"reference {reference.name} ({len(reference.pool)} images), precision and recall in "
-              f"{scorer.precision_mode}; written to {options.out}")
+        print(table(result))
+        print(f"reference {reference.name}: statistics {reference.origin}, {runs[0]['reference']['num_images']} images; "
+              f"precision and recall in {scorer.precision_mode}; written to {options.out}")
+        for warning in dict.fromkeys(warning for run in runs for warning in run["warnings"]):
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import files
 from errors import UserError, nearest
 from evaluations.metrics import exact_arithmetic
 
@@ -51,11 +55,100 @@ class Pixels:
             return Features(images.to(self.device).flatten(1).float() / 127.5 - 1)
 
 
-def open_extractor(name: str, *, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor `name` on `device`.
+class Timm:
+    """Pooled features of a timm model: `timm:NAME` or `timm:NAME@SIDE` (images scaled to SIDE, else to its own size).
 
-    Raises UserError for an unknown name.
+    `timm:vit_large_patch14_dinov2.lvd142m@224` gives the features of FD-DINOv2 (Stein et al., 2023). The whole image is
+    scaled, bicubic and antialiased, without a crop.
+
+    weights: safetensors or PyTorch file of a state dict, in timm's layout or one that timm converts; None takes the
+    published weights from the hub's cache, or downloads them.
+
+    Raises:
+        UserError: no such model, its weights absent and out of reach, or a file that is not this model's.
     """
+
+    head = None
+
+    def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
+        self.name, self.device = name, torch.device(device)
+        self.weights = checked_digest(Path(weights)) if weights else None
+        model_name, _, side = name.removeprefix("timm:").partition("@")
+        if side and not side.isdecimal():
+            raise UserError(f"--features {name}: {side} is not a size in pixels; write timm:NAME@224")
+        self._model = _timm_model(model_name, weights).eval().requires_grad_(False).to(self.device)
+        source = self._model.pretrained_cfg
+        self._side = int(side) if side else source["input_size"][1]
+        if side and hasattr(self._model, "set_input_size"):
+            self._model.set_input_size(img_size=(self._side, self._side))
+        self._mean, self._std = (torch.tensor(source[key], device=self.device)[:, None, None] for key in ("mean", "std"))
+
+    def __call__(self, images: Tensor) -> Features:
+        with exact_arithmetic():
+            x = images.to(self.device).permute(0, 3, 1, 2).float() / 255
+            size = (self._side, self._side)
+            x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)  # grey is broadcast below
+            return Features(self._model((x - self._mean) / self._std).float())
+
+
+def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name}{nearest(name, timm.list_models())}")
+    if weights is None:
+        try:
+            return timm.create_model(name, pretrained=True, num_classes=0)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"the weights of timm's {name} are neither in the cache nor within reach "
+                            f"({str(error).splitlines()[0]}); give them as --feature-weights FILE") from error
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0,
+                                 pretrained_cfg_overlay={"state_dict": load_state(Path(weights))})
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]})") from error
+
+
+def open_extractor(name: str, *, inception_weights: str | None = None, feature_weights: str | None = None,
+                   device: torch.device | str = "cpu") -> Extractor:
+    """The extractor `name` (inception, pixels or timm:NAME) on `device`, with weights from a file if one is given.
+
+    Raises UserError for an unknown name, or weights that belong to another extractor.
+    """
+    if inception_weights and name != "inception":
+        raise UserError(f"--inception-weights does not go with --features {name}")
+    if feature_weights and not name.startswith("timm:"):
+        raise UserError(f"--feature-weights goes with --features timm:NAME, not {name}")
     if name == "pixels":
         return Pixels(device)
-    raise UserError(f"unknown features {name}{nearest(name, ['pixels'])}; use pixels")
+    if name == "inception":
+        from evaluations.inception import Inception
+
+        return Inception(inception_weights, device)
+    if name.startswith("timm:"):
+        return Timm(name, feature_weights, device)
+    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; use inception, pixels or timm:NAME")
+
+
+def checked_digest(path: Path) -> str:
+    """SHA-256 of a weights file; UserError where it differs from the eight hexadecimal digits in the file's name."""
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}")
+    digest = files.digest(path)
+    named = re.search(r"-([0-9a-f]{8})\.[^.]+$", path.name)
+    if named and not digest.startswith(named[1]):
+        raise UserError(f"{path} is damaged: its SHA-256 begins with {digest[:8]}, not {named[1]}; fetch it again")
+    return digest
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors, or from a PyTorch file that holds nothing but tensors."""
+    if path.suffix == ".safetensors":
+        return files.load_tensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged, or holds more than tensors; give a plain state dict") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no plain state dict")
+    return state

@@ -1,13 +1,22 @@
 """What samples are compared with: statistics of the real images, and features of some of them.
 
-A reference file is one of
-- ADM's: `arr_0` (the images for precision and recall) and perhaps `mu`, `sigma`, `mu_s`, `sigma_s` (Inception
+A reference is one of
+- ADM's .npz: `arr_0` (the images for precision and recall) and perhaps `mu`, `sigma`, `mu_s`, `sigma_s` (Inception
   statistics of the whole training set), which then stand for the images' own; `labels` (N,) for class accuracy;
-- statistics alone (`mu`, `sigma`): Frechet distance only.
+- statistics alone (`mu`, `sigma`): Frechet distances only;
+- a compact one, which this command writes: statistics of all images and features of up to 10,000 of them, so that a
+  large set is read through the extractor once;
+- any images that can be opened: a folder, a latent set.
+
+    python -m evaluations.reference --images VIRTUAL_imagenet256_labeled.npz --out imagenet256.npz
+    python -m evaluations.reference --images data/imagenet/train --resolution 256 --out train256.npz
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import errors
 import files
+from config import build, option, parse, require
 from errors import UserError
-from evaluations import metrics
-from evaluations.features import Extractor
-from evaluations.images import Images, NpzArchive, NpzImages
+from evaluations.features import Extractor, open_extractor
+from evaluations.images import Images, NpzArchive, NpzImages, open_images
 from evaluations.metrics import Statistics
 from evaluations.score import collect
+from training.streams import Stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,31 +56,55 @@ class Reference:
 
     @classmethod
     def open(cls, path: Path | str, extractor: Extractor, *, accelerator: Accelerator | None = None,
-             batch_size: int = 64) -> Reference:
-        """Read a reference file, extracting features where it holds images. To be called by every process.
+             batch_size: int = 64, keep: int | None = None, resolution: int | None = None) -> Reference:
+        """Read a reference, extracting features where it holds images. To be called by every process.
 
-        Raises UserError for a file that is damaged, or holds neither images nor statistics.
+        keep, resolution: see `of_images` and `images.open_images`.
+
+        Raises UserError for a file that is damaged, holds neither images nor statistics, or those of other features.
         """
+        how = {"accelerator": accelerator, "batch_size": batch_size, "keep": keep}
+        if Path(path).suffix != ".npz":
+            return cls.of_images(open_images(path, resolution), extractor, **how)
         archive = NpzArchive(path)
-        stored = "mu" in archive.names and extractor.name != "pixels"
+        if "about" in archive.names:
+            return _read_compact(archive)
+        # bare statistics do not say whose they are; by custom they are Inception's
+        stored = archive if "mu" in archive.names and extractor.name == "inception" else None
         if "arr_0" in archive.names:
-            return cls.of_images(NpzImages(path), extractor, accelerator=accelerator, batch_size=batch_size,
-                                 stored=archive if stored else None)
+            return cls.of_images(NpzImages(path), extractor, stored=stored, **how)
         if not stored:
-            raise UserError(f"{path} holds neither arr_0 (images) nor mu and sigma for {extractor.name} features")
-        first, second = _stored(archive)
-        return cls(name=Path(path).name, digest=files.digest(path), features=extractor.name, weights=None, shape=None,
+            raise UserError(f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} features")
+        first, second = _stored(stored)
+        return cls(name=archive.path.name, digest=files.digest(path), features=extractor.name, weights=None, shape=None,
                    statistics=first, spatial=second, origin="stored", pool=None, labels=None)
 
     @classmethod
     def of_images(cls, images: Images, extractor: Extractor, *, accelerator: Accelerator | None = None,
-                  batch_size: int = 64, stored: NpzArchive | None = None) -> Reference:
-        """Features of real images; their statistics too, unless `stored` brings some."""
-        real = collect(images, extractor, accelerator=accelerator, batch_size=batch_size, title="reference")
-        first, second = _stored(stored) if stored else (metrics.statistics(real.pool), real.spatial)
+                  batch_size: int = 64, stored: NpzArchive | None = None, keep: int | None = None) -> Reference:
+        """Features of real images, of `keep` random ones where there are more; statistics of all, unless `stored`."""
+        chosen = None
+        if keep is not None and keep < len(images):
+            chosen = np.sort(Stream(0, "reference").permutation(len(images))[:keep])
+        real = collect(images, extractor, accelerator=accelerator, batch_size=batch_size, title="reference", keep=chosen)
+        first, second = _stored(stored) if stored else (real.statistics, real.spatial)
         return cls(name=images.name, digest=images.digest(), features=extractor.name, weights=extractor.weights,
-                   shape=images.shape, statistics=first, spatial=second, pool=real.pool, labels=real.labels,
+                   shape=tuple(images.shape), statistics=first, spatial=second, pool=real.pool, labels=real.labels,
                    origin="stored" if stored else f"computed from {len(images)} images")
+
+    def save(self, path: Path | str) -> None:
+        """Write a compact reference, atomically."""
+        about = {"name": self.name, "sha256": self.digest, "features": self.features, "weights_sha256": self.weights,
+                 "shape": self.shape, "statistics": self.origin}
+        arrays = {"about": np.array(json.dumps(about)), "mu": self.statistics.mean, "sigma": self.statistics.covariance}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
+        if self.pool is not None:
+            arrays["pool"] = self.pool
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        with files.replacing(path) as temporary, open(temporary, "wb") as handle:  # a name would get .npz appended
+            np.savez(handle, **arrays)
 
     def require(self, extractor: Extractor) -> None:
         """UserError unless the features are those of `extractor`."""
@@ -114,3 +149,52 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
     if "mu" not in archive.names:
         raise UserError(f"{archive.path} holds mu_s and sigma_s without mu and sigma")
     return pairs[0], pairs[1] if len(pairs) > 1 else None
+
+
+def _read_compact(archive: NpzArchive) -> Reference:
+    try:
+        about = json.loads(str(archive.read("about")))
+        given = {"name": about["name"], "digest": about["sha256"], "features": about["features"],
+                 "weights": about["weights_sha256"], "origin": about["statistics"], "shape": tuple(about["shape"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{archive.path} is no reference of this format ({error}); build it again") from error
+    first, second = _stored(archive)
+    tensors = {name: torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels")}
+    if tensors["pool"] is not None and not tensors["pool"].isfinite().all():
+        raise UserError(f"{archive.path}: pool holds NaN or infinite values; build it again")
+    return Reference(statistics=first, spatial=second, **tensors, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    images: str = option(help="real images: .npz (arr_0, with or without statistics), folder, ZIP or latent set")
+    out: str = option(help="the reference file to write (.npz)")
+    features: str = option("inception", help="inception, pixels, or timm:NAME[@SIDE]")
+    inception_weights: str | None = option(None, help="file of the Inception weights")
+    feature_weights: str | None = option(None, help="file of the timm model's weights")
+    resolution: int | None = option(None, help="crop and scale image files to this size (default: as they are)")
+    keep: int = option(10_000, help="images whose features are kept, for precision and recall; statistics are of all")
+    batch_size: int = option(64, help="images per pass through the extractor, on each process")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    from training import launch
+
+    options = build(Options, parse(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference",
+                                   description=__doc__))
+    require(options.batch_size > 0 and options.keep > 3, "--batch-size must be positive and --keep at least 4")
+    accelerator = launch.accelerator()
+    with accelerator.main_process_first():  # who downloads the weights
+        extractor = open_extractor(options.features, inception_weights=options.inception_weights,
+                                   feature_weights=options.feature_weights, device=accelerator.device)
+    reference = Reference.open(options.images, extractor, accelerator=accelerator, batch_size=options.batch_size,
+                               keep=options.keep, resolution=options.resolution)
+    if accelerator.is_main_process:
+        reference.save(options.out)
+        kept = 0 if reference.pool is None else len(reference.pool)
+        print(f"wrote {options.out}: {reference.features} statistics {reference.origin}, features of {kept} images")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -10,6 +10,7 @@ Under `accelerate launch` each process adds its share; the result is that of one
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import progress
 from errors import UserError
 from evaluations import metrics
 from evaluations.features import Extractor, open_extractor
@@ -34,24 +36,31 @@ if TYPE_CHECKING:
 
 
 Array = np.ndarray | Tensor
+FEW = 10_000
 NAMES = {("inception", "fd"): "fid", ("inception", "sfd"): "sfid"}  # the names that only Inception's features deserve
 
 
 class Collected(NamedTuple):
     """Features of a whole set, on the CPU and in the set's order."""
 
-    pool: Tensor  # (N, D) float32
+    count: int
+    statistics: Statistics  # of all
     spatial: Statistics | None
-    labels: Tensor | None  # (N,) int64
+    pool: Tensor  # (M, D) float32, of those that were kept
+    labels: Tensor | None  # (M,) int64
 
 
 class Collector:
-    """Features of a set of images that arrives in batches, on one process or several."""
+    """Features of a set of images that arrives in batches, on one process or several.
 
-    def __init__(self, extractor: Extractor, accelerator: Accelerator | None = None) -> None:
+    keep: which images' features are held, by index; None holds all. Statistics are of all images in any case.
+    """
+
+    def __init__(self, extractor: Extractor, accelerator: Accelerator | None = None, keep: np.ndarray | None = None) -> None:
         self.extractor, self.accelerator = extractor, accelerator
+        self._keep = None if keep is None else torch.from_numpy(keep)
         self._shares: list[_Share] = []
-        self._spatial = Moments()
+        self._moments = (Moments(), Moments())  # pool, spatial
         self._next = 0
 
     def add(self, images: Array, labels: Array | None = None, indices: Array | None = None) -> None:
@@ -63,34 +72,38 @@ class Collector:
             indices = torch.arange(self._next, self._next + len(images))
         self._next += len(images)
         features = self.extractor(torch.as_tensor(images))
-        self._shares.append(_Share(torch.as_tensor(indices).cpu(), features.pool.cpu(),
-                                   None if labels is None else torch.as_tensor(labels).long().cpu()))
-        if features.spatial is not None:
-            self._spatial.add(features.spatial)
+        for moments, x in zip(self._moments, features, strict=True):
+            if x is not None:
+                moments.add(x)
+        share = _Share(torch.as_tensor(indices).cpu(), features.pool.cpu(),
+                       None if labels is None else torch.as_tensor(labels).long().cpu())
+        self._shares.append(share if self._keep is None else share.of(torch.isin(share.indices, self._keep)))
 
     def collect(self) -> Collected:
         """The features of all processes, in order, on each of them. To be called by every process."""
-        shares, moments = self._shares, [self._spatial]
+        shares, parts = self._shares, [tuple(moments.cpu() for moments in self._moments)]
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            shares, moments = gather_object([_joined(shares)] if shares else []), gather_object(moments)
+            shares, parts = gather_object([_joined(shares)] if shares else []), gather_object(parts)
         if not shares:
             raise UserError("there are no images to score")
-        whole, spatial = _joined(shares), Moments()
-        for part in moments:
-            spatial.merge(part.count, part.mean, part.scatter)
-        order = whole.indices.argsort()
-        if (whole.indices[order].diff() == 0).any():
+        whole = _joined(shares)
+        whole = whole.of(whole.indices.argsort())
+        if (whole.indices.diff() == 0).any():
             raise ValueError("an index was added twice")
-        return Collected(whole.pool[order], spatial.statistics() if spatial.count else None,
-                         None if whole.labels is None else whole.labels[order])
+        pool, spatial = (functools.reduce(Moments.merged, of_all) for of_all in zip(*parts, strict=True))
+        return Collected(pool.count, pool.statistics(), spatial.statistics() if spatial.count else None, whole.pool,
+                         whole.labels)
 
 
 class _Share(NamedTuple):
     indices: Tensor
     pool: Tensor
     labels: Tensor | None
+
+    def of(self, rows: Tensor) -> _Share:
+        return _Share(*(None if x is None else x[rows] for x in self))
 
 
 def _joined(shares: Sequence[_Share]) -> _Share:
@@ -100,14 +113,12 @@ def _joined(shares: Sequence[_Share]) -> _Share:
 
 
 def collect(images: Images, extractor: Extractor, *, accelerator: Accelerator | None = None, batch_size: int = 64,
-            title: str = "features") -> Collected:
+            title: str = "features", keep: np.ndarray | None = None) -> Collected:
     """Features of all `images`, each process taking one contiguous share, with a progress bar on the main one."""
-    from tqdm import tqdm
-
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     start, stop = len(images) * rank // processes, len(images) * (rank + 1) // processes
-    collector = Collector(extractor, accelerator)
-    with tqdm(total=stop - start, desc=title, unit="image", disable=rank > 0 or None, leave=False) as bar:
+    collector = Collector(extractor, accelerator, keep)
+    with progress.bar(total=stop - start, desc=title, unit="image", main=rank == 0, leave=False) as bar:
         for batch in images.batches(start, stop, batch_size):
             indices = np.arange(start, start + len(batch))
             collector.add(batch, None if images.labels is None else images.labels[indices], indices)
@@ -159,7 +170,7 @@ class Scorer:
 
     def _compare(self, samples: Collected) -> dict[str, Any]:
         reference, device = self.reference, self.extractor.device
-        values = {"fd": metrics.frechet(metrics.statistics(samples.pool), reference.statistics)}
+        values = {"fd": metrics.frechet(samples.statistics, reference.statistics)}
         if samples.spatial is not None and reference.spatial is not None:
             values["sfd"] = metrics.frechet(samples.spatial, reference.spatial)
         if self.extractor.head is not None:
@@ -171,13 +182,28 @@ class Scorer:
                 values["class_accuracy"] = metrics.class_accuracy(x, samples.labels, r, reference.labels)
         return {
             "metrics": {NAMES.get((self.extractor.name, name), name): value for name, value in values.items()},
-            "num_samples": len(samples.pool),
+            "num_samples": samples.count,
+            "warnings": self._warnings(samples),
             "reference": reference.describe(),
             "features": {"name": self.extractor.name, "weights_sha256": self.extractor.weights},
             "precision_recall": {"mode": self.precision_mode, "k": metrics.NEIGHBOURS},
+            "processes": 1 if self.accelerator is None else self.accelerator.num_processes,
+            "device": device.type,
             "order": "as given" if self.shuffle is None else f"shuffled by seed {self.shuffle}",
             "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
         }
+
+    def _warnings(self, samples: Collected) -> list[str]:
+        found = []
+        if samples.count < FEW:
+            found.append(f"{samples.count} samples: the Frechet distance is biased upwards at so few, compare it only with "
+                         f"others of {samples.count} samples")
+        elif samples.count != 50_000 and self.extractor.name == "inception":
+            found.append(f"{samples.count} samples: published FIDs are of 50000")
+        if self.extractor.head is not None and self.shuffle is None and samples.labels is not None \
+                and (samples.labels.diff() >= 0).all() and samples.labels[0] != samples.labels[-1]:
+            found.append("the samples are sorted by class, which lowers the Inception Score: give --shuffle SEED")
+        return found
 
     def _logits(self, pool: Tensor) -> Tensor:
         order = torch.arange(len(pool))

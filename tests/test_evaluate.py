@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from errors import UserError
-from evaluations import evaluate, metrics
+from evaluations import evaluate, metrics, reference
 from evaluations.features import Pixels
-from evaluations.images import ArrayImages
+from evaluations.images import ArrayImages, LatentSetImages
 from evaluations.reference import Reference
 from evaluations.score import score
 
@@ -30,9 +34,9 @@ def digits(seed, count, channels=1, size=6):
 @pytest.fixture
 def pair(tmp_path):
     samples, labels = digits(0, 150)
-    reference, reference_labels = digits(1, 200)
+    real, real_labels = digits(1, 200)
     np.savez(tmp_path / "samples.npz", arr_0=samples, labels=labels)
-    np.savez_compressed(tmp_path / "reference.npz", arr_0=reference, labels=reference_labels)
+    np.savez_compressed(tmp_path / "reference.npz", arr_0=real, labels=real_labels)
     return tmp_path, samples, labels
 
 
@@ -46,7 +50,7 @@ def test_the_command_writes_and_prints_what_score_returns(pair, capsys):
     folder, samples, labels = pair
     (folder / "samples.json").write_text('{"num_steps": 50}')
     result = run(folder)
-    assert result["metrics"] == score(samples, labels, folder / "reference.npz")["metrics"]
+    assert result["metrics"] == pytest.approx(score(samples, labels, folder / "reference.npz")["metrics"], rel=1e-9)
     assert list(result["metrics"]) == ["fd", "precision", "recall", "class_accuracy"]
     assert result["metrics"]["class_accuracy"] == 1
     assert result["samples"]["settings"] == {"num_steps": 50} and len(result["samples"]["sha256"]) == 64
@@ -70,8 +74,11 @@ def test_pixels_frechet_distance_by_its_definition(pair):
 def test_batch_size_and_precision_mode_act(pair, monkeypatch):
     folder, *_ = pair
     plain = run(folder)
-    assert run(folder, "--batch-size", "7")["metrics"] == plain["metrics"]
-    called = []
+    sizes, called = [], []
+    extract = Pixels.__call__
+    monkeypatch.setattr(Pixels, "__call__", lambda self, images: sizes.append(len(images)) or extract(self, images))
+    assert run(folder, "--batch-size", "7")["metrics"] == pytest.approx(plain["metrics"], rel=1e-9)
+    assert max(sizes) == 7 and sum(sizes) == 350
     monkeypatch.setattr(metrics, "precision_recall", lambda x, r, mode: called.append(mode) or (0, 0))
     assert run(folder, "--precision-mode", "adm_fp16")["precision_recall"]["mode"] == "adm_fp16"
     assert called == ["adm_fp16"]
@@ -135,6 +142,155 @@ def test_a_member_shorter_than_its_header_says_is_refused(pair):
         member.write(samples[:20].tobytes())
     with pytest.raises(UserError, match="ends within image 20"):
         run(folder)
+
+
+def test_several_seeds_give_mean_and_standard_deviation(pair, capsys):
+    folder, *_ = pair
+    paths = []
+    for seed in (5, 6, 7):
+        images, labels = digits(seed, 150)
+        np.savez(folder / f"seed{seed}.npz", arr_0=images, labels=labels)
+        paths.append(str(folder / f"seed{seed}.npz"))
+    result = run(folder, "--samples", *paths)
+    single = [run(folder, samples=f"seed{seed}.npz")["metrics"]["fd"] for seed in (5, 6, 7)]
+    assert [one["metrics"]["fd"] for one in result["runs"]] == pytest.approx(single)
+    assert result["metrics"]["fd"] == pytest.approx(np.mean(single))
+    assert result["std"]["fd"] == pytest.approx(np.std(single, ddof=1)) and result["std"]["fd"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["samples", "seed5.npz", "seed6.npz", "seed7.npz", "mean", "std"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    np.savez(folder / "few.npz", arr_0=digits(1, 20)[0])
+    with pytest.raises(UserError, match="few.npz holds 20 samples.*cannot be compared"):
+        run(folder, "--samples", paths[0], str(folder / "few.npz"))
+
+
+def test_few_samples_are_warned_of(pair, capsys):
+    folder, *_ = pair
+    result = run(folder)
+    assert "150 samples" in result["warnings"][0] and "biased" in capsys.readouterr().err
+    many = np.zeros((10_000, 2, 2, 1), np.uint8)
+    real = Reference.of_images(ArrayImages(many[:50]), Pixels())
+    assert score(many, None, real)["warnings"] == []
+
+
+def write_folder(folder, images, labels, suffix=".png"):
+    for index, (image, label) in enumerate(zip(images, labels)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(folder / str(label) / f"{index:04d}{suffix}")
+
+
+def test_a_folder_of_png_files_scores_like_the_same_npz(pair):
+    folder, samples, labels = pair
+    write_folder(folder / "png", samples, labels)
+    assert run(folder, samples="png")["metrics"] == pytest.approx(run(folder)["metrics"], rel=1e-9)
+
+
+def test_lossy_samples_and_samples_of_two_sizes_are_refused(pair):
+    folder, samples, labels = pair
+    write_folder(folder / "jpg", samples[:9], labels[:9], ".jpg")
+    with pytest.raises(UserError, match="0/.*jpg, whose loss changes every metric.*PNG"):
+        run(folder, samples="jpg")
+    write_folder(folder / "sizes", samples[:9], [0] * 9)
+    Image.fromarray(samples[0, :4, :5, 0]).save(folder / "sizes" / "0" / "0003.png")
+    with pytest.raises(UserError, match="0003.png in sizes is 5 x 4 pixels, the first image 6 x 6"):
+        run(folder, samples="sizes")
+
+
+def build_reference(folder, images, *extra):
+    reference.main(["--images", str(folder / images), "--features", "pixels", "--out", str(folder / "ref.npz"), *extra])
+
+
+def test_a_compact_reference_gives_the_same_numbers(pair, capsys):
+    folder, *_ = pair
+    expected = run(folder)
+    build_reference(folder, "reference.npz")
+    assert "features of 200 images" in capsys.readouterr().out
+    result = run(folder, reference="ref.npz")
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
+    assert result["reference"] == expected["reference"]  # the digest is that of the images
+    build_reference(folder, "ref.npz", "--out", str(folder / "again.npz"))  # a reference is images too
+    assert run(folder, reference="again.npz")["metrics"] == result["metrics"]
+
+
+def test_a_compact_reference_keeps_a_part_and_counts_all(pair):
+    folder, *_ = pair
+    build_reference(folder, "reference.npz", "--keep", "40", "--batch-size", "16")
+    with np.load(folder / "ref.npz") as small, np.load(folder / "reference.npz") as images:
+        assert small["pool"].shape == (40, 36) and small["labels"].shape == (40,)
+        flat = images["arr_0"].reshape(200, 36) / np.float32(127.5) - 1
+        np.testing.assert_allclose(small["sigma"], np.cov(flat.astype(float), rowvar=False), rtol=1e-6, atol=1e-9)
+        where = [np.flatnonzero((flat == row).all(1))[0] for row in small["pool"]]
+        assert (images["labels"][where] == small["labels"]).all() and sorted(where) == where
+        assert not np.array_equal(where, range(40))
+    whole = run(folder)["metrics"]
+    part = run(folder, reference="ref.npz")
+    assert part["metrics"]["fd"] == pytest.approx(whole["fd"], rel=1e-9)
+    assert part["metrics"]["precision"] != whole["precision"] and part["reference"]["num_images"] == 40
+
+
+def test_a_reference_from_photographs_is_cropped(pair):
+    folder, *_ = pair
+    pictures = [np.full((20, 30, 3), value, np.uint8) for value in (10, 90, 200, 250, 30)]
+    write_folder(folder / "photos", pictures, [0, 0, 1, 1, 1], ".jpg")
+    with pytest.raises(UserError, match="need --resolution"):
+        build_reference(folder, "photos")
+    build_reference(folder, "photos", "--resolution", "4")
+    with np.load(folder / "ref.npz") as made:
+        assert made["pool"].shape == (5, 48) and made["labels"].tolist() == [0, 0, 1, 1, 1]
+        np.testing.assert_allclose(made["pool"].mean(1), [10 / 127.5 - 1, 90 / 127.5 - 1, 200 / 127.5 - 1, 250 / 127.5 - 1,
+                                                          30 / 127.5 - 1], atol=0.03)
+
+
+def test_a_latent_set_of_pixels_is_a_reference(tmp_path):
+    from preprocessing import digits as embedded
+
+    embedded.main(["--out", str(tmp_path / "digits")])
+    images = LatentSetImages(tmp_path / "digits")
+    assert images.shape == (8, 8, 1) and len(images) == 1797
+    first = next(images.batches(0, 3, 3))
+    assert first.dtype == np.uint8 and first.max() > 200
+    np.savez(tmp_path / "samples.npz", arr_0=next(images.batches(0, 1797, 1797)), labels=images.labels)
+    result = run(tmp_path, reference="digits")
+    assert abs(result["metrics"]["fd"]) < 1e-9
+    assert (result["metrics"]["precision"], result["metrics"]["recall"], result["metrics"]["class_accuracy"]) == (1, 1, 1)
+
+
+def test_references_that_do_not_fit_are_refused(pair):
+    folder, *_ = pair
+    build_reference(folder, "reference.npz")
+    with np.load(folder / "ref.npz") as made:
+        arrays = dict(made)
+    np.savez(folder / "ref.npz", **arrays | {"sigma": arrays["sigma"] * np.nan})
+    with pytest.raises(UserError, match="mu or sigma holds NaN"):
+        run(folder, reference="ref.npz")
+    np.savez(folder / "ref.npz", **arrays | {"about": np.array("{}")})
+    with pytest.raises(UserError, match="no reference of this format"):
+        run(folder, reference="ref.npz")
+    other = arrays["about"].item().replace('"pixels"', '"inception"')
+    np.savez(folder / "ref.npz", **arrays | {"about": np.array(other)})
+    with pytest.raises(UserError, match="holds inception features, not pixels"):
+        run(folder, reference="ref.npz")
+    np.savez(folder / "ref.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    with pytest.raises(UserError, match="neither arr_0.*of pixels features"):
+        run(folder, reference="ref.npz")
+    with pytest.raises(UserError, match="reference, not samples"):
+        run(folder, samples="ref.npz")
+
+
+def test_two_processes_equal_one(pair):
+    folder, *_ = pair
+    alone = run(folder)
+    out = folder / "two.json"
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
+                    "-m", "evaluations.evaluate", "--samples", folder / "samples.npz", "--reference", folder / "reference.npz",
+                    "--features", "pixels", "--batch-size", "13", "--out", out], check=True, timeout=120)
+    result = json.loads(out.read_text())
+    assert (result["processes"], alone["processes"]) == (2, 1)
+    assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
 
 
 def test_large_images_need_a_network():
