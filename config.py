@@ -254,6 +254,8 @@ class GenerateConfig(SamplingConfig):
     """Options of `generate.py`."""
 
     ckpt: str = option(help="checkpoint folder, or a run (its latest checkpoint)")
+    preset: str | None = option(None, help="settings of a published number, see --list-presets")
+    list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
     num_fid_samples: int = option(50_000, help="how many samples")
     out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
     batch_size: int = option(64, help="samples per network call in each process")

@@ -24,14 +24,20 @@ import files
 import progress
 from config import GenerateConfig, as_dict, build, parse
 
-SETTINGS_ONLY = ("out", "batch_size", "compile", "vae", "ckpt")
+SETTINGS_ONLY = ("out", "batch_size", "compile", "vae", "ckpt", "list_presets")
 """Options that change no sample (the checkpoint and the VAE are recorded by digest instead)."""
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Run the command; returns the folder of the samples."""
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Run the command; returns the folder of the samples, None where it only lists presets."""
+    from recipes import sampling as presets
+
     given = parse(GenerateConfig, sys.argv[1:] if argv is None else argv, prog="generate.py", description=__doc__)
-    return generate(build(GenerateConfig, given))
+    if given.get("list_presets"):
+        print(presets.table())
+        return None
+    fixed = presets.settings(given["preset"], given) if given.get("preset") else {}
+    return generate(build(GenerateConfig, fixed, given))
 
 
 def generate(config: GenerateConfig) -> Path:

@@ -47,10 +47,10 @@ class Row:
 
 
 ROWS = (
-    Row("stage 1 (teacher)", "stage1", TEACHER, TEACHER),
     Row("plain SiT", "plain", HALF, HALF),
     Row("plain SiT", "plain", FULL, FULL),
     Row("plain SiT", "plain", TEACHER + FULL, TEACHER + FULL),
+    Row("stage 1 (teacher)", "stage1", TEACHER, TEACHER),
     Row("self-guided SiT", "guided", HALF, TEACHER + HALF),
     Row("self-guided SiT", "guided", FULL, TEACHER + FULL),
 )
@@ -184,7 +184,7 @@ def sample_figure(folder: Path, path: Path) -> None:
 
     from sampling import grid_picture
 
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 5.4), layout="constrained")
     for axis, row in zip(axes.flat, ROWS, strict=True):
         with np.load(folder / "samples" / f"{row.run}-{row.step}" / "samples.npz") as drawn:
             images, labels = drawn["arr_0"], drawn["labels"]

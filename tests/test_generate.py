@@ -98,6 +98,35 @@ def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Pat
     assert store.missing(0, 1) == [0, 1, 2, 3]
 
 
+def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from recipes.sampling import PRESETS, settings
+
+    published = {"repa-nocfg": 5.90, "repa-cfg": 1.42, "sit-cfg-sde": 2.06, "sit-cfg-ode": 2.15, "lightningdit-64ep": 2.11,
+                 "lightningdit-800ep": 1.35, "self-transcendence-cfg": 1.44}
+    assert {name: preset.published for name, preset in PRESETS.items()} == published
+    assert generate.main(["--list-presets"]) is None
+    listed = capsys.readouterr().out
+    assert all(name in listed and f"{fid:.2f}" in listed for name, fid in published.items()) and "not certain" in listed
+    for name in PRESETS:
+        build(GenerateConfig, {"ckpt": "x"}, settings(name, {}))  # no contradiction within
+    repa = settings("repa-cfg", {})
+    assert (repa["mode"], repa["num_steps"], repa["cfg_scale"], repa["guidance_high"], repa["rounding"], repa["labels"],
+            repa["weights"], repa["vae"]) == ("sde", 250, 1.8, 0.7, "truncate", "random", "ema", "stabilityai/sd-vae-ft-ema")
+    with pytest.raises(UserError, match="--cfg-scale"):
+        generate.main(["--ckpt", str(guided), "--preset", "repa-cfg", "--cfg-scale", "2"])
+    with pytest.raises(UserError, match="repa-cfg"):
+        generate.main(["--ckpt", str(guided), "--preset", "repa-cgf"])
+    # evaluations per sample: LightningDiT's 249 and their guided share
+    lightning = sampler(guided, **{k: v for k, v in settings("lightningdit-64ep", {}).items() if k not in ("vae", "num_steps")})
+    assert len(lightning.grid) == 4
+    import samplers
+
+    for name, guided_steps in (("lightningdit-64ep", 181), ("lightningdit-800ep", 168)):
+        one = settings(name, {})
+        grid = samplers.ode_grid(249, one["timestep_shift"])
+        assert samplers.evaluations("euler", grid, one["cfg_scale"], one["guidance_low"], one["guidance_high"]) == 249 + guided_steps
+
+
 def test_rounding_rules() -> None:
     values = torch.tensor([-1.0, -1.2, 0.0, 1.0, 1.5, 0.003]).view(6, 1, 1, 1)
     assert to_uint8(values).flatten().tolist() == [0, 0, 128, 255, 255, 128]

@@ -85,6 +85,13 @@ def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[
     assert '"loss/smooth"' in (run / "log.jsonl").read_text()
 
 
+def test_sampling_from_plain_python(guided: Path) -> None:
+    (code,) = [block for block in blocks("python") if "Checkpoint.open" in block]
+    scope: dict = {}
+    exec(code.replace("ckpts/sit-xl", str(guided)).replace('"cuda"', '"cpu"').replace("num_steps=50", "num_steps=4"), scope)
+    assert scope["images"].shape == (4, 8, 8, 1) and scope["images"].dtype == "uint8"
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -331,6 +331,34 @@ def test_trackers_get_what_the_log_gets(tmp_path: Path, words: Words, monkeypatc
     assert sent[0][1]["loss/diffusion"] == pytest.approx(read(run / "log.jsonl")[0]["loss/diffusion"], rel=1e-5)
 
 
+def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> None:
+    """Channel-normalised fixed samples with stored flips, logit-normal times, MSE plus cosine, omega 10."""
+    from models.latents import LatentSpace
+    from preprocessing import shards
+
+    values = np.random.Generator(np.random.Philox(1)).normal(3.0, 2.0, (40, 2, 1, 4, 4, 4)).astype(np.float32)
+    folder = tmp_path / "latents"
+    entry = shards.write_shard(folder, 0, values, np.arange(40) % 3)
+    space = LatentSpace(name="va-vae", channels=4, stride=16, shift=(3.0, 3.0, 3.0, 2.0), scale=(0.5, 0.5, 0.5, 1.0))
+    shards.write_manifest(folder, space=space, resolution=64, latent_size=4, views=2, parts=1, dtype="float32", crop="none",
+                          class_names=["a", "b", "c"], images=False, shards=[entry], source="random numbers")
+    argv = ["--recipe", "lightningdit", "--model", "LightningDiT-Tiny/1", "--data-dir", str(folder), "--output-dir", str(tmp_path),
+            "--batch-size", "8", "--align-hidden", "16", "--log-steps", "1", "--ema-warmup", "--max-train-steps", "3"]
+    teacher = train.main([*argv, "--exp-name", "stage1", "--align", "latent"])
+    run = train_guide.main([*argv, "--exp-name", "stage2", "--guiding-ckpt", str(teacher), "--align-stop-steps", "2"])
+    found = Checkpoint.open(run).config
+    assert found["align"]["guided"]["guide_scale"] == 10 and found["train"]["velocity_loss"] == "mse+cosine"
+    assert "loss/guided" in losses(run)[2] and "loss/guided" not in losses(run)[3]
+    one = trainer("train", [*argv, "--exp-name", "look"])
+    from training import batches
+
+    (batch,) = next(batches.Batches(one.config, one.data, one.device, 0, 1).steps(0, 1, {}))
+    drawn = batches.plan(one.config, one.data, 0)
+    assert set(drawn.view) == {0, 1}
+    expected = (values[drawn.index, drawn.view, 0] - np.array(space.shift)[:, None, None]) * np.array(space.scale)[:, None, None]
+    np.testing.assert_allclose(batch.x0.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
     from loss import Learner
