@@ -343,9 +343,10 @@ def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> No
     shards.write_manifest(folder, space=space, resolution=64, latent_size=4, views=2, parts=1, dtype="float32", crop="none",
                           class_names=["a", "b", "c"], images=False, shards=[entry], source="random numbers")
     argv = ["--recipe", "lightningdit", "--model", "LightningDiT-Tiny/1", "--data-dir", str(folder), "--output-dir", str(tmp_path),
-            "--batch-size", "8", "--align-hidden", "16", "--log-steps", "1", "--ema-warmup", "--max-train-steps", "3"]
-    teacher = train.main([*argv, "--exp-name", "stage1", "--align", "latent"])
-    run = train_guide.main([*argv, "--exp-name", "stage2", "--guiding-ckpt", str(teacher), "--align-stop-steps", "2"])
+            "--batch-size", "8", "--log-steps", "1", "--ema-warmup", "--max-train-steps", "3"]
+    teacher = train.main([*argv, "--exp-name", "stage1", "--align", "latent", "--align-hidden", "16"])
+    run = train_guide.main([*argv, "--exp-name", "stage2", "--guiding-ckpt", str(teacher), "--align-hidden", "16",
+                            "--align-stop-steps", "2"])
     found = Checkpoint.open(run).config
     assert found["align"]["guided"]["guide_scale"] == 10 and found["train"]["velocity_loss"] == "mse+cosine"
     assert "loss/guided" in losses(run)[2] and "loss/guided" not in losses(run)[3]
