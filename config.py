@@ -259,12 +259,18 @@ class GenerateConfig(SamplingConfig):
     num_fid_samples: int = option(50_000, help="how many samples")
     out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
     batch_size: int = option(64, help="samples per network call in each process")
+    score: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples")
+    features: str = option("inception", help="what --score compares: inception, pixels, or timm:NAME[@SIDE]")
+    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
+    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
     compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.score is not None or (self.features, self.inception_weights, self.feature_weights) == ("inception", None, None),
+                "--features, --inception-weights and --feature-weights say how to score: add --score REFERENCE")
         require(self.num_fid_samples > 0 and self.batch_size > 0, "--num-fid-samples and --batch-size must be positive")
         require(self.mixed_precision in (None, "no", "bf16"),
                 f"--mixed-precision {self.mixed_precision} is not supported: bf16 or no")

@@ -4,7 +4,8 @@
     accelerate launch --num_processes 8 generate.py ...
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
-`grid.png`. A killed run continues where it was: finished samples are kept in `partial/`.
+`grid.png`. A killed run continues where it was: finished samples are kept in `partial/`. With `--score REFERENCE` the
+samples are scored as they are drawn, and `metrics.json` is all that is written.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +26,17 @@ import files
 import progress
 from config import GenerateConfig, as_dict, build, parse
 
-SETTINGS_ONLY = ("out", "batch_size", "compile", "vae", "ckpt", "list_presets")
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from models import Backbone
+    from models.latents import Codec
+    from sampling import Sampler
+    from training.checkpoint import Checkpoint
+
+SETTINGS_ONLY = ("out", "batch_size", "compile", "vae", "ckpt", "list_presets", "score", "features", "inception_weights",
+                 "feature_weights")
 """Options that change no sample (the checkpoint and the VAE are recorded by digest instead)."""
 
 
@@ -37,30 +49,77 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         print(presets.table())
         return None
     fixed = presets.settings(given["preset"], given) if given.get("preset") else {}
-    return generate(build(GenerateConfig, fixed, given))
+    config = build(GenerateConfig, fixed, given)
+    return score(config) if config.score else generate(config)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, ready to be sampled from on this process."""
+
+    accelerator: Accelerator
+    checkpoint: Checkpoint
+    network: Backbone
+    codec: Codec
+    dtype: torch.dtype | None
+
+    @classmethod
+    def open(cls, config: GenerateConfig) -> Source:
+        """Load what `config` names. Raises UserError for a checkpoint or VAE that is missing or damaged."""
+        from models.latents import open_codec
+        from training import launch
+        from training.checkpoint import Checkpoint
+
+        accelerator = launch.accelerator()
+        device = accelerator.device
+        checkpoint = Checkpoint.open(config.ckpt)
+        network = checkpoint.network(config.weights).to(device)
+        if launch.compiles(config.compile, device)[0]:
+            launch.compile_blocks(network)
+        codec = open_codec(config.vae or checkpoint.space.vae, space=checkpoint.space, device=device)
+        return cls(accelerator, checkpoint, network, codec, launch.precision(config.mixed_precision, device))
+
+    def sampler(self, config: GenerateConfig) -> Sampler:
+        """A sampler of `config.num_fid_samples` images."""
+        from sampling import Sampler
+
+        return Sampler(self.network, self.codec, config, config.num_fid_samples, self.dtype)
+
+    def settings(self, config: GenerateConfig) -> dict[str, Any]:
+        """All that the samples depend on, as JSON values."""
+        settings = {name: value for name, value in as_dict(config).items() if name not in SETTINGS_ONLY}
+        return settings | {
+            "evaluations": self.sampler(config).evaluations, "precision": "bf16" if self.dtype else "fp32",
+            "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
+            "space": self.checkpoint.space.to_json(),
+            "decoder": config.vae or self.checkpoint.space.vae or self.checkpoint.space.name}
+
+
+def score(config: GenerateConfig) -> Path:
+    """Draw `num_fid_samples` images, score them, and write `metrics.json` alone; returns its folder."""
+    from evaluations.evaluate import open_pair, report
+    from evaluations.score import Scorer, add_drawn
+
+    source = Source.open(config)
+    accelerator = source.accelerator
+    reference, extractor = open_pair(config.score, config.features, accelerator, config.batch_size,
+                                     inception_weights=config.inception_weights, feature_weights=config.feature_weights)
+    scorer = Scorer(reference, extractor, accelerator=accelerator)
+    add_drawn(scorer, source.sampler(config), config.num_fid_samples, config.batch_size)
+    out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
+    samples = {"name": out.name, "sha256": None, "settings": source.settings(config)}
+    result = scorer.result() | {"samples": samples}
+    if accelerator.is_main_process:
+        report(result, out / "metrics.json")
+    accelerator.wait_for_everyone()
+    return out
 
 
 def generate(config: GenerateConfig) -> Path:
     """Draw `num_fid_samples` images into `config.out`; returns that folder."""
-    from models.latents import open_codec
-    from sampling import Sampler
-    from training import launch
-    from training.checkpoint import Checkpoint
-
-    accelerator = launch.accelerator()
-    device = accelerator.device
-    checkpoint = Checkpoint.open(config.ckpt)
-    dtype = launch.precision(config.mixed_precision, device)
-    network = checkpoint.network(config.weights).to(device)
-    if launch.compiles(config.compile, device)[0]:
-        launch.compile_blocks(network)
-    codec = open_codec(config.vae or checkpoint.space.vae, space=checkpoint.space, device=device)
-    sampler = Sampler(network, codec, config, config.num_fid_samples, dtype)
-    settings = {name: value for name, value in as_dict(config).items() if name not in SETTINGS_ONLY} | {
-        "evaluations": sampler.evaluations, "precision": "bf16" if dtype else "fp32", "model": checkpoint.spec.name,
-        "checkpoint": checkpoint.digest, "step": checkpoint.step, "space": checkpoint.space.to_json(),
-        "decoder": config.vae or checkpoint.space.vae or checkpoint.space.name}
-    out = Path(config.out) if config.out else default_folder(checkpoint.path, config)
+    source = Source.open(config)
+    accelerator, sampler, settings = source.accelerator, source.sampler(config), source.settings(config)
+    out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
     store = Store(out, settings, config.num_fid_samples, accelerator.is_main_process, accelerator.wait_for_everyone)
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(total=len(todo), desc=f"sampling {config.num_fid_samples} on {accelerator.num_processes} process(es)",

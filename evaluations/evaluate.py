@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,10 +22,13 @@ import files
 from config import build, option, parse, require
 from errors import UserError
 from evaluations import metrics
-from evaluations.features import open_extractor
+from evaluations.features import Extractor, open_extractor
 from evaluations.images import Images, NpzArchive, open_images
 from evaluations.reference import Reference
 from evaluations.score import Scorer, collect
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,25 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
+def report(result: dict[str, Any], path: Path | str) -> None:
+    """Write metrics.json to `path` and print the result: table, what it was compared with, warnings."""
+    files.write_json(path, result)
+    runs, reference = result.get("runs", [result]), result["reference"]
+    print(table(result))
+    print(f"reference {reference['name']}: statistics {reference['statistics']}, {reference['num_images']} images; precision "
+          f"and recall in {runs[0]['precision_recall']['mode']}; written to {path}", flush=True)
+    for warning in dict.fromkeys(warning for run in runs for warning in run["warnings"]):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def open_pair(reference: str, features: str, accelerator: Accelerator, batch_size: int = 64,
+              **weights: str | None) -> tuple[Reference, Extractor]:
+    """A reference and the extractor that goes with it, on the accelerator's device. To be called by every process."""
+    with accelerator.main_process_first():  # who downloads the weights
+        extractor = open_extractor(features, device=accelerator.device, **weights)
+    return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size), extractor
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     from training import launch
@@ -97,25 +119,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(options.batch_size > 0, f"--batch-size {options.batch_size} must be positive")
     samples = open_all(options.samples)
     accelerator = launch.accelerator()
-    with accelerator.main_process_first():  # who downloads the weights
-        extractor = open_extractor(options.features, inception_weights=options.inception_weights,
-                                   feature_weights=options.feature_weights, device=accelerator.device)
-    how = {"accelerator": accelerator, "batch_size": options.batch_size}
-    reference = Reference.open(options.reference, extractor, **how)
+    reference, extractor = open_pair(options.reference, options.features, accelerator, options.batch_size,
+                                     inception_weights=options.inception_weights, feature_weights=options.feature_weights)
     scorer = Scorer(reference, extractor, accelerator=accelerator, precision_mode=options.precision_mode,
                     shuffle=options.shuffle)
     for path, one in zip(options.samples, samples, strict=True):
         reference.require_shape(path, one.shape)
-    runs = [scorer.compare(collect(one, extractor, title=one.name, **how)) | {"samples": about(path, one)}
-            for path, one in zip(options.samples, samples, strict=True)]
+    runs = []
+    for path, one in zip(options.samples, samples, strict=True):
+        found = collect(one, extractor, accelerator=accelerator, batch_size=options.batch_size, title=one.name)
+        runs.append(scorer.compare(found) | {"samples": about(path, one)})
     if accelerator.is_main_process:
-        result = summary(runs)
-        files.write_json(options.out, result)
-        print(table(result))
-        print(f"reference {reference.name}: statistics {reference.origin}, {runs[0]['reference']['num_images']} images; "
-              f"precision and recall in {scorer.precision_mode}; written to {options.out}")
-        for warning in dict.fromkeys(warning for run in runs for warning in run["warnings"]):
-            print(f"warning: {warning}", file=sys.stderr)
+        report(summary(runs), options.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -211,6 +211,26 @@ class Scorer:
             order = torch.from_numpy(Stream(self.shuffle, "inception score").permutation(len(pool)))
         with metrics.exact_arithmetic():
             return torch.cat([part @ self.extractor.head.T.cpu() for part in pool[order].split(metrics.CHUNK)])
+
+
+class Drawable(Protocol):
+    """What `add_drawn` needs of a sampler: images uint8 (n, H, W, C) and labels (n,) of the samples at `indices`."""
+
+    def images(self, indices: Sequence[int]) -> np.ndarray: ...
+
+    def labels(self, indices: Sequence[int]) -> np.ndarray: ...
+
+
+def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, title: str = "sampling") -> None:
+    """Draw samples 0 .. count - 1 and add them, each process its share. Nothing is kept but features."""
+    accelerator = scorer.accelerator
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    start, stop = count * rank // processes, count * (rank + 1) // processes
+    with progress.bar(total=stop - start, desc=f"{title} {count}", unit="image", main=rank == 0, leave=False) as bar:
+        for first in range(start, stop, batch_size):
+            indices = range(first, min(first + batch_size, stop))
+            scorer.add(sampler.images(indices), sampler.labels(indices), np.array(indices))
+            bar.update(len(indices))
 
 
 def score(samples: np.ndarray, labels: np.ndarray | None, reference: Reference | Path | str, *,

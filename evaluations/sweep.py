@@ -1,0 +1,216 @@
+"""Which guidance suits a checkpoint: score a grid of scales and upper ends of the guidance interval.
+
+    python -m evaluations.sweep --ckpt exps/stage2 --reference imagenet256.npz \\
+        --cfg-scale 1.0:2.5:0.1 --guidance-high 0.6:1.0:0.05 --num 5000
+
+Prints what it will cost, then samples and scores point by point. A killed sweep continues; a wider range adds points.
+Writes `sweep.json`, after every point, and `sweep.png`. Every point draws the same noise and labels, so that points differ
+by guidance alone; small-sample distances are good for comparing points, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import errors
+import files
+import generate
+from config import GenerateConfig, build, option, parse, require
+from errors import UserError
+from evaluations.evaluate import open_pair
+from evaluations.score import Scorer, add_drawn
+
+Point = tuple[float, float]  # guidance scale, upper end of the interval
+NEVER_SHOWN = ("ckpt", "score", "features", "inception_weights", "feature_weights", "out", "num_fid_samples", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(GenerateConfig):
+    """The options of `generate.py`, two of which are ranges here."""
+
+    score: str = option(flag="reference", help="reference to score against, small or large")  # type: ignore[assignment]
+    cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or one")  # type: ignore[assignment]
+    guidance_high: str = option("1.0", help="upper ends of the interval, likewise")  # type: ignore[assignment]
+    num_fid_samples: int = option(5000, flag="num", help="samples per point")
+    out: str | None = option(None, help="folder of the result (default: sweep/ beside the checkpoint, named by settings)")
+
+    def __post_init__(self) -> None:
+        for point in self.points():
+            self.at(point)  # each has GenerateConfig's own checks
+
+    def points(self) -> list[Point]:
+        """The grid. At scale 1 there is no guidance, and one point stands for all intervals."""
+        highs = values("--guidance-high", self.guidance_high)
+        return [(scale, high) for scale in values("--cfg-scale", self.cfg_scale)
+                for high in (highs if scale != 1 else highs[-1:])]
+
+    def at(self, point: Point) -> GenerateConfig:
+        """The options of `generate.py` for one point."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return GenerateConfig(**own | {"cfg_scale": point[0], "guidance_high": point[1]})
+
+
+def values(flag: str, text: str) -> list[float]:
+    """FIRST:LAST:STEP as numbers, LAST included where the steps meet it; or one number.
+
+    Decimal arithmetic: 0.6:1.0:0.05 has nine values, the last of which is 1.0.
+    """
+    try:
+        first, last, step = (Decimal(part) for part in (text.split(":") if ":" in text else (text, text, "1")))
+    except (ValueError, InvalidOperation) as error:
+        raise UserError(f"{flag} {text} is neither a number nor FIRST:LAST:STEP") from error
+    require(step > 0 and last >= first, f"{flag} {text}: STEP must be positive and LAST at least FIRST")
+    return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
+
+
+class Results:
+    """The points that are done, in `sweep.json` together with all else that they depend on."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.points: dict[Point, dict[str, float]] = {}
+        if path.is_file():
+            found = files.read_json(path)
+            for key, value in settings.items():
+                if found["settings"].get(key) != value:
+                    raise UserError(f"{path} is a sweep with another {key} ({found['settings'].get(key)}, not {value}); "
+                                    f"give another --out")
+            self.points = {(one["cfg_scale"], one["guidance_high"]): one["metrics"] for one in found["points"]}
+
+    def write(self) -> None:
+        """Write all points, atomically."""
+        points = [{"cfg_scale": scale, "guidance_high": high, "metrics": metrics}
+                  for (scale, high), metrics in sorted(self.points.items())]
+        files.write_json(self.path, {"settings": self.settings, "points": points})
+
+
+def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], list[list[float | None]]]:
+    """Scales, upper ends, and `metric` as a table [upper end][scale]; None where a point is missing."""
+    scales, highs = sorted({scale for scale, _ in points}), sorted({high for _, high in points})
+
+    def at(scale: float, high: float) -> float | None:
+        found = next((m for (s, _), m in points.items() if s == scale == 1), points.get((scale, high)))
+        return None if found is None else found[metric]
+
+    return scales, highs, [[at(scale, high) for scale in scales] for high in highs]
+
+
+def table(points: dict[Point, dict[str, float]], metric: str) -> str:
+    """The grid as aligned text: scales across, upper ends down."""
+    scales, highs, grid = rows(points, metric)
+    lines = [["high \\ scale", *(f"{scale:g}" for scale in scales)]]
+    lines += [[f"{high:g}", *("-" if value is None else f"{value:.3f}" for value in line)]
+              for high, line in zip(highs, grid, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def draw(points: dict[Point, dict[str, float]], metric: str, title: str, path: Path) -> None:
+    """The grid as a heat map, dark is good, the best point ringed."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scales, highs, grid = rows(points, metric)
+    image = np.array([[np.nan if value is None else value for value in line] for line in grid])
+    figure = Figure(figsize=(2.5 + 0.55 * len(scales), 1.8 + 0.45 * len(highs)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    picture = axes.imshow(image, origin="lower", aspect="auto", cmap="viridis")
+    best = np.unravel_index(np.nanargmin(image), image.shape)
+    axes.plot(best[1], best[0], "o", markersize=14, markerfacecolor="none", markeredgecolor="white", markeredgewidth=2)
+    axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
+    axes.set_yticks(range(len(highs)), [f"{high:g}" for high in highs])
+    axes.set(xlabel="guidance scale", ylabel="guide while t is at most", title=title)
+    figure.colorbar(picture, label=metric)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def command(config: SweepConfig, point: Point) -> str:
+    """The command that draws the full set of samples at `point`."""
+    given = dataclasses.asdict(config) | {"cfg_scale": point[0], "guidance_high": point[1]}
+    words = ["python", "generate.py", "--ckpt", config.ckpt]
+    for field in dataclasses.fields(GenerateConfig):
+        if field.name not in NEVER_SHOWN and given[field.name] != field.default:
+            words += [f"--{field.name.replace('_', '-')}", str(given[field.name])]
+    return shlex.join(words)
+
+
+def edges(config: SweepConfig, point: Point) -> Iterator[str]:
+    """The options at whose end `point` lies: a better one may lie beyond. Ends of the possible range do not count."""
+    for flag, text, value, limits in (("--cfg-scale", config.cfg_scale, point[0], (1.0,)),
+                                      ("--guidance-high", config.guidance_high, point[1], (0.0, 1.0))):
+        swept = values(flag, text)
+        if len(swept) > 1 and value in (swept[0], swept[-1]) and value not in limits:
+            yield flag
+
+
+def sweep(config: SweepConfig) -> Path:
+    """Sample and score every point; returns the result's folder."""
+    points = config.points()
+    source = generate.Source.open(config.at(points[0]))
+    accelerator = source.accelerator
+    reference, extractor = open_pair(config.score, config.features, accelerator, config.batch_size,
+                                     inception_weights=config.inception_weights, feature_weights=config.feature_weights)
+    settings = source.settings(config.at(points[0])) | {"reference": reference.digest, "features": extractor.name,
+                                                        "features_weights": extractor.weights}
+    settings = {name: value for name, value in settings.items() if name not in ("cfg_scale", "guidance_high", "evaluations")}
+    out = Path(config.out) if config.out else \
+        generate.default_folder(source.checkpoint.path, config.at((1.0, 1.0))).parent.parent / "sweep" / source.checkpoint.path.name
+    results = Results(out / "sweep.json", settings)
+    accelerator.wait_for_everyone()  # all have read before one writes
+    todo = [point for point in points if point not in results.points]
+    if accelerator.is_main_process:
+        print(cost(config, source, todo, len(points)), flush=True)
+    for number, point in enumerate(todo, 1):
+        own = config.at(point)
+        scorer = Scorer(reference, extractor, accelerator=accelerator)
+        add_drawn(scorer, source.sampler(own), own.num_fid_samples, own.batch_size,
+                  f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
+        results.points[point] = scorer.result()["metrics"]
+        if accelerator.is_main_process:
+            results.write()
+    if accelerator.is_main_process:
+        conclude(config, results, out)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def cost(config: SweepConfig, source: generate.Source, todo: Sequence[Point], total: int) -> str:
+    """What is about to be spent, in words."""
+    each = [source.sampler(config.at(point)).evaluations for point in todo]
+    network = "an adaptive number of" if None in each else f"{sum(filter(None, each)) * config.num_fid_samples:,}"
+    return (f"{len(todo)} of {total} points to do, {config.num_fid_samples} samples each: {len(todo) * config.num_fid_samples:,} "
+            f"images, {network} network evaluations, as many as {len(todo) * config.num_fid_samples / 50_000:.2g} full samplings")
+
+
+def conclude(config: SweepConfig, results: Results, out: Path) -> None:
+    """Table, picture, and the best point's command."""
+    points = {point: results.points[point] for point in config.points()}
+    metric = next(iter(next(iter(points.values()))))
+    title = f"{metric} of {config.num_fid_samples} samples"
+    best = min(points, key=lambda point: points[point][metric])
+    draw(points, metric, title, out / "sweep.png")
+    print(f"{title} (not to be compared with other counts):\n{table(points, metric)}\nwritten to {out}/sweep.json and sweep.png")
+    for flag in edges(config, best):
+        print(f"the best point lies at the end of {flag}: widen it, points that are done are kept")
+    print(f"best: {metric} {points[best][metric]:.3f} at scale {best[0]:g}, high {best[1]:g}. The full set of samples:\n"
+          f"{command(config, best)}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the command; returns the result's folder."""
+    given = parse(SweepConfig, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.sweep", description=__doc__)
+    return sweep(build(SweepConfig, given))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,119 @@
+"""Scoring without samples on disk, and the guidance sweep, on a tiny run of the digits."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import generate
+from config import GenerateConfig, build, parse
+from errors import UserError
+from evaluations import evaluate, reference, sweep
+from evaluations.sweep import SweepConfig, values
+
+FAST = ["--num-steps", "3", "--features", "pixels"]
+
+
+@pytest.fixture(scope="module")
+def real(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "digits.npz"
+    reference.main(["--images", str(data), "--features", "pixels", "--keep", "300", "--out", str(path)])
+    return path
+
+
+def test_score_while_drawing_equals_score_of_the_files(guided, real, tmp_path, capsys):
+    words = ["--ckpt", str(guided), "--num-fid-samples", "40", "--num-steps", "3", "--batch-size", "16", "--cfg-scale", "2"]
+    folder = generate.main([*words, "--score", str(real), "--features", "pixels", "--out", str(tmp_path / "scored")])
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+    found = json.loads((folder / "metrics.json").read_text())
+    assert "fd" in capsys.readouterr().out
+    generate.main([*words, "--out", str(tmp_path / "drawn")])
+    evaluate.main(["--samples", str(tmp_path / "drawn" / "samples.npz"), "--reference", str(real), "--features", "pixels",
+                   "--out", str(tmp_path / "m.json")])
+    expected = json.loads((tmp_path / "m.json").read_text())
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
+    assert found["reference"] == expected["reference"] and found["num_samples"] == 40
+    settings = expected["samples"]["settings"]
+    assert found["samples"]["settings"] == {name: settings[name] for name in settings if name != "samples"}
+
+
+def test_how_to_score_without_score_is_refused():
+    for words in (["--features", "pixels"], ["--inception-weights", "w.pth"], ["--feature-weights", "w.pth"]):
+        with pytest.raises(UserError, match="add --score REFERENCE"):
+            build(GenerateConfig, parse(GenerateConfig, ["--ckpt", "x", *words], prog="generate.py"))
+
+
+def test_score_refuses_images_of_another_size(guided, tmp_path):
+    np.savez(tmp_path / "other.npz", arr_0=np.zeros((9, 16, 16, 1), np.uint8))
+    with pytest.raises(UserError, match="8 x 8 x 1, those of other.npz are 16 x 16 x 1"):
+        generate.main(["--ckpt", str(guided), "--num-fid-samples", "8", *FAST, "--score", str(tmp_path / "other.npz"), "--out",
+                       str(tmp_path / "out")])
+
+
+def test_ranges():
+    assert values("--x", "1.0:2.5:0.1") == [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5]
+    assert values("--x", "0.6:1.0:0.05")[-1] == 1.0 and len(values("--x", "0.6:1.0:0.05")) == 9
+    assert values("--x", "1.5") == [1.5] and values("--x", "1:2:0.75") == [1, 1.75]
+    for text in ("a", "1:2", "1:2:0", "2:1:0.1", "1:2:-1"):
+        with pytest.raises(UserError, match="--x"):
+            values("--x", text)
+    with pytest.raises(UserError, match="must satisfy 0 <= low <= high <= 1"):
+        SweepConfig(ckpt="x", score="r", guidance_high="0.5:1.5:0.5")
+
+
+def test_scale_one_is_one_point():
+    config = SweepConfig(ckpt="x", score="r", cfg_scale="1:2:0.5", guidance_high="0.5:1:0.5")
+    assert config.points() == [(1, 1), (1.5, 0.5), (1.5, 1), (2, 0.5), (2, 1)]
+
+
+def run(guided, real, out, *words):
+    return sweep.main(["--ckpt", str(guided), "--reference", str(real), *FAST, "--num", "24", "--batch-size", "24", "--out",
+                       str(out), *words])
+
+
+def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "sweep"
+    run(guided, real, out, "--cfg-scale", "1:3:2", "--guidance-high", "1.0")
+    text = capsys.readouterr().out
+    # 3 SDE steps: 3 evaluations without guidance, 6 with it
+    assert text.startswith("2 of 2 points to do, 24 samples each: 48 images, 216 network evaluations")
+    result = json.loads((out / "sweep.json").read_text())
+    assert [(one["cfg_scale"], one["guidance_high"]) for one in result["points"]] == [(1, 1), (3, 1)]
+    generate.main(["--ckpt", str(guided), "--num-fid-samples", "24", *FAST, "--cfg-scale", "3", "--score", str(real), "--out",
+                   str(tmp_path / "one")])
+    alone = json.loads((tmp_path / "one" / "metrics.json").read_text())["metrics"]
+    assert result["points"][1]["metrics"] == pytest.approx(alone, rel=1e-9)
+    capsys.readouterr()
+
+    drawn = []
+    add = sweep.add_drawn
+    monkeypatch.setattr(sweep, "add_drawn", lambda *words: drawn.append(words) or add(*words))
+    run(guided, real, out, "--cfg-scale", "1:3:1", "--guidance-high", "0.5:1:0.5")  # wider: what is done is kept
+    text = capsys.readouterr().out
+    assert len(drawn) == 3 and text.startswith("3 of 5 points to do")
+    points = json.loads((out / "sweep.json").read_text())["points"]
+    best = min(points, key=lambda one: one["metrics"]["fd"])
+    words = shlex.split(text.strip().splitlines()[-1])
+    assert words[:2] == ["python", "generate.py"]
+    parsed = build(GenerateConfig, parse(GenerateConfig, words[2:], prog="generate.py"))
+    assert (parsed.cfg_scale, parsed.guidance_high) == (best["cfg_scale"], best["guidance_high"])
+    assert (parsed.num_steps, parsed.num_fid_samples) == (3, 50_000)
+    assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    lines = text[text.index("high \\ scale"):].splitlines()[:3]
+    assert [line.split()[0] for line in lines] == ["high", "0.5", "1"] and len({len(line) for line in lines}) == 1
+    assert lines[1].split()[1] == lines[2].split()[1]  # scale 1 is the same whatever the interval
+
+    run(guided, real, out, "--cfg-scale", "1:3:1", "--guidance-high", "0.5:1:0.5")
+    assert capsys.readouterr().out.startswith("0 of 5 points")
+    with pytest.raises(UserError, match="another seed .0, not 1."):
+        run(guided, real, out, "--seed", "1")
+
+
+def test_a_best_point_at_the_end_of_its_range_says_so():
+    config = SweepConfig(ckpt="x", score="r", cfg_scale="1:2:0.5", guidance_high="0.5:1:0.25")
+    assert list(sweep.edges(config, (2, 0.75))) == ["--cfg-scale"]
+    assert list(sweep.edges(config, (1.5, 0.5))) == ["--guidance-high"]
+    assert list(sweep.edges(config, (1, 1))) == [] == list(sweep.edges(config, (1.5, 0.75)))
