@@ -10,21 +10,16 @@ samples are scored as they are drawn, and `metrics.json` is all that is written.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import errors
-import files
 import progress
-from config import GenerateConfig, as_dict, build, parse
+from config import GenerateConfig, as_dict, build, parse, require
+from samples import Store
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +68,9 @@ class Source:
         accelerator = launch.accelerator()
         device = accelerator.device
         checkpoint = Checkpoint.open(config.ckpt)
+        require(checkpoint.has_null or config.cfg_scale == 1,
+                f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
+                f"use --cfg-scale 1")
         network = checkpoint.network(config.weights).to(device)
         if launch.compiles(config.compile, device)[0]:
             launch.compile_blocks(network)
@@ -148,89 +146,6 @@ def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Consecutive pieces of at most `size`."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-class Store:
-    """The growing set of samples on disk: memory-mapped images, labels and a flag for each sample.
-
-    All processes write their own rows of one file; a restart under the same settings keeps the finished ones.
-    """
-
-    def __init__(self, out: Path, settings: dict[str, Any], count: int, main: bool, barrier: Any) -> None:
-        self.out, self.settings, self.count, self.barrier, self.main = out, settings, count, barrier, main
-        self.partial = out / "partial"
-        if main:
-            self._prepare()
-        barrier()
-        self._arrays: dict[str, np.ndarray] = {}
-
-    def _prepare(self) -> None:
-        """Keep an earlier attempt under the same settings, drop any other."""
-        mark = self.partial / "settings.json"
-        if mark.is_file() and files.read_json(mark) == self.settings:
-            return
-        with files.writing(self.out):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            _allocate(self.partial / "done.npy", np.uint8, (self.count,))
-            _allocate(self.partial / "labels.npy", np.int64, (self.count,))
-        files.write_json(mark, self.settings)
-
-    def _open(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            self._arrays[name] = np.lib.format.open_memmap(self.partial / f"{name}.npy", "r+")
-        return self._arrays[name]
-
-    def missing(self, rank: int, world: int) -> list[int]:
-        """This process's share of the samples that are not there yet."""
-        left = np.flatnonzero(self._open("done") == 0)
-        self.barrier()
-        return left[rank * len(left) // world : (rank + 1) * len(left) // world].tolist()
-
-    def put(self, indices: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
-        """Keep images (n, H, W, C) uint8 and labels (n,) of the samples at `indices`."""
-        with files.writing(self.partial):
-            self._images(images.shape[1:])[indices] = images
-            self._open("labels")[indices] = labels
-            self._open("done")[indices] = 1
-
-    def _images(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The image file, made by whoever comes first: its bytes are the same whoever makes it."""
-        file = self.partial / "images.npy"
-        if "images" not in self._arrays and not file.exists():
-            with files.replacing(file) as temporary:
-                _allocate(temporary, np.uint8, (self.count, *shape))
-        return self._open("images")
-
-    def flush(self) -> None:
-        """Push this process's rows to disk."""
-        for array in self._arrays.values():
-            array.flush()
-
-    def finish(self) -> None:
-        """Write the npz, the JSON and the grid, and drop the partial files."""
-        from PIL import Image
-
-        from sampling import grid_picture
-
-        images, labels = self._open("images"), self._open("labels")
-        with files.replacing(self.out / "samples.npz") as temporary:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-                for name, array in (("arr_0", images), ("labels", labels)):
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # streamed: no copy in memory
-                        np.lib.format.write_array(member, np.asanyarray(array))
-        shown = np.asarray(images[: min(64, self.count)])
-        with files.replacing(self.out / "grid.png") as temporary:
-            Image.fromarray(grid_picture(shown, 8, scale=max(1, 64 // shown.shape[1]))).save(temporary, format="PNG")
-        files.write_json(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
-        shutil.rmtree(self.partial)
-
-
-def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """A file of zeros whose space is taken at once: a full disk is an error here, not a crash while it is written."""
-    np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
-    with open(file, "r+b") as handle:
-        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Guided(Alignment):
         super().__init__(options, setting)
         checkpoint = setting.load(options.guiding_ckpt)
         teacher, student = checkpoint.spec, setting.student
-        _fits(checkpoint, setting, options.guiding_ckpt)
+        _fits(checkpoint, setting, options)
         self.taps = (options.guided_depth,)
         self.guiding = layer(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
         self.null = teacher.num_classes
@@ -94,9 +94,9 @@ class Guided(Alignment):
         return [self.teacher.network]
 
 
-def _fits(checkpoint: Any, setting: Setting, source: str) -> None:
+def _fits(checkpoint: Any, setting: Setting, options: GuidedOptions) -> None:
     """Refuse a teacher whose inputs or tokens differ; another width or depth is allowed."""
-    teacher, student = checkpoint.spec, setting.student
+    teacher, student, source = checkpoint.spec, setting.student, options.guiding_ckpt
     grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]
     require(grids[0] == grids[1], f"the teacher {source} has {grids[0]}x{grids[0]} tokens, the student {grids[1]}x{grids[1]}: "
                                   f"use a teacher with the student's patch and latent size")
@@ -105,5 +105,8 @@ def _fits(checkpoint: Any, setting: Setting, source: str) -> None:
             f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, "
             f"the data is {student.input_size}x{student.input_size} of {setting.space.name}"
             f"{f' ({difference})' if difference else ''}: they must agree")
+    require(checkpoint.has_null or options.guide_scale == 1,
+            f"the teacher {source} was trained without label dropout (--cfg-prob 0), so it has no null class for --guide-scale "
+            f"{options.guide_scale:g}: use another teacher, or scale 1")
     require(teacher.num_classes == student.num_classes, f"the teacher {source} knows {teacher.num_classes} classes, the data "
                                                         f"has {student.num_classes}: they must agree")

@@ -18,7 +18,6 @@ import numpy as np
 import files
 from errors import UserError
 
-
 LOSSLESS = (".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 

@@ -68,8 +68,15 @@ class Inception:
 
 def build() -> nn.Sequential:
     """The network, randomly initialised, on the current device: children in order of execution, then `fc`."""
-    from torch_fidelity.feature_extractor_inceptionv3 import (BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD,
-                                                              InceptionE_1, InceptionE_2)
+    from torch_fidelity.feature_extractor_inceptionv3 import (
+        BasicConv2d,
+        InceptionA,
+        InceptionB,
+        InceptionC,
+        InceptionD,
+        InceptionE_1,
+        InceptionE_2,
+    )
 
     return nn.Sequential(OrderedDict(
         Conv2d_1a_3x3=BasicConv2d(3, 32, kernel_size=3, stride=2),

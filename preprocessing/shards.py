@@ -21,7 +21,6 @@ from dataset import FORMAT, MANIFEST, map_shard
 from errors import UserError
 from models.latents import LatentSpace
 
-
 LOCK = ".lock"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"alignment", "config", "dataset", "errors", "evaluations", "files", "generate", "loss", "models", "path", "preprocessing",
-        "progress", "recipes", "samplers", "sampling", "train", "train_guide", "training"}
+        "progress", "recipes", "samplers", "samples", "sampling", "train", "train_guide", "training"}
 BASICS = {"errors", "files", "config", "progress", "training.streams"}
 
 # What each part may import of ours, beside itself and the basics. Entry points and recipes may import anything.
@@ -21,6 +21,7 @@ ALLOWED = {
     "alignment": {"alignment", "models", "path"},
     "loss": {"alignment", "models", "path"},
     "sampling": {"samplers", "models"},
+    "samples": {"sampling"},
     "training": {"training", "loss", "alignment", "dataset", "models", "sampling", "path", "evaluations"},
     "preprocessing": {"preprocessing", "dataset", "models", "training.launch"},
     "evaluations": {"evaluations", "dataset", "preprocessing", "models.latents", "training.launch"},

@@ -150,6 +150,16 @@ def test_a_teacher_that_does_not_fit(tmp_path: Path, words: Words, teacher: Path
     refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", teacher, "--guiding-depth", "7"], "--guiding-depth 7")
 
 
+def test_guidance_without_a_null_class(tmp_path: Path, words: Words) -> None:
+    """Without label dropout the null label is never trained."""
+    run = train.main(words(tmp_path, "run", "--cfg-prob", 0, "--max-train-steps", 1))
+    refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", run], "null class", "--guide-scale 30")
+    train_guide.main(words(tmp_path, "one", "--guiding-ckpt", run, "--guide-scale", 1, "--align-hidden", 8, "--max-train-steps", 1))
+    sample = ["--ckpt", run, "--num-fid-samples", "2", "--num-steps", "2", "--out", tmp_path / "out"]
+    refused(generate.main, [*sample, "--cfg-scale", "2"], "null class", "--cfg-scale 1")
+    generate.main([str(word) for word in sample])
+
+
 def test_places_that_cannot_be_written(tmp_path: Path, words: Words, guided: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(train.main, words(tmp_path / "file", "run"), "cannot write", str(tmp_path / "file"))

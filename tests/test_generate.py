@@ -14,6 +14,7 @@ import generate
 from config import GenerateConfig, SamplingConfig, build
 from errors import UserError
 from models.latents import PixelCodec, pixels, to_uint8
+from samples import Store
 from sampling import Sampler, grid_picture
 from training.checkpoint import Checkpoint
 
@@ -91,10 +92,10 @@ def test_a_killed_run_keeps_its_samples(guided: Path, tmp_path: Path, monkeypatc
 
 
 def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate.Store, "finish", lambda self: None)
+    monkeypatch.setattr(Store, "finish", lambda self: None)
     generate.main(["--ckpt", str(guided), "--out", str(tmp_path), "--num-fid-samples", "4", "--num-steps", "2"])
     settings = {"seed": 1}
-    store = generate.Store(tmp_path, settings, 4, True, lambda: None)
+    store = Store(tmp_path, settings, 4, True, lambda: None)
     assert store.missing(0, 1) == [0, 1, 2, 3]
 
 

@@ -63,6 +63,12 @@ class Checkpoint:
             raise UserError(f"{folder}/config.json is damaged ({error}); use another checkpoint") from error
 
     @property
+    def has_null(self) -> bool:
+        """Whether the null label was trained: label dropout made it. Of imported weights it is taken for granted."""
+        train = self.config.get("train")
+        return train is None or train["cfg_prob"] > 0
+
+    @property
     def digest(self) -> str:
         """SHA-256 over config.json, which itself holds the digest of every other file."""
         return files.digest(self.path / "config.json")
