@@ -186,7 +186,8 @@ def test_upstream_mask_is_the_authors_broadcast() -> None:
     torch.testing.assert_close(product.mean(), mask.mean() * losses.mean())
 
 
-@pytest.mark.parametrize("change, word", [({"num_classes": 7}, "classes"), ({"patch_size": 1}, "tokens"), ({"input_size": 4, "patch_size": 1}, "latents")])
+@pytest.mark.parametrize("change, word", [({"num_classes": 7}, "classes"), ({"patch_size": 1}, "tokens"),
+                                          ({"input_size": 4, "patch_size": 1}, "latents")])
 def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, change: dict, word: str) -> None:
     kind = find("guided")
     student = dataclasses.replace(SPEC, **change)
