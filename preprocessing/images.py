@@ -244,7 +244,8 @@ def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.n
     return array[..., None] if grey else array
 
 
-def png(image: np.ndarray) -> bytes:
-    """The PNG file of a uint8 (H, W, 1 or 3) image."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer := io.BytesIO(), "PNG")
+def png(image: np.ndarray, compress_level: int = 6) -> bytes:
+    """The PNG file of a uint8 (H, W, 1 or 3) image; `compress_level` from 0 (none) to 9."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(buffer := io.BytesIO(), "PNG", compress_level=compress_level)
     return buffer.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,8 +144,11 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
     assert len(calls) == 6 and "finished already" in capsys.readouterr().out
 
 
-def test_two_processes_write_the_bytes_of_one(folder, vae, tmp_path):
+def test_two_processes_finish_what_one_began_with_the_bytes_of_one(folder, vae, tmp_path):
     whole = encode(folder, vae, tmp_path / "whole", "--flip")
+    (tmp_path / "two").mkdir()
+    for name in ("job.json", "shard-00002.safetensors"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "two")
     probe = ("import sys, accelerate, preprocessing.encode as e; e.main(sys.argv[1:]); "
              "assert accelerate.PartialState().num_processes == 2; print('two')")
     (tmp_path / "probe.py").write_text(probe)
@@ -152,7 +156,8 @@ def test_two_processes_write_the_bytes_of_one(folder, vae, tmp_path):
                "0", str(tmp_path / "probe.py"), *arguments(folder, vae, tmp_path / "two", "--flip")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("two") >= 2, done.stderr
+    assert done.returncode == 0 and done.stdout.split().count("two") == 2, done.stderr
+    assert "continuing: 1 of 4 shards" in done.stdout
     assert contents(tmp_path / "two") == contents(tmp_path / "whole") and whole.digest == LatentSet(tmp_path / "two").digest
 
 
