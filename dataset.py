@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import files
+import progress
 from errors import UserError
 from models.latents import LatentSpace
 from training.streams import Stream
@@ -244,14 +245,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
-    from tqdm import tqdm
-
     needed = sum(shard.nbytes for shard in shards)
     if (free := available_memory()) is not None and needed > free:
         raise UserError(f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk")
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
     at = 0
-    for shard in tqdm(shards, desc="reading into memory", unit="shard", disable=len(shards) == 1):
+    for shard in progress.bar(shards, desc="reading into memory", unit="shard", main=len(shards) > 1):
         rows[at:at + len(shard)] = shard
         at += len(shard)
     return rows

@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from errors import UserError
 
@@ -90,6 +90,8 @@ class ImageFiles:
         name = f"{self.path}/{self.names[index]}"
         try:
             return decode(self._read(self.names[index]), name)
+        except UnidentifiedImageError as error:
+            raise BadImage(f"{name} cannot be read (it is no image file, or its beginning is damaged)") from error
         except _DAMAGE as error:
             raise BadImage(f"{name} cannot be read ({str(error) or type(error).__name__})") from error
 
