@@ -247,7 +247,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
     needed = sum(shard.nbytes for shard in shards)
     if (free := available_memory()) is not None and needed > free:
-        raise UserError(f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk")
+        raise UserError(f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+                        "leave it on disk")
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
     at = 0
     for shard in progress.bar(shards, desc="reading into memory", unit="shard", main=len(shards) > 1):

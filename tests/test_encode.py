@@ -149,7 +149,8 @@ PROBE = """
 import sys, accelerate, errors, preprocessing.encode
 bad, *arguments = sys.argv[1:]
 try:
-    preprocessing.encode.main(["--images", bad, "--vae", "pixels", "--resolution", "16", "--out", bad + "-out", "--shard-size", "4"])
+    preprocessing.encode.main(["--images", bad, "--vae", "pixels", "--resolution", "16", "--shard-size", "4",
+                               "--out", bad + "-out"])
 except errors.UserError as error:
     print("refused", error, flush=True)
 preprocessing.encode.main(arguments)
