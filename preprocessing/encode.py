@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,11 +23,12 @@ from torch import Tensor
 
 import config
 import errors
+import progress
 from errors import UserError
 from models.latents import Codec, open_codec, pixels
 from preprocessing import shards
 from preprocessing.images import ImageFiles, ImageSet
-from preprocessing.job import Job, Options, begin, finish
+from preprocessing.job import STOPPED, Job, Options, begin, finish
 from preprocessing.loading import Batch, batches
 from training.streams import Stream
 
@@ -66,8 +67,17 @@ def encode(source: ImageSet, options: Options) -> None:
         if kept is None:
             return
         pending = [shard for shard in job.shard_numbers if shard not in kept]
-        entries = [(shard, shards.entry(job.folder, shard, kept[shard])) for shard in list(kept)[rank::world]]
-        entries += _encode_shards(job, codec, pending[rank::world], processes)
+        entries, message = [], None
+        try:
+            entries += _encode_shards(job, codec, pending[rank::world], processes)
+            entries += [(shard, shards.entry(job.folder, shard, kept[shard])) for shard in list(kept)[rank::world]]
+        except UserError as error:  # the others must hear of it before this process leaves them
+            message = str(error)
+            with suppress(OSError):
+                (job.folder / STOPPED).touch()
+        messages = [other for other in gather_object([message]) if other]
+        if messages:
+            raise UserError(messages[0])
         everywhere = dict(gather_object(entries))
         _on_main(processes, lambda: finish(job, everywhere))
 
@@ -99,6 +109,8 @@ def _encode_shards(job: Job, codec: Codec, mine: Sequence[int], processes: Accel
     parts: list[tuple[Batch, np.ndarray]] = []
     with _fixed_sums(processes.device), ThreadPoolExecutor(1) as writer:
         for shard, last, batch in _decoded(job, mine, processes):
+            if (job.folder / STOPPED).exists():
+                break
             bad += batch.bad
             _tolerate(bad, job.options.skip_bad)
             parts.append((batch, _encode_batch(job, codec, batch, processes.device)))
@@ -124,8 +136,6 @@ def _fixed_sums(device: torch.device) -> Iterator[None]:
 
 def _decoded(job: Job, mine: Sequence[int], processes: Accelerator) -> Iterator[tuple[int, bool, Batch]]:
     """The batches of the shards `mine`: shard, whether it is the shard's last, crops. Shows progress and time left."""
-    from tqdm import tqdm
-
     options = job.options
     plan = [(shard, items[at:at + options.batch_size]) for shard in mine for items in [job.items(shard)]
             for at in range(0, len(items), options.batch_size)]
@@ -133,13 +143,13 @@ def _decoded(job: Job, mine: Sequence[int], processes: Accelerator) -> Iterator[
                      keep=options.keep_images, workers=options.workers, processes=processes.num_processes,
                      pin=processes.device.type == "cuda")
     total, began = sum(len(items) for _, items in plan), time.monotonic()
-    with tqdm(total=total, desc="encoding", unit="img", disable=not processes.is_main_process) as bar:
+    with progress.bar(total=total, desc="encoding", unit="img", main=processes.is_main_process) as bar:
         for number, ((shard, items), batch) in enumerate(zip(plan, loader)):
             yield shard, items.stop == job.items(shard).stop, batch
             bar.update(len(items))
             if number == 7 and processes.is_main_process:
                 seconds = (time.monotonic() - began) * total / bar.n
-                tqdm.write(f"estimated time: {tqdm.format_interval(seconds)} at {total / seconds:,.0f} images/s and process")
+                bar.write(f"estimated time: {bar.format_interval(seconds)} at {total / seconds:,.0f} images/s and process")
 
 
 def _tolerate(bad: Sequence[str], limit: int) -> None:

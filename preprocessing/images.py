@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from errors import UserError
 
@@ -90,6 +90,8 @@ class ImageFiles:
         name = f"{self.path}/{self.names[index]}"
         try:
             return decode(self._read(self.names[index]), name)
+        except UnidentifiedImageError as error:
+            raise BadImage(f"{name} cannot be read (it is no image file, or its beginning is damaged)") from error
         except _DAMAGE as error:
             raise BadImage(f"{name} cannot be read ({str(error) or type(error).__name__})") from error
 
@@ -244,7 +246,8 @@ def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.n
     return array[..., None] if grey else array
 
 
-def png(image: np.ndarray) -> bytes:
-    """The PNG file of a uint8 (H, W, 1 or 3) image."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer := io.BytesIO(), "PNG")
+def png(image: np.ndarray, compress_level: int = 6) -> bytes:
+    """The PNG file of a uint8 (H, W, 1 or 3) image; `compress_level` from 0 (none) to 9."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(buffer := io.BytesIO(), "PNG", compress_level=compress_level)
     return buffer.getvalue()

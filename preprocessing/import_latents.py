@@ -31,6 +31,7 @@ import numpy as np
 import config
 import dataset
 import errors
+import progress
 from config import require
 from errors import UserError
 from models.latents import LatentSpace, open_codec, read_statistics
@@ -121,8 +122,6 @@ def recognised(options: Options) -> Layout:
 
 def run(job: Import, classes: int) -> None:
     """Write the shards that are missing, then the manifest."""
-    from tqdm import tqdm
-
     layout, options = job.layout, job.options
     views, parts, _, side, _ = layout.shape
     with ExitStack() as held:
@@ -130,7 +129,7 @@ def run(job: Import, classes: int) -> None:
         if kept is None:
             return
         entries = []
-        with tqdm(total=len(layout.labels), desc="importing", unit="item") as bar:
+        with progress.bar(total=len(layout.labels), desc="importing", unit="item") as bar:
             for number in job.shard_numbers:
                 labels = layout.labels[layout.bounds[number]:layout.bounds[number + 1]]
                 if number in kept:

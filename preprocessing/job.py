@@ -23,6 +23,7 @@ from preprocessing import shards
 from preprocessing.images import ImageSet
 
 JOB = "job.json"
+STOPPED = ".stopped"  # a process of the present start met an error: the others need not go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +116,13 @@ def begin(job: Work, held: ExitStack) -> dict[int, int] | None:
         if differing := [key for key in settings if known.get(key) != settings[key]]:
             raise UserError(f"{folder} holds the set of another job (it differs in {', '.join(differing)}); "
                             "choose another --out, or delete the folder")
-    elif any(path.name != shards.LOCK for path in folder.iterdir()):
+    elif any(path.name not in (shards.LOCK, STOPPED) for path in folder.iterdir()):
         raise UserError(f"{folder} holds something else already (no {JOB}); choose another --out")
     if (folder / dataset.MANIFEST).exists():
         print(f"{folder} is finished already: {len(dataset.LatentSet(folder)):,} items")
         return None
     shards.remove_temporaries(folder)
+    (folder / STOPPED).unlink(missing_ok=True)
     kept = _whole_shards(job) if resumed else {}
     shards.require_space(folder, job.bytes_needed(list(kept)))
     if kept:

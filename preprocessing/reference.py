@@ -20,6 +20,7 @@ import torch
 import config
 import errors
 import files
+import progress
 from config import require
 from dataset import MANIFEST, LatentSet
 from models.latents import to_uint8
@@ -89,11 +90,9 @@ def _of_latents(options: Options) -> tuple[np.ndarray, tuple[int, ...], Iterator
 
 
 def _write(file: Path, labels: np.ndarray, shape: Sequence[int], pictures: Iterator[np.ndarray]) -> None:
-    from tqdm import tqdm
-
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *map(int, shape))}
     with files.replacing(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as stream, tqdm(total=len(labels), unit="img") as bar:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream, progress.bar(total=len(labels), unit="img") as bar:
             np.lib.format.write_array_header_1_0(stream, header)
             for some in pictures:
                 stream.write(np.ascontiguousarray(some).tobytes())

@@ -23,6 +23,7 @@ import config
 import dataset
 import errors
 import files
+import progress
 from dataset import LatentSet
 from errors import UserError
 from models.latents import open_codec, to_uint8
@@ -64,9 +65,7 @@ def _line(what: str, found: str) -> None:
 
 def check_digests(folder: Path) -> None:
     """Raise UserError at the first shard whose bytes are not those that the manifest promises."""
-    from tqdm import tqdm
-
-    for entry in tqdm(dataset.read_manifest(folder)["shards"], desc="checksums", unit="shard"):
+    for entry in progress.bar(dataset.read_manifest(folder)["shards"], desc="checksums", unit="shard"):
         file = folder / entry["file"]
         dataset.map_shard(file)  # says 'missing' and 'truncated' in those words
         if files.digest(file) != entry["sha256"]:
@@ -100,16 +99,15 @@ def check_values(latents: LatentSet) -> None:
     count = len(latents) * latents.views * latents.latent_size**2
     mean, std = total / count, (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
     overall = math.sqrt(max(float(squares.mean() / count - (total.mean() / count) ** 2), 0.0))
-    _line("scaled latents", f"mean {float(mean.mean()):+.3f}, std {overall:.3f}; by channel std {std.min():.3f} to {std.max():.3f}")
+    _line("scaled latents", f"mean {float(mean.mean()):+.3f}, std {overall:.3f}; by channel std {std.min():.3f} to "
+                            f"{std.max():.3f}")
     if not _SCALE[0] <= overall <= _SCALE[1]:
         raise UserError(f"{latents.path}: latents have a standard deviation of {overall:.3g} after shift {latents.space.shift} "
                         f"and scale {latents.space.scale}, which should bring it near 1; the scale is not this VAE's")
 
 
 def _chunks(latents: LatentSet) -> Iterator[tuple[int, int, torch.Tensor]]:
-    from tqdm import tqdm
-
-    with tqdm(total=len(latents) * latents.views, desc="values", unit="item") as bar:
+    with progress.bar(total=len(latents) * latents.views, desc="values", unit="item") as bar:
         for begin in range(0, len(latents), _STEP):
             indices = np.arange(begin, min(begin + _STEP, len(latents)))
             for view in range(latents.views):

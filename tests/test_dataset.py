@@ -48,6 +48,9 @@ def test_reads_what_was_written(tmp_path, resident, views, parts, dtype):
     np.testing.assert_array_equal(read, latents[indices, chosen].astype(np.float32))
     np.testing.assert_array_equal(read_labels, labels[indices])
     np.testing.assert_array_equal(opened.read(indices)[0], latents[indices, 0].astype(np.float32))
+    stored = opened.rows(indices, chosen)[0]
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored, latents[indices, chosen])
     whole, whole_labels = opened.on_device("cpu")
     np.testing.assert_array_equal(whole.numpy(), latents)
     np.testing.assert_array_equal(whole_labels.numpy(), labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from errors import UserError
 from models.latents import open_codec
 from preprocessing import digits, shards
 from preprocessing.images import ImageFiles, cropped
+from preprocessing.job import STOPPED
 from tests.image_sets import class_folders, photograph, tiny_vae, zipped
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +48,7 @@ def encode(images: Path, vae: str, out: Path, *more: str) -> LatentSet:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != shards.LOCK}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (shards.LOCK, STOPPED)}
 
 
 def crops(folder: Path) -> np.ndarray:
@@ -143,16 +145,35 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
     assert len(calls) == 6 and "finished already" in capsys.readouterr().out
 
 
-def test_two_processes_write_the_bytes_of_one(folder, vae, tmp_path):
+PROBE = """
+import sys, accelerate, errors, preprocessing.encode
+bad, *arguments = sys.argv[1:]
+try:
+    preprocessing.encode.main(["--images", bad, "--vae", "pixels", "--resolution", "16", "--shard-size", "4",
+                               "--out", bad + "-out"])
+except errors.UserError as error:
+    print("refused", error, flush=True)
+preprocessing.encode.main(arguments)
+assert accelerate.PartialState().num_processes == 2
+print("two", flush=True)
+"""
+
+
+def test_two_processes_finish_what_one_began_with_the_bytes_of_one(folder, vae, tmp_path):
     whole = encode(folder, vae, tmp_path / "whole", "--flip")
-    probe = ("import sys, accelerate, preprocessing.encode as e; e.main(sys.argv[1:]); "
-             "assert accelerate.PartialState().num_processes == 2; print('two')")
-    (tmp_path / "probe.py").write_text(probe)
+    (tmp_path / "two").mkdir()
+    for name in ("job.json", "shard-00002.safetensors"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "two")
+    images = class_folders(tmp_path / "bad")
+    (images / "n01" / "3.png").write_bytes(b"")  # in shard 2, which the first process encodes
+    (tmp_path / "probe.py").write_text(PROBE)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port",
-               "0", str(tmp_path / "probe.py"), *arguments(folder, vae, tmp_path / "two", "--flip")]
+               "0", str(tmp_path / "probe.py"), str(images), *arguments(folder, vae, tmp_path / "two", "--flip")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("two") >= 2, done.stderr
+    assert done.returncode == 0 and done.stdout.split().count("two") == 2, done.stderr
+    assert done.stdout.count("refused") == done.stdout.count("n01/3.png is empty") == 2
+    assert "continuing: 1 of 4 shards" in done.stdout
     assert contents(tmp_path / "two") == contents(tmp_path / "whole") and whole.digest == LatentSet(tmp_path / "two").digest
 
 
