@@ -116,6 +116,11 @@ def test_ranges():
         SweepConfig(ckpt="x", score="r", guidance_high="0.5:1.5:0.5")
 
 
+def test_a_sweep_has_no_presets():
+    with pytest.raises(UserError, match="unknown option --preset"):
+        sweep.main(["--ckpt", "x", "--reference", "r", "--preset", "sit-xl-2"])
+
+
 def test_scale_one_is_one_point():
     config = SweepConfig(ckpt="x", score="r", cfg_scale="1:2:0.5", guidance_high="0.5:1:0.5")
     assert config.points() == [(1, 1), (1.5, 0.5), (1.5, 1), (2, 0.5), (2, 1)]
