@@ -181,7 +181,13 @@ class TrainConfig:
     exp_name: str = option(help="name of this run; the same command again continues it")
     checkpointing_steps: int = option(50_000, help="write a checkpoint every so many steps, and at the end")
     sampling_steps: int = option(0, help="write a grid of samples every so many steps; 0 for never")
-    vae: str | None = option(None, help="VAE for the grids (default: the one that the data names)")
+    eval_steps: int = option(0, help="score samples of the EMA weights every so many steps; 0 for never")
+    eval_reference: str | None = option(None, help="reference to score against (see evaluations.evaluate)")
+    eval_samples: int = option(5000, help="samples per score; not to be compared with scores of 50,000")
+    eval_features: str = option("inception", help="what the scores compare: inception, pixels, or timm:NAME[@SIDE]")
+    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
+    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
+    vae: str | None = option(None, help="VAE for grids and scores (default: the one that the data names)")
     log_steps: int = option(100, help="log every so many steps")
     report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
 
@@ -189,6 +195,9 @@ class TrainConfig:
         require(self.batch_size > 0 and self.gradient_accumulation_steps > 0 and self.max_train_steps > 0,
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
+        require((self.eval_steps > 0) == (self.eval_reference is not None),
+                "--eval-steps and --eval-reference go together: give both, or neither")
+        require(self.eval_samples > 3, f"--eval-samples {self.eval_samples} must be at least 4")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
         if self.mixed_precision not in (None, "no", "bf16"):
@@ -213,7 +222,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 # Options that may differ when a run is continued: they move no number of the steps already taken.
 FREE_ON_RESUME = frozenset({"data_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
-                            "output_dir", "exp_name", "vae", "gradient_accumulation_steps", "compile"})
+                            "output_dir", "exp_name", "vae", "eval_steps", "eval_reference", "eval_samples",
+                            "eval_features", "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,9 @@ class SweepConfig(GenerateConfig):
     cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or one")  # type: ignore[assignment]
     guidance_high: str = option("1.0", help="upper ends of the interval, likewise")  # type: ignore[assignment]
     num_fid_samples: int = option(5000, flag="num", help="samples per point")
-    out: str | None = option(None, help="folder of the result (default: sweep/ beside the checkpoint, named by settings)")
+    out: str | None = option(None, help="folder of the result (default: sweep/ beside the checkpoint)")
+    preset: str | None = None  # no flags here: a preset fixes what a sweep varies
+    list_presets: bool = False
 
     def __post_init__(self) -> None:
         for point in self.points():

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import generate
+import train
 from config import GenerateConfig, build, parse
 from errors import UserError
 from evaluations import evaluate, reference, sweep
 from evaluations.sweep import SweepConfig, values
+from training.log import read
+from training.preview import SETTINGS
 
 FAST = ["--num-steps", "3", "--features", "pixels"]
 
@@ -40,6 +48,50 @@ def test_score_while_drawing_equals_score_of_the_files(guided, real, tmp_path, c
     assert found["samples"]["settings"] == {name: settings[name] for name in settings if name != "samples"}
 
 
+def test_two_processes_score_as_one(guided, real, tmp_path):
+    words = ["--ckpt", str(guided), "--num-fid-samples", "25", "--batch-size", "8", "--score", str(real), *FAST, "--out"]
+    alone = json.loads((generate.main([*words, str(tmp_path / "one")]) / "metrics.json").read_text())
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
+                    "generate.py", *words, tmp_path / "two"], check=True, timeout=120, cwd=Path(generate.__file__).parent)
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (alone["processes"], two["processes"]) == (1, 2)
+    assert two["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+
+
+def test_scores_during_training(data, real, words, tmp_path, capsys):
+    more = ["--max-train-steps", "5", "--checkpointing-steps", "2", "--log-steps", "2", "--vae", "pixels"]
+    scored = train.main(words(tmp_path, "scored", *more, "--eval-steps", "2", "--eval-reference", real, "--eval-features",
+                              "pixels", "--eval-samples", "40"))
+    lines = read(scored / "log.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 5]  # losses and scores of a step share its line
+    assert "eval/fd@40" in lines[0] and "eval/precision@40" in lines[1] and "eval/fd@40" not in lines[2]
+    assert "eval/fd@40" in capsys.readouterr().out
+    plain = train.main(words(tmp_path, "plain", *more))
+    assert [line["loss/diffusion"] for line in read(plain / "log.jsonl")] == [line["loss/diffusion"] for line in lines]
+
+    checkpoint = scored / "checkpoints" / "0000004"  # the same, from the checkpoint's EMA weights afterwards
+    how = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(SETTINGS)}
+    flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "40", "--score", str(real), "--features",
+                         "pixels", "--out", str(tmp_path / "out")])
+    after = json.loads((out / "metrics.json").read_text())["metrics"]
+    assert lines[1]["eval/fd@40"] == pytest.approx(after["fd"], rel=1e-5)
+
+
+def test_scores_during_training_need_a_sound_reference(data, words, tmp_path):
+    for extra in (["--eval-steps", "2"], ["--eval-reference", "x.npz"]):
+        with pytest.raises(UserError, match="--eval-steps and --eval-reference go together"):
+            train.main(words(tmp_path, "a", *extra))
+    with pytest.raises(UserError, match="at least 4"):
+        train.main(words(tmp_path, "a", "--eval-samples", "2"))
+    with pytest.raises(UserError, match="cannot read absent.npz"):
+        train.main(words(tmp_path, "a", "--eval-steps", "2", "--eval-reference", "absent.npz", "--eval-features", "pixels"))
+
+
 def test_how_to_score_without_score_is_refused():
     for words in (["--features", "pixels"], ["--inception-weights", "w.pth"], ["--feature-weights", "w.pth"]):
         with pytest.raises(UserError, match="add --score REFERENCE"):
@@ -62,6 +114,11 @@ def test_ranges():
             values("--x", text)
     with pytest.raises(UserError, match="must satisfy 0 <= low <= high <= 1"):
         SweepConfig(ckpt="x", score="r", guidance_high="0.5:1.5:0.5")
+
+
+def test_a_sweep_has_no_presets():
+    with pytest.raises(UserError, match="unknown option --preset"):
+        sweep.main(["--ckpt", "x", "--reference", "r", "--preset", "sit-xl-2"])
 
 
 def test_scale_one_is_one_point():

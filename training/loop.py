@@ -26,7 +26,7 @@ from dataset import LatentSet
 from errors import UserError
 from loss import Batch, Learner
 from models.latents import open_codec
-from training import checkpoint, launch, preview
+from training import checkpoint, evaluation, launch, preview
 from training.batches import Batches
 from training.checkpoint import Checkpoint
 from training.ema import EMA
@@ -58,7 +58,8 @@ class Trainer:
                                 num_classes=self.data.num_classes, qk_norm=config.qk_norm)
         self.options = {name: find(name).resolve(own, self.spec) for name, own in options.items()}
         self.codec = open_codec(config.vae or self.data.space.vae, space=self.data.space, device=self.device) \
-            if config.sampling_steps else None
+            if config.sampling_steps or config.eval_steps else None
+        self.evaluation = evaluation.Evaluation(config, self.codec, self.accelerator) if config.eval_steps else None
         self.stops = {name: own.stop(self.epoch_steps) for name, own in self.options.items()}
         found = checkpoint.latest(self.folder)
         self.resumed = Checkpoint.open(found) if found else None
@@ -166,13 +167,19 @@ class Trainer:
 
     def _report(self, meter: Meter, end: int) -> None:
         config, step = self.config, self.step
+        values: dict[str, float] = {}
         if step % config.log_steps == 0 or step == end:
             values = meter.report(config.batch_size)
-            self.log.write(step, values)
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             require(not bad, f"{bad[0] if bad else ''} is not finite near step {step}: the run stops before a checkpoint takes it "
                              f"in; continue from the last one with --mixed-precision no, or train with --qk-norm")
-        if self.codec and step % config.sampling_steps == 0 and self.accelerator.is_main_process:
+        if self.evaluation and step % config.eval_steps == 0:
+            scores = self.evaluation.measure(self.ema.network, self.dtype)
+            self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            values |= scores
+        if values:
+            self.log.write(step, values)
+        if config.sampling_steps and step % config.sampling_steps == 0 and self.accelerator.is_main_process:
             preview.write(self.folder / "samples" / f"{step:07d}.png", self.ema.network, self.codec, self.dtype, config.seed)
         if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             self.save()
