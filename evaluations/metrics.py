@@ -216,7 +216,7 @@ def _distances(u: _Points, rows: slice, v: _Points, columns: slice) -> Tensor:
     """
     if u.half:
         block = _expand(u.rounded[rows], u.half_norms[rows], v.rounded[columns], v.half_norms[columns])
-        if block.isfinite().all():
+        if block.max().isfinite():  # max passes NaN on, and costs a tenth of isfinite().all()
             return block
     return _expand(u.exact[rows], u.norms[rows], v.exact[columns], v.norms[columns])
 

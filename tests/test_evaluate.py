@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -275,22 +272,6 @@ def test_references_that_do_not_fit_are_refused(pair):
         run(folder, reference="ref.npz")
     with pytest.raises(UserError, match="reference, not samples"):
         run(folder, samples="ref.npz")
-
-
-def test_two_processes_equal_one(pair):
-    folder, *_ = pair
-    alone = run(folder)
-    out = folder / "two.json"
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-                    "-m", "evaluations.evaluate", "--samples", folder / "samples.npz", "--reference", folder / "reference.npz",
-                    "--features", "pixels", "--batch-size", "13", "--out", out], check=True, timeout=120)
-    result = json.loads(out.read_text())
-    assert (result["processes"], alone["processes"]) == (2, 1)
-    assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-9)
 
 
 def test_large_images_need_a_network():

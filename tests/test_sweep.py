@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from evaluations.sweep import SweepConfig, values
 from training.log import read
 from training.preview import SETTINGS
 
+ROOT = Path(__file__).parents[1]
 FAST = ["--num-steps", "3", "--features", "pixels"]
 
 
@@ -48,38 +50,62 @@ def test_score_while_drawing_equals_score_of_the_files(guided, real, tmp_path, c
     assert found["samples"]["settings"] == {name: settings[name] for name in settings if name != "samples"}
 
 
+BOTH = """
+import sys
+import generate
+from evaluations import evaluate
+cut = sys.argv.index("--then")
+evaluate.main(sys.argv[1:cut])
+generate.main(sys.argv[cut + 1:])
+"""
+
+
 def test_two_processes_score_as_one(guided, real, tmp_path):
-    words = ["--ckpt", str(guided), "--num-fid-samples", "25", "--batch-size", "8", "--score", str(real), *FAST, "--out"]
-    alone = json.loads((generate.main([*words, str(tmp_path / "one")]) / "metrics.json").read_text())
+    """Files and fresh samples, in one launch of two processes."""
+    files = ["--samples", random_images(tmp_path / "samples.npz", 31), "--reference", random_images(tmp_path / "real.npz", 41),
+             "--features", "pixels", "--batch-size", "4", "--out"]
+    fresh = ["--ckpt", str(guided), "--num-fid-samples", "25", "--batch-size", "8", "--score", str(real), *FAST, "--out"]
+    (tmp_path / "both.py").write_text(BOTH)
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                     "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-                    "generate.py", *words, tmp_path / "two"], check=True, timeout=120, cwd=Path(generate.__file__).parent)
-    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert (alone["processes"], two["processes"]) == (1, 2)
-    assert two["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+                    tmp_path / "both.py", *files, tmp_path / "two.json", "--then", *fresh, tmp_path / "two"], check=True,
+                   timeout=120, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    evaluate.main([*files, str(tmp_path / "one.json")])
+    generate.main([*fresh, str(tmp_path / "one")])
+    for one, two in (("one.json", "two.json"), ("one/metrics.json", "two/metrics.json")):
+        alone, together = (json.loads((tmp_path / name).read_text()) for name in (one, two))
+        assert (alone["processes"], together["processes"]) == (1, 2)
+        assert together["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+
+
+def random_images(path, count):
+    """Labelled images to compare, or to compare with."""
+    rng = np.random.RandomState(count)
+    np.savez(path, arr_0=rng.randint(0, 256, (count, 8, 8, 1)).astype(np.uint8), labels=rng.randint(0, 10, count))
+    return str(path)
 
 
 def test_scores_during_training(data, real, words, tmp_path, capsys):
-    more = ["--max-train-steps", "5", "--checkpointing-steps", "2", "--log-steps", "2", "--vae", "pixels"]
+    more = ["--max-train-steps", "3", "--checkpointing-steps", "2", "--log-steps", "2", "--vae", "pixels"]
     scored = train.main(words(tmp_path, "scored", *more, "--eval-steps", "2", "--eval-reference", real, "--eval-features",
-                              "pixels", "--eval-samples", "40"))
+                              "pixels", "--eval-samples", "16"))
     lines = read(scored / "log.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 5]  # losses and scores of a step share its line
-    assert "eval/fd@40" in lines[0] and "eval/precision@40" in lines[1] and "eval/fd@40" not in lines[2]
-    assert "eval/fd@40" in capsys.readouterr().out
+    assert [line["step"] for line in lines] == [2, 3]  # losses and scores of a step share its line
+    assert "eval/fd@16" in lines[0] and "eval/precision@16" in lines[0] and "eval/fd@16" not in lines[1]
+    assert "eval/fd@16" in capsys.readouterr().out
     plain = train.main(words(tmp_path, "plain", *more))
     assert [line["loss/diffusion"] for line in read(plain / "log.jsonl")] == [line["loss/diffusion"] for line in lines]
 
-    checkpoint = scored / "checkpoints" / "0000004"  # the same, from the checkpoint's EMA weights afterwards
+    checkpoint = scored / "checkpoints" / "0000002"  # the same, from the checkpoint's EMA weights afterwards
     how = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(SETTINGS)}
     flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "40", "--score", str(real), "--features",
+    out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "16", "--score", str(real), "--features",
                          "pixels", "--out", str(tmp_path / "out")])
     after = json.loads((out / "metrics.json").read_text())["metrics"]
-    assert lines[1]["eval/fd@40"] == pytest.approx(after["fd"], rel=1e-5)
+    assert lines[0]["eval/fd@16"] == pytest.approx(after["fd"], rel=1e-5)
 
 
 def test_scores_during_training_need_a_sound_reference(data, words, tmp_path):
