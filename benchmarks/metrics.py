@@ -3,7 +3,8 @@
     python -m benchmarks.metrics --out benchmarks/results/metrics.json
 
 Synthetic features stand for Inception's: non-negative, squared norms of a few hundred, correlated. The extractor is not
-part of this. Each part runs once, in a process of its own, so that its peak memory is its own.
+part of this. Each part runs once, in a process of its own, so that its peak memory is its own. On a machine that is busy
+otherwise, CPU seconds over threads are nearer to the truth than seconds; the load average at the start is recorded.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from evaluations.metrics import Statistics
 from training.streams import Stream
 
 PARTS = ("features", "statistics", "frechet", "inception_score", "adm_fp16", "fp32", "class_accuracy")
-AGREEMENT = (("full rank", 512, 2000, 3000), ("ill-conditioned", 512, 520, 3000), ("few samples on one side", 512, 200, 3000),
-             ("few on both sides", 512, 200, 300), ("full size", 2048, 5000, 5000))
+AGREEMENT = (("full rank", 512, 2000, 3000), ("ill-conditioned", 512, 520, 3000),
+             ("few samples on one side", 512, 200, 3000), ("few on both sides", 512, 200, 300),
+             ("full size", 2048, 5000, 5000))
 """Name, dimensions, samples, reference images of the five comparisons with scipy."""
 
 
@@ -62,7 +64,7 @@ def features(seed: int, count: int, dimensions: int, shift: float = 0.0) -> torc
 
 
 def measure(config: MetricsConfig, part: str) -> dict[str, Any]:
-    """Run one part; its value, seconds, and the peak memory of this process in GiB (inputs included)."""
+    """Run one part: its value, seconds, seconds of CPU over all threads, peak memory in GiB with the inputs."""
     x = features(1, config.samples, config.dimensions, 0.05)
     r = features(2, config.reference, config.dimensions)
     if part == "frechet":
@@ -71,7 +73,7 @@ def measure(config: MetricsConfig, part: str) -> dict[str, Any]:
         logits = x[:, :1008] * 4
     elif part == "class_accuracy":
         labels, own = torch.arange(len(x)) % 1000, torch.arange(len(r)) % 1000
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     value: Any = None
     if part == "features":
         value = x.square().sum(1).mean().item()
@@ -86,7 +88,8 @@ def measure(config: MetricsConfig, part: str) -> dict[str, Any]:
     else:
         value = metrics.precision_recall(x, r, mode=part)
     seconds = time.perf_counter() - start
-    return {"value": value, "seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {"value": value, "seconds": seconds, "cpu_seconds": time.process_time() - busy,
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def agreement() -> list[dict[str, Any]]:
@@ -102,8 +105,8 @@ def agreement() -> list[dict[str, Any]]:
         middle = time.perf_counter()
         root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
         theirs = _distance(a, b, float(np.trace(root).real))
-        rows.append({"case": name, "dimensions": dimensions, "samples": samples, "reference": reference, "frechet": ours,
-                     "scipy": theirs, "relative_difference": abs(ours - theirs) / theirs, "seconds": middle - start,
+        rows.append({"case": name, "dimensions": dimensions, "samples": samples, "reference": reference,
+                     "frechet": ours, "scipy": theirs, "relative_difference": abs(ours - theirs) / theirs, "seconds": middle - start,
                      "scipy_seconds": time.perf_counter() - middle})
     return rows
 
@@ -116,7 +119,8 @@ def in_process(part: str, config: MetricsConfig) -> Any:
     """The JSON that this module prints for one part, in a fresh process."""
     words = [f"--{name}={getattr(config, name)}" for name in ("samples", "reference", "dimensions", "threads")]
     found = subprocess.run([sys.executable, "-m", "benchmarks.metrics", *words, "--part", part], check=True,
-                           stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
+                           stdout=subprocess.PIPE, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
     return json.loads(found.stdout)
 
 
@@ -133,12 +137,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.metrics {' '.join(words)}",
         "cpu_threads": config.threads, "load_before": os.getloadavg()[0], "python": platform.python_version(),
-        "torch": torch.__version__, "scipy": scipy.__version__, "size": [config.samples, config.reference, config.dimensions],
-        "parts": {}}
+        "torch": torch.__version__, "scipy": scipy.__version__,
+        "size": [config.samples, config.reference, config.dimensions], "parts": {}}
     print(f"{config.samples} samples, {config.reference} reference images, {config.dimensions} features")
     for part in PARTS:
         row = result["parts"][part] = in_process(part, config)
-        print(f"{part:18}{row['seconds']:>10.1f} s{row['peak_gib']:>10.2f} GiB   {row['value']}", flush=True)
+        print(f"{part:18}{row['seconds']:>10.1f} s{row['cpu_seconds']:>10.1f} CPU s{row['peak_gib']:>8.2f} GiB"
+              f"   {row['value']}", flush=True)
     result["agreement"] = in_process("agreement", config)
     for row in result["agreement"]:
         print(f"{row['case']:26}{row['frechet']:>14.6f}{row['scipy']:>14.6f}{row['relative_difference']:>12.1e}"

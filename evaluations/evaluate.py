@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels) or a folder of PNG "
-                                           "files; several are several seeds")
+    samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels) or a folder of "
+                                           "PNG files; several are several seeds")
     reference: str = option(help="reference: ADM's .npz, one made by evaluations.reference, or any images")
     features: str = option("inception", help="inception, pixels, or timm:NAME[@SIDE]")
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
@@ -57,8 +57,9 @@ def open_all(paths: Sequence[str]) -> list[Images]:
     """The sample sets of several seeds. Raises UserError where their counts differ: no mean exists across counts."""
     samples = [open_samples(path) for path in paths]
     for path, one in zip(paths, samples, strict=True):
-        require(len(one) == len(samples[0]), f"{path} holds {len(one)} samples and {paths[0]} {len(samples[0])}: numbers "
-                                             f"of different counts cannot be compared; score them one by one")
+        require(len(one) == len(samples[0]),
+                f"{path} holds {len(one)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
+                f"compared; score them one by one")
     return samples
 
 
@@ -96,8 +97,8 @@ def report(result: dict[str, Any], path: Path | str) -> None:
     files.write_json(path, result)
     runs, reference = result.get("runs", [result]), result["reference"]
     print(table(result))
-    print(f"reference {reference['name']}: statistics {reference['statistics']}, {reference['num_images']} images; precision "
-          f"and recall in {runs[0]['precision_recall']['mode']}; written to {path}", flush=True)
+    print(f"reference {reference['name']}: statistics {reference['statistics']}, {reference['num_images']} images; "
+          f"precision and recall in {runs[0]['precision_recall']['mode']}; written to {path}", flush=True)
     for warning in dict.fromkeys(warning for run in runs for warning in run["warnings"]):
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -114,13 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     from training import launch
 
-    options = build(Options, parse(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate",
-                                   description=__doc__))
+    words = sys.argv[1:] if argv is None else argv
+    options = build(Options, parse(Options, words, prog="python -m evaluations.evaluate", description=__doc__))
     require(options.batch_size > 0, f"--batch-size {options.batch_size} must be positive")
     samples = open_all(options.samples)
     accelerator = launch.accelerator()
     reference, extractor = open_pair(options.reference, options.features, accelerator, options.batch_size,
-                                     inception_weights=options.inception_weights, feature_weights=options.feature_weights)
+                                     inception_weights=options.inception_weights,
+                                     feature_weights=options.feature_weights)
     scorer = Scorer(reference, extractor, accelerator=accelerator, precision_mode=options.precision_mode,
                     shuffle=options.shuffle)
     for path, one in zip(options.samples, samples, strict=True):

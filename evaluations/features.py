@@ -30,6 +30,7 @@ class Extractor(Protocol):
     name: str
     weights: str | None  # SHA-256 of the weights file
     head: Tensor | None
+    note: str | None  # to be printed with every result
     device: torch.device
 
     def __call__(self, images: Tensor) -> Features:
@@ -41,7 +42,7 @@ class Pixels:
     """The image itself, flattened, uint8 / 127.5 - 1: for images so small that pixels are features (the digits)."""
 
     name = "pixels"
-    weights = head = None
+    weights = head = note = None
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -68,7 +69,7 @@ class Timm:
         UserError: no such model, its weights absent and out of reach, or a file that is not this model's.
     """
 
-    head = None
+    head = note = None
 
     def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
@@ -81,14 +82,15 @@ class Timm:
         self._side = int(side) if side else source["input_size"][1]
         if side and hasattr(self._model, "set_input_size"):
             self._model.set_input_size(img_size=(self._side, self._side))
-        self._mean, self._std = (torch.tensor(source[key], device=self.device)[:, None, None] for key in ("mean", "std"))
+        self._mean, self._std = (torch.tensor(source[key], device=self.device)[:, None, None]
+                                 for key in ("mean", "std"))
 
     def __call__(self, images: Tensor) -> Features:
         with exact_arithmetic():
             x = images.to(self.device).permute(0, 3, 1, 2).float() / 255
             size = (self._side, self._side)
-            x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)  # grey is broadcast below
-            return Features(self._model((x - self._mean) / self._std).float())
+            x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+            return Features(self._model((x - self._mean) / self._std).float())  # broadcasts grey to three channels
 
 
 def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
@@ -127,7 +129,8 @@ def open_extractor(name: str, *, inception_weights: str | None = None, feature_w
         return Inception(inception_weights, device)
     if name.startswith("timm:"):
         return Timm(name, feature_weights, device)
-    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; use inception, pixels or timm:NAME")
+    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; "
+                    f"use inception, pixels or timm:NAME")
 
 
 def checked_digest(path: Path) -> str:

@@ -105,7 +105,8 @@ class FolderImages:
         self._files, self.name = ImageFiles(path), Path(path).name
         lossy = next((name for name in self._files.names if Path(name).suffix.lower() not in LOSSLESS), None)
         if resolution is None and lossy:
-            raise UserError(f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; photographs for a reference need --resolution")
+            raise UserError(f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; "
+                            f"photographs for a reference need --resolution")
         first = self._files.load(0)
         self._mode = "L" if first.mode in ("1", "L", "I;16") else "RGB"
         self._resolution = resolution
@@ -131,8 +132,8 @@ class FolderImages:
             return cropped(self._files, index, self._resolution, grey=self._mode == "L")
         picture = np.atleast_3d(np.asarray(self._files.load(index).convert(self._mode)))
         if picture.shape != self.shape:
-            raise UserError(f"{self._files.names[index]} in {self.name} is {picture.shape[1]} x {picture.shape[0]} pixels, the "
-                            f"first image {self.shape[1]} x {self.shape[0]}; give --resolution, or images of one size")
+            raise UserError(f"{self._files.names[index]} in {self.name} is {picture.shape[1]} x {picture.shape[0]} pixels, "
+                            f"the first image {self.shape[1]} x {self.shape[0]}; give --resolution, or images of one size")
         return picture
 
 
@@ -144,7 +145,8 @@ class LatentSetImages:
 
         self._set, self.name = LatentSet(path), Path(path).name
         if not (self._set.manifest["images"] or self._set.space.name == "pixels"):
-            raise UserError(f"{path} holds latents without their images; encode it with --keep-images, or give the images")
+            raise UserError(f"{path} holds latents without their images; encode it with --keep-images, "
+                            f"or give the images")
         self.labels: np.ndarray | None = self._set.labels
         self.shape = self._read(np.arange(1)).shape[1:]
 

@@ -21,7 +21,8 @@ from errors import UserError
 from evaluations.features import Features, checked_digest, load_state
 from evaluations.metrics import exact_arithmetic
 
-FILE = "weights-inception-2015-12-05-6726825d.pth"
+DIGEST = "6726825d"
+FILE = f"weights-inception-2015-12-05-{DIGEST}.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 SIDE = 299
 SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv: 17 * 17 * 7 = 2023 features
@@ -43,6 +44,8 @@ class Inception:
         path = Path(weights) if weights else published()
         self.device = torch.device(device)
         self.weights = checked_digest(path)
+        self.note = None if self.weights.startswith(DIGEST) else \
+            f"{path.name} is not the published network: its numbers cannot be compared with published ones"
         network = build()
         try:
             network.load_state_dict(load_state(path))
@@ -56,7 +59,8 @@ class Inception:
     def __call__(self, images: Tensor) -> Features:
         """uint8 (n, H, W, 3) of any size to pool (n, 2048) and spatial (n, 2023), float32."""
         if images.shape[-1] != 3:
-            raise UserError(f"inception needs images of 3 channels, these have {images.shape[-1]}; use --features pixels")
+            raise UserError(f"inception needs images of 3 channels, these have {images.shape[-1]}; "
+                            f"use --features pixels")
         with exact_arithmetic():
             x = (resize(images.to(self.device).permute(0, 3, 1, 2).float(), SIDE) - 128) / 128
             for name, layer in self._layers.items():
@@ -130,6 +134,6 @@ def published() -> Path:
                 with open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target)
         except (urllib.error.URLError, TimeoutError) as error:
-            raise UserError(f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and give it "
-                            f"as --inception-weights FILE") from error
+            raise UserError(f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and "
+                            f"give it as --inception-weights FILE") from error
     return path

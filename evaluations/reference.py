@@ -74,7 +74,8 @@ class Reference:
         if "arr_0" in archive.names:
             return cls.of_images(NpzImages(path), extractor, stored=stored, **how)
         if not stored:
-            raise UserError(f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} features")
+            raise UserError(f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} "
+                            f"features")
         first, second = _stored(stored)
         return cls(name=archive.path.name, digest=files.digest(path), features=extractor.name, weights=None, shape=None,
                    statistics=first, spatial=second, origin="stored", pool=None, labels=None)
@@ -86,7 +87,8 @@ class Reference:
         chosen = None
         if keep is not None and keep < len(images):
             chosen = np.sort(Stream(0, "reference").permutation(len(images))[:keep])
-        real = collect(images, extractor, accelerator=accelerator, batch_size=batch_size, title="reference", keep=chosen)
+        real = collect(images, extractor, accelerator=accelerator, batch_size=batch_size, title="reference",
+                       keep=chosen)
         first, second = _stored(stored) if stored else (real.statistics, real.spatial)
         return cls(name=images.name, digest=images.digest(), features=extractor.name, weights=extractor.weights,
                    shape=tuple(images.shape), statistics=first, spatial=second, pool=real.pool, labels=real.labels,
@@ -155,11 +157,13 @@ def _read_compact(archive: NpzArchive) -> Reference:
     try:
         about = json.loads(str(archive.read("about")))
         given = {"name": about["name"], "digest": about["sha256"], "features": about["features"],
-                 "weights": about["weights_sha256"], "origin": about["statistics"], "shape": tuple(about["shape"])}
+                 "weights": about["weights_sha256"], "origin": about["statistics"],
+                 "shape": about["shape"] and tuple(about["shape"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{archive.path} is no reference of this format ({error}); build it again") from error
     first, second = _stored(archive)
-    tensors = {name: torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels")}
+    tensors = {name: torch.from_numpy(archive.read(name)) if name in archive.names else None
+               for name in ("pool", "labels")}
     if tensors["pool"] is not None and not tensors["pool"].isfinite().all():
         raise UserError(f"{archive.path}: pool holds NaN or infinite values; build it again")
     return Reference(statistics=first, spatial=second, **tensors, **given)
@@ -181,8 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     from training import launch
 
-    options = build(Options, parse(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference",
-                                   description=__doc__))
+    words = sys.argv[1:] if argv is None else argv
+    options = build(Options, parse(Options, words, prog="python -m evaluations.reference", description=__doc__))
     require(options.batch_size > 0 and options.keep > 3, "--batch-size must be positive and --keep at least 4")
     accelerator = launch.accelerator()
     with accelerator.main_process_first():  # who downloads the weights

@@ -56,7 +56,8 @@ class Collector:
     keep: which images' features are held, by index; None holds all. Statistics are of all images in any case.
     """
 
-    def __init__(self, extractor: Extractor, accelerator: Accelerator | None = None, keep: np.ndarray | None = None) -> None:
+    def __init__(self, extractor: Extractor, accelerator: Accelerator | None = None,
+                 keep: np.ndarray | None = None) -> None:
         self.extractor, self.accelerator = extractor, accelerator
         self._keep = None if keep is None else torch.from_numpy(keep)
         self._shares: list[_Share] = []
@@ -194,10 +195,10 @@ class Scorer:
         }
 
     def _warnings(self, samples: Collected) -> list[str]:
-        found = []
+        found = [self.extractor.note] if self.extractor.note else []
         if samples.count < FEW:
-            found.append(f"{samples.count} samples: the Frechet distance is biased upwards at so few, compare it only with "
-                         f"others of {samples.count} samples")
+            found.append(f"{samples.count} samples: the Frechet distance is biased upwards at so few, "
+                         f"compare it only with others of {samples.count} samples")
         elif samples.count != 50_000 and self.extractor.name == "inception":
             found.append(f"{samples.count} samples: published FIDs are of 50000")
         if self.extractor.head is not None and self.shuffle is None and samples.labels is not None \

@@ -4,8 +4,8 @@
         --cfg-scale 1.0:2.5:0.1 --guidance-high 0.6:1.0:0.05 --num 5000
 
 Prints what it will cost, then samples and scores point by point. A killed sweep continues; a wider range adds points.
-Writes `sweep.json`, after every point, and `sweep.png`. Every point draws the same noise and labels, so that points differ
-by guidance alone; small-sample distances are good for comparing points, and for nothing else.
+Writes `sweep.json`, after every point, and `sweep.png`. Every point draws the same noise and labels, so that points
+differ by guidance alone; small-sample distances are good for comparing points, and for nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from evaluations.evaluate import open_pair
 from evaluations.score import Scorer, add_drawn
 
 Point = tuple[float, float]  # guidance scale, upper end of the interval
-NEVER_SHOWN = ("ckpt", "score", "features", "inception_weights", "feature_weights", "out", "num_fid_samples", "batch_size")
+Grid = list[list[float | None]]
+NEVER_SHOWN = ("ckpt", "score", "features", "inception_weights", "feature_weights", "out", "num_fid_samples",
+               "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ class Results:
             found = files.read_json(path)
             for key, value in settings.items():
                 if found["settings"].get(key) != value:
-                    raise UserError(f"{path} is a sweep with another {key} ({found['settings'].get(key)}, not {value}); "
-                                    f"give another --out")
+                    raise UserError(f"{path} is a sweep with another {key} ({found['settings'].get(key)}, not "
+                                    f"{value}); give another --out")
             self.points = {(one["cfg_scale"], one["guidance_high"]): one["metrics"] for one in found["points"]}
 
     def write(self) -> None:
@@ -93,7 +95,7 @@ class Results:
         files.write_json(self.path, {"settings": self.settings, "points": points})
 
 
-def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], list[list[float | None]]]:
+def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], Grid]:
     """Scales, upper ends, and `metric` as a table [upper end][scale]; None where a point is missing."""
     scales, highs = sorted({scale for scale, _ in points}), sorted({high for _, high in points})
 
@@ -164,9 +166,9 @@ def sweep(config: SweepConfig) -> Path:
                                      inception_weights=config.inception_weights, feature_weights=config.feature_weights)
     settings = source.settings(config.at(points[0])) | {"reference": reference.digest, "features": extractor.name,
                                                         "features_weights": extractor.weights}
-    settings = {name: value for name, value in settings.items() if name not in ("cfg_scale", "guidance_high", "evaluations")}
-    out = Path(config.out) if config.out else \
-        generate.default_folder(source.checkpoint.path, config.at((1.0, 1.0))).parent.parent / "sweep" / source.checkpoint.path.name
+    for swept in ("cfg_scale", "guidance_high", "evaluations"):
+        del settings[swept]
+    out = Path(config.out) if config.out else default_folder(source.checkpoint.path)
     results = Results(out / "sweep.json", settings)
     accelerator.wait_for_everyone()  # all have read before one writes
     todo = [point for point in points if point not in results.points]
@@ -186,12 +188,19 @@ def sweep(config: SweepConfig) -> Path:
     return out
 
 
+def default_folder(checkpoint: Path) -> Path:
+    """`sweep/` beside the checkpoints of a run, by checkpoint."""
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    return run / "sweep" / checkpoint.name
+
+
 def cost(config: SweepConfig, source: generate.Source, todo: Sequence[Point], total: int) -> str:
     """What is about to be spent, in words."""
     each = [source.sampler(config.at(point)).evaluations for point in todo]
     network = "an adaptive number of" if None in each else f"{sum(filter(None, each)) * config.num_fid_samples:,}"
-    return (f"{len(todo)} of {total} points to do, {config.num_fid_samples} samples each: {len(todo) * config.num_fid_samples:,} "
-            f"images, {network} network evaluations, as many as {len(todo) * config.num_fid_samples / 50_000:.2g} full samplings")
+    images = len(todo) * config.num_fid_samples
+    return (f"{len(todo)} of {total} points to do, {config.num_fid_samples} samples each: {images:,} images, {network} "
+            f"network evaluations, as many images as {images / 50_000:.2g} full samplings")
 
 
 def conclude(config: SweepConfig, results: Results, out: Path) -> None:
@@ -201,17 +210,18 @@ def conclude(config: SweepConfig, results: Results, out: Path) -> None:
     title = f"{metric} of {config.num_fid_samples} samples"
     best = min(points, key=lambda point: points[point][metric])
     draw(points, metric, title, out / "sweep.png")
-    print(f"{title} (not to be compared with other counts):\n{table(points, metric)}\nwritten to {out}/sweep.json and sweep.png")
+    print(f"{title} (not to be compared with other counts):\n{table(points, metric)}\n"
+          f"written to {out}/sweep.json and sweep.png")
     for flag in edges(config, best):
         print(f"the best point lies at the end of {flag}: widen it, points that are done are kept")
-    print(f"best: {metric} {points[best][metric]:.3f} at scale {best[0]:g}, high {best[1]:g}. The full set of samples:\n"
-          f"{command(config, best)}", flush=True)
+    print(f"best: {metric} {points[best][metric]:.3f} at scale {best[0]:g}, high {best[1]:g}. The full set of "
+          f"samples:\n{command(config, best)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the result's folder."""
-    given = parse(SweepConfig, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.sweep", description=__doc__)
-    return sweep(build(SweepConfig, given))
+    words = sys.argv[1:] if argv is None else argv
+    return sweep(build(SweepConfig, parse(SweepConfig, words, prog="python -m evaluations.sweep", description=__doc__)))
 
 
 if __name__ == "__main__":
