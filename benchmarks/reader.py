@@ -7,7 +7,10 @@
 - npy              one `np.load` per item over float32 moments (8, 32, 32), and its label, collated as a DataLoader does
 - png+npy          the same, and one decoded 256 x 256 PNG per item (stored without compression): REPA's reader
 
-All on one thread of one process, in turn within each repetition; a ratio compares neighbours in time. Then memory:
+All on one thread of one process, in turn within each repetition; a ratio compares neighbours in time. What is counted is
+processor time, user and kernel (with a warm page cache nothing waits for a disk), so that a busy machine adds little.
+
+Then memory:
 batches in the training order from a sparse set of 2 million items (32 KiB of address space each, hardly any disk), while
 the process's anonymous memory (RssAnon) should stay where it is; file pages (RssFile) belong to the kernel.
 """
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def time_readers(folder: Path, options: Options) -> dict[str, Any]:
-    """Microseconds per item of each reader, and how many times faster the shards are."""
+    """Microseconds of processor time per item of each reader, and how many times faster the shards are."""
     latents = make_sets(folder, options.items)
     npy = sorted((folder / "npy").iterdir())
     pictures = sorted((folder / "png").iterdir())
@@ -98,10 +101,10 @@ def time_readers(folder: Path, options: Options) -> dict[str, Any]:
     for _ in range(options.repetitions):
         for name, (calls, read) in readers.items():
             batches = [draw() for _ in range(calls)]
-            began = time.perf_counter()
+            began = time.process_time()
             for batch in batches:
                 read(batch)
-            times[name].append((time.perf_counter() - began) / calls / options.batch_size * 1e6)
+            times[name].append((time.process_time() - began) / calls / options.batch_size * 1e6)
     ratios = {name: [peer / own for peer, own in zip(times[name], times["shards"])] for name in readers if name != "shards"}
     return {"microseconds_per_item": {name: spread(values) for name, values in times.items()},
             "times_faster": {name: spread(values) for name, values in ratios.items()}}

@@ -7,6 +7,12 @@ import json
 from benchmarks import reader
 
 
+def test_anonymous_memory_is_what_is_measured():
+    before = reader.resident()["RssAnon"]
+    held = bytearray(64 << 20)
+    assert 60 < reader.resident()["RssAnon"] - before < 80 and len(held) == 64 << 20
+
+
 def test_it_runs_at_tiny_size(tmp_path):
     reader.main(["--items", "16", "--batch-size", "8", "--repetitions", "2", "--sparse-items", "5000", "--sparse-batches", "20",
                  "--folder", str(tmp_path), "--out", str(tmp_path / "result.json")])

@@ -81,7 +81,7 @@ class Batches:
     def _read(self, step: int, images: bool) -> tuple[Plan, dict[str, Tensor]]:
         """Host draws of the step, and this process's rows in (pinned) host memory."""
         drawn = plan(self.config, self.data, step)
-        latents, labels = self.data.read(drawn.index[self.mine], drawn.view[self.mine])
+        latents, labels = self.data.rows(drawn.index[self.mine], drawn.view[self.mine])
         rows = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels),
                 "t": torch.from_numpy(drawn.t[self.mine]), "dropped": torch.from_numpy(drawn.dropped[self.mine])}
         if images:
@@ -92,7 +92,7 @@ class Batches:
 
     def _batches(self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]) -> list[Batch]:
         rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
-        x0, eps = self.noise(step, rows.pop("latents"))
+        x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
         draws = {name: {key: torch.from_numpy(value[self.mine]).to(self.device, non_blocking=True) for key, value in
