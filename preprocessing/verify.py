@@ -38,7 +38,7 @@ class Options:
     data_dir: str = config.option(help="the latent set; may be given first, without the flag")
     vae: str | None = config.option(None, help="autoencoder to decode with (default: the set's own, if it is on this machine)")
     images: str | None = config.option(None, help="the images that the set was made from, if they were not kept")
-    picture: str = config.option("verify.png", help="where to draw the reconstructions")
+    picture: str | None = config.option(None, help="where to draw the reconstructions (default: verify.png in the set)")
     num_images: int = config.option(8, help="items to reconstruct; 0: none")
 
 
@@ -152,8 +152,9 @@ def reconstruct(latents: LatentSet, options: Options) -> None:
         _line("reconstruction", f"PSNR {psnr.mean():.2f} dB over {len(chosen)} items, worst {psnr[worst]:.2f} dB at "
                                 f"{latents.name(chosen[worst])}")
         rows.insert(0, originals)
-    _draw(Path(options.picture), rows)
-    _line("picture", f"{options.picture} ({'images above, ' if originals is not None else ''}reconstructions)")
+    picture = Path(options.picture or latents.path / "verify.png")
+    _draw(picture, rows)
+    _line("picture", f"{picture} ({'images above, ' if originals is not None else ''}reconstructions)")
 
 
 def _originals(latents: LatentSet, options: Options, chosen: np.ndarray) -> np.ndarray | None:
