@@ -149,6 +149,7 @@ class TrainConfig:
     """Options of `train.py` and `train_guide.py`. Batch sizes are global, steps are optimiser updates."""
 
     data_dir: str = option(help="latent set (folder with manifest.json)")
+    resident: str = option("disk", choices=("disk", "ram", "device"), help="where the latents stay: mapped, in memory, on the device")
     model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2")
     qk_norm: bool = option(False, help="normalise queries and keys")
     align: tuple[str, ...] = option(("none",), help="alignment(s) beside the flow-matching loss; none is plain training")
@@ -221,7 +222,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 # Options that may differ when a run is continued: they move no number of the steps already taken.
-FREE_ON_RESUME = frozenset({"data_dir", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
+FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
                             "output_dir", "exp_name", "vae", "eval_steps", "eval_reference", "eval_samples",
                             "eval_features", "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile"})
 

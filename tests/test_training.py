@@ -265,6 +265,16 @@ def test_previews_do_not_touch_the_run(tmp_path: Path, words: Words) -> None:
     assert sorted(p.name for p in (shown / "samples").iterdir()) == ["0000001.png", "0000002.png"]
 
 
+def test_latents_may_stay_on_disk_in_memory_or_on_the_device(tmp_path: Path, words: Words) -> None:
+    disk = train.main(words(tmp_path / "disk", "run", "--max-train-steps", 3))
+    for place in ("ram", "device"):
+        run = trainer("train", words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
+        assert (run.on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (place == "ram")
+        if place == "device":
+            run.data.rows = None  # the host's rows are not touched any more
+        assert_same_bits(disk, run.run())
+
+
 def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path, words: Words, teacher: Path) -> None:
     import dataclasses
 

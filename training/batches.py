@@ -60,9 +60,12 @@ class Batches:
     Args:
         rank, world: this process and their number. Process r holds samples [r B / world, (r + 1) B / world), cut into
             `gradient_accumulation_steps` contiguous micro-batches.
+        resident: the whole set on the device (`LatentSet.on_device`), where it is kept there.
     """
 
-    def __init__(self, config: TrainConfig, data: LatentSet, device: torch.device, rank: int, world: int) -> None:
+    def __init__(self, config: TrainConfig, data: LatentSet, device: torch.device, rank: int, world: int,
+                 resident: tuple[Tensor, Tensor] | None = None) -> None:
+        self.resident = resident
         self.config, self.data, self.device = config, data, device
         share = config.batch_size // world
         self.mine = slice(rank * share, (rank + 1) * share)
@@ -81,9 +84,12 @@ class Batches:
     def _read(self, step: int, images: bool) -> tuple[Plan, dict[str, Tensor]]:
         """Host draws of the step, and this process's rows in (pinned) host memory."""
         drawn = plan(self.config, self.data, step)
-        latents, labels = self.data.rows(drawn.index[self.mine], drawn.view[self.mine])
-        rows = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels),
-                "t": torch.from_numpy(drawn.t[self.mine]), "dropped": torch.from_numpy(drawn.dropped[self.mine])}
+        index, view = drawn.index[self.mine], drawn.view[self.mine]
+        names, arrays = ("index", "view"), (index, view)
+        if self.resident is None:
+            names, arrays = ("latents", "labels"), self.data.rows(index, view)
+        arrays += (drawn.t[self.mine], drawn.dropped[self.mine])
+        rows = {name: torch.from_numpy(array) for name, array in zip((*names, "t", "dropped"), arrays)}
         if images:
             rows["image"] = torch.from_numpy(self.data.images(drawn.index[self.mine]))
         if self.device.type == "cuda":
@@ -92,6 +98,9 @@ class Batches:
 
     def _batches(self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]) -> list[Batch]:
         rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
+        if self.resident is not None:
+            latents, labels = self.resident
+            rows |= {"latents": latents[rows["index"], rows["view"]], "labels": labels[rows["index"]]}
         x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)

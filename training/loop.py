@@ -49,7 +49,8 @@ class Trainer:
         self.dtype = launch.precision(config.mixed_precision, self.device)
         if config.deterministic:
             launch.deterministic()
-        self.data = LatentSet(config.data_dir)
+        self.data = LatentSet(config.data_dir, resident="ram" if config.resident == "ram" else "disk")
+        self.on_device = self.data.on_device(self.device) if config.resident == "device" else None
         self.epoch_steps = dataset.steps_per_epoch(len(self.data), config.batch_size)
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
@@ -153,7 +154,8 @@ class Trainer:
         learner = Learner(self.network, self.alignments, velocity_loss=config.velocity_loss, autocast=self.dtype,
                           ema=self.ema.network if any(one.reads_ema for one in self.alignments.values()) else None)
         wrapped = self.accelerator.prepare(learner)
-        source = Batches(config, self.data, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+        source = Batches(config, self.data, self.device, self.accelerator.process_index, self.accelerator.num_processes,
+                         self.on_device)
         meter = Meter(self.accelerator)
         for micros in source.steps(self.step, end, self.alignments):
             update(wrapped, micros, {name: own.weight for name, own in self.options.items()}, self.optimizer,
