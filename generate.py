@@ -118,7 +118,8 @@ def generate(config: GenerateConfig) -> Path:
     source = Source.open(config)
     accelerator, sampler, settings = source.accelerator, source.sampler(config), source.settings(config)
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
-    store = Store(out, settings, config.num_fid_samples, accelerator.is_main_process, accelerator.wait_for_everyone)
+    store = Store(out, settings, config.num_fid_samples, sampler.image_shape, accelerator.is_main_process,
+                  accelerator.wait_for_everyone)
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(total=len(todo), desc=f"sampling {config.num_fid_samples} on {accelerator.num_processes} process(es)",
                       unit="image", main=accelerator.is_main_process) as bar:

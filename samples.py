@@ -20,11 +20,13 @@ import files
 class Store:
     """The growing set of samples on disk: memory-mapped images, labels and a flag for each sample.
 
-    All processes write their own rows of one file; a restart under the same settings keeps the finished ones.
+    All processes write their own rows of one file, which the main process makes before the others look; a restart under
+    the same settings keeps the finished rows. `shape` is (H, W, C) of an image.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], count: int, main: bool, barrier: Callable[[], None]) -> None:
-        self.out, self.settings, self.count, self.barrier, self.main = out, settings, count, barrier, main
+    def __init__(self, out: Path, settings: dict[str, Any], count: int, shape: tuple[int, ...], main: bool,
+                 barrier: Callable[[], None]) -> None:
+        self.out, self.settings, self.count, self.shape, self.barrier, self.main = out, settings, count, shape, barrier, main
         self.partial = out / "partial"
         if main:
             self._prepare()
@@ -41,6 +43,7 @@ class Store:
             self.partial.mkdir(parents=True)
             _allocate(self.partial / "done.npy", np.uint8, (self.count,))
             _allocate(self.partial / "labels.npy", np.int64, (self.count,))
+            _allocate(self.partial / "images.npy", np.uint8, (self.count, *self.shape))
         files.write_json(mark, self.settings)
 
     def _open(self, name: str) -> np.ndarray:
@@ -57,17 +60,9 @@ class Store:
     def put(self, indices: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
         """Keep images (n, H, W, C) uint8 and labels (n,) of the samples at `indices`."""
         with files.writing(self.partial):
-            self._images(images.shape[1:])[indices] = images
+            self._open("images")[indices] = images
             self._open("labels")[indices] = labels
             self._open("done")[indices] = 1
-
-    def _images(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The image file, made by whoever comes first: its bytes are the same whoever makes it."""
-        file = self.partial / "images.npy"
-        if "images" not in self._arrays and not file.exists():
-            with files.replacing(file) as temporary:
-                _allocate(temporary, np.uint8, (self.count, *shape))
-        return self._open("images")
 
     def flush(self) -> None:
         """Push this process's rows to disk."""

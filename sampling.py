@@ -52,6 +52,11 @@ class Sampler:
         return None if s.solver == "dopri5" else samplers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low,
                                                                       s.guidance_high)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of the images, as the decoder makes them."""
+        return tuple(to_uint8(self.codec.decode(torch.zeros(1, *self.shape, device=self.device))).shape[1:])
+
     def labels(self, indices: Sequence[int]) -> np.ndarray:
         """(n,) int64 labels of the samples at `indices`."""
         if self.settings.labels == "balanced":

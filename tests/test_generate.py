@@ -95,7 +95,7 @@ def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Pat
     monkeypatch.setattr(Store, "finish", lambda self: None)
     generate.main(["--ckpt", str(guided), "--out", str(tmp_path), "--num-fid-samples", "4", "--num-steps", "2"])
     settings = {"seed": 1}
-    store = Store(tmp_path, settings, 4, True, lambda: None)
+    store = Store(tmp_path, settings, 4, (8, 8, 1), True, lambda: None)
     assert store.missing(0, 1) == [0, 1, 2, 3]
 
 
