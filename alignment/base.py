@@ -13,7 +13,7 @@ never learns its name. It says what it reads and returns one loss per sample:
               item x views + view
     taps      what it wants of the student: n for f_n, the raw output of block n (from 1); QK(n) for its queries and keys
     draw      random numbers of its own, one row per sample of the global batch
-    frozen    frozen networks that it holds, to be compiled; they are neither trained, saved nor synchronised
+    frozen    frozen networks that it holds: neither trained, saved nor synchronised; `compiled`, those to be compiled
     published what its authors report, by model: the number that a full run is to be held against
 """
 
@@ -179,8 +179,13 @@ class Alignment(nn.Module):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        """Frozen networks whose `blocks` may be compiled."""
+        """Frozen networks that it holds."""
         return []
+
+    @property
+    def compiled(self) -> list[nn.Module]:
+        """Those of them whose `blocks` may be compiled."""
+        return self.frozen
 
 
 class Frozen:

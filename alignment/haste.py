@@ -82,6 +82,10 @@ class Haste(Alignment):
 
     @property
     def frozen(self) -> list[nn.Module]:
+        return [self.external.encoder]
+
+    @property
+    def compiled(self) -> list[nn.Module]:
         return []  # the encoder is read through hooks, which compiled blocks would not call
 
 
