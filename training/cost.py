@@ -95,7 +95,8 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions]) -> Cost:
     setting = Setting(spec, data.space, config.seed, cpu, None, Checkpoint.open, data, dry=True)
     resolved = {name: find(name).resolve(own, spec) for name, own in options.items()}
     alignments = {name: find(name)(own, setting) for name, own in resolved.items()}
-    probe = _Probe(config, data, spec, dtype)
+    images = any("image" in one.columns for one in alignments.values())
+    probe = _Probe(config, spec, dtype, data.shape[1:], data.images([0]).shape[1:] if images else ())
     plain, _, _ = probe.run({})
     parts = [Part("network", models.parameter_count(probe.network), True, plain)]
     for name, one in alignments.items():
@@ -112,11 +113,24 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions]) -> Cost:
                 config.batch_size // world // config.gradient_accumulation_steps, kept, casts, dtype)
 
 
-class _Probe:
-    """Runs learners of one network on batches without values."""
+def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
+    """Print the account of a run, once, and what its authors report for the model."""
+    cost = estimate(config, options)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(report(cost, config.images_per_second))
+    for name in options:
+        if found := find(name).published.get(config.model):
+            print(f"published with {name}: FID {found.fid} after {found.epochs} epochs ({found.sampler}; trained with"
+                  f"{'' if found.flips else 'out'} flips; ImageNet 256, no guidance)")
 
-    def __init__(self, config: TrainConfig, data: LatentSet, spec: models.ModelSpec, dtype: torch.dtype | None) -> None:
-        self.config, self.data, self.spec, self.dtype = config, data, spec, dtype
+
+class _Probe:
+    """Runs learners of one network on batches without values; `latent` and `image` are the shapes of one item."""
+
+    def __init__(self, config: TrainConfig, spec: models.ModelSpec, dtype: torch.dtype | None, latent: tuple[int, ...],
+                 image: tuple[int, ...]) -> None:
+        self.config, self.dtype, self.latent, self.image = config, dtype, latent, image
         self.network, self.ema = _hollow(spec), _hollow(spec)
 
     def run(self, alignments: dict[str, Alignment], count: int = 2) -> tuple[float, float, float]:
@@ -151,11 +165,9 @@ class _Probe:
         return each, small - 2 * each if self.dtype else 0.0
 
     def _batch(self, alignments: dict[str, Alignment], count: int) -> Batch:
-        x, t, labels = torch.zeros(count, *self.data.shape[1:]), torch.zeros(count), torch.zeros(count, dtype=torch.long)
+        x, t, labels = torch.zeros(count, *self.latent), torch.zeros(count), torch.zeros(count, dtype=torch.long)
         wanted = {column for one in alignments.values() for column in one.columns}
-        columns = {}
-        if "image" in wanted:
-            columns["image"] = torch.zeros(count, *self.data.images([0]).shape[1:], dtype=torch.uint8)
+        columns = {"image": torch.zeros(count, *self.image, dtype=torch.uint8)} if "image" in wanted else {}
         draws = {name: {key: torch.zeros(value.shape) for key, value in one.draw(Stream(0, "cost"), count).items()}
                  for name, one in alignments.items()}
         return Batch(x, x.clone(), t, labels, labels, columns, draws)

@@ -87,7 +87,7 @@ class Trainer:
         compiling, self.compile_note = launch.compiles(config.compile, self.device)
         if compiling:
             teachers = [self.ema.network] if any(one.reads_ema for one in self.alignments.values()) else []
-            for network in [self.network, *teachers, *(frozen for one in self.alignments.values() for frozen in one.frozen)]:
+            for network in [self.network, *teachers, *(frozen for one in self.alignments.values() for frozen in one.compiled)]:
                 launch.compile_blocks(network)
 
     def _network(self) -> models.Backbone:
