@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import dataset
 import progress
 from alignment.base import AlignOptions, Context, Frozen, Setting
 from config import option, require
 from models.encoders import DINOV2, Encoded, open_encoder
+
+LIMIT = 8 * 2**30
+"""Bytes of device memory that a cache may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +73,10 @@ class External:
             found = self._frozen(torch.from_numpy(data.images(item, view)).to(setting.device), self.attention)
             parts.append(tuple(value.to(self._dtype) for value in (found.tokens, *found.attention.values())))
             if start == 0:
-                _fits(sum(value.nbytes for value in parts[0]) / len(item) * len(rows), setting.device)
+                needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)
+                require(needed <= LIMIT, f"the encoder's tokens of all {len(rows)} rows take {needed / 2**30:.0f} GiB; the cache "
+                                         f"is for sets of up to {LIMIT / 2**30:.0f} GiB: leave out --align-cache")
             bar.update(len(item))
         bar.close()
         tokens, *attention = (torch.cat(values) for values in zip(*parts, strict=True))
         return Encoded(tokens, dict(zip(self.attention, attention, strict=True)))
-
-
-def _fits(needed: float, device: torch.device) -> None:
-    """Refuse a cache that would take more than half of the free memory."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else dataset.available_memory()
-    require(free is None or needed < free / 2, f"the encoder's tokens of the whole set take {needed / 2**30:.1f} GiB, half of the "
-                                               f"free memory is {(free or 0) / 2**31:.1f} GiB: leave out --align-cache")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -118,11 +119,14 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
     cost = estimate(config, options)
     if os.environ.get("RANK", "0") != "0":
         return
-    print(report(cost, config.images_per_second))
-    for name in options:
-        if found := find(name).published.get(config.model):
-            print(f"published with {name}: FID {found.fid} after {found.epochs} epochs ({found.sampler}; trained with"
-                  f"{'' if found.flips else 'out'} flips; ImageNet 256, no guidance)")
+    print(report(cost, config.images_per_second), *published(config.model, options), sep="\n")
+
+
+def published(model: str, names: Iterable[str]) -> list[str]:
+    """What the authors of these alignments report for this model, one line each."""
+    found = {name: find(name).published.get(model) for name in names}
+    return [f"published with {name}: FID {one.fid:.2f} after {one.epochs} epochs ({one.sampler}; trained with"
+            f"{'' if one.flips else 'out'} flips; ImageNet 256, no guidance)" for name, one in found.items() if one]
 
 
 class _Probe:
