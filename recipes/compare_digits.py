@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,8 +116,8 @@ def run_row(row: Row, config: CompareConfig, out: Path, seed: int) -> dict[str, 
                 "--checkpointing-steps", str(config.steps // 2), *words.split()]
         print(f"\n$ python {row.program}.py {' '.join(argv)}", flush=True)
         {"train": train, "train_guide": train_guide}[row.program].main(argv)
-        generate.main(["--ckpt", str(exps / row.key), "--num-fid-samples", str(config.samples), "--mode", "ode", "--solver", "heun",
-                       "--num-steps", "12", "--labels", "balanced", "--batch-size", "250", "--out", str(drawn)])
+        generate.main(["--ckpt", str(exps / row.key), "--num-fid-samples", str(config.samples), "--mode", "ode", "--solver",
+                       "heun", "--num-steps", "12", "--labels", "balanced", "--batch-size", "250", "--out", str(drawn)])
         evaluate.main(["--samples", str(drawn / "samples.npz"), "--reference", str(out / "reference.npz"), "--features", "pixels",
                        "--out", str(drawn / "metrics.json")])
     metrics = files.read_json(drawn / "metrics.json")["metrics"]
@@ -165,8 +164,8 @@ def report(rows: Sequence[Row], found: dict[str, dict[int, dict[str, float]]], c
     encoder = f"ViT of the digits (64 x 4, {100 * accuracy:.1f}% held-out)"
     names = {row.key: row.name.format(encoder_name=encoder) for row in rows}
     seeds = sorted(next(iter(found.values())))
-    text = (f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, {config.samples} "
-            f"samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
+    text = (f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, "
+            f"{config.samples} samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
             f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n\n"
             f"{table(rows, names, found)}\n")
     print(f"\n{text}", flush=True)

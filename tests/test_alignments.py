@@ -257,8 +257,8 @@ def test_haste_attention_against_loops(build: Callable[..., Alignment]) -> None:
         total = 0.0
         for head in range(3):
             for query in range(4):
-                guess, goal = (torch.stack([one[n, 0, head, query] @ one[n, 1, head, key] for key in range(4)]) / one.shape[-1] ** 0.5
-                               for one in (mine, theirs))
+                guess, goal = (torch.stack([qk[n, 0, head, query] @ qk[n, 1, head, key] for key in range(4)]) / qk.shape[-1] ** 0.5
+                               for qk in (mine, theirs))
                 p_s, p_t = guess.exp() / guess.exp().sum(), goal.exp() / goal.exp().sum()
                 total -= float((p_t * p_s.log()).sum())
         assert float(value[n]) == pytest.approx(total / 12, rel=1e-5)

@@ -37,7 +37,8 @@ def imagenet_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four items with the shapes of ImageNet at 256 pixels in the SD-VAE's space, images kept."""
     folder, buffer = tmp_path_factory.mktemp("shapes"), io.BytesIO()
     Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(buffer, "PNG")
-    entry = shards.write_shard(folder, 0, np.zeros((4, 1, 2, 4, 32, 32), np.float16), np.arange(4), images=[buffer.getvalue()] * 4)
+    latents = np.zeros((4, 1, 2, 4, 32, 32), np.float16)
+    entry = shards.write_shard(folder, 0, latents, np.arange(4), images=[buffer.getvalue()] * 4)
     shards.write_manifest(folder, space=LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,)),
                           resolution=256, latent_size=32, views=1, parts=2, dtype="float16", crop="center", images=True,
                           class_names=[str(n) for n in range(1000)], shards=[entry], source="shapes")
@@ -45,7 +46,8 @@ def imagenet_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("more", [("repa", "sra"), ("haste",), ("guided",)])
-def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: Path, words: Words, encoder: Path, teacher: Path) -> None:
+def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: Path, words: Words, encoder: Path,
+                                                         teacher: Path) -> None:
     program = "train_guide" if more == ("guided",) else "train"
     argv = words(tmp_path, "x", "--max-train-steps", 1)
     argv += ["--guiding-ckpt", str(teacher)] if program == "train_guide" else ["--align", *more]
@@ -122,9 +124,10 @@ def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words
     assert found.micro_batch == 16 and found.epoch_steps == 1797 // 16
 
 
-def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture) -> None:
-    train_guide.main(words(tmp_path, "x", "--guiding-ckpt", teacher, "--align-stop-steps", 10, "--max-train-steps", 100, "--dry-run",
-                           "--images-per-second", 500))
+def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path,
+                                              capsys: pytest.CaptureFixture) -> None:
+    train_guide.main(words(tmp_path, "x", "--guiding-ckpt", teacher, "--align-stop-steps", 10, "--max-train-steps", 100,
+                           "--dry-run", "--images-per-second", 500))
     text = capsys.readouterr().out
     for word in ("network", "guided: head and loss", "guided: teacher", "total", "from step 10 on", "mean over the run",
                  "112 per epoch", "memory per process", "time at 500 images per second"):

@@ -50,7 +50,8 @@ def test_pixels_are_normalised_as_imagenet_then_resized_bicubically(dino: Encode
     given = images(2, 48, 3)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normal = ((given / 255 - mean) / std).permute(0, 3, 1, 2)
-    torch.testing.assert_close(dino.prepare(given), F.interpolate(normal, 42, mode="bicubic", align_corners=False), rtol=0, atol=1e-5)
+    resized = F.interpolate(normal, 42, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(dino.prepare(given), resized, rtol=0, atol=1e-5)
     fitting = dino.prepare(images(1, 42, 3))
     torch.testing.assert_close(fitting, ((images(1, 42, 3) / 255 - mean) / std).permute(0, 3, 1, 2), rtol=0, atol=1e-5)
     grey = dino.prepare(images(1, 42, 1))
@@ -120,7 +121,8 @@ def test_cached_tokens_are_those_of_the_images(tmp_path: Path, words: Words, enc
     assert Checkpoint.open(plain).config["resolved"]["haste"]["encoder_digest"] == open_encoder(str(encoder), grid=4).digest()
 
 
-def test_a_cache_beyond_its_limit_is_refused(tmp_path: Path, words: Words, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_beyond_its_limit_is_refused(tmp_path: Path, words: Words, encoder: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignment.external.LIMIT", 1000)
     with pytest.raises(UserError, match="leave out --align-cache"):
         train.main(words(tmp_path, "x", "--align", "repa", "--align-encoder", encoder, "--align-cache", "--max-train-steps", 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -55,30 +54,34 @@ def test_two_alignments_train_together(repa: Path, plain: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 @pytest.mark.parametrize("origin", ["plain", "teacher", "repa"])
-def test_stage_2_takes_any_teacher(origin: str, weights: str, tmp_path: Path, words: Words, request: pytest.FixtureRequest) -> None:
+def test_stage_2_takes_any_teacher(origin: str, weights: str, tmp_path: Path, words: Words,
+                                   request: pytest.FixtureRequest) -> None:
     """M_ori, M_align and M_repa, raw or averaged: the same program, the teacher's identity in the checkpoint."""
     source = request.getfixturevalue(origin)
-    run = train_guide.main(words(tmp_path, "x", "--guiding-ckpt", source, "--guiding-weights", weights, "--align-hidden", 32,
-                                 "--align-stop-steps", 0, "--max-train-steps", 2))
+    more = ("--guiding-ckpt", source, "--guiding-weights", weights, "--align-hidden", 32, "--align-stop-steps", 0)
+    run = train_guide.main(words(tmp_path, "x", *more, "--max-train-steps", 2))
     resolved = Checkpoint.open(run).config["resolved"]["guided"]
     teacher = Checkpoint.open(source)
     assert resolved["teacher"]["digest"] == teacher.digest and resolved["teacher"]["weights"] == weights
-    own = Trainer(*command.resolve(words(tmp_path, "x", "--guiding-ckpt", source, "--guiding-weights", weights, "--align-hidden", 32,
-                                         "--align-stop-steps", 0, "--max-train-steps", 3), "train_guide", None, ("guided",)))
-    used, stored = own.alignments["guided"].teacher.network.state_dict(), teacher.tensors("ema" if weights == "ema" else "network")
+    own = Trainer(*command.resolve(words(tmp_path, "x", *more, "--max-train-steps", 3), "train_guide", None, ("guided",)))
+    used = own.alignments["guided"].teacher.network.state_dict()
+    stored = teacher.tensors("ema" if weights == "ema" else "network")
     assert all(torch.equal(value, stored[name]) for name, value in used.items())
 
 
 def test_every_option_of_the_guidance_moves_the_run(plain: Path, tmp_path: Path, words: Words) -> None:
     def weights(name: str, *more: object) -> torch.Tensor:
-        run = train_guide.main(words(tmp_path, name, "--guiding-ckpt", plain, "--align-hidden", 32, "--max-train-steps", 3, *more))
+        run = train_guide.main(words(tmp_path, name, "--guiding-ckpt", plain, "--align-hidden", 32, "--max-train-steps", 3,
+                                     *more))
         return Checkpoint.open(run).tensors("network")["blocks.0.attn.qkv.weight"]
 
     base = weights("base")
     changes = {"omega": ("--guide-scale", 3), "guiding": ("--guiding-depth", 3), "guided": ("--guided-depth", 2),
                "lambda": ("--align-weight", 0.1), "stop": ("--align-stop-steps", 2),
-               "interval": ("--align-interval", 0.4, 0.7), "upstream": ("--align-interval", 0.4, 0.7, "--align-mask", "upstream"),
-               "dropped": ("--guiding-labels", "dropped", "--cfg-prob", 0.5), "linear": ("--align-schedule", "linear", "--align-stop-steps", 3)}
+               "interval": ("--align-interval", 0.4, 0.7),
+               "upstream": ("--align-interval", 0.4, 0.7, "--align-mask", "upstream"),
+               "dropped": ("--guiding-labels", "dropped", "--cfg-prob", 0.5),
+               "linear": ("--align-schedule", "linear", "--align-stop-steps", 3)}
     found = {name: weights(name, *more) for name, more in changes.items()}
     names = list(found)
     assert all(not torch.equal(base, value) for value in found.values())
@@ -92,7 +95,7 @@ def test_the_loop_weighs_each_step_by_the_schedule(tmp_path: Path, words: Words,
 
     def watched(learner: torch.nn.Module, micros: list[Batch], weights: dict[str, float], *rest: object) -> None:
         seen.append(weights)
-        few = {field.name: getattr(micros[0], field.name)[:4] for field in fields(Batch) if field.name in ("x0", "eps", "t", "y", "labels")}
+        few = {name: getattr(micros[0], name)[:4] for name in ("x0", "eps", "t", "y", "labels")}
         update(learner, [Batch(**few, draws={"sra": {"offset": torch.zeros(4)}})], weights, *rest)
 
     monkeypatch.setattr("training.loop.update", watched)
@@ -120,7 +123,8 @@ def test_sra_continues_exactly(tmp_path: Path, words: Words) -> None:
 
 
 @pytest.mark.parametrize("more", [("dispersive", "--preset", "pytorch"), ("sra", "--align-distance", "token-cosine"),
-                                  ("haste", "--align-stop-steps", 2, "--align-attention-depths", 2, 3, "--align-encoder-depths", 1, 4)])
+                                  ("haste", "--align-stop-steps", 2, "--align-attention-depths", 2, 3,
+                                   "--align-encoder-depths", 1, 4)])
 def test_options_reach_their_alignment(more: tuple, tmp_path: Path, words: Words, encoder: Path) -> None:
     external = ("--align-encoder", encoder, "--align-hidden", 32) if more[0] == "haste" else ()
     run = train.main(words(tmp_path, "x", "--align", *more, *external, *SHORT))
