@@ -14,8 +14,7 @@ from torch import Tensor
 
 from errors import UserError, nearest
 from models import lightningdit, sit
-from models.backbone import (QK, Backbone, ModelSpec, Output, Tap, check_weights, initial_weights, load_weights,
-                             parameter_count)
+from models.backbone import QK, Backbone, ModelSpec, Output, Tap, check_weights, initial_weights, load_weights, parameter_count
 from models.layers import patchify, unpatchify
 
 __all__ = ["QK", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",

@@ -5,7 +5,7 @@
 All rows share the network, its initial weights, the data order, the noise and the optimiser; only the alignment differs.
 Settings are the published ones, with blocks as the same shares of the depth and stops as the same shares of the run
 (HASTE and the guided stage 2: a quarter, as 100,000 of 400,000 steps; the teacher: half, 200,000 of 400,000). A row
-marked "tuned" departs from them and says how. `repa` and `haste` need an encoder: a small classifier ViT, trained here on
+marked "ours" departs from them and says how. `repa` and `haste` need an encoder: a small classifier ViT, trained here on
 four fifths of the digits, its accuracy on the last fifth printed in the row. Run it again to continue: finished runs are kept.
 """
 
@@ -60,14 +60,16 @@ ROWS = (
     Row("plain", "plain SiT"),
     Row("latent", "stage 1 (clean latent)", "--align latent"),
     Row("guided", "stage 2 (guided, omega 30)", "--guiding-ckpt {teacher} --align-stop-steps {quarter}", "train_guide"),
-    Row("guided-3", "stage 2, tuned: omega 3", "--guiding-ckpt {teacher} --align-stop-steps {quarter} --guide-scale 3",
+    Row("guided-3", "stage 2, ours: omega 3", "--guiding-ckpt {teacher} --align-stop-steps {quarter} --guide-scale 3",
         "train_guide"),
     Row("repa", "REPA, {encoder_name}", "--align repa --align-encoder {encoder} --align-cache"),
     Row("haste", "HASTE, {encoder_name}", "--align haste --align-encoder {encoder} --align-cache --align-stop-steps {quarter}"),
     Row("dispersive", "Dispersive (paper)", "--align dispersive --align-weight 0.5 --align-temperature 0.5"),
     Row("dispersive-pytorch", "Dispersive (authors' PyTorch)",
         "--align dispersive --align-weight 0.25 --align-temperature 1 --align-depth 6"),
+    Row("dispersive-weak", "Dispersive, ours: weight 0.05", "--align dispersive --align-weight 0.05 --align-temperature 0.5"),
     Row("layersync", "LayerSync", "--align layersync"),
+    Row("layersync-weak", "LayerSync, ours: weight 0.02", "--align layersync --align-weight 0.02"),
     Row("sra", "SRA (smooth-L1)", "--align sra"),
     Row("sra-cosine", "SRA (authors' token cosine)",
         "--align sra --align-distance token-cosine --align-weight 0.5 --align-schedule constant"),

@@ -71,13 +71,13 @@ def test_stage_2_takes_any_teacher(origin: str, weights: str, tmp_path: Path, wo
 
 def test_every_option_of_the_guidance_moves_the_run(plain: Path, tmp_path: Path, words: Words) -> None:
     def weights(name: str, *more: object) -> torch.Tensor:
-        run = train_guide.main(words(tmp_path, name, "--guiding-ckpt", plain, "--align-hidden", 32, "--max-train-steps", 3,
+        run = train_guide.main(words(tmp_path, name, "--guiding-ckpt", plain, "--align-hidden", 32, "--max-train-steps", 2,
                                      *more))
         return Checkpoint.open(run).tensors("network")["blocks.0.attn.qkv.weight"]
 
     base = weights("base")
     changes = {"omega": ("--guide-scale", 3), "guiding": ("--guiding-depth", 3), "guided": ("--guided-depth", 2),
-               "lambda": ("--align-weight", 0.1), "stop": ("--align-stop-steps", 2),
+               "lambda": ("--align-weight", 0.1), "stop": ("--align-stop-steps", 1),
                "interval": ("--align-interval", 0.4, 0.7),
                "upstream": ("--align-interval", 0.4, 0.7, "--align-mask", "upstream"),
                "dropped": ("--guiding-labels", "dropped", "--cfg-prob", 0.5),
