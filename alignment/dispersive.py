@@ -63,6 +63,9 @@ class Dispersive(Alignment):
         super().__init__(options, setting)
         self.taps = (options.depth,)
 
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "batch": "of one process and micro-batch"}
+
     def forward(self, context: Context) -> Tensor:
         z = context.features[self.taps[0]].float().flatten(1)
         count = len(z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +65,15 @@ class External:
 
     def _encode_all(self, setting: Setting, batch: int = 64) -> Encoded:
         """Every row of the data set, encoded in order; a row is item x views + view."""
-        data = setting.data
+        data, device = setting.data, setting.device
+        mixed = nullcontext() if setting.dtype is None else torch.autocast(device.type, setting.dtype)
         rows = np.arange(len(data) * data.views)
         parts: list[tuple[Tensor, ...]] = []
         bar = progress.bar(total=len(rows), initial=0, desc=f"encoding with {self.encoder.name}", unit="image", main=True)
         for start in range(0, len(rows), batch):
             item, view = np.divmod(rows[start : start + batch], data.views)
-            found = self._frozen(torch.from_numpy(data.images(item, view)).to(setting.device), self.attention)
+            with mixed:
+                found = self._frozen(torch.from_numpy(data.images(item, view)).to(device), self.attention)
             parts.append(tuple(value.to(self._dtype) for value in (found.tokens, *found.attention.values())))
             if start == 0:
                 needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)

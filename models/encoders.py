@@ -118,9 +118,12 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
     try:
         model = timm.create_model(source, pretrained=pretrained and weights is None, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        hub = name.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(f"the weights of encoder {name} are neither here nor to be had from the hub ({reason}); where there is a "
-                        f"network, run: hf download timm/{name}; or give its file by --align-encoder-weights") from error
+                        f"network, run: hf download {hub}; or give its file by --align-encoder-weights") from error
     if not isinstance(model, VisionTransformer):
         raise UserError(f"encoder {name} is no plain vision transformer but a {type(model).__name__}; choose a vit_ model")
     if pretrained and weights is not None:

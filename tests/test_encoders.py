@@ -121,6 +121,13 @@ def test_cached_tokens_are_those_of_the_images(tmp_path: Path, words: Words, enc
     assert Checkpoint.open(plain).config["resolved"]["haste"]["encoder_digest"] == open_encoder(str(encoder), grid=4).digest()
 
 
+def test_a_cache_in_bf16_is_what_autocast_would_give(tmp_path: Path, words: Words, encoder: Path) -> None:
+    more = ("--align", "repa", "--align-hidden", 32, "--align-encoder", encoder, "--max-train-steps", 2, "--mixed-precision", "bf16")
+    plain, cached = (train.main(words(tmp_path, name, *more, *cache)) for name, cache in (("a", ()), ("b", ("--align-cache",))))
+    for one, two in zip(read(plain / "log.jsonl"), read(cached / "log.jsonl"), strict=True):
+        assert one["loss/repa"] == pytest.approx(two["loss/repa"], abs=2e-3)
+
+
 def test_a_cache_beyond_its_limit_is_refused(tmp_path: Path, words: Words, encoder: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignment.external.LIMIT", 1000)
