@@ -191,6 +191,8 @@ class TrainConfig:
     vae: str | None = option(None, help="VAE for grids and scores (default: the one that the data names)")
     log_steps: int = option(100, help="log every so many steps")
     report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
+    dry_run: bool = option(False, help="print what the run would cost, and train nothing")
+    images_per_second: float | None = option(None, help="with --dry-run: a rate measured at the start of such a run, for the hours")
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0 and self.gradient_accumulation_steps > 0 and self.max_train_steps > 0,
@@ -199,6 +201,8 @@ class TrainConfig:
         require((self.eval_steps > 0) == (self.eval_reference is not None),
                 "--eval-steps and --eval-reference go together: give both, or neither")
         require(self.eval_samples > 3, f"--eval-samples {self.eval_samples} must be at least 4")
+        require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
+                "--images-per-second is a positive rate and belongs to --dry-run")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
         if self.mixed_precision not in (None, "no", "bf16"):
@@ -224,7 +228,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 # Options that may differ when a run is continued: they move no number of the steps already taken.
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
                             "output_dir", "exp_name", "vae", "eval_steps", "eval_reference", "eval_samples",
-                            "eval_features", "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile"})
+                            "eval_features", "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile",
+                            "dry_run", "images_per_second"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,12 +106,18 @@ class LatentSet:
         latents, labels = self.rows(indices, views)
         return torch.from_numpy(latents).float().numpy(), labels
 
-    def images(self, indices: np.ndarray) -> np.ndarray:
-        """The cropped images of `indices` (n,) as uint8 (n, R, R, channels).
+    def images(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """The cropped images of `indices` (n,) as uint8 (n, R, R, channels), mirrored where `views` (n,) is 1.
+
+        In the space of pixels the latents are the images.
 
         Raises:
             UserError: the set was made without images, or a stored image is damaged.
         """
+        if not self.manifest["images"] and self.space.name == "pixels":
+            from models.latents import to_uint8
+
+            return to_uint8(torch.from_numpy(self.read(indices, views)[0][:, 0])).numpy()
         if not self.manifest["images"]:
             raise UserError(f"{self.path} holds no images; encode it again with --keep-images")
         from PIL import Image
@@ -124,7 +130,11 @@ class LatentSet:
             except (OSError, SyntaxError) as error:
                 raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error
         stacked = np.stack(pictures)
-        return stacked if stacked.ndim == 4 else stacked[..., None]
+        stacked = stacked if stacked.ndim == 4 else stacked[..., None]
+        if views is not None:
+            mirrored = np.asarray(views) == 1
+            stacked[mirrored] = stacked[mirrored, :, ::-1]
+        return stacked
 
     def source_name(self, index: int) -> str | None:
         """The name of item `index` in its source, where the set holds it."""

@@ -65,7 +65,7 @@ class Learner(nn.Module):
         self.velocity_loss = velocity_loss
         self.autocast = autocast
         self._ema = [ema]  # in a list, so that DDP, optimiser and checkpoint do not see it
-        self.taps = sorted({tap for alignment in self.alignments.values() for tap in alignment.taps})
+        self.taps = {tap for alignment in self.alignments.values() for tap in alignment.taps}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named losses: `diffusion` (N,) per sample, and a scalar for each alignment, before its weight."""

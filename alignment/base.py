@@ -9,10 +9,12 @@ never learns its name. It says what it reads and returns one loss per sample:
     presets   named settings: {"paper": {"options": {...}, "train": {...}}}
     coupled   True if the loss depends on which samples share a rank; forward then returns a scalar
     reads_ema True if it wants the EMA network in the context
-    columns   extra data columns it wants, e.g. ("image",)
-    taps      blocks of the student, counted from 1, whose raw outputs it wants
+    columns   extra data columns it wants: "image" (N, R, R, channels) uint8, mirrored as the latent is, "row" (N,) int64,
+              item x views + view
+    taps      what it wants of the student: n for f_n, the raw output of block n (from 1); QK(n) for its queries and keys
     draw      random numbers of its own, one row per sample of the global batch
-    frozen    networks it holds that are neither trained, saved nor synchronised
+    frozen    frozen networks that it holds: neither trained, saved nor synchronised; `compiled`, those to be compiled
+    published what its authors report, by model: the number that a full run is to be held against
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import option, require
-from models import Backbone, ModelSpec
+from models import Backbone, ModelSpec, Tap
 from models.latents import LatentSpace
 from training.streams import Stream
+
+if TYPE_CHECKING:
+    from dataset import LatentSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,8 @@ class AlignOptions:
     """Options that every alignment has."""
 
     weight: float = option(0.5, help="lambda, the weight of this loss beside the flow-matching loss")
+    schedule: str = option("constant", choices=("constant", "cosine", "linear"),
+                           help="lambda until the stop: as it is, or falling to 0 there")
     stop_steps: int | None = option(None, help="drop this loss after so many optimiser steps; 0 for never")
     stop_epochs: float | None = option(None, help="drop this loss after so many epochs; 0 for never")
     interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
@@ -53,8 +61,21 @@ class AlignOptions:
     def stop(self, epoch_steps: int) -> int | None:
         """The optimiser step after which the loss is gone, None for never."""
         if self.stop_steps is not None:
-            return self.stop_steps or None
-        return math.floor(self.stop_epochs * epoch_steps + 0.5) if self.stop_epochs else None
+            stop = self.stop_steps or None
+        else:
+            stop = math.floor(self.stop_epochs * epoch_steps + 0.5) if self.stop_epochs else None
+        require(stop is not None or self.schedule not in ("cosine", "linear"),
+                f"a {self.schedule} schedule falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs")
+        return stop
+
+    def weight_at(self, step: int, epoch_steps: int) -> float:
+        """Lambda of optimiser step `step`, counted from 0; 0 from the stop on."""
+        stop = self.stop(epoch_steps)
+        if stop is not None and step >= stop:
+            return 0.0
+        if self.schedule == "cosine":
+            return self.weight * (1 + math.cos(math.pi * step / stop)) / 2
+        return self.weight * (1 - step / stop) if self.schedule == "linear" else self.weight
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,9 @@ class Setting:
     """bfloat16 under mixed precision, else None."""
     load: Callable[[str], Any]
     """Opens a checkpoint folder (`training.checkpoint.Checkpoint`)."""
+    data: LatentSet | None = None
+    dry: bool = False
+    """True where only shapes matter: external networks come without their weights."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +111,8 @@ class Context:
     """(N,) labels as the student saw them, after dropout."""
     labels: Tensor
     """(N,) true labels."""
-    features: dict[int, Tensor]
-    """Block number -> (N, T, D) raw output of that block of the student."""
+    features: dict[Tap, Tensor]
+    """Each tap's tensor: (N, T, D) raw output of a block of the student, or (N, 2, heads, T, head_dim) for a QK."""
     columns: dict[str, Tensor]
     draws: dict[str, Tensor]
     ema: Backbone | None = None
@@ -103,18 +127,30 @@ class Context:
         return Context(**{field.name: pick(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
+@dataclass(frozen=True)
+class Published:
+    """A result as its authors print it: FID of 50,000 samples on ImageNet 256, without guidance."""
+
+    fid: float
+    epochs: int
+    sampler: str
+    flips: bool
+    """Whether the authors trained with random flips (a latent set of two views)."""
+
+
 class Alignment(nn.Module):
     """Base of all alignments; see the module's head for the contract."""
 
     name: ClassVar[str]
     Options: ClassVar[type[AlignOptions]] = AlignOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+    published: ClassVar[dict[str, Published]] = {}
     coupled: ClassVar[bool] = False
     reads_ema: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
     registry: ClassVar[dict[str, type[Alignment]]] = {}
 
-    taps: tuple[int, ...] = ()
+    taps: tuple[Tap, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -142,9 +178,14 @@ class Alignment(nn.Module):
         return {"taps": list(self.taps)}
 
     @property
-    def frozen(self) -> list[Backbone]:
-        """Frozen networks, for compilation."""
+    def frozen(self) -> list[nn.Module]:
+        """Frozen networks that it holds."""
         return []
+
+    @property
+    def compiled(self) -> list[nn.Module]:
+        """Those of them whose `blocks` may be compiled."""
+        return self.frozen
 
 
 class Frozen:
@@ -153,7 +194,7 @@ class Frozen:
     The weights of the blocks' linear layers are kept in `dtype`, which is what autocast would make of them at every call.
     """
 
-    def __init__(self, network: Backbone, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         self.network = network.to(device).eval().requires_grad_(False)
         if dtype is not None:
             for module in network.blocks.modules():
@@ -191,3 +232,8 @@ def mlp(width: int, hidden: int, out: int, stream: Stream) -> nn.Sequential:
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over all axes but the first, in float32: (N, ...) -> (N,)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def cosine(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
+    """Cosine similarity along `dim`, averaged over all other axes but the first, in float32: (N, ...) -> (N,)."""
+    return F.cosine_similarity(a.float(), b.float(), dim=dim).flatten(1).mean(1)

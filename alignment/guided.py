@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import path
-from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, layer, mlp, squared_error
+from alignment.base import Alignment, AlignOptions, Context, Frozen, Published, Setting, layer, mlp, squared_error
 from config import option, require
 from models import Backbone, ModelSpec
 from training.streams import Stream
@@ -51,6 +51,11 @@ class Guided(Alignment):
         "paper": {"options": {}},
         "upstream": {"options": {"interval": (0.4, 0.7), "mask": "upstream"}, "train": {"qk_norm": True}},
         "efficient": {"options": {"interval": (0.4, 0.7), "mask": "select", "guiding_weights": "ema"}},
+    }
+    published: ClassVar[dict[str, Published]] = {
+        "SiT-B/2": Published(20.49, 80, "sampler not stated", flips=False),
+        "SiT-L/2": Published(8.74, 80, "sampler not stated", flips=False),
+        "SiT-XL/2": Published(7.51, 80, "sampler not stated", flips=False),
     }
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 import path
-from alignment.base import Alignment, AlignOptions, Context, Setting, layer, linear, mlp, squared_error
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, layer, linear, mlp, squared_error
 from config import option
 from models import ModelSpec, patchify
 from training.streams import Stream
@@ -46,6 +46,11 @@ class Latent(Alignment):
         "paper": {"options": {}},
         "upstream": {"options": {**AUTHORS, "mask": "upstream"}, "train": {"qk_norm": True}},
         "efficient": {"options": {**AUTHORS, "mask": "select"}},
+    }
+    published: ClassVar[dict[str, Published]] = {
+        "SiT-B/2": Published(29.04, 80, "sampler not stated", flips=False),
+        "SiT-L/2": Published(14.61, 80, "sampler not stated", flips=False),
+        "SiT-XL/2": Published(12.25, 80, "sampler not stated", flips=False),
     }
 
     @classmethod

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from errors import UserError, nearest
 from models import lightningdit, sit
-from models.backbone import Backbone, ModelSpec, Output, check_weights, initial_weights, load_weights, parameter_count
+from models.backbone import QK, Backbone, ModelSpec, Output, Tap, check_weights, initial_weights, load_weights, parameter_count
 from models.layers import patchify, unpatchify
 
-__all__ = ["Backbone", "ModelSpec", "Output", "build", "check_weights", "names", "outline",
+__all__ = ["QK", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
            "parameter_count", "parameter_names", "patchify", "spec", "unpatchify"]
 
 ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}

@@ -71,15 +71,28 @@ class ModelSpec:
         return cls(**value)
 
 
+class QK(NamedTuple):
+    """A tap on the attention of a block: its queries and keys as they enter the dot product, (N, 2, heads, T, head_dim)."""
+
+    block: int
+
+
+Tap = int | QK
+"""What a forward pass can return beside the velocity: n is f_n, the raw output of block n, (N, T, D)."""
+
+
 class Output(NamedTuple):
-    """What a forward pass returns: velocity (N, C, H, W), or None after an early exit, and the tapped f_n (N, T, D)."""
+    """What a forward pass returns: velocity (N, C, H, W), or None after an early exit, and the tapped features."""
 
     velocity: Tensor | None
-    features: dict[int, Tensor]
+    features: dict[Tap, Tensor]
 
 
 class Block(nn.Module):
-    """One transformer block with adaLN-Zero: tokens (N, T, D) and condition (N, D) -> tokens (N, T, D)."""
+    """One transformer block with adaLN-Zero: tokens (N, T, D) and condition (N, D) -> tokens (N, T, D).
+
+    With `tapped`, its queries and keys too, (N, 2, heads, T, head_dim): fused attention would not give them away.
+    """
 
     def __init__(self, width: int, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -89,10 +102,13 @@ class Block(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None,
+                tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        q, k, v = self.attn.queries_keys_values(modulate(self.norm1(x), shift1, scale1), rotation)
+        x = x + gate1[:, None] * self.attn.attend(q, k, v)
+        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return (x, torch.stack([q, k], dim=1)) if tapped else x
 
 
 class FinalLayer(nn.Module):
@@ -159,31 +175,35 @@ class Backbone(nn.Module):
         """The label that stands for 'no class'."""
         return self.spec.num_classes
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[int] = (), exit_early: bool = False) -> Output:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[Tap] = (), exit_early: bool = False) -> Output:
         """Velocity and block outputs at noisy latents.
 
         Args:
             x: (N, C, H, W) noisy latents.
             t: (N,) times in [0, 1], 1 is noise.
             y: (N,) int64 labels, the null label where the class was dropped.
-            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned.
+            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned, and QK(n) for queries and keys.
             exit_early: stop after the last tap; the velocity is then None.
 
         Raises:
             UserError: a tap beyond the depth.
         """
         depth = len(self.blocks)
-        for tap in taps:
-            if not 1 <= tap <= depth:
-                raise UserError(f"block {tap} does not exist: this {self.spec.name} has blocks 1 to {depth}")
+        tapped = [tap.block if isinstance(tap, QK) else tap for tap in taps]
+        for number in tapped:
+            if not 1 <= number <= depth:
+                raise UserError(f"block {number} does not exist: this {self.spec.name} has blocks 1 to {depth}")
         if self.final_layer is None and not exit_early:
             raise ValueError("a truncated network predicts no velocity: call it with exit_early=True")
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         rotation = self.rotation()
-        features = {}
-        for number, block in enumerate(self.blocks[: max(taps, default=0)] if exit_early else self.blocks, start=1):
-            tokens = block(tokens, c, rotation)
+        features: dict[Tap, Tensor] = {}
+        for number, block in enumerate(self.blocks[: max(tapped, default=0)] if exit_early else self.blocks, start=1):
+            if QK(number) in taps:
+                tokens, features[QK(number)] = block(tokens, c, rotation, tapped=True)
+            else:
+                tokens = block(tokens, c, rotation)
             if number in taps:
                 features[number] = tokens
         velocity = None if exit_early else unpatchify(self.final_layer(tokens, c), self.spec.patch_size)

@@ -114,7 +114,10 @@ class Attention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q, k, v = self.queries_keys_values(x, rotation)
+        return self.attend(*self.queries_keys_values(x, rotation))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The heads' (N, heads, T, head_dim) mixed by attention and projected: (N, T, D)."""
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -51,3 +51,18 @@ def guided(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[s
     folder = tmp_path_factory.mktemp("guided")
     return train_guide.main(words(folder, "stage2", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 2,
                                   "--max-train-steps", 4))
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer for images of the digits' size, random weights, as timm's `save_for_hf` writes one."""
+    import timm
+
+    folder = tmp_path_factory.mktemp("encoder") / "vit"
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,), "std": (0.5,)}
+    timm.models.save_for_hf(model, folder, model_args=shape, safe_serialization=True)
+    return folder

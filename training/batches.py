@@ -74,14 +74,14 @@ class Batches:
 
     def steps(self, start: int, stop: int, alignments: dict[str, Alignment]) -> Iterator[list[Batch]]:
         """The micro-batches of optimiser steps start .. stop-1."""
-        images = any("image" in alignment.columns for alignment in alignments.values())
+        columns = {column for alignment in alignments.values() for column in alignment.columns}
         pending: Future | None = None
         for step in range(start, stop):
-            current = pending or self._reader.submit(self._read, step, images)
-            pending = self._reader.submit(self._read, step + 1, images) if step + 1 < stop else None
+            current = pending or self._reader.submit(self._read, step, columns)
+            pending = self._reader.submit(self._read, step + 1, columns) if step + 1 < stop else None
             yield self._batches(step, *current.result(), alignments)
 
-    def _read(self, step: int, images: bool) -> tuple[Plan, dict[str, Tensor]]:
+    def _read(self, step: int, columns: set[str]) -> tuple[Plan, dict[str, Tensor]]:
         """Host draws of the step, and this process's rows in (pinned) host memory."""
         drawn = plan(self.config, self.data, step)
         index, view = drawn.index[self.mine], drawn.view[self.mine]
@@ -90,8 +90,10 @@ class Batches:
             names, arrays = ("latents", "labels"), self.data.rows(index, view)
         arrays += (drawn.t[self.mine], drawn.dropped[self.mine])
         rows = {name: torch.from_numpy(array) for name, array in zip((*names, "t", "dropped"), arrays)}
-        if images:
-            rows["image"] = torch.from_numpy(self.data.images(drawn.index[self.mine]))
+        if "image" in columns:
+            rows["image"] = torch.from_numpy(self.data.images(index, view))
+        if "row" in columns:
+            rows["row"] = torch.from_numpy(index * self.data.views + view)
         if self.device.type == "cuda":
             rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
         return drawn, rows
@@ -113,7 +115,7 @@ class Batches:
             selected, share = self._ranges(drawn.t, part, alignments)
             batches.append(Batch(
                 x0[part], eps[part], rows["t"][part], y[part], labels[part],
-                {"image": rows["image"][part]} if "image" in rows else {},
+                {name: rows[name][part] for name in ("image", "row") if name in rows},
                 {name: {key: value[part] for key, value in own.items()} for name, own in draws.items()}, selected, share))
         return batches
 

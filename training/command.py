@@ -39,8 +39,13 @@ def resolve(argv: Sequence[str], prog: str, description: str | None,
 
 
 def main(argv: Sequence[str], prog: str, description: str | None, always: tuple[str, ...] = ()) -> Path:
-    """Resolve the options and train; returns the run's folder."""
+    """Resolve the options and train, or say what that would cost; returns the run's folder."""
     config, options = resolve(argv, prog, description, always)
+    if config.dry_run:
+        from training import cost
+
+        cost.main(config, options)
+        return Path(config.output_dir) / config.exp_name
     from training.loop import Trainer
 
     return Trainer(config, options).run()

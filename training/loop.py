@@ -75,7 +75,7 @@ class Trainer:
         config = self.config
         self.network = self._network().to(self.device).train()
         self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
-        setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype, Checkpoint.open)
+        setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype, Checkpoint.open, self.data)
         self.alignments = {name: find(name)(own, setting).to(self.device)
                            for name, own in self.options.items() if self._lives(name)}
         groups = [{"name": "network", "params": list(self.network.parameters())}]
@@ -87,7 +87,8 @@ class Trainer:
             self._restore(self.resumed)
         compiling, self.compile_note = launch.compiles(config.compile, self.device)
         if compiling:
-            for network in [self.network, *(frozen for one in self.alignments.values() for frozen in one.frozen)]:
+            teachers = [self.ema.network] if any(one.reads_ema for one in self.alignments.values()) else []
+            for network in [self.network, *teachers, *(frozen for one in self.alignments.values() for frozen in one.compiled)]:
                 launch.compile_blocks(network)
 
     def _network(self) -> models.Backbone:
@@ -158,8 +159,8 @@ class Trainer:
                          self.on_device)
         meter = Meter(self.accelerator)
         for micros in source.steps(self.step, end, self.alignments):
-            update(wrapped, micros, {name: own.weight for name, own in self.options.items()}, self.optimizer,
-                   config.max_grad_norm, meter)
+            weights = {name: self.options[name].weight_at(self.step, self.epoch_steps) for name in self.alignments}
+            update(wrapped, micros, weights, self.optimizer, config.max_grad_norm, meter)
             self.step += 1
             self.ema.update(self.step)
             self.log.advance()

@@ -1,0 +1,77 @@
+"""Dispersive Loss (arXiv 2506.09027): the features of a batch repel each other; no target, no head.
+
+    L_disp = log mean over i, j of exp(- d_ij / tau),    d_ij = |z_i - z_j|^2 / (T D),    z = f_k flattened
+
+The mean runs over the whole B x B matrix with its diagonal of zeros, so -log B <= L_disp <= 0. B is what one process
+holds in one micro-batch, as the authors have it: 16 in the paper's runs, 32 in their PyTorch code. Changing processes or
+accumulation changes the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, layer
+from config import option, require
+from models import ModelSpec
+
+TRAIN = {"max_grad_norm": 0.0, "mixed_precision": "no"}
+"""What the authors' training differs in from this project's: no clipping, float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispersiveOptions(AlignOptions):
+    """Options of Dispersive Loss; the defaults are the paper's."""
+
+    depth: int | None = option(None, help="block (default: a quarter of the depth)")
+    temperature: float = option(0.5, help="tau")
+    share: float = 1 / 4
+    """The block as a share of the depth, where `depth` does not say it; set by presets."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.temperature > 0, f"--dispersive-temperature {self.temperature} must be positive")
+
+
+class Dispersive(Alignment):
+    """Log of the mean similarity between the samples of a batch, a scalar."""
+
+    name = "dispersive"
+    Options = DispersiveOptions
+    coupled = True
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "paper": {"options": {"weight": 0.5, "temperature": 0.5, "share": 1 / 4}, "train": TRAIN},
+        # the authors' PyTorch code: the last block, weight 0.25, tau 1; SiT-B/2 32.64
+        "pytorch": {"options": {"weight": 0.25, "temperature": 1.0, "share": 1.0}, "train": TRAIN},
+    }
+    published: ClassVar[dict[str, Published]] = {
+        "SiT-B/2": Published(32.35, 80, "ODE", flips=True),
+        "SiT-L/2": Published(16.68, 80, "ODE (inferred)", flips=True),
+        "SiT-XL/2": Published(10.64, 200, "ODE (inferred)", flips=True),
+    }
+
+    @classmethod
+    def resolve(cls, options: DispersiveOptions, student: ModelSpec) -> DispersiveOptions:
+        return replace(options, depth=layer(student.depth, options.share, options.depth, "--dispersive-depth"))
+
+    def __init__(self, options: DispersiveOptions, setting: Setting) -> None:
+        super().__init__(options, setting)
+        self.taps = (options.depth,)
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "batch": "of one process and micro-batch"}
+
+    def forward(self, context: Context) -> Tensor:
+        z = context.features[self.taps[0]].float().flatten(1)
+        count = len(z)
+        if count == 0:
+            return z.sum()
+        # pairs i < j: differences first, since |a|^2 + |b|^2 - 2ab would cancel, in TF32 above all
+        distances = torch.pdist(z).square() / z.shape[1]
+        exponents = torch.cat([distances, distances, distances.new_zeros(count)]) / -self.options.temperature
+        return exponents.logsumexp(0) - math.log(count**2)

@@ -1,0 +1,85 @@
+"""External encoders as teachers: what `repa` and `haste` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import progress
+from alignment.base import AlignOptions, Context, Frozen, Setting
+from config import option, require
+from models.encoders import DINOV2, Encoded, open_encoder
+
+LIMIT = 8 * 2**30
+"""Bytes of device memory that a cache may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExternalOptions(AlignOptions):
+    """Options of an alignment with an external encoder."""
+
+    depth: int | None = option(None, help="student's block whose output is aligned")
+    hidden: int = option(2048, help="width of the head's hidden layers")
+    encoder: str = option(DINOV2, help="encoder: a vision transformer of timm, or a folder of one")
+    encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
+    cache: bool = option(False, help="encode the whole set once and keep the patch tokens in memory (small sets)")
+
+
+class External:
+    """A frozen encoder and, if asked for, its output for every row of the data set. Being no Module, it hides both.
+
+    Args:
+        attention: blocks of the encoder whose queries and keys are wanted; negative numbers count from the last.
+    """
+
+    def __init__(self, options: ExternalOptions, setting: Setting, attention: Collection[int] = ()) -> None:
+        student = setting.student
+        self.encoder = open_encoder(options.encoder, grid=math.isqrt(student.tokens), weights=options.encoder_weights,
+                                    pretrained=not setting.dry)
+        self.digest = None if setting.dry else self.encoder.digest()
+        depth = len(self.encoder.blocks)
+        self.attention = tuple(number if number > 0 else depth + 1 + number for number in attention)
+        for number in self.attention:
+            require(1 <= number <= depth, f"block {number} does not exist: encoder {options.encoder} has blocks 1 to {depth}")
+        self._frozen = Frozen(self.encoder, setting.device, setting.dtype)
+        self._dtype = setting.dtype or torch.float32
+        self.columns = ("row",) if options.cache and not setting.dry else ("image",)
+        self._cache = self._encode_all(setting) if self.columns == ("row",) else None
+
+    def __call__(self, context: Context) -> Encoded:
+        """The encoder's view of the clean images of the context."""
+        if self._cache is None:
+            return self._frozen(context.columns["image"], self.attention)
+        row = context.columns["row"]
+        return Encoded(self._cache.tokens[row], {number: value[row] for number, value in self._cache.attention.items()})
+
+    def describe(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.name, "encoder_digest": self.digest, "encoder_pixels": self.encoder.side}
+
+    def _encode_all(self, setting: Setting, batch: int = 64) -> Encoded:
+        """Every row of the data set, encoded in order; a row is item x views + view."""
+        data, device = setting.data, setting.device
+        mixed = nullcontext() if setting.dtype is None else torch.autocast(device.type, setting.dtype)
+        rows = np.arange(len(data) * data.views)
+        parts: list[tuple[Tensor, ...]] = []
+        bar = progress.bar(total=len(rows), initial=0, desc=f"encoding with {self.encoder.name}", unit="image", main=True)
+        for start in range(0, len(rows), batch):
+            item, view = np.divmod(rows[start : start + batch], data.views)
+            with mixed:
+                found = self._frozen(torch.from_numpy(data.images(item, view)).to(device), self.attention)
+            parts.append(tuple(value.to(self._dtype) for value in (found.tokens, *found.attention.values())))
+            if start == 0:
+                needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)
+                require(needed <= LIMIT, f"the encoder's tokens of all {len(rows)} rows take {needed / 2**30:.0f} GiB; the cache "
+                                         f"is for sets of up to {LIMIT / 2**30:.0f} GiB: leave out --align-cache")
+            bar.update(len(item))
+        bar.close()
+        tokens, *attention = (torch.cat(values) for values in zip(*parts, strict=True))
+        return Encoded(tokens, dict(zip(self.attention, attention, strict=True)))

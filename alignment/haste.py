@@ -1,0 +1,101 @@
+"""HASTE (arXiv 2505.16792): REPA's features and the encoder's attention maps, both dropped early.
+
+    L_haste = L_repa + mean over block pairs, heads and queries of - sum over keys P_T log P_S
+
+    P_T = softmax(q k^T / sqrt(d)) of the encoder's patch tokens, class token left out before the softmax
+    P_S = the same of the student's first heads, as many as the encoder has (12 of SiT-XL's 16)
+
+Published: weight 0.5 on each term, features at block 8, student blocks 5-8 against DINOv2-B's 9-12, until step 100,000
+(SiT-B) or 250,000 (SiT-L, SiT-XL).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from alignment.base import Alignment, Context, Published, Setting, cosine, layer, mlp
+from alignment.external import External, ExternalOptions
+from config import option, require
+from models import QK, ModelSpec
+from training.streams import Stream
+
+DEPTH = {"SiT-B/2": 8, "SiT-L/2": 8, "SiT-XL/2": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HasteOptions(ExternalOptions):
+    """Options of HASTE; `depth` is 8 for SiT-B, L and XL, two thirds of the depth elsewhere."""
+
+    attention: float = option(1.0, help="weight of the attention term beside the feature term")
+    attention_depths: tuple[int, ...] | None = option(None, help="student's blocks (default: four that end at the depth)")
+    encoder_depths: tuple[int, ...] | None = option(None, help="encoder's blocks (default: its last, as many)")
+
+
+class Haste(Alignment):
+    """Negative cosine to the patch tokens plus cross-entropy of the attention maps, one value per sample."""
+
+    name = "haste"
+    Options = HasteOptions
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"paper": {"options": {}}}
+    published: ClassVar[dict[str, Published]] = {
+        "SiT-B/2": Published(19.6, 80, "SDE, 250 steps", flips=False),
+        "SiT-L/2": Published(7.9, 80, "SDE, 250 steps", flips=False),
+        "SiT-XL/2": Published(7.3, 80, "SDE, 250 steps", flips=False),  # 5.31 after 100 epochs
+    }
+
+    @classmethod
+    def resolve(cls, options: HasteOptions, student: ModelSpec) -> HasteOptions:
+        depth = layer(student.depth, 2 / 3, options.depth or DEPTH.get(student.name), "--haste-depth")
+        mine = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
+        theirs = options.encoder_depths or tuple(range(-len(mine), 0))
+        require(len(mine) == len(theirs), f"--haste-attention-depths names {len(mine)} blocks and --haste-encoder-depths "
+                                          f"{len(theirs)}: they are compared in pairs")
+        for number in mine:
+            layer(student.depth, 1, number, "--haste-attention-depths")
+        never_said = options.stop_steps is None and options.stop_epochs is None
+        return replace(options, depth=depth, attention_depths=mine, encoder_depths=theirs,
+                       stop_steps=(100_000 if student.hidden_size <= 768 else 250_000) if never_said else options.stop_steps)
+
+    def __init__(self, options: HasteOptions, setting: Setting) -> None:
+        super().__init__(options, setting)
+        self.external = External(options, setting, options.encoder_depths)
+        self.columns = self.external.columns
+        self.pairs = tuple(zip(options.attention_depths, self.external.attention, strict=True))
+        self.taps = (options.depth, *(QK(mine) for mine, _ in self.pairs))
+        self.heads = min(setting.student.num_heads, self.external.encoder.heads)
+        self.head = mlp(setting.student.hidden_size, options.hidden, self.external.encoder.width,
+                        Stream(setting.seed, "init/haste"))
+
+    def forward(self, context: Context) -> Tensor:
+        target = self.external(context)
+        features = -cosine(self.head(context.features[self.taps[0]]), target.tokens)
+        maps = [(context.features[QK(mine)], target.attention[theirs]) for mine, theirs in self.pairs]
+        attention = sum(attention_loss(mine[:, :, : self.heads], theirs[:, :, : self.heads]) for mine, theirs in maps) / len(maps)
+        return features + self.options.attention * attention
+
+    def describe(self) -> dict[str, Any]:
+        return {"taps": [self.taps[0]], "attention_pairs": [list(pair) for pair in self.pairs], "attention_heads": self.heads,
+                **self.external.describe()}
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        return [self.external.encoder]
+
+    @property
+    def compiled(self) -> list[nn.Module]:
+        return []  # the encoder is read through hooks, which compiled blocks would not call
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of attention maps from queries and keys (N, 2, heads, T, head_dim): (N,) float32."""
+    goal, guess = logits(teacher).softmax(-1), logits(student).log_softmax(-1)
+    return -(goal * guess).sum(-1).flatten(1).mean(1)
+
+
+def logits(qk: Tensor) -> Tensor:
+    """Scaled dot products (N, heads, T, T) of queries and keys, in float32."""
+    q, k = qk.unbind(1)
+    return (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5

@@ -1,0 +1,92 @@
+"""SRA (arXiv 2505.02831): a block follows a deeper block of the EMA network, which sees a little less noise.
+
+    t'    = max(t - 0.2 u, 0),  u ~ U(0, 1) per sample; x_t' from the same latent and the same noise
+    L_sra = mean over tokens and channels of smooth-L1(j(f_k(x_t, t, y)), sg f_m^EMA(x_t', t', y); beta 0.05)
+
+j is Linear(D, 2D), SiLU, Linear(2D, D). The teacher sees the labels after the student's dropout. The weight is 0.2 up to
+epoch 149, then 0.2 x 10^(-(epoch - 149) / 1000), epochs from 0. Later code of the authors takes 1 - cosine with the
+constant weight 0.5, and the cosine runs along the tokens, channel by channel: `token-cosine` here. `cosine` is over the
+channels, as everyone else means it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import path
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, layer, linear
+from config import option
+from models import ModelSpec
+from training.streams import Stream
+
+DEPTHS = {"SiT-B/2": (3, 8), "SiT-L/2": (6, 16), "SiT-XL/2": (8, 20)}
+BETA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class SraOptions(AlignOptions):
+    """Options of SRA; blocks as published for SiT-B, L and XL, a quarter and two thirds of the depth elsewhere."""
+
+    weight: float = option(0.2, help="lambda, the weight of this loss beside the flow-matching loss")
+    schedule: str = option("tail", choices=("tail", "constant", "cosine", "linear"),
+                           help="lambda: constant then an exponential tail, constant, or falling to 0 at the stop")
+    tail_epoch: int = option(149, help="epoch, from 0, at which the tail begins (512 pixels: 99)")
+    tail_length: float = option(1000.0, help="epochs in which the tail falls to a tenth (512 pixels: 800)")
+    distance: str = option("smooth-l1", choices=("smooth-l1", "cosine", "token-cosine"), help="distance to the teacher")
+    offset: float = option(0.2, help="largest step of the teacher's time towards the data")
+    depth: int | None = option(None, help="student's block k")
+    target_depth: int | None = option(None, help="teacher's block m")
+
+    def weight_at(self, step: int, epoch_steps: int) -> float:
+        weight = super().weight_at(step, epoch_steps)
+        if self.schedule != "tail":
+            return weight
+        return weight * 10 ** (-max(0, step // epoch_steps - self.tail_epoch) / self.tail_length)
+
+
+class Sra(Alignment):
+    """Distance between a head on block k and block m of the EMA network at an earlier time, one value per sample."""
+
+    name = "sra"
+    Options = SraOptions
+    reads_ema = True
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "paper": {"options": {}},
+        "paper-512": {"options": {"tail_epoch": 99, "tail_length": 800.0}},
+        "token-cosine": {"options": {"distance": "token-cosine", "weight": 0.5, "schedule": "constant"}},
+    }
+    published: ClassVar[dict[str, Published]] = {"SiT-B/2": Published(29.10, 80, "SDE, 250 steps", flips=False)}
+
+    @classmethod
+    def resolve(cls, options: SraOptions, student: ModelSpec) -> SraOptions:
+        known = DEPTHS.get(student.name, (None, None))
+        return replace(options, depth=layer(student.depth, 1 / 4, options.depth or known[0], "--sra-depth"),
+                       target_depth=layer(student.depth, 2 / 3, options.target_depth or known[1], "--sra-target-depth"))
+
+    def __init__(self, options: SraOptions, setting: Setting) -> None:
+        super().__init__(options, setting)
+        self.taps = (options.depth,)
+        width, stream = setting.student.hidden_size, Stream(setting.seed, "init/sra")
+        self.head = nn.Sequential(linear(width, 2 * width, stream), nn.SiLU(), linear(2 * width, width, stream))
+
+    def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
+        return {"offset": stream.uniform(count) * np.float32(self.options.offset)}
+
+    def forward(self, context: Context) -> Tensor:
+        prediction, target = self.head(context.features[self.taps[0]]), self.target(context)
+        if self.options.distance == "smooth-l1":
+            return F.smooth_l1_loss(prediction.float(), target.float(), beta=BETA, reduction="none").flatten(1).mean(1)
+        return 1 - cosine(prediction, target, dim=-1 if self.options.distance == "cosine" else 1)
+
+    @torch.no_grad()
+    def target(self, context: Context) -> Tensor:
+        """(N, T, D) raw output of the EMA network's block m at time t'."""
+        earlier = (context.t - context.draws["offset"]).clamp(0, 1)
+        xt, block = path.corrupt(context.x0, context.eps, earlier), self.options.target_depth
+        return context.ema(xt, earlier, context.y, taps=(block,), exit_early=True).features[block]

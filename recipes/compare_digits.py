@@ -1,0 +1,203 @@
+"""Every method on the embedded digits, for the same number of steps over several seeds, in one table.
+
+    python -m recipes.compare_digits --steps 800 --seeds 0 1 2 3 4
+
+All rows share the network, its initial weights, the data order, the noise and the optimiser; only the alignment differs.
+Settings are the published ones, with blocks as the same shares of the depth and stops as the same shares of the run
+(HASTE and the guided stage 2: a quarter, as 100,000 of 400,000 steps; the teacher: half, 200,000 of 400,000). A row
+marked "ours" departs from them and says how. `repa` and `haste` need an encoder: a small classifier ViT, trained here on
+four fifths of the digits, its accuracy on the last fifth printed in the row. Run it again to continue: finished runs are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import errors
+import files
+import progress
+from config import build, option, parse, require
+from training.streams import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Options of the comparison."""
+
+    out: str = option("runs/compare", help="folder of everything it trains and draws")
+    results: str = option("benchmarks/results/compare-digits", help="where the table goes: this name with .txt and .json")
+    steps: int = option(800, help="optimiser steps of every row")
+    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), help="seeds of every row")
+    batch_size: int = option(64, help="samples per step")
+    samples: int = option(1000, help="samples per row and seed")
+    rows: tuple[str, ...] | None = option(None, help="keys of the rows to run (default: all)")
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 4 and self.steps % 4 == 0, f"--steps {self.steps} must be a multiple of 4: stops are quarters")
+        unknown = set(self.rows or ()) - {row.key for row in ROWS}
+        require(not unknown, f"no row is called {min(unknown, default='')}; there are {', '.join(row.key for row in ROWS)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Words may hold {quarter}, {teacher} and {encoder}."""
+
+    key: str
+    name: str
+    words: str = ""
+    program: str = "train"
+
+
+ROWS = (
+    Row("plain", "plain SiT"),
+    Row("latent", "stage 1 (clean latent)", "--align latent"),
+    Row("guided", "stage 2 (guided, omega 30)", "--guiding-ckpt {teacher} --align-stop-steps {quarter}", "train_guide"),
+    Row("guided-3", "stage 2, ours: omega 3", "--guiding-ckpt {teacher} --align-stop-steps {quarter} --guide-scale 3",
+        "train_guide"),
+    Row("repa", "REPA, {encoder_name}", "--align repa --align-encoder {encoder} --align-cache"),
+    Row("haste", "HASTE, {encoder_name}", "--align haste --align-encoder {encoder} --align-cache --align-stop-steps {quarter}"),
+    Row("dispersive", "Dispersive (paper)", "--align dispersive --align-weight 0.5 --align-temperature 0.5"),
+    Row("dispersive-pytorch", "Dispersive (authors' PyTorch)",
+        "--align dispersive --align-weight 0.25 --align-temperature 1 --align-depth 6"),
+    Row("dispersive-weak", "Dispersive, ours: weight 0.05", "--align dispersive --align-weight 0.05 --align-temperature 0.5"),
+    Row("layersync", "LayerSync", "--align layersync"),
+    Row("layersync-weak", "LayerSync, ours: weight 0.02", "--align layersync --align-weight 0.02"),
+    Row("sra", "SRA (smooth-L1)", "--align sra"),
+    Row("sra-cosine", "SRA (authors' token cosine)",
+        "--align sra --align-distance token-cosine --align-weight 0.5 --align-schedule constant"),
+)
+METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall", "class_accuracy": "class accuracy"}
+ENCODER = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    from preprocessing import digits
+
+    given = parse(CompareConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.compare_digits",
+                  description=__doc__)
+    config = build(CompareConfig, given)
+    out = Path(config.out)
+    if not (out / "data" / "manifest.json").is_file():
+        digits.main(["--out", str(out / "data")])
+    if not (out / "reference.npz").is_file():
+        images, labels = digits.load()
+        with files.replacing(out / "reference.npz") as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, arr_0=images, labels=labels)
+    accuracy = train_encoder(out / "encoder")
+    rows = [row for row in ROWS if config.rows is None or row.key in config.rows]
+    found: dict[str, dict[int, dict[str, float]]] = {row.key: {} for row in rows}
+    for seed in config.seeds:  # seeds outermost, so that whatever is finished can be compared
+        for row in rows:
+            found[row.key][seed] = run_row(row, config, out, seed)
+        report(rows, found, config, accuracy)
+
+
+def run_row(row: Row, config: CompareConfig, out: Path, seed: int) -> dict[str, float]:
+    """Train, sample and score one row under one seed, or read what an earlier run found; returns its metrics."""
+    import generate
+    import train
+    import train_guide
+    from evaluations import evaluate
+
+    folder = out / f"steps{config.steps}-batch{config.batch_size}" / f"seed{seed}"
+    exps, drawn = folder / "exps", folder / "samples" / row.key
+    if not (drawn / "metrics.json").is_file():
+        words = row.words.format(teacher=exps / "latent" / "checkpoints" / f"{config.steps // 2:07d}", quarter=config.steps // 4,
+                                 encoder=out / "encoder")
+        argv = ["--recipe", "digits", "--data-dir", str(out / "data"), "--output-dir", str(exps), "--exp-name", row.key,
+                "--seed", str(seed), "--batch-size", str(config.batch_size), "--max-train-steps", str(config.steps),
+                "--checkpointing-steps", str(config.steps // 2), *words.split()]
+        print(f"\n$ python {row.program}.py {' '.join(argv)}", flush=True)
+        {"train": train, "train_guide": train_guide}[row.program].main(argv)
+        generate.main(["--ckpt", str(exps / row.key), "--num-fid-samples", str(config.samples), "--mode", "ode", "--solver",
+                       "heun", "--num-steps", "12", "--labels", "balanced", "--batch-size", "250", "--out", str(drawn)])
+        evaluate.main(["--samples", str(drawn / "samples.npz"), "--reference", str(out / "reference.npz"), "--features", "pixels",
+                       "--out", str(drawn / "metrics.json")])
+    metrics = files.read_json(drawn / "metrics.json")["metrics"]
+    return {key: metrics[key] for key in METRICS}
+
+
+def train_encoder(folder: Path, epochs: int = 30) -> float:
+    """Train the classifier ViT unless it is there; returns its accuracy on the held-out fifth.
+
+    The folder is what timm's `save_for_hf` writes, so that any timm user can open it.
+    """
+    if (folder / "accuracy.json").is_file():
+        return files.read_json(folder / "accuracy.json")["accuracy"]
+    import timm
+
+    from preprocessing import digits
+
+    images, labels = digits.load()
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    y = torch.from_numpy(labels)
+    order = torch.from_numpy(Stream(0, "encoder/split").permutation(len(y)))
+    held, train = order[: len(y) // 5], order[len(y) // 5 :]
+    with torch.random.fork_rng():  # timm initialises from the global generator
+        torch.manual_seed(0)
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **ENCODER)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    for epoch in progress.bar(range(epochs), desc="encoder", unit="epoch"):
+        for index in train[torch.from_numpy(Stream(0, "encoder/order", epoch).permutation(len(train)))].split(64):
+            F.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        accuracy = (model(x[held]).argmax(1) == y[held]).float().mean().item()
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,), "std": (0.5,), "tag": "digits"}
+    with files.replacing(folder) as temporary:
+        timm.models.save_for_hf(model, temporary, model_args=ENCODER, safe_serialization=True)
+        files.write_json(temporary / "accuracy.json", {"accuracy": accuracy, "held_out": len(held), "trained_on": len(train)})
+    return accuracy
+
+
+def report(rows: Sequence[Row], found: dict[str, dict[int, dict[str, float]]], config: CompareConfig, accuracy: float) -> None:
+    """Print the table and write it, with every number behind it, beside `config.results`."""
+    encoder = f"ViT of the digits (64 x 4, {100 * accuracy:.1f}% held-out)"
+    names = {row.key: row.name.format(encoder_name=encoder) for row in rows}
+    seeds = sorted(next(iter(found.values())))
+    text = (f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, "
+            f"{config.samples} samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
+            f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n\n"
+            f"{table(rows, names, found)}\n")
+    print(f"\n{text}", flush=True)
+    with files.replacing(f"{config.results}.txt") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    files.write_json(f"{config.results}.json", {
+        "steps": config.steps, "batch_size": config.batch_size, "seeds": seeds, "samples": config.samples,
+        "encoder_accuracy": accuracy, "torch": torch.__version__, "device": "cpu",
+        "rows": [{"key": row.key, "name": names[row.key], "program": row.program, "words": row.words,
+                  "metrics": {str(seed): values for seed, values in found[row.key].items()}} for row in rows]})
+
+
+def table(rows: Sequence[Row], names: dict[str, str], found: dict[str, dict[int, dict[str, float]]]) -> str:
+    """The aligned table: means over seeds with standard deviations, and the paired difference to plain SiT."""
+    lines = [["method", *METRICS.values(), "Frechet - plain"]]
+    for row in rows:
+        values = found[row.key]
+        cells = [names[row.key], *(_spread([one[key] for one in values.values()]) for key in METRICS)]
+        plain = found.get("plain", {})
+        paired = [one["fd"] - plain[seed]["fd"] for seed, one in values.items() if seed in plain]
+        lines.append([*cells, _spread(paired) if paired and row.key != "plain" else ""])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rendered = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,238 @@
+"""What a configuration costs, before it runs: `train.py --dry-run`.
+
+Nothing is computed: the very learner that would train runs once, forward and backward, on tensors without values
+(torch's FakeTensorMode), while FlopCounterMode counts the products of matrices, and hooks count what autograd keeps for the
+backward pass. So an alignment has no cost to declare or to forget, and the count is that of the code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import dataset
+import models
+from alignment import Alignment, AlignOptions, Setting, find
+from config import TrainConfig
+from dataset import LatentSet
+from loss import Batch, Learner
+from models import Backbone
+from training import launch
+from training.checkpoint import Checkpoint
+from training.streams import Stream
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the account. FLOPs are of one training step, per image of the batch (a multiply-add is two)."""
+
+    name: str
+    parameters: int
+    trained: bool
+    flops: float
+    stop: int | None = None
+    """The step after which it is gone, None for never."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The account of one configuration; memory in bytes on each process."""
+
+    parts: list[Part]
+    steps: int
+    epoch_steps: int
+    batch_size: int
+    micro_batch: int
+    kept: float
+    """Activations kept for the backward pass, per image."""
+    casts: float
+    """Copies of weights in lower precision, kept for the backward pass."""
+    dtype: torch.dtype | None
+
+    @property
+    def plain(self) -> float:
+        """FLOPs per image of plain training."""
+        return self.parts[0].flops
+
+    def ratio(self, step: int = 0) -> float:
+        """FLOPs of step `step` (from 0) in units of a plain step."""
+        return sum(part.flops for part in self.parts if part.stop is None or step < part.stop) / self.plain
+
+    def mean_ratio(self) -> float:
+        """FLOPs of the whole run in units of a plain run of as many steps."""
+        return sum(part.flops * min(1.0, (self.steps if part.stop is None else part.stop) / self.steps)
+                   for part in self.parts) / self.plain
+
+    def memory(self) -> dict[str, float]:
+        """Bytes at the peak of a step: trained parameters with gradient and Adam's two moments (16 bytes each), the EMA,
+        frozen networks, and the activations. The allocator's slack, workspaces and frozen networks' passing activations
+        are left out; compilation keeps less."""
+        trained = sum(part.parameters for part in self.parts if part.trained)
+        frozen = sum(part.parameters for part in self.parts if not part.trained)
+        return {"parameters, gradients, Adam": 16.0 * trained, "EMA": 4.0 * self.parts[0].parameters,
+                "frozen networks": (2.0 if self.dtype else 4.0) * frozen,
+                "activations": self.kept * self.micro_batch + self.casts}
+
+    def hours(self, rate: float) -> tuple[float, float]:
+        """Hours at `rate` images per second: throughout, and if the rate grows as the FLOPs fall after a stop."""
+        slow = self.steps * self.batch_size / rate / 3600
+        return slow, slow * self.mean_ratio() / self.ratio()
+
+
+def estimate(config: TrainConfig, options: dict[str, AlignOptions]) -> Cost:
+    """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here."""
+    data = LatentSet(config.data_dir)
+    epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
+    spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
+                       qk_norm=config.qk_norm)
+    dtype = launch.precision(config.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cpu = torch.device("cpu")
+    # bfloat16 alone is the setting of Frozen, whose casts would only blur the count
+    setting = Setting(spec, data.space, config.seed, cpu, None, Checkpoint.open, data, dry=True)
+    resolved = {name: find(name).resolve(own, spec) for name, own in options.items()}
+    alignments = {name: find(name)(own, setting) for name, own in resolved.items()}
+    images = any("image" in one.columns for one in alignments.values())
+    probe = _Probe(config, spec, dtype, data.shape[1:], data.images([0]).shape[1:] if images else ())
+    plain, _, _ = probe.run({})
+    parts = [Part("network", models.parameter_count(probe.network), True, plain)]
+    for name, one in alignments.items():
+        total, frozen, _ = probe.run({name: one})
+        share, stop = _share(one.options, config.time_sampling), one.options.stop(epoch_steps)
+        parts.append(Part(f"{name}: head and loss", _count(one), True, share * (total - plain - frozen), stop))
+        for role, network in _frozen(one).items():
+            parts.append(Part(f"{name}: {role}", _count(network), False, share * frozen, stop))
+        if one.reads_ema:
+            parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
+    kept, casts = probe.memory(alignments)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
+                config.batch_size // world // config.gradient_accumulation_steps, kept, casts, dtype)
+
+
+def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
+    """Print the account of a run, once, and what its authors report for the model."""
+    cost = estimate(config, options)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(report(cost, config.images_per_second), *published(config.model, options), sep="\n")
+
+
+def published(model: str, names: Iterable[str]) -> list[str]:
+    """What the authors of these alignments report for this model, one line each."""
+    found = {name: find(name).published.get(model) for name in names}
+    return [f"published with {name}: FID {one.fid:.2f} after {one.epochs} epochs ({one.sampler}; trained with"
+            f"{'' if one.flips else 'out'} flips; ImageNet 256, no guidance)" for name, one in found.items() if one]
+
+
+class _Probe:
+    """Runs learners of one network on batches without values; `latent` and `image` are the shapes of one item."""
+
+    def __init__(self, config: TrainConfig, spec: models.ModelSpec, dtype: torch.dtype | None, latent: tuple[int, ...],
+                 image: tuple[int, ...]) -> None:
+        self.config, self.dtype, self.latent, self.image = config, dtype, latent, image
+        self.network, self.ema = _hollow(spec), _hollow(spec)
+        self._known: dict[tuple, tuple[float, float, float]] = {}
+
+    def run(self, alignments: dict[str, Alignment], count: int = 2) -> tuple[float, float, float]:
+        """FLOPs per image of one training step, those of frozen networks among them, and bytes kept for its backward."""
+        key = (count, *alignments)
+        if key not in self._known:
+            self._known[key] = self._run(alignments, count)
+        return self._known[key]
+
+    def _run(self, alignments: dict[str, Alignment], count: int) -> tuple[float, float, float]:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.autograd.graph import saved_tensors_hooks
+        from torch.utils.flop_counter import FlopCounterMode
+
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        learner = Learner(self.network, alignments, velocity_loss=self.config.velocity_loss, autocast=self.dtype, ema=self.ema)
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            batch = self._batch(alignments, count)
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                losses = learner(batch)
+            sum(value.mean() for value in losses.values()).backward()
+        for parameter in learner.parameters():
+            parameter.grad = None
+        by_root = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if "." not in name}
+        frozen = sum(flops for name, flops in by_root.items() if name not in ("Global", "Learner"))
+        return counter.get_total_flops() / count, frozen / count, float(sum(kept.values()))
+
+    def memory(self, alignments: dict[str, Alignment]) -> tuple[float, float]:
+        """Bytes kept for the backward pass: per image, and of bf16 copies of weights (in float32 it keeps the weights)."""
+        small, large = (self.run(alignments, count)[2] for count in (2, 4))
+        each = (large - small) / 2
+        return each, small - 2 * each if self.dtype else 0.0
+
+    def _batch(self, alignments: dict[str, Alignment], count: int) -> Batch:
+        x, t, labels = torch.zeros(count, *self.latent), torch.zeros(count), torch.zeros(count, dtype=torch.long)
+        wanted = {column for one in alignments.values() for column in one.columns}
+        columns = {"image": torch.zeros(count, *self.image, dtype=torch.uint8)} if "image" in wanted else {}
+        draws = {name: {key: torch.zeros(value.shape) for key, value in one.draw(Stream(0, "cost"), count).items()}
+                 for name, one in alignments.items()}
+        return Batch(x, x.clone(), t, labels, labels, columns, draws)
+
+
+def _hollow(spec: models.ModelSpec) -> Backbone:
+    """A network whose parameters are never touched, so that they take no memory."""
+    network = models.outline(spec)
+    network.load_state_dict({name: torch.empty(value.shape) for name, value in network.state_dict().items()}, assign=True)
+    return network
+
+
+def _frozen(one: Alignment) -> dict[str, nn.Module]:
+    return {"teacher" if isinstance(network, Backbone) else "encoder": network for network in one.frozen}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _share(options: AlignOptions, law: str) -> float:
+    """Expected share of the samples that an alignment works on: those whose time lies in the interval (`select`)."""
+    if options.interval is None or options.mask != "select":
+        return 1.0
+    low, high = options.interval
+    if law == "uniform":
+        return high - low
+
+    def below(t: float) -> float:  # of the logit-normal law
+        return (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2))) / 2 if 0 < t < 1 else float(t >= 1)
+
+    return below(high) - below(low)
+
+
+def report(cost: Cost, rate: float | None = None) -> str:
+    """The account as aligned text; with `rate`, images per second measured at the start of such a run, the hours too."""
+    lines = [["", "parameters", "GFLOP per image", "of a plain step"]]
+    lines += [[part.name, f"{part.parameters / 1e6:.2f}M", f"{part.flops / 1e9:.2f}", f"{part.flops / cost.plain:.4f}"]
+              for part in cost.parts]
+    lines.append(["total", f"{sum(part.parameters for part in cost.parts) / 1e6:.2f}M",
+                  f"{cost.ratio() * cost.plain / 1e9:.2f}", f"{cost.ratio():.4f}"])
+    for stop in sorted({part.stop for part in cost.parts if part.stop is not None and part.stop < cost.steps}):
+        lines.append([f"from step {stop} on", "", f"{cost.ratio(stop) * cost.plain / 1e9:.2f}", f"{cost.ratio(stop):.4f}"])
+    lines.append(["mean over the run", "", f"{cost.mean_ratio() * cost.plain / 1e9:.2f}", f"{cost.mean_ratio():.4f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    memory = cost.memory()
+    text += [f"steps: {cost.epoch_steps} per epoch, {cost.steps} in all = {cost.steps / cost.epoch_steps:.1f} epochs",
+             f"memory per process, {'bf16' if cost.dtype else 'fp32'}, {cost.micro_batch} images at once: "
+             f"{sum(memory.values()) / 2**30:.2f} GiB = "
+             + " + ".join(f"{value / 2**30:.2f} {name}" for name, value in memory.items() if value)
+             + " (eager; counted from tensor shapes, without the allocator's slack and workspaces)"]
+    if rate is not None:
+        slow, fast = cost.hours(rate)
+        text.append(f"time at {rate:g} images per second: {slow:.2f} hours" + (
+            f", or {fast:.2f} if the rate grows as the FLOPs fall" if fast < slow else ""))
+    return "\n".join(text)
