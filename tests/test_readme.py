@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python [^`]+\.py [^`]+)`", TEXT)
+    lines += re.findall(r"`(python (?:-m|[a-z_]+\.py) [^`]+)`", TEXT)
     return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
 
 
