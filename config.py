@@ -154,7 +154,8 @@ class TrainConfig:
     qk_norm: bool = option(False, help="normalise queries and keys")
     align: tuple[str, ...] = option(("none",), help="alignment(s) beside the flow-matching loss; none is plain training")
     preset: str | None = option(None, help="named settings of the alignment: paper, upstream, ...")
-    recipe: str = option("sit", choices=("sit", "lightningdit", "digits"), help="optimiser, batch, EMA and times of a family")
+    recipe: str = option("sit", choices=("sit", "lightningdit", "lightningdit-800ep", "digits"),
+                         help="optimiser, batch, EMA and times of a family")
     init_ckpt: str | None = option(None, help="start from this checkpoint's network (a new label table if classes differ)")
 
     batch_size: int = option(256, help="samples per optimiser step over all processes")
@@ -210,14 +211,17 @@ class TrainConfig:
                             f"networks' features, fp8 does not pay at these widths) or no")
 
 
+_LIGHTNINGDIT = {"model": "LightningDiT-XL/1", "batch_size": 1024, "max_train_steps": 80_000, "learning_rate": 2e-4,
+                 "adam_beta2": 0.95, "max_grad_norm": 0.0, "time_sampling": "logit-normal", "velocity_loss": "mse+cosine"}
+
 # Values between the defaults and the command line: options of the run, and of any alignment that has them.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # SiT and REPA: ImageNet, 256 latents a step
     "sit": {"train": {}, "align": {}},
-    # LightningDiT, 64 epochs of 1,251 steps; the 800-epoch schedule adds --uniform-from-epoch 480
-    "lightningdit": {"train": {"model": "LightningDiT-XL/1", "batch_size": 1024, "max_train_steps": 80_000,
-                               "learning_rate": 2e-4, "adam_beta2": 0.95, "max_grad_norm": 0.0,
-                               "time_sampling": "logit-normal", "velocity_loss": "mse+cosine"}, "align": {}},
+    # LightningDiT, 64 epochs of 1,251 steps
+    "lightningdit": {"train": _LIGHTNINGDIT, "align": {}},
+    # and its 800 epochs: times are uniform from epoch 480 on
+    "lightningdit-800ep": {"train": {**_LIGHTNINGDIT, "max_train_steps": 1_000_000, "uniform_from_epoch": 480.0}, "align": {}},
     # the embedded digits: minutes on a CPU
     "digits": {"train": {"model": "SiT-Tiny/2", "batch_size": 64, "max_train_steps": 800, "learning_rate": 1e-3,
                          "ema_warmup": True, "checkpointing_steps": 400, "log_steps": 20},

@@ -87,6 +87,14 @@ def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
         (8, 0.95, "mse+cosine", "logit-normal", 0)
 
 
+def test_the_recipe_option_names_every_recipe() -> None:
+    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == "recipe")
+    assert set(field.metadata["choices"]) == set(RECIPES)
+    long = RECIPES["lightningdit-800ep"]["train"]
+    assert (long["max_train_steps"], long["uniform_from_epoch"]) == (1_000_000, 480)
+    assert long.items() >= {k: v for k, v in RECIPES["lightningdit"]["train"].items() if k != "max_train_steps"}.items()
+
+
 def test_a_config_survives_json() -> None:
     config = build(TrainConfig, {"data_dir": "d", "exp_name": "e", "align": ("latent", "x")})
     assert build(TrainConfig, as_dict(config)) == config
