@@ -42,7 +42,7 @@ def flags(module: str) -> set[str]:
 @pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words], ids=" ".join)
 def test_commands_parse(words: list[str]) -> None:
     _, *rest = words
-    given = [word for word in rest if word.startswith("--")]
+    given = [word.replace("--no-", "--", 1) for word in rest if word.startswith("--")]
     if rest[0] in ("train.py", "train_guide.py"):
         command.resolve([word for word in rest[1:] if word != "..."], rest[0], None, ("guided",) if "guide" in rest[0] else ())
     elif rest[0] == "generate.py":
