@@ -135,15 +135,22 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
 
 
 def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
-    """One sentence that says what the table shows, whichever way it falls."""
-    def mean(name: str, key: str, value: int) -> float:
-        return statistics.mean(next(row["fd"] for row in rows if row["name"] == name and row[key] == value)
-                               for rows in results.values())
+    """One sentence that says what the table shows, whichever way it falls.
+
+    Over several seeds two networks are level where the mean of their paired differences is within two standard errors.
+    """
+    def distances(name: str, key: str, value: int) -> list[float]:
+        return [next(row["fd"] for row in rows if row["name"] == name and row[key] == value) for rows in results.values()]
 
     def compare(key: str, value: int, words: str) -> str:
-        guided, plain = mean("self-guided SiT", key, value), mean("plain SiT", key, value)
-        side = "ahead of" if guided < plain else "behind"
-        return f"{words} the self-guided network is {side} plain SiT (Frechet {guided:.2f} against {plain:.2f})"
+        guided, plain = distances("self-guided SiT", key, value), distances("plain SiT", key, value)
+        gaps = [one - other for one, other in zip(guided, plain, strict=True)]
+        gap = statistics.mean(gaps)
+        side = "ahead of" if gap < 0 else "behind"
+        if len(gaps) > 1 and abs(gap) < 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
+            side = "level with"
+        return (f"{words} the self-guided network is {side} plain SiT "
+                f"(Frechet {statistics.mean(guided):.2f} against {statistics.mean(plain):.2f})")
 
     seeds = f"{len(results)} seeds" if len(results) > 1 else f"one seed ({next(iter(results))}; other seeds differ)"
     return (f"Over {seeds}: {compare('step', HALF, f'at {HALF} of its own steps')}; {compare('step', FULL, f'at {FULL}')}; and "
