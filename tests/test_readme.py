@@ -73,6 +73,21 @@ def test_symbols_name_real_flags_and_defaults() -> None:
     assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
 
 
+def test_the_table_of_the_digits_is_the_measured_one() -> None:
+    import json
+    import statistics
+
+    from recipes.quickstart import METRICS, ROWS
+
+    measured = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())["seeds"].values()
+    for index, row in enumerate(ROWS):
+        cells = [row.name, str(row.step), str(row.total)]
+        for key in METRICS:
+            values = [rows[index][key] for rows in measured]
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        assert f"| {' | '.join(cells)} |" in TEXT
+
+
 def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[str]]) -> None:
     (code,) = [block for block in blocks("python") if "class Smooth(" in block]
     scope: dict = {"__name__": "alignment.smooth"}
