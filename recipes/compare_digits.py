@@ -168,7 +168,8 @@ def report(rows: Sequence[Row], found: dict[str, dict[int, dict[str, float]]], c
     seeds = sorted(next(iter(found.values())))
     text = (f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, "
             f"{config.samples} samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
-            f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n\n"
+            f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n"
+            f"Stage 2 and HASTE end after a quarter of the steps; the {config.steps // 2} steps of stage 2's teacher are not counted.\n\n"
             f"{table(rows, names, found)}\n")
     print(f"\n{text}", flush=True)
     with files.replacing(f"{config.results}.txt") as temporary:
