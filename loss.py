@@ -86,7 +86,9 @@ class Learner(nn.Module):
         """Mean of the alignment's loss over the micro-batch; unselected samples count as zero (mask `select`)."""
         count = len(batch.t)
         index = batch.selected.get(name)
-        value = alignment(context if index is None else context.take(index))
         if index is None:
-            return value.mean() * batch.share.get(name, 1.0)
-        return value * (len(index) / count) if alignment.coupled else value.sum() / count
+            return alignment(context).mean() * batch.share.get(name, 1.0)
+        # A rank without a sample in range still gives its head a gradient, of zero: some kernels refuse an empty batch.
+        chosen = index if len(index) else index.new_zeros(1)
+        value = alignment(context.take(chosen))
+        return (value if alignment.coupled else value.mean()) * (len(index) / count)

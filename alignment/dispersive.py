@@ -69,8 +69,6 @@ class Dispersive(Alignment):
     def forward(self, context: Context) -> Tensor:
         z = context.features[self.taps[0]].float().flatten(1)
         count = len(z)
-        if count == 0:
-            return z.sum()
         # pairs i < j: differences first, since |a|^2 + |b|^2 - 2ab would cancel, in TF32 above all
         distances = torch.pdist(z).square() / z.shape[1]
         exponents = torch.cat([distances, distances, distances.new_zeros(count)]) / -self.options.temperature
