@@ -182,11 +182,14 @@ class Trainer:
             values |= scores
         if values:
             self.log.write(step, values)
-        if config.sampling_steps and step % config.sampling_steps == 0 and self.accelerator.is_main_process:
+        shows = config.sampling_steps and step % config.sampling_steps == 0
+        if shows and self.accelerator.is_main_process:
             preview.write(self.folder / "samples" / f"{step:07d}.png", self.ema.network, self.codec, self.dtype, config.seed)
-        if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
+        saves = step % config.checkpointing_steps == 0 or step == config.max_train_steps
+        if saves:
             self.save()
-        meter.restart_clock()
+        if values or shows or saves:
+            meter.restart_clock()
 
     def _end_alignments(self) -> None:
         for name in [name for name in self.alignments if not self._lives(name)]:
