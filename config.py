@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections import Counter
@@ -104,7 +105,18 @@ def _add(parser: Any, field: dataclasses.Field, hint: Any, flags: list[str], des
     else:
         choices = field.metadata["choices"]
         metavar = None if choices else kind.__name__.upper()
-        parser.add_argument(*flags, type=kind, nargs=count, choices=choices, metavar=metavar, **arguments)
+        parser.add_argument(*flags, type=finite if kind is float else kind, nargs=count, choices=choices, metavar=metavar, **arguments)
+
+
+def finite(word: str) -> float:
+    """A finite number; the type of every float option."""
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
+
+
+finite.__name__ = "float"  # what argparse calls it
 
 
 def _kind(hint: Any) -> tuple[type, int | str | None]:
@@ -204,6 +216,14 @@ class TrainConfig:
         require(self.eval_samples > 3, f"--eval-samples {self.eval_samples} must be at least 4")
         require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
                 "--images-per-second is a positive rate and belongs to --dry-run")
+        require(self.sampling_steps >= 0 and self.eval_steps >= 0, "--sampling-steps and --eval-steps must not be negative; 0 is for never")
+        require(self.learning_rate > 0 and self.adam_epsilon > 0, "--learning-rate and --adam-epsilon must be positive")
+        require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0,
+                "--adam-weight-decay and --max-grad-norm must not be negative")
+        require(0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1, "--adam-beta1 and --adam-beta2 must lie in [0, 1)")
+        require(self.exp_name.strip("./") != "", "--exp-name must name the run")
+        require(self.uniform_from_epoch is None or self.time_sampling != "uniform",
+                "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
         if self.mixed_precision not in (None, "no", "bf16"):
@@ -264,6 +284,8 @@ class SamplingConfig:
                 f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")
         require(0 < self.last_step < 1, f"--last-step {self.last_step} must lie between 0 and 1")
         require(self.timestep_shift > 0, f"--timestep-shift {self.timestep_shift} must be positive")
+        require(self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
+                "dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
         if self.mode == "sde":
             require(self.solver == "euler" and self.grid == "evaluations" and self.timestep_shift == 1,
                     "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode")

@@ -33,6 +33,7 @@ from models.latents import LatentSpace
 from training.streams import Stream
 
 FORMAT = 1
+_COUNTS = ("resolution", "latent_size", "views", "parts", "num_classes", "count")
 MANIFEST = "manifest.json"
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
 _KEYS = ("space", "resolution", "latent_size", "views", "parts", "dtype", "num_classes", "class_names", "count", "images",
@@ -225,6 +226,14 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {file}: {error.strerror}; copy or encode it again") from error
     except ValueError as error:
         raise UserError(f"{file} is damaged: its header is not JSON; copy or encode it again") from error
+    try:
+        return _arrays(file, size, length, header)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: its header does not fit ({error}); copy or encode it again") from error
+
+
+def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays that a header of `length` bytes describes."""
     header.pop("__metadata__", None)
     expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
     if size != expected:
@@ -251,6 +260,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / MANIFEST} is not of format {FORMAT}; encode the set again with this version")
     if absent := [key for key in _KEYS if key not in manifest]:
         raise UserError(f"{path / MANIFEST} lacks {absent[0]!r}; encode the set again")
+    for key, kind in (("space", dict), ("shards", list), *((key, int) for key in _COUNTS)):
+        if not isinstance(manifest[key], kind):
+            raise UserError(f"{path / MANIFEST} is damaged: its {key} is {manifest[key]!r}; encode the set again")
     return manifest
 
 

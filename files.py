@@ -24,7 +24,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     The block may write a file or make a folder there. Raises UserError where the place cannot be written (a path under
     a file, no permission, a full disk, a size limit), naming the path.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
@@ -33,10 +33,30 @@ def replacing(path: Path | str) -> Iterator[Path]:
             yield temporary
             _flush(temporary)
             if temporary.is_dir():
+                require_replaceable(path)
                 _remove(path)
             os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def require_replaceable(path: Path | str) -> None:
+    """Raise UserError unless a folder of ours may take the place of `path`: nothing, an empty folder, or one like it.
+
+    A folder like it holds a config.json that says checkpoint or names a VAE; whatever else lies there is the user's.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.exists():
+        return
+    config = path / "config.json"
+    if path.is_dir() and (not any(path.iterdir()) or (config.is_file() and _is_ours(config))):
+        return
+    raise UserError(f"{path} exists and is no checkpoint to replace: choose another place")
+
+
+def _is_ours(config: Path) -> bool:
+    found = read_json(config)
+    return isinstance(found, dict) and (found.get("kind") == "checkpoint" or found.get("_class_name") == "AutoencoderKL")
 
 
 @contextmanager

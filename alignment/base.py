@@ -54,6 +54,11 @@ class AlignOptions:
 
     def __post_init__(self) -> None:
         require(self.stop_steps is None or self.stop_epochs is None, "give the stop in steps or in epochs, not in both")
+        for name in ("stop_steps", "stop_epochs"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 is for never")
+        require(self.interval is not None or self.mask == "select", "--align-mask upstream weighs by an interval: add --align-interval")
+        require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         if self.interval is not None:
             low, high = self.interval
             require(0 <= low <= high <= 1, f"the interval {low} {high} must satisfy 0 <= a <= b <= 1")
@@ -63,7 +68,7 @@ class AlignOptions:
         if self.stop_steps is not None:
             stop = self.stop_steps or None
         else:
-            stop = math.floor(self.stop_epochs * epoch_steps + 0.5) if self.stop_epochs else None
+            stop = max(1, math.floor(self.stop_epochs * epoch_steps + 0.5)) if self.stop_epochs else None
         require(stop is not None or self.schedule not in ("cosine", "linear"),
                 f"a {self.schedule} schedule falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs")
         return stop
@@ -211,6 +216,11 @@ def layer(depth: int, share: float, chosen: int | None, what: str) -> int:
     number = chosen if chosen is not None else max(1, math.floor(depth * share + 0.5))
     require(1 <= number <= depth, f"{what} {number} is beyond the network's depth: blocks count from 1 to {depth}")
     return number
+
+
+def given(value: int | None, default: int | None) -> int | None:
+    """`value` where the user gave one, 0 included, else `default`."""
+    return default if value is None else value
 
 
 def linear(width: int, out: int, stream: Stream) -> nn.Linear:

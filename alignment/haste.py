@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Published, Setting, cosine, layer, mlp
+from alignment.base import Alignment, Context, Published, Setting, cosine, given, layer, mlp
 from alignment.external import External, ExternalOptions
 from config import option, require
 from models import QK, ModelSpec
@@ -48,7 +48,7 @@ class Haste(Alignment):
 
     @classmethod
     def resolve(cls, options: HasteOptions, student: ModelSpec) -> HasteOptions:
-        depth = layer(student.depth, 2 / 3, options.depth or DEPTH.get(student.name), "--haste-depth")
+        depth = layer(student.depth, 2 / 3, given(options.depth, DEPTH.get(student.name)), "--haste-depth")
         mine = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
         theirs = options.encoder_depths or tuple(range(-len(mine), 0))
         require(len(mine) == len(theirs), f"--haste-attention-depths names {len(mine)} blocks and --haste-encoder-depths "

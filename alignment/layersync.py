@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, layer
+from alignment.base import AlignOptions, Alignment, Context, Published, Setting, cosine, given, layer
 from config import option, require
 from models import ModelSpec
 
@@ -47,8 +47,8 @@ class LayerSync(Alignment):
     @classmethod
     def resolve(cls, options: LayerSyncOptions, student: ModelSpec) -> LayerSyncOptions:
         known = DEPTHS.get(student.name, (None, None))
-        depth = layer(student.depth, 1 / 3, options.depth or known[0], "--layersync-depth")
-        target = layer(student.depth, 2 / 3, options.target_depth or known[1], "--layersync-target-depth")
+        depth = layer(student.depth, 1 / 3, given(options.depth, known[0]), "--layersync-depth")
+        target = layer(student.depth, 2 / 3, given(options.target_depth, known[1]), "--layersync-target-depth")
         require(depth < target, f"--layersync-depth {depth} must come before --layersync-target-depth {target}")
         return replace(options, depth=depth, target_depth=target)
 

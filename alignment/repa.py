@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Published, Setting, cosine, layer, mlp
+from alignment.base import Alignment, Context, Published, Setting, cosine, given, layer, mlp
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
 from training.streams import Stream
@@ -41,7 +41,7 @@ class Repa(Alignment):
 
     @classmethod
     def resolve(cls, options: RepaOptions, student: ModelSpec) -> RepaOptions:
-        return replace(options, depth=layer(student.depth, 1 / 3, options.depth or DEPTH.get(student.name), "--repa-depth"))
+        return replace(options, depth=layer(student.depth, 1 / 3, given(options.depth, DEPTH.get(student.name)), "--repa-depth"))
 
     def __init__(self, options: RepaOptions, setting: Setting) -> None:
         super().__init__(options, setting)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import path
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, layer, linear
-from config import option
+from alignment.base import AlignOptions, Alignment, Context, Published, Setting, cosine, given, layer, linear
+from config import option, require
 from models import ModelSpec
 from training.streams import Stream
 
@@ -42,6 +42,11 @@ class SraOptions(AlignOptions):
     offset: float = option(0.2, help="largest step of the teacher's time towards the data")
     depth: int | None = option(None, help="student's block k")
     target_depth: int | None = option(None, help="teacher's block m")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.tail_length > 0 and self.tail_epoch >= 0, "--sra-tail-length must be positive, --sra-tail-epoch not negative")
+        require(0 <= self.offset <= 1, f"--sra-offset {self.offset} must lie in [0, 1]")
 
     def weight_at(self, step: int, epoch_steps: int) -> float:
         weight = super().weight_at(step, epoch_steps)
@@ -66,8 +71,8 @@ class Sra(Alignment):
     @classmethod
     def resolve(cls, options: SraOptions, student: ModelSpec) -> SraOptions:
         known = DEPTHS.get(student.name, (None, None))
-        return replace(options, depth=layer(student.depth, 1 / 4, options.depth or known[0], "--sra-depth"),
-                       target_depth=layer(student.depth, 2 / 3, options.target_depth or known[1], "--sra-target-depth"))
+        return replace(options, depth=layer(student.depth, 1 / 4, given(options.depth, known[0]), "--sra-depth"),
+                       target_depth=layer(student.depth, 2 / 3, given(options.target_depth, known[1]), "--sra-target-depth"))
 
     def __init__(self, options: SraOptions, setting: Setting) -> None:
         super().__init__(options, setting)

@@ -48,6 +48,11 @@ def read_archive(path: Path | str) -> Any:
 
 def tensors_of(value: Any) -> dict[str, Tensor]:
     """The entries of `value` if it maps names to tensors and to nothing else; otherwise empty."""
-    if isinstance(value, Mapping) and value and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+    if isinstance(value, Mapping) and value and all(isinstance(k, str) and _is_plain(v) for k, v in value.items()):
         return dict(value)
     return {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is a dense tensor whose numbers are there."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

@@ -82,8 +82,9 @@ def locked(folder: Path) -> Iterator[None]:
         handle = open(folder / LOCK, "w")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # a lock of this process alone: decoding workers that outlive a killed encoder must not hold it
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(f"another process is writing {folder}; wait for it, or choose another --out") from None
         yield
 

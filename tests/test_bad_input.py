@@ -89,6 +89,18 @@ def test_batches_that_do_not_divide_or_fit(tmp_path: Path, words: Words) -> None
     (["--batch-size", "many"], ("--batch-size", "many")),
     (["--max-train-steps", "0"], ("--max-train-steps",)),
     (["--cfg-prob", "1.5"], ("--cfg-prob", "1.5")),
+    (["--learning-rate", "-1"], ("--learning-rate",)),
+    (["--learning-rate", "nan"], ("--learning-rate", "nan")),
+    (["--adam-beta1", "2"], ("--adam-beta1",)),
+    (["--sampling-steps", "-1"], ("--sampling-steps",)),
+    (["--exp-name", ""], ("--exp-name",)),
+    (["--uniform-from-epoch", "3"], ("--time-sampling",)),
+    (["--align", "latent", "--align-stop-steps", "-5"], ("--align-stop-steps -5",)),
+    (["--align", "latent", "--align-hidden", "0"], ("--align-hidden",)),
+    (["--align", "latent", "--align-weight", "inf"], ("inf",)),
+    (["--align", "latent", "--align-mask", "upstream"], ("--align-interval",)),
+    (["--align", "sra", "--align-depth", "0"], ("0 is beyond",)),
+    (["--align", "sra", "--sra-tail-length", "0"], ("--sra-tail-length",)),
     (["--init-ckpt", "/nowhere"], ("/nowhere",)),
 ])
 def test_options(tmp_path: Path, words: Words, argv: list[str], said: tuple[str, ...]) -> None:
@@ -198,8 +210,11 @@ def test_bugs_keep_their_traceback() -> None:
 
 
 def test_non_finite_losses_stop_the_run(tmp_path: Path, words: Words) -> None:
-    refused(train.main, words(tmp_path, "run", "--learning-rate", "1e30", "--max-grad-norm", "0", "--max-train-steps", 40),
-            "not finite")
+    argv = words(tmp_path, "run", "--learning-rate", "1e30", "--max-grad-norm", "0", "--max-train-steps", 40)
+    refused(train.main, argv, "not finite")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    # between two reports as well: a checkpoint is looked at before it is written
+    refused(train.main, [*argv, "--log-steps", "40", "--checkpointing-steps", "3"], "not finite")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

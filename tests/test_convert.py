@@ -204,3 +204,14 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=message):
             convert.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *heads])
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_a_checkpoint_is_replaced(tmp_path):
+    source = tmp_path / "repa.safetensors"
+    source.write_bytes((Path(__file__).parent / "data" / "repa_sit.safetensors").read_bytes())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for out in (source, tmp_path / "mine", tmp_path):
+        with pytest.raises(UserError, match="choose another place"):
+            convert.main([str(source), "--out", str(out), "--num-heads", "4", "--vae", "pixels"])
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and source.stat().st_size > 1000

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from dataset import LatentSet
 from errors import UserError
 from models.latents import LatentSpace
 from preprocessing import digits, shards
+from tests.locks import held_elsewhere
 
 
 def write_set(folder: Path, latents: np.ndarray, labels: np.ndarray, *, classes: int = 10, per_shard: int = 7,
@@ -170,8 +174,44 @@ def test_a_latent_beyond_float16_is_refused(tmp_path):
 
 
 def test_two_writers_on_one_folder_are_refused(tmp_path):
-    with shards.locked(tmp_path), pytest.raises(UserError, match="another process is writing"), shards.locked(tmp_path):
+    with held_elsewhere(tmp_path / shards.LOCK):
+        with pytest.raises(UserError, match="another process is writing"), shards.locked(tmp_path):
+            pass
+    with shards.locked(tmp_path):
         pass
+
+
+def test_a_worker_that_outlives_a_killed_writer_holds_no_lock(tmp_path):
+    """Decoding workers are forked while the lock is held; a POSIX lock stays with the parent."""
+    with shards.locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with shards.locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("change", [{"shape": [7, 1]}, {"dtype": "I64"}, {"data_offsets": None}, {"shape": "many"}])
+def test_a_damaged_header_is_named(tmp_path, change):
+    digits.main(["--out", str(tmp_path)])
+    shard = next(tmp_path.glob("shard-*"))
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + length])
+    header["latents"] |= change
+    changed = json.dumps(header).encode()
+    shard.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length:])
+    with pytest.raises(UserError, match="shard-00000"):
+        LatentSet(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "num_classes": "ten"}))
+    with pytest.raises(UserError, match="num_classes"):
+        LatentSet(tmp_path)
 
 
 def test_the_digits_are_a_latent_set_of_grey_pixels(tmp_path):

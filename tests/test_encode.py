@@ -23,6 +23,7 @@ from preprocessing import digits, shards
 from preprocessing.images import ImageFiles, cropped
 from preprocessing.job import STOPPED
 from tests.image_sets import class_folders, photograph, tiny_vae, zipped
+from tests.locks import held_elsewhere
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,7 +186,7 @@ def test_a_folder_of_another_job_or_of_something_else_is_refused(folder, tmp_pat
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
         encode(folder, "pixels", tmp_path / "other")
-    with shards.locked(tmp_path / "busy"), pytest.raises(UserError, match="another process is writing"):
+    with held_elsewhere(tmp_path / "busy" / shards.LOCK), pytest.raises(UserError, match="another process is writing"):
         encode(folder, "pixels", tmp_path / "busy")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict
     logged = losses(run.folder)
     kept["losses"] = torch.tensor([logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64)
     kept |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
+    kept |= {f"weight/ema/{name}": value for name, value in run.ema.network.state_dict().items()}
     return kept
 
 
@@ -261,6 +263,20 @@ def test_short_runs_without_warm_up_are_warned(tmp_path: Path, words: Words, cap
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_resumed_run_keeps_its_teacher_though_that_run_has_gone_on(tmp_path: Path, words: Words) -> None:
+    first = words(tmp_path, "s1", "--align", "latent", "--align-hidden", 16)
+    second = words(tmp_path, "s2", "--guiding-ckpt", tmp_path / "s1", "--align-hidden", 16)
+    train.main([*first, "--max-train-steps", "2"])
+    run = train_guide.main([*second, "--max-train-steps", "1"])
+    began = Checkpoint.open(run).config["resolved"]["guided"]["teacher"]
+    train.main([*first, "--max-train-steps", "3"])
+    train_guide.main([*second, "--max-train-steps", "2"])
+    assert Checkpoint.open(run).config["resolved"]["guided"]["teacher"] == began and began["step"] == 2
+    (Path(began["path"]) / "config.json").write_text((Path(began["path"]) / "config.json").read_text() + " ")
+    with pytest.raises(UserError, match="teacher .* has changed"):
+        train_guide.main([*second, "--max-train-steps", "3"])
+
+
 def test_previews_do_not_touch_the_run(tmp_path: Path, words: Words) -> None:
     plain = train.main(words(tmp_path / "a", "run", "--max-train-steps", 2))
     shown = train.main(words(tmp_path / "b", "run", "--max-train-steps", 2, "--sampling-steps", 1))
@@ -286,6 +302,11 @@ def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path
     run = trainer("train", words(tmp_path, "run", "--init-ckpt", teacher))
     ema = Checkpoint.open(teacher).tensors("ema")
     assert all(torch.equal(value, ema[name]) for name, value in run.network.state_dict().items())
+    config = json.loads((Checkpoint.open(teacher).path / "config.json").read_text())
+    shutil.copytree(Checkpoint.open(teacher).path, tmp_path / "scaled")
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "space": {**config["space"], "scale": [2.0]}}))
+    with pytest.raises(UserError, match="scale"):
+        trainer("train", words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
     found = Checkpoint.open(teacher)
     other = start_from(found, dataclasses.replace(found.spec, num_classes=3), seed=5)
     assert other.y_embedder.embedding_table.weight.shape == (4, 128)

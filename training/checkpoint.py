@@ -38,6 +38,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.step: int = config["step"]
+        self.files: dict[str, str] = config["files"]
         self.spec = ModelSpec.from_json(config["model"])
         self.space = LatentSpace.from_json(config["space"])
 
@@ -76,7 +77,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file (`network`, `ema`, `heads`, `optimizer`), verified against the recorded digest."""
         file = self.path / f"{name}.safetensors"
-        recorded = self.config["files"].get(file.name)
+        recorded = self.files.get(file.name)
         if recorded is None:
             weights = {"ema": "raw", "network": "ema"}.get(name)
             remedy = f": use --weights {weights} (of a teacher, --guiding-weights {weights})" if weights else ""

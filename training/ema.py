@@ -21,7 +21,7 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self._averages = list(self.network.parameters())
-        self._weights = [parameter.detach() for parameter in network.parameters()]
+        self._trained = network
 
     def decay_at(self, step: int) -> float:
         """The decay d of update `step`."""
@@ -30,4 +30,6 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights; `step` counts optimiser updates from 1."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay_at(step))
+        # asked for anew: moving a module replaces the storage of its parameters, and an alias would watch the old one
+        weights = [parameter.detach() for parameter in self._trained.parameters()]
+        torch._foreach_lerp_(self._averages, weights, 1 - self.decay_at(step))

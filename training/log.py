@@ -88,6 +88,8 @@ class RunLog:
                 accelerator.init_trackers("self-transcendence", _flat(settings), {"wandb": {"name": folder.name}})
             except ImportError as error:
                 raise UserError(f"--report-to {tracker}: {error}; pip install {tracker}, or --report-to none") from error
+            except _tracker_errors(tracker) as error:
+                raise UserError(f"--report-to {tracker}: {error}; log in, set WANDB_MODE=offline, or --report-to none") from error
         if accelerator.is_main_process:
             print(*introduction, sep="\n", flush=True)
         self._bar = progress.bar(total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process)
@@ -122,6 +124,15 @@ class RunLog:
         self._bar.close()
         if self._tracker:
             self._accelerator.end_training()
+
+
+def _tracker_errors(tracker: str) -> tuple[type[Exception], ...]:
+    """What the tracker raises where it cannot start: no account, no network."""
+    if tracker != "wandb":
+        return ()
+    import wandb
+
+    return (wandb.errors.Error,)
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -75,7 +75,7 @@ class Trainer:
         config = self.config
         self.network = self._network().to(self.device).train()
         self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
-        setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype, Checkpoint.open, self.data)
+        setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype, self._open, self.data)
         self.alignments = {name: find(name)(own, setting).to(self.device)
                            for name, own in self.options.items() if self._lives(name)}
         groups = [{"name": "network", "params": list(self.network.parameters())}]
@@ -91,12 +91,25 @@ class Trainer:
             for network in [self.network, *teachers, *(frozen for one in self.alignments.values() for frozen in one.compiled)]:
                 launch.compile_blocks(network)
 
+    def _open(self, path: str) -> Checkpoint:
+        """A teacher's checkpoint: for a resumed run the very one it began with, though that run may have gone on since."""
+        for own in self._resolved.values():
+            if own.get("guiding_ckpt") == path and "teacher" in own:
+                found = Checkpoint.open(own["teacher"]["path"])
+                require(found.digest == own["teacher"]["digest"],
+                        f"{self.folder} cannot be continued: its teacher {found.path} has changed since; use another --exp-name")
+                return found
+        return Checkpoint.open(path)
+
     def _network(self) -> models.Backbone:
         if self.resumed:
             return models.build(self.spec, weights=self.resumed.tensors("network"))
         if self.config.init_ckpt is None:
             return models.build(self.spec, seed=self.config.seed)
-        return start_from(Checkpoint.open(self.config.init_ckpt), self.spec, self.config.seed)
+        found = Checkpoint.open(self.config.init_ckpt)
+        difference = found.space.difference(self.data.space)
+        require(difference is None, f"--init-ckpt {found.path} was trained on other latents than {self.config.data_dir} ({difference})")
+        return start_from(found, self.spec, self.config.seed)
 
     def _lives(self, name: str) -> bool:
         return self.stops[name] is None or self.step < self.stops[name]
@@ -113,6 +126,9 @@ class Trainer:
                                          f"use its --model, or another --exp-name")
         require(found.config["data"]["digest"] == self.data.digest, f"{where}: {self.config.data_dir} is another latent set "
                                                                     f"than the one it was trained on; use another --exp-name")
+        precision = "bf16" if self.dtype else "fp32"
+        require(found.config["precision"] == precision, f"{where}: it was trained in {found.config['precision']}, not {precision}; "
+                                                        f"say --mixed-precision {'no' if self.dtype else 'bf16'}")
         now = json.loads(json.dumps({"train": as_dict(self.config), **{n: as_dict(o) for n, o in self.options.items()}}))
         then = {"train": found.config["train"], **found.config["align"]}
         require(now.keys() == then.keys(), f"{where}: its alignments are {list(then)[1:]}, not {list(now)[1:]}; "
@@ -154,7 +170,7 @@ class Trainer:
         config = self.config
         learner = Learner(self.network, self.alignments, velocity_loss=config.velocity_loss, autocast=self.dtype,
                           ema=self.ema.network if any(one.reads_ema for one in self.alignments.values()) else None)
-        wrapped = self.accelerator.prepare(learner)
+        wrapped = self.accelerator.prepare_model(learner, device_placement=False)  # it is where it belongs
         source = Batches(config, self.data, self.device, self.accelerator.process_index, self.accelerator.num_processes,
                          self.on_device)
         meter = Meter(self.accelerator)
@@ -171,7 +187,8 @@ class Trainer:
     def _report(self, meter: Meter, end: int) -> None:
         config, step = self.config, self.step
         values: dict[str, float] = {}
-        if step % config.log_steps == 0 or step == end:
+        saves = step % config.checkpointing_steps == 0 or step == config.max_train_steps
+        if step % config.log_steps == 0 or step == end or saves:
             values = meter.report(config.batch_size)
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             require(not bad, f"{bad[0] if bad else ''} is not finite near step {step}: the run stops before a checkpoint takes it "
@@ -185,7 +202,6 @@ class Trainer:
         shows = config.sampling_steps and step % config.sampling_steps == 0
         if shows and self.accelerator.is_main_process:
             preview.write(self.folder / "samples" / f"{step:07d}.png", self.ema.network, self.codec, self.dtype, config.seed)
-        saves = step % config.checkpointing_steps == 0 or step == config.max_train_steps
         if saves:
             self.save()
         if values or shows or saves:
@@ -202,6 +218,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of the current step, on the main process; the others wait for it."""
+        bad = next((name for name, value in self.network.named_parameters() if not torch.isfinite(value).all()), None)
+        require(bad is None, f"{bad} is not finite at step {self.step}: the run stops before a checkpoint takes it in; continue from "
+                             f"the last one with --mixed-precision no, or train with --qk-norm")
         if self.accelerator.is_main_process:
             checkpoint.write(
                 self.folder / "checkpoints" / f"{self.step:07d}", spec=self.spec, space=self.data.space, step=self.step,
