@@ -314,5 +314,6 @@ class GenerateConfig(SamplingConfig):
         require(self.score is not None or (self.features, self.inception_weights, self.feature_weights) == ("inception", None, None),
                 "--features, --inception-weights and --feature-weights say how to score: add --score REFERENCE")
         require(self.num_fid_samples > 0 and self.batch_size > 0, "--num-fid-samples and --batch-size must be positive")
+        require(self.score is None or self.num_fid_samples >= 4, f"{self.num_fid_samples} samples are too few for a score: at least 4")
         require(self.mixed_precision in (None, "no", "bf16"),
                 f"--mixed-precision {self.mixed_precision} is not supported: bf16 or no")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import errors
 import progress
 from config import GenerateConfig, as_dict, build, parse, require
-from samples import Store
+from samples import Store, finished
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,7 @@ def score(config: GenerateConfig) -> Path:
     accelerator = source.accelerator
     reference, extractor = open_pair(config.score, config.features, accelerator, config.batch_size,
                                      inception_weights=config.inception_weights, feature_weights=config.feature_weights)
+    reference.require_shape("the samples", source.sampler(config).image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator)
     add_drawn(scorer, source.sampler(config), config.num_fid_samples, config.batch_size)
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
@@ -118,6 +119,9 @@ def generate(config: GenerateConfig) -> Path:
     source = Source.open(config)
     accelerator, sampler, settings = source.accelerator, source.sampler(config), source.settings(config)
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
+    if finished(out, settings):
+        accelerator.print(f"{out} already holds these samples")
+        return out
     store = Store(out, settings, config.num_fid_samples, sampler.image_shape, accelerator.is_main_process,
                   accelerator.wait_for_everyone)
     todo = store.missing(accelerator.process_index, accelerator.num_processes)

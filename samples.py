@@ -5,6 +5,7 @@ Finished samples live in `partial/` until all are there, so that a killed run co
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zipfile
@@ -86,6 +87,14 @@ class Store:
             Image.fromarray(grid_picture(shown, 8, scale=max(1, 64 // shown.shape[1]))).save(temporary, format="PNG")
         files.write_json(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
         shutil.rmtree(self.partial)
+
+
+def finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` holds all samples of these settings."""
+    if not ((out / "samples.json").is_file() and (out / "samples.npz").is_file()):
+        return False
+    found = files.read_json(out / "samples.json")
+    return {name: value for name, value in found.items() if name != "samples"} == json.loads(json.dumps(settings))
 
 
 def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:

@@ -55,7 +55,7 @@ class Sampler:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(H, W, C) of the images, as the decoder makes them."""
-        return tuple(to_uint8(self.codec.decode(torch.zeros(1, *self.shape, device=self.device))).shape[1:])
+        return image_shape(self.codec, self.shape, self.device)
 
     def labels(self, indices: Sequence[int]) -> np.ndarray:
         """(n,) int64 labels of the samples at `indices`."""
@@ -100,6 +100,11 @@ class Sampler:
         s = self.settings
         channels = 3 if s.guidance_channels == "first3" else None
         return samplers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
+
+
+def image_shape(codec: Codec, latent: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """(H, W, C) of the images that `codec` makes of latents (C, H, W)."""
+    return tuple(to_uint8(codec.decode(torch.zeros(1, *latent, device=device))).shape[1:])
 
 
 def grid_picture(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:

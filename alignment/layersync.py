@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignment.base import AlignOptions, Alignment, Context, Published, Setting, cosine, given, layer
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, given, layer
 from config import option, require
 from models import ModelSpec
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import path
-from alignment.base import AlignOptions, Alignment, Context, Published, Setting, cosine, given, layer, linear
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, given, layer, linear
 from config import option, require
 from models import ModelSpec
 from training.streams import Stream

@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     options = build(Options, parse(Options, words, prog="python -m evaluations.evaluate", description=__doc__))
     require(options.batch_size > 0, f"--batch-size {options.batch_size} must be positive")
+    require(not Path(options.out).is_dir(), f"--out {options.out} is a folder: name the file to write, such as metrics.json")
     samples = open_all(options.samples)
     accelerator = launch.accelerator()
     reference, extractor = open_pair(options.reference, options.features, accelerator, options.batch_size,

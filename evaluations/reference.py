@@ -188,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     options = build(Options, parse(Options, words, prog="python -m evaluations.reference", description=__doc__))
     require(options.batch_size > 0 and options.keep > 3, "--batch-size must be positive and --keep at least 4")
+    require(options.resolution is None or options.resolution > 0, f"--resolution {options.resolution} must be positive")
     accelerator = launch.accelerator()
     with accelerator.main_process_first():  # who downloads the weights
         extractor = open_extractor(options.features, inception_weights=options.inception_weights,

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
     options = config.build(Options, config.parse(Options, sys.argv[1:] if argv is None else argv,
                                                  prog="python -m preprocessing.encode", description=__doc__))
+    for flag, value in (("--workers", options.workers), ("--skip-bad", options.skip_bad)):
+        config.require(value is None or value >= 0, f"{flag} {value} must not be negative")
     encode(ImageFiles(options.images), options)
 
 

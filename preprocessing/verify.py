@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words and not words[0].startswith("-"):
         words = ["--data-dir", *words]
     options = config.build(Options, config.parse(Options, words, prog="python -m preprocessing.verify", description=__doc__))
+    config.require(options.num_images >= 0, f"--num-images {options.num_images} must not be negative")
     check_digests(Path(options.data_dir))
     latents = LatentSet(options.data_dir)
     _line("items", f"{len(latents):,} in {len(latents.manifest['shards'])} shards, checksums agree")

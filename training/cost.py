@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import dataset
 import models
 from alignment import Alignment, AlignOptions, Setting, find
+from alignment.base import Published
 from config import TrainConfig
 from dataset import LatentSet
 from loss import Batch, Learner
@@ -104,8 +105,10 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions]) -> Cost:
         total, frozen, _ = probe.run({name: one})
         share, stop = _share(one.options, config.time_sampling), one.options.stop(epoch_steps)
         parts.append(Part(f"{name}: head and loss", _count(one), True, share * (total - plain - frozen), stop))
+        # a cache has the whole set encoded once, before the first step
+        each_step = 0.0 if getattr(one.options, "cache", False) else share
         for role, network in _frozen(one).items():
-            parts.append(Part(f"{name}: {role}", _count(network), False, share * frozen, stop))
+            parts.append(Part(f"{name}: {role}", _count(network), False, each_step * frozen, stop))
         if one.reads_ema:
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
     kept, casts = probe.memory(alignments)
@@ -119,12 +122,20 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
     cost = estimate(config, options)
     if os.environ.get("RANK", "0") != "0":
         return
-    print(report(cost, config.images_per_second), *published(config.model, options), sep="\n")
+    cached = [f"{name}: its encoder runs over the set once before the first step, and keeps the tokens of every image in memory: "
+              f"neither is counted" for name, own in options.items() if getattr(own, "cache", False)]
+    known = published(config.model, options) if config.preset in (None, "paper") else []
+    print(report(cost, config.images_per_second), *cached, *known, sep="\n")
+
+
+PLAIN = {"SiT-B/2": Published(33.0, 80, "SDE, 250 steps", flips=True), "SiT-L/2": Published(18.8, 80, "SDE, 250 steps", flips=True),
+         "SiT-XL/2": Published(17.2, 80, "SDE, 250 steps", flips=True)}
+"""Plain SiT, as REPA's paper reports it."""
 
 
 def published(model: str, names: Iterable[str]) -> list[str]:
-    """What the authors of these alignments report for this model, one line each."""
-    found = {name: find(name).published.get(model) for name in names}
+    """What the authors of these alignments report for this model under their own settings, one line each."""
+    found = {name: find(name).published.get(model) for name in names} or {"none": PLAIN.get(model)}
     return [f"published with {name}: FID {one.fid:.2f} after {one.epochs} epochs ({one.sampler}; trained with"
             f"{'' if one.flips else 'out'} flips; ImageNet 256, no guidance)" for name, one in found.items() if one]
 

@@ -10,7 +10,7 @@ from evaluations.evaluate import open_pair
 from evaluations.score import Scorer, add_drawn
 from models import Backbone
 from models.latents import Codec
-from sampling import Sampler
+from sampling import Sampler, image_shape
 from training.preview import SETTINGS
 
 BATCH = 64  # samples per network call in each process
@@ -19,15 +19,20 @@ BATCH = 64  # samples per network call in each process
 class Evaluation:
     """Reference and extractor, opened once before the first step, so that what is missing is missed then.
 
+    Args:
+        latent: (C, H, W) of the network's latents.
+
     Raises:
         UserError: a reference, weights or images that do not fit (see evaluations.evaluate).
     """
 
-    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator,
+                 latent: tuple[int, ...]) -> None:
         self.config, self.codec, self.accelerator = config, codec, accelerator
         self.reference, self.extractor = open_pair(config.eval_reference, config.eval_features, accelerator,
                                                    inception_weights=config.inception_weights,
                                                    feature_weights=config.feature_weights)
+        self.reference.require_shape("the samples", image_shape(codec, latent, accelerator.device))
 
     def measure(self, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
         """Metrics by name and sample count (`eval/fid@5000`): numbers of other counts are other metrics.

@@ -60,7 +60,10 @@ class Trainer:
         self.options = {name: find(name).resolve(own, self.spec) for name, own in options.items()}
         self.codec = open_codec(config.vae or self.data.space.vae, space=self.data.space, device=self.device) \
             if config.sampling_steps or config.eval_steps else None
-        self.evaluation = evaluation.Evaluation(config, self.codec, self.accelerator) if config.eval_steps else None
+        self.evaluation = None
+        if config.eval_steps:
+            latent = (self.spec.in_channels, self.spec.input_size, self.spec.input_size)
+            self.evaluation = evaluation.Evaluation(config, self.codec, self.accelerator, latent)
         self.stops = {name: own.stop(self.epoch_steps) for name, own in self.options.items()}
         found = checkpoint.latest(self.folder)
         self.resumed = Checkpoint.open(found) if found else None
@@ -254,6 +257,10 @@ class Trainer:
             f"{config.max_train_steps} steps = {config.max_train_steps / self.epoch_steps:.1f} epochs"]
         for name, own in self._align_json().items():
             lines.append(f"alignment {name}: " + ", ".join(f"{key} {value}" for key, value in own.items() if value is not None))
+            authors = find(name).published.get(config.model)
+            if authors and authors.flips != (self.data.views == 2):
+                lines.append(f"note: the published {name} of {config.model} trained with{'' if authors.flips else 'out'} flips; this "
+                             f"latent set has {'none' if authors.flips else 'them'}")
         if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
             lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its "
                          f"weights stay near the start: add --ema-warmup")
