@@ -124,6 +124,18 @@ def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words
     assert found.micro_batch == 16 and found.epoch_steps == 1797 // 16
 
 
+def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, encoder: Path) -> None:
+    argv = words(tmp_path, "x", "--align", "repa", "--repa-encoder", encoder)
+    every_step, cached = estimate(argv), estimate([*argv, "--align-cache"])
+    (running,) = [part for part in every_step.parts if part.name == "repa: encoder"]
+    (kept,) = [part for part in cached.parts if part.name == "repa: encoder"]
+    assert running.flops > 0 and kept.flops == 0 and cached.ratio() < every_step.ratio()
+
+
+def test_plain_training_has_its_published_number_too() -> None:
+    assert "33.00" in cost.published("SiT-B/2", [])[0]
+
+
 def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path,
                                               capsys: pytest.CaptureFixture) -> None:
     train_guide.main(words(tmp_path, "x", "--guiding-ckpt", teacher, "--align-stop-steps", 10, "--max-train-steps", 100,

@@ -91,6 +91,25 @@ def test_a_killed_run_keeps_its_samples(guided: Path, tmp_path: Path, monkeypatc
     assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
 
 
+def test_finished_samples_are_not_drawn_again(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = draw(guided, tmp_path / "a")
+    monkeypatch.setattr(Sampler, "images", None)  # would fail
+    again = draw(guided, tmp_path / "a")
+    assert np.array_equal(first[0], again[0])
+    with pytest.raises(TypeError):
+        draw(guided, tmp_path / "a", "--seed", 5)
+
+
+def test_what_a_score_needs_is_checked_before_sampling(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "images", None)
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((8, 16, 16, 1), np.uint8))
+    words = ["--ckpt", str(guided), "--out", str(tmp_path / "out"), "--features", "pixels", "--score", str(tmp_path / "large.npz")]
+    with pytest.raises(UserError, match="16"):
+        generate.main([*words, "--num-fid-samples", "8"])
+    with pytest.raises(UserError, match="at least 4"):
+        generate.main([*words, "--num-fid-samples", "3"])
+
+
 def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "finish", lambda self: None)
     generate.main(["--ckpt", str(guided), "--out", str(tmp_path), "--num-fid-samples", "4", "--num-steps", "2"])

@@ -200,3 +200,19 @@ def test_a_best_point_at_the_end_of_its_range_says_so():
     assert list(sweep.edges(config, (2, 0.75))) == ["--cfg-scale"]
     assert list(sweep.edges(config, (1.5, 0.5))) == ["--guidance-high"]
     assert list(sweep.edges(config, (1, 1))) == [] == list(sweep.edges(config, (1.5, 0.75)))
+
+
+def test_a_reference_of_another_size_is_refused_before_training(tmp_path, words):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((8, 16, 16, 1), np.uint8))
+    with pytest.raises(UserError, match="16"):
+        train.main(words(tmp_path, "x", "--eval-steps", 50, "--eval-reference", tmp_path / "large.npz", "--eval-samples", 8,
+                         "--eval-features", "pixels"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_grids_that_are_no_numbers_are_refused():
+    from evaluations.sweep import values
+
+    for text in ("nan", "nan:2:1", "1:inf:1", "1:2:0", "x"):
+        with pytest.raises(UserError, match="--cfg-scale"):
+            values("--cfg-scale", text)
