@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,7 @@ class Trainer:
         saves = step % config.checkpointing_steps == 0 or step == config.max_train_steps
         if step % config.log_steps == 0 or step == end or saves:
             values = meter.report(config.batch_size)
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
-            require(not bad, f"{bad[0] if bad else ''} is not finite near step {step}: the run stops before a checkpoint takes it "
-                             f"in; continue from the last one with --mixed-precision no, or train with --qk-norm")
+            self._refuse(name for name, value in values.items() if not math.isfinite(value))
         if self.evaluation and step % config.eval_steps == 0:
             scores = self.evaluation.measure(self.ema.network, self.dtype)
             self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -210,6 +209,12 @@ class Trainer:
         if values or shows or saves:
             meter.restart_clock()
 
+    def _refuse(self, not_finite: Iterable[str]) -> None:
+        """Stop the run if anything is not finite; names the first."""
+        bad = next(iter(not_finite), None)
+        require(bad is None, f"{bad} is not finite near step {self.step}: the run stops before a checkpoint takes it in; continue "
+                             f"from the last one with --mixed-precision no, or train with --qk-norm")
+
     def _end_alignments(self) -> None:
         for name in [name for name in self.alignments if not self._lives(name)]:
             for group in [group for group in self.optimizer.param_groups if group["name"] == name]:
@@ -221,9 +226,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of the current step, on the main process; the others wait for it."""
-        bad = next((name for name, value in self.network.named_parameters() if not torch.isfinite(value).all()), None)
-        require(bad is None, f"{bad} is not finite at step {self.step}: the run stops before a checkpoint takes it in; continue from "
-                             f"the last one with --mixed-precision no, or train with --qk-norm")
+        self._refuse(name for name, value in self.network.named_parameters() if not torch.isfinite(value).all())
         if self.accelerator.is_main_process:
             checkpoint.write(
                 self.folder / "checkpoints" / f"{self.step:07d}", spec=self.spec, space=self.data.space, step=self.step,
