@@ -1,176 +1,51 @@
-"""Options: typed dataclasses, and the command line derived from them.
+"""The options of training and sampling, and the recipes: everything that a run can be told.
 
-Every command declares its options as one frozen dataclass whose fields are made with `option`. `parse` turns the fields
-into flags (`max_train_steps` -> `--max-train-steps`), refuses unknown flags with the nearest known one, and returns
-the words that were given, so that recipes and presets can stand between the defaults and the command line:
-defaults < recipe < preset < command line.
+Each class is a command line (`runtime.options`). Values between the defaults and the command line come from recipes
+(below), from presets of an alignment (its own file) and from sampling presets (`sampling/presets.py`).
 
 This file knows nothing of tensors.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import math
-import types
-import typing
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
-from typing import Any, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-from errors import UserError, nearest
-
-T = TypeVar("T")
+from runtime.errors import UserError, require
+from runtime.options import group, option
 
 
-def option(default: Any = MISSING, *, help: str, choices: Sequence[str] | None = None, flag: str | None = None) -> Any:
-    """A dataclass field that is also a command-line flag. Without `default` the flag is required."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What a score compares."""
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def parse(schema: type, argv: Sequence[str], *, prog: str, description: str | None = None) -> dict[str, Any]:
-    """The options that `argv` gives, by field name, typed as the dataclass `schema` says.
-
-    Raises:
-        UserError: an unknown flag (with the nearest known one), a value of the wrong type.
-    """
-    return parse_sections({"": schema}, argv, prog=prog, description=description)[""]
-
-
-def parse_sections(schemas: dict[str, type], argv: Sequence[str], *, prog: str,
-                   description: str | None = None) -> dict[str, dict[str, Any]]:
-    """`parse` for several dataclasses at once. The section called "" has plain flags (`--seed`).
-
-    Every other section is an alignment: `depth` of section `repa` is set by `--repa-depth`, and by `--align-depth` too
-    where it is the only alignment that has it.
-    """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    owners = Counter(f.name for section, schema in schemas.items() if section for f in dataclasses.fields(schema))
-    for section, schema in schemas.items():
-        hints = typing.get_type_hints(schema)
-        group = parser.add_argument_group(f"alignment {section}") if section else parser
-        for field in dataclasses.fields(schema):
-            if field.metadata:
-                flags = flags_of(field, section, alone=owners[field.name] == 1)
-                _add(group, field, hints[field.name], flags, dest=f"{section}.{field.name}")
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}; see --help")
-    found: dict[str, dict[str, Any]] = {section: {} for section in schemas}
-    for key, value in vars(given).items():
-        section, name = key.split(".")
-        found[section][name] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
-def peek(schema: type, name: str, argv: Sequence[str]) -> Any:
-    """The value that `argv` gives to one field of `schema`, other words unread; its default where it gives none."""
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    field = next(f for f in dataclasses.fields(schema) if f.name == name)
-    _add(parser, field, typing.get_type_hints(schema)[name], flags_of(field), dest=name)
-    parser.set_defaults(**{name: field.default})
-    return getattr(parser.parse_known_args(argv)[0], name)
-
-
-def flags_of(field: dataclasses.Field, section: str = "", alone: bool = False) -> list[str]:
-    """The flags that set `field`."""
-    word = field.name.replace("_", "-")
-    if field.metadata.get("flag"):
-        return [f"--{field.metadata['flag']}"]
-    if not section:
-        return [f"--{word}"]
-    return [f"--{section}-{word}"] + ([f"--align-{word}"] if alone else [])
-
-
-def _add(parser: Any, field: dataclasses.Field, hint: Any, flags: list[str], dest: str) -> None:
-    kind, count = _kind(hint)
-    text = field.metadata["help"]
-    if field.default is MISSING:
-        text += " (required)"  # by `build`: an unknown flag is the better thing to complain about first
-    elif field.default not in (None, ""):
-        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text += f" (default {shown})"
-    arguments: dict[str, Any] = {"dest": dest, "help": text.replace("%", "%%")}
-    if kind is bool:
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
-    else:
-        choices = field.metadata["choices"]
-        metavar = None if choices else kind.__name__.upper()
-        parser.add_argument(*flags, type=finite if kind is float else kind, nargs=count, choices=choices, metavar=metavar, **arguments)
-
-
-def finite(word: str) -> float:
-    """A finite number; the type of every float option."""
-    value = float(word)
-    if not math.isfinite(value):
-        raise ValueError(word)
-    return value
-
-
-finite.__name__ = "float"  # what argparse calls it
-
-
-def _kind(hint: Any) -> tuple[type, int | str | None]:
-    """The scalar type of an annotation, and how many values its flag takes (None: one; '+': a tuple of any length)."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        return parts[0], "+" if parts[-1] is Ellipsis else len(parts)
-    return hint, None
-
-
-def build(schema: type[T], *layers: dict[str, Any]) -> T:
-    """The dataclass `schema` with the values of `layers`, later layers winning; lists become tuples."""
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values.update(layer)
-    names = {field.name for field in dataclasses.fields(schema)}
-    for name in values:
-        if name not in names:
-            raise UserError(f"{schema.__name__} has no option {name}{nearest(name, names)}")
-    missing = [flags_of(f)[0] for f in dataclasses.fields(schema)
-               if f.name not in values and f.default is MISSING and f.default_factory is MISSING]
-    if missing:
-        raise UserError(f"missing {', '.join(missing)}; see --help")
-    return schema(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
+    features: str = option("inception", help="what scores compare: inception, pixels, or timm:NAME[@SIDE]", heading="scores")
+    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
+    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Options of `train.py` and `train_guide.py`. Batch sizes are global, steps are optimiser updates."""
 
-    data_dir: str = option(help="latent set (folder with manifest.json)")
+    data_dir: str = option(help="latent set (folder with manifest.json)", heading="data")
     resident: str = option("disk", choices=("disk", "ram", "device"), help="where the latents stay: mapped, in memory, on the device")
-    model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2")
+
+    model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2 (all names below)", heading="network")
     qk_norm: bool = option(False, help="normalise queries and keys")
-    align: tuple[str, ...] = option(("none",), help="alignment(s) beside the flow-matching loss; none is plain training")
+    init_ckpt: str | None = option(None, help="start from this checkpoint's network (a new label table if classes differ)")
+
+    align: tuple[str, ...] = option(("none",), help="alignment(s) beside the flow-matching loss (all names below); none is plain "
+                                                    "training", heading="method")
     preset: str | None = option(None, help="named settings of the alignment: paper, upstream, ...")
     recipe: str = option("sit", choices=("sit", "lightningdit", "lightningdit-800ep", "digits"),
                          help="optimiser, batch, EMA and times of a family")
-    init_ckpt: str | None = option(None, help="start from this checkpoint's network (a new label table if classes differ)")
+    cfg_prob: float = option(0.1, help="share of labels replaced by the null label")
+    time_sampling: str = option("uniform", choices=("uniform", "logit-normal"), help="distribution of t")
+    uniform_from_epoch: float | None = option(None, help="draw t uniformly from this epoch on")
+    velocity_loss: str = option("mse", choices=("mse", "mse+cosine"), help="flow-matching loss")
 
-    batch_size: int = option(256, help="samples per optimiser step over all processes")
+    batch_size: int = option(256, help="samples per optimiser step over all processes", heading="optimisation")
     gradient_accumulation_steps: int = option(1, help="micro-batches per optimiser step")
     max_train_steps: int = option(400_000, help="optimiser steps in all")
     learning_rate: float = option(1e-4, help="AdamW's constant rate")
@@ -181,39 +56,34 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 for no clipping")
     ema_decay: float = option(0.9999, help="decay of the weights' moving average")
     ema_warmup: bool = option(False, help="shorten the average early on: min(decay, (1 + s) / (10 + s))")
-    cfg_prob: float = option(0.1, help="share of labels replaced by the null label")
-    time_sampling: str = option("uniform", choices=("uniform", "logit-normal"), help="law of t")
-    uniform_from_epoch: float | None = option(None, help="draw t uniformly from this epoch on")
-    velocity_loss: str = option("mse", choices=("mse", "mse+cosine"), help="flow-matching loss")
 
-    seed: int = option(0, help="seed of everything")
-    mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
+    mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
     compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
     deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
 
-    output_dir: str = option("exps", help="folder of all runs")
+    output_dir: str = option("exps", help="folder of all runs", heading="run")
     exp_name: str = option(help="name of this run; the same command again continues it")
+    seed: int = option(0, help="seed of everything")
     checkpointing_steps: int = option(50_000, help="write a checkpoint every so many steps, and at the end")
-    sampling_steps: int = option(0, help="write a grid of samples every so many steps; 0 for never")
-    eval_steps: int = option(0, help="score samples of the EMA weights every so many steps; 0 for never")
-    eval_reference: str | None = option(None, help="reference to score against (see evaluations.evaluate)")
-    eval_samples: int = option(5000, help="samples per score; not to be compared with scores of 50,000")
-    eval_features: str = option("inception", help="what the scores compare: inception, pixels, or timm:NAME[@SIDE]")
-    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
-    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
-    vae: str | None = option(None, help="VAE for grids and scores (default: the one that the data names)")
-    log_steps: int = option(100, help="log every so many steps")
-    report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
     dry_run: bool = option(False, help="print what the run would cost, and train nothing")
     images_per_second: float | None = option(None, help="with --dry-run: a rate measured at the start of such a run, for the hours")
+
+    log_steps: int = option(100, help="log every so many steps", heading="logging")
+    report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
+    sampling_steps: int = option(0, help="write a grid of samples every so many steps; 0 for never")
+    eval_steps: int = option(0, help="score samples of the EMA weights every so many steps; 0 for never")
+    reference: str | None = option(None, help="reference to score against (see evaluations.evaluate)")
+    num_fid_samples: int = option(5000, help="samples per score; not to be compared with scores of 50,000")
+    vae: str | None = option(None, help="VAE for grids and scores (default: the one that the data names)")
+    scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0 and self.gradient_accumulation_steps > 0 and self.max_train_steps > 0,
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
-        require((self.eval_steps > 0) == (self.eval_reference is not None),
-                "--eval-steps and --eval-reference go together: give both, or neither")
-        require(self.eval_samples > 3, f"--eval-samples {self.eval_samples} must be at least 4")
+        require((self.eval_steps > 0) == (self.reference is not None),
+                "--eval-steps and --reference go together: give both, or neither")
+        require(self.num_fid_samples > 3, f"--num-fid-samples {self.num_fid_samples} must be at least 4")
         require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
                 "--images-per-second is a positive rate and belongs to --dry-run")
         require(self.sampling_steps >= 0 and self.eval_steps >= 0, "--sampling-steps and --eval-steps must not be negative; 0 is for never")
@@ -226,9 +96,14 @@ class TrainConfig:
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
-        if self.mixed_precision not in (None, "no", "bf16"):
-            raise UserError(f"--mixed-precision {self.mixed_precision} is not supported: use bf16 (fp16 overflows in these "
-                            f"networks' features, fp8 does not pay at these widths) or no")
+        require_precision(self.mixed_precision)
+
+
+def require_precision(wanted: str | None) -> None:
+    """Raise UserError unless `wanted` is no, bf16 or None."""
+    if wanted not in (None, "no", "bf16"):
+        raise UserError(f"--mixed-precision {wanted} is not supported: use bf16 (fp16 overflows in these networks' features, fp8 "
+                        f"does not pay at these widths) or no")
 
 
 _LIGHTNINGDIT = {"model": "LightningDiT-XL/1", "batch_size": 1024, "max_train_steps": 80_000, "learning_rate": 2e-4,
@@ -251,8 +126,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 # Options that may differ when a run is continued: they move no number of the steps already taken.
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
-                            "output_dir", "exp_name", "vae", "eval_steps", "eval_reference", "eval_samples",
-                            "eval_features", "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile",
+                            "output_dir", "exp_name", "vae", "eval_steps", "reference", "num_fid_samples", "features",
+                            "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile",
                             "dry_run", "images_per_second"})
 
 
@@ -260,19 +135,19 @@ FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpoi
 class SamplingConfig:
     """All that decides what a sample looks like, given the weights. Times are in [0, 1], 1 is noise."""
 
-    mode: str = option("sde", choices=("ode", "sde"), help="probability-flow ODE or reverse SDE (Euler-Maruyama)")
+    mode: str = option("sde", choices=("ode", "sde"), help="probability-flow ODE or reverse SDE (Euler-Maruyama)", heading="solver")
     solver: str = option("euler", choices=("euler", "heun", "dopri5"), help="solver of the ODE")
     num_steps: int = option(250, help="steps (see --grid)")
     grid: str = option("evaluations", choices=("evaluations", "points"),
                        help="whether --num-steps counts steps of the ODE, or points of its grid (one step fewer)")
     timestep_shift: float = option(1.0, help="below 1: more ODE steps near noise (LightningDiT: 0.3)")
     last_step: float = option(0.04, help="size of the SDE's last, noise-free step")
-    cfg_scale: float = option(1.0, help="guidance scale; 1 is no guidance")
+    cfg_scale: float = option(1.0, help="guidance scale; 1 is no guidance", heading="guidance")
     guidance_low: float = option(0.0, help="guide while t is at least this")
     guidance_high: float = option(1.0, help="guide while t is at most this")
     guidance_channels: str = option("all", choices=("all", "first3"),
                                     help="channels that are guided (SiT's and LightningDiT's published numbers: first3)")
-    weights: str = option("ema", choices=("ema", "raw"), help="which of the checkpoint's weights")
+    weights: str = option("ema", choices=("ema", "raw"), help="which of the checkpoint's weights", heading="samples")
     labels: str = option("random", choices=("random", "balanced"),
                          help="labels: drawn for each sample, or equal counts in shuffled order")
     rounding: str = option("round", choices=("round", "truncate"), help="how pixels become integers (REPA truncates)")
@@ -292,28 +167,89 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingConfig):
-    """Options of `generate.py`."""
+class SourceOptions:
+    """What to sample from, and how fast: nothing here changes a sample but the weights and the decoder, and those are recorded."""
 
-    ckpt: str = option(help="checkpoint folder, or a run (its latest checkpoint)")
-    preset: str | None = option(None, help="settings of a published number, see --list-presets")
-    list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
-    num_fid_samples: int = option(50_000, help="how many samples")
-    out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
-    batch_size: int = option(64, help="samples per network call in each process")
-    score: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples")
-    features: str = option("inception", help="what --score compares: inception, pixels, or timm:NAME[@SIDE]")
-    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
-    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
+    ckpt: str = option(help="checkpoint folder, or a run (its latest checkpoint)", heading="network")
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
     compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
+    batch_size: int = option(64, help="samples per network call in each process")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.score is not None or (self.features, self.inception_weights, self.feature_weights) == ("inception", None, None),
-                "--features, --inception-weights and --feature-weights say how to score: add --score REFERENCE")
-        require(self.num_fid_samples > 0 and self.batch_size > 0, "--num-fid-samples and --batch-size must be positive")
-        require(self.score is None or self.num_fid_samples >= 4, f"{self.num_fid_samples} samples are too few for a score: at least 4")
-        require(self.mixed_precision in (None, "no", "bf16"),
-                f"--mixed-precision {self.mixed_precision} is not supported: bf16 or no")
+        require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
+        require_precision(self.mixed_precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Options of `generate.py`."""
+
+    source: SourceOptions = group(SourceOptions)
+    preset: str | None = option(None, help="settings of a published number, see --list-presets", heading="samples")
+    list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
+    num_fid_samples: int = option(50_000, help="how many samples")
+    out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
+    sampling: SamplingConfig = group(SamplingConfig)
+    reference: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples",
+                                   heading="scores")
+    scores: FeatureOptions = group(FeatureOptions)
+
+    def __post_init__(self) -> None:
+        require(self.reference is not None or self.scores == FeatureOptions(),
+                "--features, --inception-weights and --feature-weights say how to score: add --reference REFERENCE")
+        require(self.num_fid_samples > 0, f"--num-fid-samples {self.num_fid_samples} must be positive")
+        require(self.reference is None or self.num_fid_samples >= 4,
+                f"{self.num_fid_samples} samples are too few for a score: at least 4")
+
+
+PEERS: dict[str, str] = {
+    # data
+    "--resolution": "the latent set knows its resolution; it is given to preprocessing.encode",
+    "--num-classes": "the latent set and the checkpoint know their classes",
+    "--num-workers": "nothing to set: latents are memory-mapped and read one step ahead",
+    "--data-path": "write --data-dir",
+    # network
+    "--fused-attn": "attention is always fused (scaled_dot_product_attention)",
+    "--legacy": "nothing to set: old layouts are recognised by python -m models.convert",
+    "--resume-step": "run the same command again: it continues from its latest checkpoint",
+    # method
+    "--enc-type": "write --align repa --align-encoder NAME (dinov2-vit-b is the default); this project's method needs no encoder",
+    "--encoder-depth": "write --align-depth N with --align repa (or latent); a checkpoint knows its own when sampling",
+    "--proj-coeff": "write --align-weight W",
+    "--projector-embed-dims": "nothing to set: heads stay apart from the network, sampling never meets them",
+    "--path-type": "the interpolant is the linear one; REPA's cosine path is not offered",
+    "--prediction": "networks predict the velocity; there is no other prediction",
+    "--weighting": "the loss is weighted uniformly over t; for other times see --time-sampling (logit-normal)",
+    "--class-dropout-prob": "write --cfg-prob P",
+    "--omega": "write --guide-scale OMEGA (train_guide.py)",
+    "--stop-epoch": "write --align-stop-steps N: the authors' --stop-epoch counts optimiser steps",
+    # optimisation and precision
+    "--epochs": "write --max-train-steps N: steps per epoch are printed at the start",
+    "--global-batch-size": "write --batch-size N: it is global here",
+    "--allow-tf32": "nothing to set: bf16 is the default where the hardware has it",
+    "--tf32": "nothing to set: bf16 is the default where the hardware has it",
+    "--lr": "write --learning-rate",
+    "--use-8bit-adam": "AdamW in float32 is the one optimiser; 8-bit states are not offered",
+    # run and log
+    "--logging-dir": "logs go into the run's folder, OUTPUT_DIR/EXP_NAME/log.jsonl",
+    "--results-dir": "write --output-dir",
+    "--ckpt-every": "write --checkpointing-steps N",
+    "--log-every": "write --log-steps N",
+    "--sample-every": "write --sampling-steps N",
+    "--wandb": "write --report-to wandb",
+    "--resume": "run the same command again: it continues from its latest checkpoint",
+    # sampling
+    "--model": "the checkpoint knows its network",
+    "--per-proc-batch-size": "write --batch-size N: in generate.py it is per process",
+    "--sample-dir": "write --out FOLDER",
+    "--global-seed": "write --seed N",
+    "--heun": "write --mode ode --solver heun",
+    "--sampling-method": "write --solver euler, heun or dopri5 (with --mode ode)",
+    "--num-sampling-steps": "write --num-steps N",
+    "--qk-norm": "the checkpoint knows whether its network has QK-norm",
+}
+"""Words of REPA, SiT and LightningDiT that are not options here, and what to write instead or why there is nothing to write.
+
+Words that mean the same there and here are options under their own names, and never looked up in this table.
+"""

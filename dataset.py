@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
-import progress
-from errors import UserError
 from models.latents import LatentSpace
-from training.streams import Stream
+from models.pixels import is_pixels, to_uint8
+from runtime import files, progress
+from runtime.errors import UserError
+from runtime.streams import Stream
 
 FORMAT = 1
 _COUNTS = ("resolution", "latent_size", "views", "parts", "num_classes", "count")
@@ -48,15 +48,15 @@ class LatentSet:
 
     Args:
         path: the folder that holds `manifest.json`.
-        resident: "disk" maps the files (the kernel keeps what it can of them in memory); "ram" copies all latents into
-            memory first.
+        resident: where the latents live: "disk" maps the files (the kernel keeps what it can of them in memory); "ram"
+            copies them into memory first; "device" onto `device`.
 
     Raises:
         UserError: the folder is missing, empty or unfinished, a shard is missing, truncated or disagrees with the
             manifest, a label is outside 0 .. num_classes-1, or the set does not fit in memory ("ram").
     """
 
-    def __init__(self, path: Path | str, *, resident: str = "disk") -> None:
+    def __init__(self, path: Path | str, *, resident: str = "disk", device: torch.device | str = "cpu") -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.digest = files.digest(self.path / MANIFEST)
@@ -77,35 +77,51 @@ class LatentSet:
         self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in shards]  # row = item * views + view
         if resident == "ram":
             self._rows = [_into_memory(self._rows, self.path)]
-        elif resident != "disk":
-            raise UserError(f"a latent set can be resident on disk or ram, not {resident}")
+        elif resident not in ("disk", "device"):
+            raise UserError(f"a latent set can be resident on disk, ram or device, not {resident}")
         self._bounds = np.cumsum([0] + [len(rows) for rows in self._rows])
+        self._on_device = self._copied_to(device) if resident == "device" else None
 
     def __len__(self) -> int:
         return self.count
 
-    def rows(self, indices: np.ndarray, views: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, indices: np.ndarray, views: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """The raw latents and labels of `indices` (n,), each in view `views` (n,) (0 where None).
 
-        Returns (n, parts, C, H, W) in the stored type and (n,) int64. Half the bytes of `read` where that is float16: the
-        way to a GPU, which converts for nothing. Raises IndexError for an index or view that does not exist.
+        Returns (n, parts, C, H, W) in the stored type and (n,) int64, in host memory or, where the set is resident there, on
+        its device. Half the bytes of `read` where the type is float16: the way to a GPU, which converts for nothing.
+
+        Raises:
+            IndexError: an index or a view does not exist.
         """
         indices = np.asarray(indices, dtype=np.int64)
         chosen = np.zeros_like(indices) if views is None else np.asarray(views, dtype=np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < self.count
                                  and 0 <= chosen.min() and chosen.max() < self.views):
             raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
-        rows = indices * self.views + chosen
-        shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
-        latents = np.empty((len(indices), *self.shape), self.manifest["dtype"])
-        for place, (shard, row) in enumerate(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist())):
-            latents[place] = self._rows[shard][row]
-        return latents, self.labels[indices]
+        if self._on_device is not None:
+            latents, labels = self._on_device
+            item, view = (_sent(torch.from_numpy(part), latents.device) for part in (indices, chosen))
+            return latents[item, view], labels[item]
+        return torch.from_numpy(self._gather(indices * self.views + chosen)), torch.from_numpy(self.labels[indices])
 
     def read(self, indices: np.ndarray, views: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """`rows` with the latents as float32."""
+        """`rows` as NumPy arrays, the latents as float32."""
         latents, labels = self.rows(indices, views)
-        return torch.from_numpy(latents).float().numpy(), labels
+        return latents.float().cpu().numpy(), labels.cpu().numpy()
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        """(n, parts, C, H, W) in the stored type: the given rows, a row being item x views + view."""
+        shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
+        latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
+        for place, (shard, row) in enumerate(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist())):
+            latents[place] = self._rows[shard][row]
+        return latents
+
+    @property
+    def has_images(self) -> bool:
+        """Whether `images` can answer: they were kept, or the latents are pixels."""
+        return self.manifest["images"] or is_pixels(self.space)
 
     def images(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """The cropped images of `indices` (n,) as uint8 (n, R, R, channels), mirrored where `views` (n,) is 1.
@@ -115,12 +131,10 @@ class LatentSet:
         Raises:
             UserError: the set was made without images, or a stored image is damaged.
         """
-        if not self.manifest["images"] and self.space.name == "pixels":
-            from models.latents import to_uint8
-
-            return to_uint8(torch.from_numpy(self.read(indices, views)[0][:, 0])).numpy()
+        if not self.has_images:
+            raise UserError(f"{self.path} holds latents without their images; encode it with --keep-images")
         if not self.manifest["images"]:
-            raise UserError(f"{self.path} holds no images; encode it again with --keep-images")
+            return to_uint8(torch.from_numpy(self.read(indices, views)[0][:, 0])).numpy()
         from PIL import Image
 
         pictures = []
@@ -152,7 +166,7 @@ class LatentSet:
         begin, end = offsets[index - self._starts[shard]:][:2]
         return self._shards[shard][f"{column}_bytes"][begin:end].tobytes()
 
-    def on_device(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def _copied_to(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The whole set as (count, views, parts, C, H, W) in its stored type and (count,) int64, on `device`."""
         latents = torch.empty((self.count, self.views, *self.shape), device=device,
                               dtype=getattr(torch, self.manifest["dtype"]))
@@ -184,6 +198,11 @@ class LatentSet:
         if len(wrong):
             raise UserError(f"{self.name(wrong[0])} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
                             f"{self.num_classes - 1} of its {self.num_classes} classes; encode it again")
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, without making the host wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
@@ -268,7 +287,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
     needed = sum(shard.nbytes for shard in shards)
-    if (free := available_memory()) is not None and needed > free:
+    if (free := files.available_memory()) is not None and needed > free:
         raise UserError(f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
                         "leave it on disk")
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
@@ -277,12 +296,3 @@ def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
         rows[at:at + len(shard)] = shard
         at += len(shard)
     return rows
-
-
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

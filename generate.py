@@ -4,110 +4,54 @@
     accelerate launch --num_processes 8 generate.py ...
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
-`grid.png`. A killed run continues where it was: finished samples are kept in `partial/`. With `--score REFERENCE` the
-samples are scored as they are drawn, and `metrics.json` is all that is written.
+`grid.png`. A killed run continues where it was: finished samples are kept in `partial/`. With `--reference` the samples
+are scored as they are drawn, and `metrics.json` is all that is written.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import errors
-import progress
-from config import GenerateConfig, as_dict, build, parse, require
-from samples import Store, finished
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-
-    from models import Backbone
-    from models.latents import Codec
-    from sampling import Sampler
-    from training.checkpoint import Checkpoint
-
-SETTINGS_ONLY = ("out", "batch_size", "compile", "vae", "ckpt", "list_presets", "score", "features", "inception_weights",
-                 "feature_weights")
-"""Options that change no sample (the checkpoint and the VAE are recorded by digest instead)."""
+from config import PEERS, GenerateConfig
+from runtime import errors, progress
+from runtime.options import Given, read
+from sampling import presets
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
     """Run the command; returns the folder of the samples, None where it only lists presets."""
-    from recipes import sampling as presets
-
-    given = parse(GenerateConfig, sys.argv[1:] if argv is None else argv, prog="generate.py", description=__doc__)
-    if given.get("list_presets"):
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--list-presets" in words:
         print(presets.table())
         return None
-    fixed = presets.settings(given["preset"], given) if given.get("preset") else {}
-    config = build(GenerateConfig, fixed, given)
-    return score(config) if config.score else generate(config)
+    config = read(GenerateConfig, words, prog="generate.py", description=__doc__, between=_preset, hints=PEERS,
+                  epilog=f"presets: {', '.join(presets.PRESETS)}")
+    return score(config) if config.reference else generate(config)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint, ready to be sampled from on this process."""
-
-    accelerator: Accelerator
-    checkpoint: Checkpoint
-    network: Backbone
-    codec: Codec
-    dtype: torch.dtype | None
-
-    @classmethod
-    def open(cls, config: GenerateConfig) -> Source:
-        """Load what `config` names. Raises UserError for a checkpoint or VAE that is missing or damaged."""
-        from models.latents import open_codec
-        from training import launch
-        from training.checkpoint import Checkpoint
-
-        accelerator = launch.accelerator()
-        device = accelerator.device
-        checkpoint = Checkpoint.open(config.ckpt)
-        require(checkpoint.has_null or config.cfg_scale == 1,
-                f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
-                f"use --cfg-scale 1")
-        network = checkpoint.network(config.weights).to(device)
-        if launch.compiles(config.compile, device)[0]:
-            launch.compile_blocks(network)
-        codec = open_codec(config.vae or checkpoint.space.vae, space=checkpoint.space, device=device)
-        return cls(accelerator, checkpoint, network, codec, launch.precision(config.mixed_precision, device))
-
-    def sampler(self, config: GenerateConfig) -> Sampler:
-        """A sampler of `config.num_fid_samples` images."""
-        from sampling import Sampler
-
-        return Sampler(self.network, self.codec, config, config.num_fid_samples, self.dtype)
-
-    def settings(self, config: GenerateConfig) -> dict[str, Any]:
-        """All that the samples depend on, as JSON values."""
-        settings = {name: value for name, value in as_dict(config).items() if name not in SETTINGS_ONLY}
-        return settings | {
-            "evaluations": self.sampler(config).evaluations, "precision": "bf16" if self.dtype else "fp32",
-            "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
-            "space": self.checkpoint.space.to_json(),
-            "decoder": config.vae or self.checkpoint.space.vae or self.checkpoint.space.name}
+def _preset(given: Given) -> Given:
+    return presets.settings(given["preset"], given) if given.get("preset") else {}
 
 
 def score(config: GenerateConfig) -> Path:
     """Draw `num_fid_samples` images, score them, and write `metrics.json` alone; returns its folder."""
-    from evaluations.evaluate import open_pair, report
+    from evaluations.evaluate import report
+    from evaluations.reference import open_pair
     from evaluations.score import Scorer, add_drawn
+    from sampling.source import Source
 
-    source = Source.open(config)
-    accelerator = source.accelerator
-    reference, extractor = open_pair(config.score, config.features, accelerator, config.batch_size,
-                                     inception_weights=config.inception_weights, feature_weights=config.feature_weights)
-    reference.require_shape("the samples", source.sampler(config).image_shape)
+    count, batch_size = config.num_fid_samples, config.source.batch_size
+    source = Source.open(config.source, config.sampling)
+    accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
+    reference, extractor = open_pair(config.reference, config.scores, accelerator, batch_size)
+    reference.require_shape("the samples", sampler.image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator)
-    add_drawn(scorer, source.sampler(config), config.num_fid_samples, config.batch_size)
+    add_drawn(scorer, sampler, count, batch_size)
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
-    samples = {"name": out.name, "sha256": None, "settings": source.settings(config)}
-    result = scorer.result() | {"samples": samples}
+    settings = {**source.settings(config.sampling, count), "preset": config.preset}
+    result = scorer.result() | {"samples": {"name": out.name, "sha256": None, "settings": settings}}
     if accelerator.is_main_process:
         report(result, out / "metrics.json")
     accelerator.wait_for_everyone()
@@ -116,18 +60,22 @@ def score(config: GenerateConfig) -> Path:
 
 def generate(config: GenerateConfig) -> Path:
     """Draw `num_fid_samples` images into `config.out`; returns that folder."""
-    source = Source.open(config)
-    accelerator, sampler, settings = source.accelerator, source.sampler(config), source.settings(config)
+    from sampling.source import Source
+    from sampling.store import Store, finished
+
+    count = config.num_fid_samples
+    source = Source.open(config.source, config.sampling)
+    accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
+    settings = {**source.settings(config.sampling, count), "preset": config.preset}
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
     if finished(out, settings):
         accelerator.print(f"{out} already holds these samples")
         return out
-    store = Store(out, settings, config.num_fid_samples, sampler.image_shape, accelerator.is_main_process,
-                  accelerator.wait_for_everyone)
+    store = Store(out, settings, count, sampler.image_shape, accelerator.is_main_process, accelerator.wait_for_everyone)
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
-    with progress.bar(total=len(todo), desc=f"sampling {config.num_fid_samples} on {accelerator.num_processes} process(es)",
+    with progress.bar(total=len(todo), desc=f"sampling {count} on {accelerator.num_processes} process(es)",
                       unit="image", main=accelerator.is_main_process) as bar:
-        for indices in batches(todo, config.batch_size):
+        for indices in batches(todo, config.source.batch_size):
             store.put(indices, sampler.images(indices), sampler.labels(indices))
             bar.update(len(indices))
     store.flush()
@@ -142,9 +90,10 @@ def generate(config: GenerateConfig) -> Path:
 def default_folder(checkpoint: Path, config: GenerateConfig) -> Path:
     """Where samples go without --out: beside the checkpoints, named by what a reader wants to tell apart."""
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    solver = config.mode if config.mode == "sde" else config.solver
-    return run / "samples" / (f"{checkpoint.name}-{config.weights}-{solver}{config.num_steps}-cfg{config.cfg_scale:g}"
-                              f"-{config.num_fid_samples}-seed{config.seed}")
+    sampling = config.sampling
+    solver = sampling.mode if sampling.mode == "sde" else sampling.solver
+    return run / "samples" / (f"{checkpoint.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}"
+                              f"-{config.num_fid_samples}-seed{sampling.seed}")
 
 
 def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import path
+import interpolant
 from alignment import Alignment, Context
+from alignment.interval import ALL, Selection
 from models import Backbone
 
 
@@ -36,10 +37,8 @@ class Batch:
     columns: dict[str, Tensor] = field(default_factory=dict)
     draws: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Alignment name -> its own random numbers."""
-    selected: dict[str, Tensor] = field(default_factory=dict)
-    """Alignment name -> indices of the samples it works on; absent means all."""
-    share: dict[str, float] = field(default_factory=dict)
-    """Alignment name -> factor on its mean (the share of the global batch in range, for mask `upstream`)."""
+    selections: dict[str, Selection] = field(default_factory=dict)
+    """Alignment name -> the samples it works on (`alignment.interval`); absent means all."""
 
 
 def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
@@ -70,25 +69,13 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named losses: `diffusion` (N,) per sample, and a scalar for each alignment, before its weight."""
         mixed = nullcontext() if self.autocast is None else torch.autocast(batch.x0.device.type, self.autocast)
-        xt = path.corrupt(batch.x0, batch.eps, batch.t)
+        xt = interpolant.corrupt(batch.x0, batch.eps, batch.t)
         with mixed:
             output = self.network(xt, batch.t, batch.y, taps=self.taps)
-            losses = {"diffusion": flow_matching(output.velocity, path.velocity(batch.x0, batch.eps), self.velocity_loss)}
+            losses = {"diffusion": flow_matching(output.velocity, interpolant.velocity(batch.x0, batch.eps), self.velocity_loss)}
             for name, alignment in self.alignments.items():
                 context = Context(batch.x0, batch.eps, xt, batch.t, batch.y, batch.labels,
                                   {tap: output.features[tap] for tap in alignment.taps}, batch.columns,
                                   batch.draws.get(name, {}), self._ema[0])
-                losses[name] = self._align(alignment, name, context, batch)
+                losses[name] = batch.selections.get(name, ALL).mean(alignment, context, alignment.coupled)
         return losses
-
-    @staticmethod
-    def _align(alignment: Alignment, name: str, context: Context, batch: Batch) -> Tensor:
-        """Mean of the alignment's loss over the micro-batch; unselected samples count as zero (mask `select`)."""
-        count = len(batch.t)
-        index = batch.selected.get(name)
-        if index is None:
-            return alignment(context).mean() * batch.share.get(name, 1.0)
-        # A rank without a sample in range still gives its head a gradient, of zero: some kernels refuse an empty batch.
-        chosen = index if len(index) else index.new_zeros(1)
-        value = alignment(context.take(chosen))
-        return (value if alignment.coupled else value.mean()) * (len(index) / count)

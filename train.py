@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import errors
+from evaluations import monitor
+from runtime import errors
 from training import command
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the run's folder."""
-    return command.main(sys.argv[1:] if argv is None else argv, "train.py", __doc__)
+    return command.main(sys.argv[1:] if argv is None else argv, "train.py", __doc__, monitor.watch)
 
 
 if __name__ == "__main__":

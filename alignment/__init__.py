@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from alignment.base import Alignment, AlignOptions, Context, Published, Setting
-from errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

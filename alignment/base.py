@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,10 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import option, require
+from alignment import interval as intervals
 from models import Backbone, ModelSpec, Tap
 from models.latents import LatentSpace
-from training.streams import Stream
+from runtime.errors import require
+from runtime.options import option
+from runtime.streams import Stream
 
 if TYPE_CHECKING:
     from dataset import LatentSet
@@ -49,7 +52,7 @@ class AlignOptions:
     stop_steps: int | None = option(None, help="drop this loss after so many optimiser steps; 0 for never")
     stop_epochs: float | None = option(None, help="drop this loss after so many epochs; 0 for never")
     interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
-    mask: str = option("select", choices=("select", "upstream"),
+    mask: str = option("select", choices=intervals.MASKS,
                        help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
 
     def __post_init__(self) -> None:
@@ -57,11 +60,8 @@ class AlignOptions:
         for name in ("stop_steps", "stop_epochs"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 is for never")
-        require(self.interval is not None or self.mask == "select", "--align-mask upstream weighs by an interval: add --align-interval")
         require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
-        if self.interval is not None:
-            low, high = self.interval
-            require(0 <= low <= high <= 1, f"the interval {low} {high} must satisfy 0 <= a <= b <= 1")
+        intervals.check(self.interval, self.mask)
 
     def stop(self, epoch_steps: int) -> int | None:
         """The optimiser step after which the loss is gone, None for never."""
@@ -94,7 +94,7 @@ class Setting:
     dtype: torch.dtype | None
     """bfloat16 under mixed precision, else None."""
     load: Callable[[str], Any]
-    """Opens a checkpoint folder (`training.checkpoint.Checkpoint`)."""
+    """Opens a checkpoint folder (`models.checkpoint.Checkpoint`)."""
     data: LatentSet | None = None
     dry: bool = False
     """True where only shapes matter: external networks come without their weights."""
@@ -162,6 +162,12 @@ class Alignment(nn.Module):
         Alignment.registry[cls.name] = cls
 
     @classmethod
+    def summary(cls) -> str:
+        """One line for `--help`: the first of its file."""
+        text = sys.modules[cls.__module__].__doc__ if cls.__module__ in sys.modules else cls.__doc__
+        return (text or cls.name).splitlines()[0].rstrip(".:")
+
+    @classmethod
     def resolve(cls, options: Any, student: ModelSpec) -> Any:
         """The options with what depends on the student filled in: block numbers, scales, stops."""
         return options
@@ -211,32 +217,19 @@ class Frozen:
             return self.network(*args, **kwargs)
 
 
-def layer(depth: int, share: float, chosen: int | None, what: str) -> int:
-    """Block number: `chosen`, else `share` of the depth rounded to the nearest (halves up), at least 1."""
+def block_number(depth: int, share: float, chosen: int | None, what: str) -> int:
+    """The number of a block: `chosen`, else `share` of the depth rounded to the nearest (halves up), at least 1.
+
+    Raises UserError, naming the option `what`, where it lies beyond the depth.
+    """
     number = chosen if chosen is not None else max(1, math.floor(depth * share + 0.5))
     require(1 <= number <= depth, f"{what} {number} is beyond the network's depth: blocks count from 1 to {depth}")
     return number
 
 
-def given(value: int | None, default: int | None) -> int | None:
+def given_or(value: int | None, default: int | None) -> int | None:
     """`value` where the user gave one, 0 included, else `default`."""
     return default if value is None else value
-
-
-def linear(width: int, out: int, stream: Stream) -> nn.Linear:
-    """Linear layer with Xavier-uniform weights from `stream` and zero biases."""
-    module = nn.utils.skip_init(nn.Linear, width, out)
-    bound = math.sqrt(6 / (width + out))
-    values = (stream.uniform(width * out) * 2 - 1) * bound
-    module.weight.data.copy_(torch.from_numpy(values).view(out, width))
-    module.bias.data.zero_()
-    return module
-
-
-def mlp(width: int, hidden: int, out: int, stream: Stream) -> nn.Sequential:
-    """The paper's head: Linear, SiLU, Linear, SiLU, Linear, acting on each token."""
-    return nn.Sequential(linear(width, hidden, stream), nn.SiLU(), linear(hidden, hidden, stream), nn.SiLU(),
-                         linear(hidden, out, stream))
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

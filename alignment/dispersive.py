@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, layer
-from config import option, require
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, block_number
 from models import ModelSpec
+from runtime.errors import require
+from runtime.options import option
 
 TRAIN = {"max_grad_norm": 0.0, "mixed_precision": "no"}
 """What the authors' training differs in from this project's: no clipping, float32."""
@@ -57,7 +58,7 @@ class Dispersive(Alignment):
 
     @classmethod
     def resolve(cls, options: DispersiveOptions, student: ModelSpec) -> DispersiveOptions:
-        return replace(options, depth=layer(student.depth, options.share, options.depth, "--dispersive-depth"))
+        return replace(options, depth=block_number(student.depth, options.share, options.depth, "--dispersive-depth"))
 
     def __init__(self, options: DispersiveOptions, setting: Setting) -> None:
         super().__init__(options, setting)

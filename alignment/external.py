@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import progress
 from alignment.base import AlignOptions, Context, Frozen, Setting
-from config import option, require
 from models.encoders import DINOV2, Encoded, open_encoder
+from runtime import progress
+from runtime.errors import require
+from runtime.options import option
 
 LIMIT = 8 * 2**30
 """Bytes of device memory that a cache may take."""
@@ -73,8 +74,8 @@ class External:
         for start in range(0, len(rows), batch):
             item, view = np.divmod(rows[start : start + batch], data.views)
             with mixed:
-                found = self._frozen(torch.from_numpy(data.images(item, view)).to(device), self.attention)
-            parts.append(tuple(value.to(self._dtype) for value in (found.tokens, *found.attention.values())))
+                encoded = self._frozen(torch.from_numpy(data.images(item, view)).to(device), self.attention)
+            parts.append(tuple(value.to(self._dtype) for value in (encoded.tokens, *encoded.attention.values())))
             if start == 0:
                 needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)
                 require(needed <= LIMIT, f"the encoder's tokens of all {len(rows)} rows take {needed / 2**30:.0f} GiB; the cache "

@@ -18,11 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import path
-from alignment.base import Alignment, AlignOptions, Context, Frozen, Published, Setting, layer, mlp, squared_error
-from config import option, require
+import interpolant
+from alignment.base import Alignment, AlignOptions, Context, Frozen, Published, Setting, block_number, squared_error
 from models import Backbone, ModelSpec
-from training.streams import Stream
+from models.heads import mlp
+from runtime.errors import require
+from runtime.options import option
+from runtime.streams import Stream
 
 OMEGA = {"sit": 30.0, "lightningdit": 10.0}
 """The paper's guidance scale by backbone (section 4.1)."""
@@ -62,7 +64,7 @@ class Guided(Alignment):
     def resolve(cls, options: GuidedOptions, student: ModelSpec) -> GuidedOptions:
         never_said = options.stop_steps is None and options.stop_epochs is None
         return replace(
-            options, guided_depth=layer(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
+            options, guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
             guide_scale=OMEGA[student.architecture] if options.guide_scale is None else options.guide_scale,
             stop_epochs=(20 if student.hidden_size <= 768 else 10) if never_said else options.stop_epochs)
 
@@ -70,9 +72,9 @@ class Guided(Alignment):
         super().__init__(options, setting)
         checkpoint = setting.load(options.guiding_ckpt)
         teacher, student = checkpoint.spec, setting.student
-        _fits(checkpoint, setting, options)
+        _require_compatible(checkpoint, setting, options)
         self.taps = (options.guided_depth,)
-        self.guiding = layer(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
+        self.guiding = block_number(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
         self.null = teacher.num_classes
         self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, Stream(setting.seed, "init/guided"))
         self.teacher = Frozen(checkpoint.network(options.guiding_weights, depth=self.guiding), setting.device, setting.dtype)
@@ -89,7 +91,7 @@ class Guided(Alignment):
                                torch.cat([torch.full_like(labels, self.null), labels]),
                                taps=(self.guiding,), exit_early=True)
         unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
-        return path.guide(unconditional, conditional, self.options.guide_scale)
+        return interpolant.guide(unconditional, conditional, self.options.guide_scale)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "guiding_depth": self.guiding, "teacher": self.origin}
@@ -99,7 +101,7 @@ class Guided(Alignment):
         return [self.teacher.network]
 
 
-def _fits(checkpoint: Any, setting: Setting, options: GuidedOptions) -> None:
+def _require_compatible(checkpoint: Any, setting: Setting, options: GuidedOptions) -> None:
     """Refuse a teacher whose inputs or tokens differ; another width or depth is allowed."""
     teacher, student, source = checkpoint.spec, setting.student, options.guiding_ckpt
     grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]

@@ -16,11 +16,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Published, Setting, cosine, given, layer, mlp
+from alignment.base import Alignment, Context, Published, Setting, block_number, cosine, given_or
 from alignment.external import External, ExternalOptions
-from config import option, require
 from models import QK, ModelSpec
-from training.streams import Stream
+from models.heads import mlp
+from runtime.errors import require
+from runtime.options import option
+from runtime.streams import Stream
 
 DEPTH = {"SiT-B/2": 8, "SiT-L/2": 8, "SiT-XL/2": 8}
 
@@ -48,15 +50,16 @@ class Haste(Alignment):
 
     @classmethod
     def resolve(cls, options: HasteOptions, student: ModelSpec) -> HasteOptions:
-        depth = layer(student.depth, 2 / 3, given(options.depth, DEPTH.get(student.name)), "--haste-depth")
-        mine = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
-        theirs = options.encoder_depths or tuple(range(-len(mine), 0))
-        require(len(mine) == len(theirs), f"--haste-attention-depths names {len(mine)} blocks and --haste-encoder-depths "
-                                          f"{len(theirs)}: they are compared in pairs")
-        for number in mine:
-            layer(student.depth, 1, number, "--haste-attention-depths")
+        depth = block_number(student.depth, 2 / 3, given_or(options.depth, DEPTH.get(student.name)), "--haste-depth")
+        student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
+        encoder_blocks = options.encoder_depths or tuple(range(-len(student_blocks), 0))
+        require(len(student_blocks) == len(encoder_blocks),
+                f"--haste-attention-depths names {len(student_blocks)} blocks and --haste-encoder-depths {len(encoder_blocks)}: they "
+                f"are compared in pairs")
+        for number in student_blocks:
+            block_number(student.depth, 1, number, "--haste-attention-depths")
         never_said = options.stop_steps is None and options.stop_epochs is None
-        return replace(options, depth=depth, attention_depths=mine, encoder_depths=theirs,
+        return replace(options, depth=depth, attention_depths=student_blocks, encoder_depths=encoder_blocks,
                        stop_steps=(100_000 if student.hidden_size <= 768 else 250_000) if never_said else options.stop_steps)
 
     def __init__(self, options: HasteOptions, setting: Setting) -> None:
@@ -64,7 +67,7 @@ class Haste(Alignment):
         self.external = External(options, setting, options.encoder_depths)
         self.columns = self.external.columns
         self.pairs = tuple(zip(options.attention_depths, self.external.attention, strict=True))
-        self.taps = (options.depth, *(QK(mine) for mine, _ in self.pairs))
+        self.taps = (options.depth, *(QK(block) for block, _ in self.pairs))
         self.heads = min(setting.student.num_heads, self.external.encoder.heads)
         self.head = mlp(setting.student.hidden_size, options.hidden, self.external.encoder.width,
                         Stream(setting.seed, "init/haste"))
@@ -72,8 +75,8 @@ class Haste(Alignment):
     def forward(self, context: Context) -> Tensor:
         target = self.external(context)
         features = -cosine(self.head(context.features[self.taps[0]]), target.tokens)
-        maps = [(context.features[QK(mine)], target.attention[theirs]) for mine, theirs in self.pairs]
-        attention = sum(attention_loss(mine[:, :, : self.heads], theirs[:, :, : self.heads]) for mine, theirs in maps) / len(maps)
+        maps = [(context.features[QK(block)], target.attention[encoder_block]) for block, encoder_block in self.pairs]
+        attention = sum(attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads]) for student, teacher in maps) / len(maps)
         return features + self.options.attention * attention
 
     def describe(self) -> dict[str, Any]:

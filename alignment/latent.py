@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-import path
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, layer, linear, mlp, squared_error
-from config import option
+import interpolant
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, block_number, squared_error
 from models import ModelSpec, patchify
-from training.streams import Stream
+from models.heads import linear, mlp
+from runtime.options import option
+from runtime.streams import Stream
 
 AUTHORS = {"target": "velocity", "head": "mlp-norm-linear", "interval": (0.4, 0.7), "share": 1 / 6}
 """What the authors' code does in this stage (SiT-B: block 2 of 12)."""
@@ -55,7 +56,7 @@ class Latent(Alignment):
 
     @classmethod
     def resolve(cls, options: LatentOptions, student: ModelSpec) -> LatentOptions:
-        return replace(options, depth=layer(student.depth, options.share, options.depth, "--latent-depth"))
+        return replace(options, depth=block_number(student.depth, options.share, options.depth, "--latent-depth"))
 
     def __init__(self, options: LatentOptions, setting: Setting) -> None:
         super().__init__(options, setting)
@@ -71,5 +72,5 @@ class Latent(Alignment):
                                       nn.LayerNorm(width, elementwise_affine=False), linear(width, out, stream))
 
     def forward(self, context: Context) -> Tensor:
-        target = context.x0 if self.options.target == "latent" else path.velocity(context.x0, context.eps)
+        target = context.x0 if self.options.target == "latent" else interpolant.velocity(context.x0, context.eps)
         return squared_error(self.head(context.features[self.taps[0]]), patchify(target, self.patch))

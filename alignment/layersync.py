@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, given, layer
-from config import option, require
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, block_number, cosine, given_or
 from models import ModelSpec
+from runtime.errors import require
+from runtime.options import option
 
 # SiT-B's pair is not published where we could read it: 4 <- 8 is ours, by the stated rules (a real gap, the student not
 # among the earliest blocks, the target not in the last fifth).
@@ -47,8 +48,8 @@ class LayerSync(Alignment):
     @classmethod
     def resolve(cls, options: LayerSyncOptions, student: ModelSpec) -> LayerSyncOptions:
         known = DEPTHS.get(student.name, (None, None))
-        depth = layer(student.depth, 1 / 3, given(options.depth, known[0]), "--layersync-depth")
-        target = layer(student.depth, 2 / 3, given(options.target_depth, known[1]), "--layersync-target-depth")
+        depth = block_number(student.depth, 1 / 3, given_or(options.depth, known[0]), "--layersync-depth")
+        target = block_number(student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--layersync-target-depth")
         require(depth < target, f"--layersync-depth {depth} must come before --layersync-target-depth {target}")
         return replace(options, depth=depth, target_depth=target)
 

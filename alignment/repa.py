@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Published, Setting, cosine, given, layer, mlp
+from alignment.base import Alignment, Context, Published, Setting, block_number, cosine, given_or
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
-from training.streams import Stream
+from models.heads import mlp
+from runtime.streams import Stream
 
 # The authors' repository says 8 for every size. For SiT-B/2 the paper's own runs took 4, as far as we recall: not re-read.
 DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8}
@@ -41,7 +42,7 @@ class Repa(Alignment):
 
     @classmethod
     def resolve(cls, options: RepaOptions, student: ModelSpec) -> RepaOptions:
-        return replace(options, depth=layer(student.depth, 1 / 3, given(options.depth, DEPTH.get(student.name)), "--repa-depth"))
+        return replace(options, depth=block_number(student.depth, 1 / 3, given_or(options.depth, DEPTH.get(student.name)), "--repa-depth"))
 
     def __init__(self, options: RepaOptions, setting: Setting) -> None:
         super().__init__(options, setting)

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import path
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, cosine, given, layer, linear
-from config import option, require
+import interpolant
+from alignment.base import Alignment, AlignOptions, Context, Published, Setting, block_number, cosine, given_or
 from models import ModelSpec
-from training.streams import Stream
+from models.heads import linear
+from runtime.errors import require
+from runtime.options import option
+from runtime.streams import Stream
 
 DEPTHS = {"SiT-B/2": (3, 8), "SiT-L/2": (6, 16), "SiT-XL/2": (8, 20)}
 BETA = 0.05
@@ -71,8 +73,8 @@ class Sra(Alignment):
     @classmethod
     def resolve(cls, options: SraOptions, student: ModelSpec) -> SraOptions:
         known = DEPTHS.get(student.name, (None, None))
-        return replace(options, depth=layer(student.depth, 1 / 4, given(options.depth, known[0]), "--sra-depth"),
-                       target_depth=layer(student.depth, 2 / 3, given(options.target_depth, known[1]), "--sra-target-depth"))
+        return replace(options, depth=block_number(student.depth, 1 / 4, given_or(options.depth, known[0]), "--sra-depth"),
+                       target_depth=block_number(student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--sra-target-depth"))
 
     def __init__(self, options: SraOptions, setting: Setting) -> None:
         super().__init__(options, setting)
@@ -93,5 +95,5 @@ class Sra(Alignment):
     def target(self, context: Context) -> Tensor:
         """(N, T, D) raw output of the EMA network's block m at time t'."""
         earlier = (context.t - context.draws["offset"]).clamp(0, 1)
-        xt, block = path.corrupt(context.x0, context.eps, earlier), self.options.target_depth
+        xt, block = interpolant.corrupt(context.x0, context.eps, earlier), self.options.target_depth
         return context.ema(xt, earlier, context.y, taps=(block,), exit_early=True).features[block]

@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import errors
-import files
-from config import build, option, parse
 from evaluations import metrics
 from evaluations.metrics import Statistics
-from training.streams import Stream
+from runtime import errors, files
+from runtime.options import option, read
+from runtime.streams import Stream
 
 PARTS = ("features", "statistics", "frechet", "inception_score", "adm_fp16", "fp32", "class_accuracy")
 AGREEMENT = (("full rank", 512, 2000, 3000), ("ill-conditioned", 512, 520, 3000),
@@ -72,7 +71,7 @@ def measure(config: MetricsConfig, part: str) -> dict[str, Any]:
     elif part == "inception_score":
         logits = x[:, :1008] * 4
     elif part == "class_accuracy":
-        labels, own = torch.arange(len(x)) % 1000, torch.arange(len(r)) % 1000
+        labels, reference_labels = torch.arange(len(x)) % 1000, torch.arange(len(r)) % 1000
     start, busy = time.perf_counter(), time.process_time()
     value: Any = None
     if part == "features":
@@ -84,7 +83,7 @@ def measure(config: MetricsConfig, part: str) -> dict[str, Any]:
     elif part == "inception_score":
         value = metrics.inception_score(logits)
     elif part == "class_accuracy":
-        value = metrics.class_accuracy(x, labels, r, own)
+        value = metrics.class_accuracy(x, labels, r, reference_labels)
     else:
         value = metrics.precision_recall(x, r, mode=part)
     seconds = time.perf_counter() - start
@@ -104,9 +103,10 @@ def agreement() -> list[dict[str, Any]]:
         ours = metrics.frechet(a, b)
         middle = time.perf_counter()
         root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
-        theirs = _distance(a, b, float(np.trace(root).real))
+        scipy_distance = _distance(a, b, float(np.trace(root).real))
         rows.append({"case": name, "dimensions": dimensions, "samples": samples, "reference": reference,
-                     "frechet": ours, "scipy": theirs, "relative_difference": abs(ours - theirs) / theirs, "seconds": middle - start,
+                     "frechet": ours, "scipy": scipy_distance, "relative_difference": abs(ours - scipy_distance) / scipy_distance,
+                     "seconds": middle - start,
                      "scipy_seconds": time.perf_counter() - middle})
     return rows
 
@@ -118,10 +118,10 @@ def _distance(a: Statistics, b: Statistics, trace: float) -> float:
 def in_process(part: str, config: MetricsConfig) -> Any:
     """The JSON that this module prints for one part, in a fresh process."""
     words = [f"--{name}={getattr(config, name)}" for name in ("samples", "reference", "dimensions", "threads")]
-    found = subprocess.run([sys.executable, "-m", "benchmarks.metrics", *words, "--part", part], check=True,
+    process = subprocess.run([sys.executable, "-m", "benchmarks.metrics", *words, "--part", part], check=True,
                            stdout=subprocess.PIPE, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
-    return json.loads(found.stdout)
+    return json.loads(process.stdout)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     import scipy
 
     words = list(sys.argv[1:] if argv is None else argv)
-    config = build(MetricsConfig, parse(MetricsConfig, words, prog="python -m benchmarks.metrics", description=__doc__))
+    config = read(MetricsConfig, words, prog="python -m benchmarks.metrics", description=__doc__)
     if config.part:
         torch.set_num_threads(config.threads)
         print(json.dumps(agreement() if config.part == "agreement" else measure(config, config.part)))

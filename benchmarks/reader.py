@@ -33,15 +33,14 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-import config
 import dataset
-import errors
-import files
-from config import option
 from dataset import LatentSet
 from models.latents import LatentSpace
 from preprocessing import shards
 from preprocessing.images import png
+from runtime import errors, files
+from runtime.errors import require
+from runtime.options import option, read
 
 SHARD = 4096
 SPACE = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,))
@@ -61,8 +60,8 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns the result that is written to --out."""
     words = list(sys.argv[1:] if argv is None else argv)
-    options = config.build(Options, config.parse(Options, words, prog="python -m benchmarks.reader", description=__doc__))
-    config.require(options.batch_size <= options.items, "--batch-size is larger than --items")
+    options = read(Options, words, prog="python -m benchmarks.reader", description=__doc__)
+    require(options.batch_size <= options.items, "--batch-size is larger than --items")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,13 +98,13 @@ def time_readers(folder: Path, options: Options) -> dict[str, Any]:
         readers["png+npy"][1](index), latents.rows(index)
     times: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(options.repetitions):
-        for name, (calls, read) in readers.items():
+        for name, (calls, read_batch) in readers.items():
             batches = [draw() for _ in range(calls)]
             began = time.process_time()
             for batch in batches:
-                read(batch)
+                read_batch(batch)
             times[name].append((time.process_time() - began) / calls / options.batch_size * 1e6)
-    ratios = {name: [peer / own for peer, own in zip(times[name], times["shards"])] for name in readers if name != "shards"}
+    ratios = {name: [peer / packed for peer, packed in zip(times[name], times["shards"])] for name in readers if name != "shards"}
     return {"microseconds_per_item": {name: spread(values) for name, values in times.items()},
             "times_faster": {name: spread(values) for name, values in ratios.items()}}
 

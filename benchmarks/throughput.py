@@ -23,10 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-import errors
-import files
-from config import SamplingConfig, build, option, parse
-from training.streams import Stream
+from config import SamplingConfig
+from models.latents import LatentSpace
+from models.pixels import PixelCodec
+from preprocessing import shards
+from runtime import errors, files
+from runtime.options import option, read
+from runtime.streams import Stream
+from sampling.sampler import Sampler
+from training import command, loop
+from training.log import Meter
+from training.run import Run
 
 ROWS = {"plain": (), "stage 1": ("--align", "latent"), "stage 2": ("--align-stop-steps", "0"),
         "stage 2, interval 0.4-0.7": ("--align-stop-steps", "0", "--align-interval", "0.4", "0.7")}
@@ -53,7 +60,7 @@ class ThroughputConfig:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns the result that is written to --out."""
     words = list(sys.argv[1:] if argv is None else argv)
-    config = build(ThroughputConfig, parse(ThroughputConfig, words, prog="python -m benchmarks.throughput", description=__doc__))
+    config = read(ThroughputConfig, words, prog="python -m benchmarks.throughput", description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         rows = {name: rate for name, rate in _rows(config, Path(folder))}
     result = {"date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.throughput {' '.join(words)}",
@@ -79,7 +86,7 @@ def _rows(config: ThroughputConfig, folder: Path):
     for name, words in ROWS.items():
         guided = name.startswith("stage 2")
         extra = ["--guiding-ckpt", str(folder / "exps" / "plain")] if guided else []
-        run = trainer([*common, "--exp-name", name, *words, *extra], guided)
+        run = training_run([*common, "--exp-name", name, *words, *extra], guided)
         if name == "plain":
             run.step = 1
             run.save()  # the teacher of stage 2 costs the same whatever it has learnt
@@ -89,39 +96,19 @@ def _rows(config: ThroughputConfig, folder: Path):
         del run
 
 
-def trainer(words: list[str], guided: bool) -> Any:
-    """A run of the real loop, ready for its first step."""
-    from training import command
-    from training.loop import Trainer
-
-    return Trainer(*command.resolve(words, "benchmarks.throughput", None, ("guided",) if guided else ()))
+def training_run(words: list[str], guided: bool) -> Run:
+    """A run as `train.py` builds it, ready for its first step."""
+    return Run(*command.resolve(words, "benchmarks.throughput", None, ("guided",) if guided else ()))
 
 
-def training_step(run: Any) -> Callable[[], None]:
+def training_step(run: Run) -> Callable[[], None]:
     """One optimiser step of the real loop."""
-    from loss import Learner
-    from training.batches import Batches
-    from training.log import Meter
-    from training.loop import update
-
-    learner = run.accelerator.prepare(Learner(run.network, run.alignments, autocast=run.dtype))
-    batches = Batches(run.config, run.data, run.device, 0, 1).steps(0, 100_000_000, run.alignments)
-    meter = Meter(run.accelerator)
-    weights = {name: own.weight for name, own in run.options.items()}
-
-    def step() -> None:
-        update(learner, next(batches), weights, run.optimizer, run.config.max_grad_norm, meter)
-        run.step += 1
-        run.ema.update(run.step)
-
-    return step
+    endless = loop.steps(run, 100_000_000, Meter(run.accelerator))
+    return lambda: next(endless)
 
 
-def sampling_call(run: Any, config: ThroughputConfig) -> Callable[[], None]:
+def sampling_call(run: Run, config: ThroughputConfig) -> Callable[[], None]:
     """One batch of latents from the EMA network."""
-    from models.latents import PixelCodec
-    from sampling import Sampler
-
     settings = SamplingConfig(mode="ode", num_steps=config.sampling_steps)
     sampler = Sampler(run.ema.network, PixelCodec(run.data.space), settings, config.batch_size, run.dtype)
     return lambda: sampler.latents(range(config.batch_size))
@@ -150,9 +137,6 @@ def measure(call: Callable[[], None], config: ThroughputConfig, device: torch.de
 
 def latents(folder: Path, config: ThroughputConfig) -> Path:
     """A latent set of standard normal means with small deviations, as SD-VAE latents have."""
-    from models.latents import LatentSpace
-    from preprocessing import shards
-
     side = config.latent_size
     values = Stream(0, "benchmark/latents").host.standard_normal((config.items, 1, 2, 4, side, side), dtype=np.float32)
     values[:, :, 1] = 0.1

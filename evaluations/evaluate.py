@@ -13,22 +13,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-import errors
-import files
-from config import build, option, parse, require
-from errors import UserError
+from config import FeatureOptions
 from evaluations import metrics
-from evaluations.features import Extractor, open_extractor
+from evaluations.collect import collect
 from evaluations.images import Images, NpzArchive, open_images
-from evaluations.reference import Reference
-from evaluations.score import Scorer, collect
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from evaluations.reference import open_pair
+from evaluations.score import Scorer
+from runtime import errors, files, launch
+from runtime.errors import UserError, require
+from runtime.options import group, option, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +33,16 @@ class Options:
     samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels) or a folder of "
                                            "PNG files; several are several seeds")
     reference: str = option(help="reference: ADM's .npz, one made by evaluations.reference, or any images")
-    features: str = option("inception", help="inception, pixels, or timm:NAME[@SIDE]")
-    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
-    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
-    precision_mode: str | None = option(None, choices=metrics.MODES, help="distances of precision and recall "
+    scores: FeatureOptions = group(FeatureOptions)
+    precision_recall_mode: str | None = option(None, choices=metrics.MODES, help="distances of precision and recall "
                                         "(default adm_fp16 for inception, as in published tables, else fp32)")
     shuffle: int | None = option(None, help="shuffle by this seed before the Inception Score (default: in file order)")
     batch_size: int = option(64, help="images per pass through the extractor, on each process")
     out: str = option("metrics.json", help="where the result goes")
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
+        require(not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json")
 
 
 def open_samples(path: str) -> Images:
@@ -56,9 +55,9 @@ def open_samples(path: str) -> Images:
 def open_all(paths: Sequence[str]) -> list[Images]:
     """The sample sets of several seeds. Raises UserError where their counts differ: no mean exists across counts."""
     samples = [open_samples(path) for path in paths]
-    for path, one in zip(paths, samples, strict=True):
-        require(len(one) == len(samples[0]),
-                f"{path} holds {len(one)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
+    for path, images in zip(paths, samples, strict=True):
+        require(len(images) == len(samples[0]),
+                f"{path} holds {len(images)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
                 f"compared; score them one by one")
     return samples
 
@@ -103,35 +102,20 @@ def report(result: dict[str, Any], path: Path | str) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def open_pair(reference: str, features: str, accelerator: Accelerator, batch_size: int = 64,
-              **weights: str | None) -> tuple[Reference, Extractor]:
-    """A reference and the extractor that goes with it, on the accelerator's device. To be called by every process."""
-    with accelerator.main_process_first():  # who downloads the weights
-        extractor = open_extractor(features, device=accelerator.device, **weights)
-    return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size), extractor
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from training import launch
-
-    words = sys.argv[1:] if argv is None else argv
-    options = build(Options, parse(Options, words, prog="python -m evaluations.evaluate", description=__doc__))
-    require(options.batch_size > 0, f"--batch-size {options.batch_size} must be positive")
-    require(not Path(options.out).is_dir(), f"--out {options.out} is a folder: name the file to write, such as metrics.json")
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate", description=__doc__)
     samples = open_all(options.samples)
     accelerator = launch.accelerator()
-    reference, extractor = open_pair(options.reference, options.features, accelerator, options.batch_size,
-                                     inception_weights=options.inception_weights,
-                                     feature_weights=options.feature_weights)
-    scorer = Scorer(reference, extractor, accelerator=accelerator, precision_mode=options.precision_mode,
+    reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size)
+    scorer = Scorer(reference, extractor, accelerator=accelerator, precision_recall_mode=options.precision_recall_mode,
                     shuffle=options.shuffle)
-    for path, one in zip(options.samples, samples, strict=True):
-        reference.require_shape(path, one.shape)
+    for path, images in zip(options.samples, samples, strict=True):
+        reference.require_shape(path, images.shape)
     runs = []
-    for path, one in zip(options.samples, samples, strict=True):
-        found = collect(one, extractor, accelerator=accelerator, batch_size=options.batch_size, title=one.name)
-        runs.append(scorer.compare(found) | {"samples": about(path, one)})
+    for path, images in zip(options.samples, samples, strict=True):
+        collected = collect(images, extractor, accelerator=accelerator, batch_size=options.batch_size, title=images.name)
+        runs.append(scorer.compare(collected) | {"samples": about(path, images)})
     if accelerator.is_main_process:
         report(summary(runs), options.out)
 

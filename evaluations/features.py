@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -10,9 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-import files
-from errors import UserError, nearest
 from evaluations.metrics import exact_arithmetic
+from models.archives import read_weights
+from runtime import files
+from runtime.errors import UserError, nearest
 
 MAX_PIXELS = 4096  # the covariance of D features takes 8 D^2 bytes
 
@@ -106,31 +106,9 @@ def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
                             f"({str(error).splitlines()[0]}); give them as --feature-weights FILE") from error
     try:
         return timm.create_model(name, pretrained=True, num_classes=0,
-                                 pretrained_cfg_overlay={"state_dict": load_state(Path(weights))})
+                                 pretrained_cfg_overlay={"state_dict": read_weights(weights)})
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]})") from error
-
-
-def open_extractor(name: str, *, inception_weights: str | None = None, feature_weights: str | None = None,
-                   device: torch.device | str = "cpu") -> Extractor:
-    """The extractor `name` (inception, pixels or timm:NAME) on `device`, with weights from a file if one is given.
-
-    Raises UserError for an unknown name, or weights that belong to another extractor.
-    """
-    if inception_weights and name != "inception":
-        raise UserError(f"--inception-weights does not go with --features {name}")
-    if feature_weights and not name.startswith("timm:"):
-        raise UserError(f"--feature-weights goes with --features timm:NAME, not {name}")
-    if name == "pixels":
-        return Pixels(device)
-    if name == "inception":
-        from evaluations.inception import Inception
-
-        return Inception(inception_weights, device)
-    if name.startswith("timm:"):
-        return Timm(name, feature_weights, device)
-    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; "
-                    f"use inception, pixels or timm:NAME")
 
 
 def checked_digest(path: Path) -> str:
@@ -142,16 +120,3 @@ def checked_digest(path: Path) -> str:
     if named and not digest.startswith(named[1]):
         raise UserError(f"{path} is damaged: its SHA-256 begins with {digest[:8]}, not {named[1]}; fetch it again")
     return digest
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a PyTorch file that holds nothing but tensors."""
-    if path.suffix == ".safetensors":
-        return files.load_tensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged, or holds more than tensors; give a plain state dict") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no plain state dict")
-    return state

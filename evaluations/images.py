@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
 
-import files
-from errors import UserError
+from dataset import MANIFEST, LatentSet
+from preprocessing import loading
+from preprocessing.images import ImageFiles
+from runtime import files
+from runtime.errors import UserError, require
 
 LOSSLESS = (".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -34,8 +37,8 @@ class Images(Protocol):
         """SHA-256 over the whole set."""
         ...
 
-    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, C), n <= size, images start .. stop - 1 in order."""
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        """uint8 (n, H, W, C), n <= size, the images at `indices`, which ascend."""
         ...
 
 
@@ -53,9 +56,9 @@ class ArrayImages:
     def digest(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self._images)).hexdigest()
 
-    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        for first in range(start, stop, size):
-            yield self._images[first : min(first + size, stop)]
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        for part in pieces(indices, size):
+            yield self._images[part.start : part.stop] if isinstance(part, range) else self._images[list(part)]
 
 
 class NpzImages:
@@ -80,16 +83,18 @@ class NpzImages:
     def digest(self) -> str:
         return files.digest(self.path)
 
-    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        stride = int(np.prod(self.shape))
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        stride, at = int(np.prod(self.shape)), 0
         with self._archive.stream("arr_0") as (stream, _, _):
-            stream.seek(start * stride, 1)
-            for first in range(start, stop, size):
-                count = min(size, stop - first)
-                data = stream.read(count * stride)
-                if len(data) < count * stride:
-                    raise UserError(f"{self.path} ends within image {first + len(data) // stride}; copy it again")
-                yield np.frombuffer(bytearray(data), np.uint8).reshape(count, *self.shape)
+            for part in pieces(indices, size):
+                data = bytearray()
+                for first, count in [(part.start, len(part))] if isinstance(part, range) else [(index, 1) for index in part]:
+                    stream.seek((first - at) * stride, 1)
+                    data += (read := stream.read(count * stride))
+                    if len(read) < count * stride:
+                        raise UserError(f"{self.path} ends within image {first + len(read) // stride}; copy it again")
+                    at = first + count
+                yield np.frombuffer(data, np.uint8).reshape(len(part), *self.shape)
 
 
 class FolderImages:
@@ -97,18 +102,18 @@ class FolderImages:
 
     resolution: crop to the centre and scale, by the rule of preprocessing; None takes the files as they are, which must
     be of one size and, as samples, of a lossless format: JPEG at quality 75 more than doubles an FID of 2.5.
+
+    grey: one channel or three; None does as the first file has it. workers: decoding processes, with a resolution.
     """
 
-    def __init__(self, path: Path | str, resolution: int | None = None) -> None:
-        from preprocessing.images import ImageFiles
-
-        self._files, self.name = ImageFiles(path), Path(path).name
+    def __init__(self, path: Path | str, resolution: int | None = None, grey: bool | None = None, workers: int | None = None) -> None:
+        self._files, self.name, self._workers = ImageFiles(path), Path(path).name, workers
         lossy = next((name for name in self._files.names if Path(name).suffix.lower() not in LOSSLESS), None)
         if resolution is None and lossy:
             raise UserError(f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; "
                             f"photographs for a reference need --resolution")
         first = self._files.load(0)
-        self._mode = "L" if first.mode in ("1", "L", "I;16") else "RGB"
+        self._mode = "L" if (first.mode in ("1", "L", "I;16") if grey is None else grey) else "RGB"
         self._resolution = resolution
         width, height = first.size if resolution is None else (resolution, resolution)
         self.shape = (height, width, 1 if self._mode == "L" else 3)
@@ -121,15 +126,17 @@ class FolderImages:
         """SHA-256 over names, labels and file sizes: contents are not read twice."""
         return self._files.fingerprint
 
-    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        for first in range(start, stop, size):
-            yield np.stack([self._read(index) for index in range(first, min(first + size, stop))])
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        plan = [list(part) for part in pieces(indices, size)]
+        if self._resolution is None:
+            yield from (np.stack([self._read(index) for index in part]) for part in plan)
+        elif plan:
+            for batch in loading.batches(self._files, plan, resolution=self._resolution, grey=self._mode == "L",
+                                         workers=self._workers):
+                require(not batch.bad, "; ".join(batch.bad[:1]))
+                yield batch.images.numpy()
 
     def _read(self, index: int) -> np.ndarray:
-        from preprocessing.images import cropped
-
-        if self._resolution is not None:
-            return cropped(self._files, index, self._resolution, grey=self._mode == "L")
         picture = np.atleast_3d(np.asarray(self._files.load(index).convert(self._mode)))
         if picture.shape != self.shape:
             raise UserError(f"{self._files.names[index]} in {self.name} is {picture.shape[1]} x {picture.shape[0]} pixels, "
@@ -141,14 +148,10 @@ class LatentSetImages:
     """The images of a latent set: its image column, or the items themselves where its latents are pixels."""
 
     def __init__(self, path: Path | str) -> None:
-        from dataset import LatentSet
-
         self._set, self.name = LatentSet(path), Path(path).name
-        if not (self._set.manifest["images"] or self._set.space.name == "pixels"):
-            raise UserError(f"{path} holds latents without their images; encode it with --keep-images, "
-                            f"or give the images")
+        require(self._set.has_images, f"{path} holds latents without their images; encode it with --keep-images, or give the images")
         self.labels: np.ndarray | None = self._set.labels
-        self.shape = self._read(np.arange(1)).shape[1:]
+        self.shape = self._set.images(np.arange(1)).shape[1:]
 
     def __len__(self) -> int:
         return len(self._set)
@@ -156,31 +159,42 @@ class LatentSetImages:
     def digest(self) -> str:
         return self._set.digest
 
-    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        for first in range(start, stop, size):
-            yield self._read(np.arange(first, min(first + size, stop)))
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        if self._set.manifest["images"]:
-            return self._set.images(indices)
-        import torch
-
-        from models.latents import to_uint8
-
-        return to_uint8(torch.from_numpy(self._set.read(indices)[0][:, 0])).numpy()
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        for part in pieces(indices, size):
+            yield self._set.images(np.array(part))
 
 
-def open_images(path: Path | str, resolution: int | None = None) -> Images:
+def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive pieces of at most `size`; those of a range are ranges."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def open_images(path: Path | str, resolution: int | None = None, grey: bool | None = None, workers: int | None = None) -> Images:
     """The images at `path`: an .npz file, a latent set, or a folder or ZIP of image files.
 
-    `resolution` applies to image files alone. Raises UserError for anything that holds no such images.
+    `resolution`, `grey` and `workers` apply to image files alone. Raises UserError for anything that holds no such images.
     """
     path = Path(path)
-    if path.is_dir() and (path / "manifest.json").is_file():
-        return LatentSetImages(path)
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        return FolderImages(path, resolution)
-    return NpzImages(path)
+    if not (path.is_dir() and (path / MANIFEST).is_file()) and (path.is_dir() or path.suffix.lower() == ".zip"):
+        return FolderImages(path, resolution, grey, workers)
+    images: Images = LatentSetImages(path) if path.is_dir() else NpzImages(path)
+    require(resolution is None or (resolution, resolution) == images.shape[:2],
+            f"--resolution {resolution}: {path} is of {images.shape[0]} x {images.shape[1]}")
+    require(not grey, f"--grey is for image files: {path} is as it is")
+    return images
+
+
+def write_npz(path: Path | str, images: Iterator[np.ndarray], labels: np.ndarray, shape: Sequence[int]) -> None:
+    """Write ADM's convention, `arr_0` (N, H, W, C) uint8 and `labels` (N,) int64, batch by batch, so that memory stays flat."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *map(int, shape))}
+    with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for batch in images:
+                stream.write(np.ascontiguousarray(batch).tobytes())
+        with archive.open("labels.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)
 
 
 class NpzArchive:
@@ -196,7 +210,7 @@ class NpzArchive:
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{self.path} is truncated, damaged or no .npz file ({error}); copy it again") from error
+            raise UserError(f"{self.path} is truncated, damaged or not an .npz file ({error}); copy it again") from error
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
         except ValueError as error:  # NumPy's word for a broken header, or for objects that only pickle could read

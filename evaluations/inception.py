@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import files
-from errors import UserError
-from evaluations.features import Features, checked_digest, load_state
+from evaluations.features import Features, checked_digest
 from evaluations.metrics import exact_arithmetic
+from models.archives import read_weights
+from runtime import files
+from runtime.errors import UserError
 
 DIGEST = "6726825d"
 FILE = f"weights-inception-2015-12-05-{DIGEST}.pth"
@@ -48,7 +49,7 @@ class Inception:
             f"{path.name} is not the published network: its numbers cannot be compared with published ones"
         network = build()
         try:
-            network.load_state_dict(load_state(path))
+            network.load_state_dict(read_weights(path))
         except RuntimeError as error:
             raise UserError(f"{path} holds no weights of this network; get {FILE} from {URL}") from error
         network.eval().requires_grad_(False).to(self.device)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 MODES = ("adm_fp16", "fp32")
 NEIGHBOURS = 3  # k of precision and recall

@@ -10,13 +10,15 @@ A reference is one of
 
     python -m evaluations.reference --images VIRTUAL_imagenet256_labeled.npz --out imagenet256.npz
     python -m evaluations.reference --images data/imagenet/train --resolution 256 --out train256.npz
+
+With `--features none` the command writes the images themselves, cropped as for training, in ADM's convention.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import errors
-import files
-from config import build, option, parse, require
-from errors import UserError
-from evaluations.features import Extractor, open_extractor
-from evaluations.images import Images, NpzArchive, NpzImages, open_images
+from config import FeatureOptions
+from evaluations.collect import collect
+from evaluations.extractors import open_extractor
+from evaluations.features import Extractor
+from evaluations.images import Images, NpzArchive, NpzImages, open_images, write_npz
 from evaluations.metrics import Statistics
-from evaluations.score import collect
-from training.streams import Stream
+from runtime import errors, files, launch, progress
+from runtime.errors import UserError, require
+from runtime.options import group, option, read
+from runtime.streams import Stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,16 +59,17 @@ class Reference:
 
     @classmethod
     def open(cls, path: Path | str, extractor: Extractor, *, accelerator: Accelerator | None = None,
-             batch_size: int = 64, keep: int | None = None, resolution: int | None = None) -> Reference:
+             batch_size: int = 64, keep: int | None = None, resolution: int | None = None, grey: bool | None = None,
+             workers: int | None = None) -> Reference:
         """Read a reference, extracting features where it holds images. To be called by every process.
 
-        keep, resolution: see `of_images` and `images.open_images`.
+        keep, resolution, grey, workers: see `of_images` and `images.open_images`.
 
         Raises UserError for a file that is damaged, holds neither images nor statistics, or those of other features.
         """
         how = {"accelerator": accelerator, "batch_size": batch_size, "keep": keep}
         if Path(path).suffix != ".npz":
-            return cls.of_images(open_images(path, resolution), extractor, **how)
+            return cls.of_images(open_images(path, resolution, grey, workers), extractor, **how)
         archive = NpzArchive(path)
         if "about" in archive.names:
             return _read_compact(archive)
@@ -144,7 +148,7 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
         pair = Statistics(*(torch.from_numpy(archive.read(name).astype(np.float64)) for name in (mean, covariance)))
         if pair.mean.ndim != 1 or pair.covariance.shape != (len(pair.mean), len(pair.mean)):
             raise UserError(f"{archive.path}: {mean} {tuple(pair.mean.shape)} and {covariance} "
-                            f"{tuple(pair.covariance.shape)} are no mean (D,) and covariance (D, D)")
+                            f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D)")
         if not (pair.mean.isfinite().all() and pair.covariance.isfinite().all()):
             raise UserError(f"{archive.path}: {mean} or {covariance} holds NaN or infinite values; get the file again")
         pairs.append(pair)
@@ -160,7 +164,7 @@ def _read_compact(archive: NpzArchive) -> Reference:
                  "weights": about["weights_sha256"], "origin": about["statistics"],
                  "shape": about["shape"] and tuple(about["shape"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{archive.path} is no reference of this format ({error}); build it again") from error
+        raise UserError(f"{archive.path} is not a reference of this format ({error}); build it again") from error
     first, second = _stored(archive)
     tensors = {name: torch.from_numpy(archive.read(name)) if name in archive.names else None
                for name in ("pool", "labels")}
@@ -169,36 +173,72 @@ def _read_compact(archive: NpzArchive) -> Reference:
     return Reference(statistics=first, spatial=second, **tensors, **given)
 
 
+def open_pair(reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64) -> tuple[Reference, Extractor]:
+    """A reference and the extractor that goes with it, on the accelerator's device. To be called by every process."""
+    with accelerator.main_process_first():  # who downloads the weights
+        extractor = open_extractor(options, accelerator.device)
+    return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size), extractor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    images: str = option(help="real images: .npz (arr_0, with or without statistics), folder, ZIP or latent set")
+    images: str = option(help="real images: .npz (arr_0, with or without statistics), folder, ZIP or latent set", heading="images")
     out: str = option(help="the reference file to write (.npz)")
-    features: str = option("inception", help="inception, pixels, or timm:NAME[@SIDE]")
-    inception_weights: str | None = option(None, help="file of the Inception weights")
-    feature_weights: str | None = option(None, help="file of the timm model's weights")
     resolution: int | None = option(None, help="crop and scale image files to this size (default: as they are)")
+    grey: bool = option(False, help="one channel instead of RGB, of image files")
+    workers: int | None = option(None, help="decoding processes for --resolution (default: the CPU cores)")
+    num_images: int | None = option(None, help="with --features none: a random choice of this many (default: all, in order)")
+    seed: int = option(0, help="seed of that choice")
+    scores: FeatureOptions = group(FeatureOptions)
     keep: int = option(10_000, help="images whose features are kept, for precision and recall; statistics are of all")
     batch_size: int = option(64, help="images per pass through the extractor, on each process")
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0 and self.keep > 3, "--batch-size must be positive and --keep at least 4")
+        require(self.resolution is None or self.resolution > 0, f"--resolution {self.resolution} must be positive")
+        require(self.num_images is None or self.scores.features == IMAGES,
+                f"--num-images goes with --features {IMAGES}: statistics are of all images")
+
+
+IMAGES = "none"
+"""In place of features: the reference is to hold the images themselves."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from training import launch
-
-    words = sys.argv[1:] if argv is None else argv
-    options = build(Options, parse(Options, words, prog="python -m evaluations.reference", description=__doc__))
-    require(options.batch_size > 0 and options.keep > 3, "--batch-size must be positive and --keep at least 4")
-    require(options.resolution is None or options.resolution > 0, f"--resolution {options.resolution} must be positive")
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference", description=__doc__)
+    if options.scores.features == IMAGES:
+        write_images(options)
+        return
     accelerator = launch.accelerator()
     with accelerator.main_process_first():  # who downloads the weights
-        extractor = open_extractor(options.features, inception_weights=options.inception_weights,
-                                   feature_weights=options.feature_weights, device=accelerator.device)
+        extractor = open_extractor(options.scores, accelerator.device)
     reference = Reference.open(options.images, extractor, accelerator=accelerator, batch_size=options.batch_size,
-                               keep=options.keep, resolution=options.resolution)
+                               keep=options.keep, resolution=options.resolution, grey=options.grey, workers=options.workers)
     if accelerator.is_main_process:
         reference.save(options.out)
         kept = 0 if reference.pool is None else len(reference.pool)
         print(f"wrote {options.out}: {reference.features} statistics {reference.origin}, features of {kept} images")
+
+
+def write_images(options: Options) -> None:
+    """Write the images themselves, with their labels, in ADM's convention."""
+    images = open_images(options.images, options.resolution, options.grey, options.workers)
+    chosen: Sequence[int] = range(len(images))
+    if options.num_images is not None:
+        require(0 < options.num_images <= len(images),
+                f"--num-images {options.num_images}: {options.images} holds {len(images)} images")
+        chosen = np.sort(Stream(options.seed, "reference").permutation(len(images))[: options.num_images]).tolist()
+    labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
+    with progress.bar(total=len(chosen), desc="reference", unit="image") as bar:
+
+        def shown() -> Iterator[np.ndarray]:
+            for batch in images.batches(chosen, options.batch_size):
+                yield batch
+                bar.update(len(batch))
+
+        write_npz(options.out, shown(), labels[list(chosen)], images.shape)
+    print(f"wrote {options.out}: {len(chosen):,} images of {' x '.join(map(str, images.shape))}")
 
 
 if __name__ == "__main__":

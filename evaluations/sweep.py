@@ -1,7 +1,7 @@
 """Which guidance suits a checkpoint: score a grid of scales and upper ends of the guidance interval.
 
     python -m evaluations.sweep --ckpt exps/stage2 --reference imagenet256.npz \\
-        --cfg-scale 1.0:2.5:0.1 --guidance-high 0.6:1.0:0.05 --num 5000
+        --cfg-scale 1.0:2.5:0.1 --guidance-high 0.6:1.0:0.05 --num-fid-samples 5000
 
 Prints what it will cost, then samples and scores point by point. A killed sweep continues; a wider range adds points.
 Writes `sweep.json`, after every point, and `sweep.png`. Every point draws the same noise and labels, so that points
@@ -19,35 +19,36 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-import errors
-import files
-import generate
-from config import GenerateConfig, build, option, parse, require
-from errors import UserError
-from evaluations.evaluate import open_pair
+from config import PEERS, FeatureOptions, SamplingConfig, SourceOptions
+from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
+from runtime import errors, files
+from runtime.errors import UserError, require
+from runtime.options import group, option, read
+from sampling.source import Source
 
 Point = tuple[float, float]  # guidance scale, upper end of the interval
 Grid = list[list[float | None]]
-NEVER_SHOWN = ("ckpt", "score", "features", "inception_weights", "feature_weights", "out", "num_fid_samples",
-               "batch_size")
+NEVER_SHOWN = ("ckpt", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(GenerateConfig):
-    """The options of `generate.py`, two of which are ranges here."""
+class SweepConfig:
+    """What to sample from and how, as for `generate.py`; the scale and the upper end of the interval are ranges here."""
 
-    score: str = option(flag="reference", help="reference to score against, small or large")  # type: ignore[assignment]
-    cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or one")  # type: ignore[assignment]
-    guidance_high: str = option("1.0", help="upper ends of the interval, likewise")  # type: ignore[assignment]
-    num_fid_samples: int = option(5000, flag="num", help="samples per point")
+    source: SourceOptions = group(SourceOptions)
+    cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or one", heading="sweep")
+    guidance_high: str = option("1.0", help="upper ends of the interval, likewise")
+    num_fid_samples: int = option(5000, help="samples per point")
     out: str | None = option(None, help="folder of the result (default: sweep/ beside the checkpoint)")
-    preset: str | None = None  # no flags here: a preset fixes what a sweep varies
-    list_presets: bool = False
+    sampling: SamplingConfig = group(SamplingConfig, without=("cfg_scale", "guidance_high"))
+    reference: str = option(help="reference to score against, small or large", heading="scores")
+    scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
+        require(self.num_fid_samples >= 4, f"--num-fid-samples {self.num_fid_samples} are too few for a score: at least 4")
         for point in self.points():
-            self.at(point)  # each has GenerateConfig's own checks
+            self.at(point)  # each has SamplingConfig's own checks
 
     def points(self) -> list[Point]:
         """The grid. At scale 1 there is no guidance, and one point stands for all intervals."""
@@ -55,10 +56,9 @@ class SweepConfig(GenerateConfig):
         return [(scale, high) for scale in values("--cfg-scale", self.cfg_scale)
                 for high in (highs if scale != 1 else highs[-1:])]
 
-    def at(self, point: Point) -> GenerateConfig:
-        """The options of `generate.py` for one point."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return GenerateConfig(**own | {"cfg_scale": point[0], "guidance_high": point[1]})
+    def at(self, point: Point) -> SamplingConfig:
+        """The settings of one point."""
+        return dataclasses.replace(self.sampling, cfg_scale=point[0], guidance_high=point[1])
 
 
 def values(flag: str, text: str) -> list[float]:
@@ -82,12 +82,12 @@ class Results:
         self.path, self.settings = path, settings
         self.points: dict[Point, dict[str, float]] = {}
         if path.is_file():
-            found = files.read_json(path)
+            earlier = files.read_json(path)
             for key, value in settings.items():
-                if found["settings"].get(key) != value:
-                    raise UserError(f"{path} is a sweep with another {key} ({found['settings'].get(key)}, not "
+                if earlier["settings"].get(key) != value:
+                    raise UserError(f"{path} is a sweep with another {key} ({earlier['settings'].get(key)}, not "
                                     f"{value}); give another --out")
-            self.points = {(one["cfg_scale"], one["guidance_high"]): one["metrics"] for one in found["points"]}
+            self.points = {(point["cfg_scale"], point["guidance_high"]): point["metrics"] for point in earlier["points"]}
 
     def write(self) -> None:
         """Write all points, atomically."""
@@ -101,8 +101,8 @@ def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float
     scales, highs = sorted({scale for scale, _ in points}), sorted({high for _, high in points})
 
     def at(scale: float, high: float) -> float | None:
-        found = next((m for (s, _), m in points.items() if s == scale == 1), points.get((scale, high)))
-        return None if found is None else found[metric]
+        metrics = next((m for (s, _), m in points.items() if s == scale == 1), points.get((scale, high)))
+        return None if metrics is None else metrics[metric]
 
     return scales, highs, [[at(scale, high) for scale in scales] for high in highs]
 
@@ -141,11 +141,11 @@ def draw(points: dict[Point, dict[str, float]], metric: str, title: str, path: P
 
 def command(config: SweepConfig, point: Point) -> str:
     """The command that draws the full set of samples at `point`."""
-    given = dataclasses.asdict(config) | {"cfg_scale": point[0], "guidance_high": point[1]}
-    words = ["python", "generate.py", "--ckpt", config.ckpt]
-    for field in dataclasses.fields(GenerateConfig):
-        if field.name not in NEVER_SHOWN and given[field.name] != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(given[field.name])]
+    words = ["python", "generate.py", "--ckpt", config.source.ckpt]
+    for options in (config.source, config.at(point)):
+        for field in dataclasses.fields(options):
+            if field.name not in NEVER_SHOWN and (value := getattr(options, field.name)) != field.default:
+                words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 
 
@@ -161,12 +161,11 @@ def edges(config: SweepConfig, point: Point) -> Iterator[str]:
 def sweep(config: SweepConfig) -> Path:
     """Sample and score every point; returns the result's folder."""
     points = config.points()
-    source = generate.Source.open(config.at(points[-1]))  # the one that needs most: guidance
-    accelerator = source.accelerator
-    reference, extractor = open_pair(config.score, config.features, accelerator, config.batch_size,
-                                     inception_weights=config.inception_weights, feature_weights=config.feature_weights)
-    settings = source.settings(config.at(points[0])) | {"reference": reference.digest, "features": extractor.name,
-                                                        "features_weights": extractor.weights}
+    source = Source.open(config.source, config.at(points[-1]))  # the one that needs most: guidance
+    accelerator, count = source.accelerator, config.num_fid_samples
+    reference, extractor = open_pair(config.reference, config.scores, accelerator, config.source.batch_size)
+    settings = source.settings(config.at(points[0]), count) | {
+        "reference": reference.digest, "features": extractor.name, "features_weights": extractor.weights}
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path)
@@ -176,9 +175,8 @@ def sweep(config: SweepConfig) -> Path:
     if accelerator.is_main_process:
         print(cost(config, source, todo, len(points)), flush=True)
     for number, point in enumerate(todo, 1):
-        own = config.at(point)
         scorer = Scorer(reference, extractor, accelerator=accelerator)
-        add_drawn(scorer, source.sampler(own), own.num_fid_samples, own.batch_size,
+        add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
                   f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
         results.points[point] = scorer.result()["metrics"]
         if accelerator.is_main_process:
@@ -195,9 +193,9 @@ def default_folder(checkpoint: Path) -> Path:
     return run / "sweep" / checkpoint.name
 
 
-def cost(config: SweepConfig, source: generate.Source, todo: Sequence[Point], total: int) -> str:
+def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int) -> str:
     """What is about to be spent, in words."""
-    each = [source.sampler(config.at(point)).evaluations for point in todo]
+    each = [source.sampler(config.at(point), config.num_fid_samples).evaluations for point in todo]
     network = "an adaptive number of" if None in each else f"{sum(filter(None, each)) * config.num_fid_samples:,}"
     images = len(todo) * config.num_fid_samples
     return (f"{len(todo)} of {total} points to do, {config.num_fid_samples} samples each: {images:,} images, {network} "
@@ -222,7 +220,7 @@ def conclude(config: SweepConfig, results: Results, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the result's folder."""
     words = sys.argv[1:] if argv is None else argv
-    return sweep(build(SweepConfig, parse(SweepConfig, words, prog="python -m evaluations.sweep", description=__doc__)))
+    return sweep(read(SweepConfig, words, prog="python -m evaluations.sweep", description=__doc__, hints=PEERS))
 
 
 if __name__ == "__main__":

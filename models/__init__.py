@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from errors import UserError, nearest
 from models import lightningdit, sit
 from models.backbone import QK, Backbone, ModelSpec, Output, Tap, check_weights, initial_weights, load_weights, parameter_count
 from models.layers import patchify, unpatchify
+from runtime.errors import UserError, nearest
 
 __all__ = ["QK", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
            "parameter_count", "parameter_names", "patchify", "spec", "unpatchify"]

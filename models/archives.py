@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import files
-from errors import UserError
+from runtime import files
+from runtime.errors import UserError
 
 
 def read_archive(path: Path | str) -> Any:
@@ -37,13 +37,25 @@ def read_archive(path: Path | str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise UserError(f"{path} is damaged or no weight file of PyTorch; restore it from a copy") from error
-        raise UserError(f"{path} asks to run {found[1]} from outside torch, which is refused; save its state dict alone, "
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
+        raise UserError(f"{path} asks to run {asked[1]} from outside torch, which is refused; save its state dict alone, "
                         "as safetensors, where you trust it") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no weight file of PyTorch; restore it from a copy") from error
+        raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a file that holds a plain state dict and nothing else.
+
+    Raises:
+        UserError: as `read_archive`, or the file holds more than tensors by name.
+    """
+    tensors = tensors_of(read_archive(path))
+    if not tensors:
+        raise UserError(f"{path} holds no plain table of tensors by name; save the state dict alone")
+    return tensors
 
 
 def tensors_of(value: Any) -> dict[str, Tensor]:

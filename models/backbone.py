@@ -1,4 +1,4 @@
-"""What every diffusion transformer here has in common: SiT, LightningDiT and their kin.
+"""What every diffusion transformer here has in common: SiT, LightningDiT and what derives from them.
 
     tokens   = patches of x + fixed sin-cos positions
     c        = time embedding + label embedding
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
 from models.layers import Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify
-from training.streams import Stream
+from runtime.errors import UserError
+from runtime.streams import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,29 +27,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import config
-import errors
-import files
 import models
-from errors import UserError
-from models import ModelSpec, vavae
+from models import ModelSpec, checkpoint, vavae
 from models.archives import read_archive, tensors_of
-from models.latents import LatentSpace, open_codec, pixels, read_statistics
+from models.latents import LatentSpace
 from models.layers import TimeEmbedder
-from training import checkpoint
+from models.pixels import PIXELS, pixels
+from models.vae import open_codec, read_statistics
+from runtime import errors, files
+from runtime.errors import UserError
+from runtime.options import option, read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `python -m models.convert SRC`."""
 
-    source: str = config.option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)")
-    out: str = config.option(help="checkpoint folder to write (a diffusers folder for a VAE)")
-    num_heads: int | None = config.option(None, help="attention heads, where the size is not a published one")
-    noise_at: int | None = config.option(None, choices=(0, 1), help="time at which the file's network sees noise, where its "
-                                         "family is not known by its keys (SiT, LightningDiT: 0; REPA and its kin: 1)")
-    vae: str | None = config.option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)")
-    statistics: str | None = config.option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
+    source: str = option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)")
+    out: str = option(help="checkpoint folder to write (a diffusers folder for a VAE)")
+    num_heads: int | None = option(None, help="attention heads, where the size is not a published one")
+    noise_at: int | None = option(None, choices=(0, 1), help="time at which the file's network sees noise, where its "
+                                         "family is not known by its keys (SiT, LightningDiT: 0; REPA and what derives from it: 1)")
+    vae: str | None = option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)")
+    statistics: str | None = option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
 
 
 SD_VAE = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema")
@@ -70,10 +70,8 @@ HEADS = {
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the folder written."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--source", *words]
-    options = config.build(Options, config.parse(Options, words, prog="python -m models.convert", description=__doc__))
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.convert", description=__doc__,
+                   first="source")
     source = Path(options.source)
     files.require_replaceable(options.out)
     archive = read_archive(source)
@@ -108,13 +106,13 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
         return {"ema": _unwrapped(flat)}, []
     if not isinstance(archive, Mapping):
         raise UserError(f"{source} holds a {type(archive).__name__}, not weights by name")
-    found = {name: _unwrapped(tensors) for name in ("ema", "model", "state_dict") if (tensors := tensors_of(archive.get(name)))}
-    if not found:
+    state_dicts = {name: _unwrapped(tensors) for name in ("ema", "model", "state_dict") if (tensors := tensors_of(archive.get(name)))}
+    if not state_dicts:
         raise UserError(f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
                         f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}")
-    first = next(iter(found))
+    first = next(iter(state_dicts))
     used = {first, "model"} if first == "ema" else {first}
-    sets = {"ema" if name == first else name: weights for name, weights in found.items() if name in used}
+    sets = {"ema" if name == first else name: weights for name, weights in state_dicts.items() if name in used}
     return sets, [str(name) for name in archive if name not in used]
 
 
@@ -149,29 +147,29 @@ def convert_network(weights: Mapping[str, Tensor], options: Options) -> Converte
     weights = rename_legacy(weights)
     for name, dimensions in ESSENTIAL.items():
         if name not in weights or weights[name].ndim != dimensions:
-            raise UserError(f"{options.source} is of no known layout (SiT, REPA and kin, LightningDiT, VA-VAE): {name} with "
-                            f"{dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}")
+            raise UserError(f"{options.source} is of no known layout (SiT, REPA and what derives from it, LightningDiT, VA-VAE): {name} "
+                            f"with {dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}")
     spec = read_spec(weights, options)
-    own, left_out = {}, Counter()
+    kept, left_out = {}, Counter()
     for name, value in weights.items():
         if head := next((prefix for prefix in HEADS if name.startswith(prefix)), None):
             left_out[head.split(".")[0]] += 1
         else:
-            own[name] = value.float()
-    check_tables(own, spec, options.source)
-    channels = own["final_layer.linear.weight"].shape[0] // spec.patch_size**2
+            kept[name] = value.float()
+    check_tables(kept, spec, options.source)
+    channels = kept["final_layer.linear.weight"].shape[0] // spec.patch_size**2
     doubled = channels == 2 * spec.in_channels
     if doubled:  # DiT's unused second half: rows are (row, column, channel), channel fastest
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            own[name] = own[name][torch.arange(len(own[name])) % channels < spec.in_channels]
+            kept[name] = kept[name][torch.arange(len(kept[name])) % channels < spec.in_channels]
     layout, noise_at = recognise(weights, spec, doubled)
     if options.noise_at is not None:
         noise_at = options.noise_at
     if noise_at == 0:
-        reverse_time(own)
-    models.check_weights(models.outline(spec), own)
+        reverse_time(kept)
+    models.check_weights(models.outline(spec), kept)
     ignored = [f"{head}.* ({count} tensors)" for head, count in left_out.items()]
-    return Converted(spec, f"{layout}, noise at t = {noise_at}", own, ignored)
+    return Converted(spec, f"{layout}, noise at t = {noise_at}", kept, ignored)
 
 
 def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,14 +182,14 @@ def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_spec(weights: Mapping[str, Tensor], options: Options) -> ModelSpec:
     """All that the shapes tell; the number of heads from --num-heads, QK-norms, or the published sizes."""
     hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name)))
+    depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
     architecture = "lightningdit" if "blocks.0.mlp.w12.weight" in weights else "sit"
     sizes = models.SIZES[architecture]
     head_norm = weights.get("blocks.0.attn.q_norm.weight")
     published = {size[:2]: size[2] for size in sizes.values()}.get((depth, hidden))
     heads = options.num_heads or (published if head_norm is None else hidden // len(head_norm))
     if heads is None:
-        raise UserError(f"{options.source}: {depth} blocks of width {hidden} are no published size, and the number of heads is "
+        raise UserError(f"{options.source}: {depth} blocks of width {hidden} are not a published size, and the number of heads is "
                         "not in the weights: add --num-heads")
     return ModelSpec(
         name=next((name for name, size in sizes.items() if size == (depth, hidden, heads, patch)), "custom"),
@@ -212,14 +210,14 @@ def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> 
     return "REPA without projectors", 1
 
 
-def check_tables(own: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
-    """Take the fixed tables out of `own`: they are recomputed, and must be the ones that were stored."""
+def check_tables(kept: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
+    """Take the fixed tables out of `kept`: they are recomputed, and must be the ones that were stored."""
     network = models.outline(spec)
     tables = {"pos_embed": network.pos_embed}
     if spec.architecture == "lightningdit":
         tables |= {"feat_rope.freqs_cos": network.rotary_cos, "feat_rope.freqs_sin": network.rotary_sin}
     for name, table in tables.items():
-        stored = own.pop(name, None)
+        stored = kept.pop(name, None)
         if stored is None or stored.shape != table.shape or not torch.allclose(stored, table, rtol=0, atol=5e-3):
             raise UserError(f"{source}: its {name} is not the fixed table of the published networks, so that its positions "
                             "would be misread; check --num-heads, or train such a network here")
@@ -245,7 +243,7 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
     Raises:
         UserError: it cannot be told, or has other channels than the network.
     """
-    if options.vae == "pixels":
+    if options.vae == PIXELS:
         space = pixels(spec.in_channels)
     elif options.vae is not None:
         space = open_codec(options.vae, statistics=options.statistics).space
@@ -263,11 +261,11 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
     return space
 
 
-def describe(found: Converted) -> str:
+def describe(network: Converted) -> str:
     """One line on a converted network."""
-    s = found.spec
+    s = network.spec
     norm = ", QK-norm" if s.qk_norm else ""
-    return (f"{s.name} from {found.layout}: {s.depth} blocks, width {s.hidden_size}, {s.num_heads} heads{norm}, patch "
+    return (f"{s.name} from {network.layout}: {s.depth} blocks, width {s.hidden_size}, {s.num_heads} heads{norm}, patch "
             f"{s.patch_size}, latents {s.in_channels}x{s.input_size}x{s.input_size}, {s.num_classes} classes")
 
 

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import require
-from errors import UserError, nearest
-from models.archives import read_archive, tensors_of
+from models.archives import read_weights
+from runtime.errors import UserError, nearest, require
 
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 
@@ -125,12 +124,11 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
         raise UserError(f"the weights of encoder {name} are neither here nor to be had from the hub ({reason}); where there is a "
                         f"network, run: hf download {hub}; or give its file by --align-encoder-weights") from error
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"encoder {name} is no plain vision transformer but a {type(model).__name__}; choose a vit_ model")
+        raise UserError(f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model")
     if pretrained and weights is not None:
         require(Path(weights).is_file(), f"encoder {name}: {weights} is missing; give the file that holds its weights")
-        found = tensors_of(read_archive(weights))
-        require(bool(found), f"encoder {name}: {weights} holds no plain table of tensors; save the state dict alone")
-        state = {key: value for key, value in checkpoint_filter_fn(found, model).items() if not key.startswith("head.")}
+        tensors = read_weights(weights)
+        state = {key: value for key, value in checkpoint_filter_fn(tensors, model).items() if not key.startswith("head.")}
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
 from models.backbone import Backbone, ModelSpec
+from runtime.errors import UserError
 
 # name: (depth, hidden_size, num_heads, patch_size); L/1 is ours, for latents of stride 16
 SIZES = {
@@ -79,7 +79,7 @@ def rotary_tables(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
     second with the column, each adjacent pair at its own frequency 10000^(-2i / (head_dim/2)).
 
     Raises:
-        UserError: `head_dim` is no multiple of 4.
+        UserError: `head_dim` is not a multiple of 4.
     """
     if head_dim % 4:
         raise UserError(f"rotary positions need a head dimension divisible by 4, not {head_dim}: change the number of heads")

@@ -1,6 +1,6 @@
 """VA-VAE (LightningDiT's tokenizer) as a diffusers `AutoencoderKL`: a configuration and a map of names.
 
-The file has the layout of LDM's VQGAN-KL. diffusers' own converters misread it (they leave out the attention inside
+The file has the layout of LDM's VQGAN-KL. diffusers' wanted converters misread it (they leave out the attention inside
 the lowest level, silently), hence this map and a strict load. Everything downstream knows `AutoencoderKL` alone.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from errors import UserError
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -52,12 +52,12 @@ def build(weights: Mapping[str, Tensor], source: str,
     renamed = {rename(name, levels): value.float() for name, value in weights.items() if name.startswith(PARTS)}
     with torch.device("meta"):
         model = AutoencoderKL(**config)
-    own = model.state_dict()
-    renamed = {name: value[:, :, 0, 0] if value.ndim == 4 and name in own and own[name].ndim == 2 else value
+    wanted = model.state_dict()
+    renamed = {name: value[:, :, 0, 0] if value.ndim == 4 and name in wanted and wanted[name].ndim == 2 else value
                for name, value in renamed.items()}
-    faults = sorted(own.keys() ^ renamed.keys()) or [name for name in own if own[name].shape != renamed[name].shape]
+    faults = sorted(wanted.keys() ^ renamed.keys()) or [name for name in wanted if wanted[name].shape != renamed[name].shape]
     if faults:
-        raise UserError(f"{source} is no VA-VAE that diffusers can hold: {len(faults)} tensors do not fit, first {faults[0]}")
+        raise UserError(f"{source} is not a VA-VAE that diffusers can hold: {len(faults)} tensors do not fit, first {faults[0]}")
     model.load_state_dict({name: value.contiguous() for name, value in renamed.items()}, assign=True)
     return model.eval(), [f"{name}.* ({count} tensors)" for name, count in left_out.items()]
 

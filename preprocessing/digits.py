@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import config
-import errors
 from preprocessing import job
 from preprocessing.encode import encode
+from runtime import errors
+from runtime.options import option, read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    out: str = config.option("data/digits", help="folder of the latent set to write")
+    out: str = option("data/digits", help="folder of the latent set to write")
 
 
 class Digits:
@@ -52,8 +52,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the digits as a latent set; nothing happens where it is there already."""
-    options = config.build(Options, config.parse(Options, sys.argv[1:] if argv is None else argv,
-                                                 prog="python -m preprocessing.digits"))
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.digits", description=__doc__)
     encode(Digits(), job.Options(images="digits", vae="pixels", resolution=8, grey=True, dtype="float32", batch_size=256,
                                  workers=0, out=options.out))
 

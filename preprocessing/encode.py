@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import config
-import errors
-import progress
-from errors import UserError
-from models.latents import Codec, open_codec, pixels
+from models.latents import Codec
+from models.pixels import PIXELS, is_pixels, pixels, to_signed
+from models.vae import open_codec
 from preprocessing import shards
 from preprocessing.images import ImageFiles, ImageSet
 from preprocessing.job import STOPPED, Job, Options, begin, finish
 from preprocessing.loading import Batch, batches
-from training.streams import Stream
+from runtime import errors, progress
+from runtime.errors import UserError, require
+from runtime.options import read
+from runtime.streams import Stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,10 +41,7 @@ T = TypeVar("T")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
-    options = config.build(Options, config.parse(Options, sys.argv[1:] if argv is None else argv,
-                                                 prog="python -m preprocessing.encode", description=__doc__))
-    for flag, value in (("--workers", options.workers), ("--skip-bad", options.skip_bad)):
-        config.require(value is None or value >= 0, f"{flag} {value} must not be negative")
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.encode", description=__doc__)
     encode(ImageFiles(options.images), options)
 
 
@@ -56,7 +54,7 @@ def encode(source: ImageSet, options: Options) -> None:
     """
     from accelerate.utils import gather_object
 
-    from training.launch import accelerator
+    from runtime.launch import accelerator
 
     processes = accelerator()
     codec = _codec(options, processes.device)
@@ -85,32 +83,30 @@ def encode(source: ImageSet, options: Options) -> None:
 
 
 def _codec(options: Options, device: torch.device) -> Codec:
-    plain = options.vae == "pixels"
-    config.require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
-    config.require(min(options.resolution, options.batch_size, options.shard_size) > 0,
-                   "--resolution, --batch-size and --shard-size must be at least 1")
+    plain = options.vae == PIXELS
+    require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" and not plain else torch.float32
-    config.require(not (plain and options.stats), "--stats scales the latents of an autoencoder; --vae pixels has none")
-    codec = open_codec(options.vae, space=pixels(1 if options.grey else 3) if plain else None, statistics=options.stats,
+    require(not (plain and options.statistics), "--statistics scales the latents of an autoencoder; --vae pixels has none")
+    codec = open_codec(options.vae, space=pixels(1 if options.grey else 3) if plain else None, statistics=options.statistics,
                        device=device, dtype=dtype)
-    config.require(options.resolution % codec.space.stride == 0,
+    require(options.resolution % codec.space.stride == 0,
                    f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}")
     return codec
 
 
 def _shape(codec: Codec, options: Options) -> tuple[int, ...]:
-    parts = 2 if options.moments and codec.space.name != "pixels" else 1
+    parts = 2 if options.moments and not is_pixels(codec.space) else 1
     side = options.resolution // codec.space.stride
     return (2 if options.flip else 1, parts, codec.space.channels, side, side)
 
 
-def _encode_shards(job: Job, codec: Codec, mine: Sequence[int], processes: Accelerator) -> list[tuple[int, dict[str, Any]]]:
-    """Encode the shards `mine`, writing one while the next is encoded. Returns their numbers and manifest entries."""
+def _encode_shards(job: Job, codec: Codec, numbers: Sequence[int], processes: Accelerator) -> list[tuple[int, dict[str, Any]]]:
+    """Encode the shards `numbers`, writing one while the next is encoded. Returns their numbers and manifest entries."""
     bad: list[str] = []
     written: list[tuple[int, Future]] = []
     parts: list[tuple[Batch, np.ndarray]] = []
     with _fixed_sums(processes.device), ThreadPoolExecutor(1) as writer:
-        for shard, last, batch in _decoded(job, mine, processes):
+        for shard, last, batch in _decoded(job, numbers, processes):
             if (job.folder / STOPPED).exists():
                 break
             bad += batch.bad
@@ -136,10 +132,10 @@ def _fixed_sums(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _decoded(job: Job, mine: Sequence[int], processes: Accelerator) -> Iterator[tuple[int, bool, Batch]]:
-    """The batches of the shards `mine`: shard, whether it is the shard's last, crops. Shows progress and time left."""
+def _decoded(job: Job, numbers: Sequence[int], processes: Accelerator) -> Iterator[tuple[int, bool, Batch]]:
+    """The batches of the shards `numbers`: shard, whether it is the shard's last, crops. Shows progress and time left."""
     options = job.options
-    plan = [(shard, items[at:at + options.batch_size]) for shard in mine for items in [job.items(shard)]
+    plan = [(shard, items[at:at + options.batch_size]) for shard in numbers for items in [job.items(shard)]
             for at in range(0, len(items), options.batch_size)]
     loader = batches(job.source, [list(items) for _, items in plan], resolution=options.resolution, grey=options.grey,
                      keep=options.keep_images, workers=options.workers, processes=processes.num_processes,
@@ -157,14 +153,14 @@ def _decoded(job: Job, mine: Sequence[int], processes: Accelerator) -> Iterator[
 def _tolerate(bad: Sequence[str], limit: int) -> None:
     if len(bad) > limit:
         remedy = f"{len(bad)} images are bad, --skip-bad allows {limit}" if limit else "or leave out a few with --skip-bad N"
-        raise UserError(f"{bad[-1]}; mend or remove it ({remedy})")
+        raise UserError(f"{bad[-1]}; repair or remove it ({remedy})")
 
 
 def _encode_batch(job: Job, codec: Codec, batch: Batch, device: torch.device) -> np.ndarray:
     """The raw latents of a batch, (n, views, parts, C, H, W) in the stored type."""
     if not batch.indices:
         return np.empty((0, *job.shape), job.options.dtype)
-    images = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = to_signed(batch.images.to(device, non_blocking=True))
     views = [images, images.flip(-1)][:job.shape[0]]
     with torch.no_grad():
         encoded = [_parts(job, codec, batch.indices, images, view) for view, images in enumerate(views)]
@@ -176,7 +172,7 @@ def _parts(job: Job, codec: Codec, indices: Sequence[int], images: Tensor, view:
     mean, std = (moment.float() for moment in codec.encode(images))
     if job.shape[1] == 2:
         return torch.stack([mean, std], 1)
-    if job.space.name == "pixels":
+    if is_pixels(job.space):
         return mean[:, None]
     noise = torch.stack([Stream(job.options.seed, "encode", 2 * index + view).normal(mean.shape[1:]) for index in indices])
     return (mean + std * noise.to(mean.device))[:, None]

@@ -32,7 +32,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from errors import UserError
+from runtime.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 LABELS = "dataset.json"
@@ -91,7 +91,7 @@ class ImageFiles:
         try:
             return decode(self._read(self.names[index]), name)
         except UnidentifiedImageError as error:
-            raise BadImage(f"{name} cannot be read (it is no image file, or its beginning is damaged)") from error
+            raise BadImage(f"{name} cannot be read (it is not an image file, or its beginning is damaged)") from error
         except _DAMAGE as error:
             raise BadImage(f"{name} cannot be read ({str(error) or type(error).__name__})") from error
 
@@ -176,9 +176,9 @@ def match_labels(names: list[str], text: bytes, where: Path) -> np.ndarray:
     """
     given = _parse_labels(text, where)
     if absent := given.keys() - set(names):
-        raise UserError(f"{where} gives a label to {min(absent)}, which is not there; mend one of them")
+        raise UserError(f"{where} gives a label to {min(absent)}, which is not there; correct one of them")
     if unlabelled := next((name for name in names if name not in given), None):
-        raise UserError(f"{where} has no label for {unlabelled}; mend one of them")
+        raise UserError(f"{where} has no label for {unlabelled}; correct one of them")
     return np.array([given[name] for name in names], np.int64)
 
 
@@ -187,7 +187,7 @@ def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
         pairs = json.loads(text)["labels"]
         given = {name: label for name, label in pairs}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; mend or remove it') from error
+        raise UserError(f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it') from error
     if twice := _first_twice(name for name, _ in pairs):
         raise UserError(f"{where} lists {twice} twice; give each file one label")
     for name, label in given.items():

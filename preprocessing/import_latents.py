@@ -28,30 +28,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
-import config
 import dataset
-import errors
-import progress
-from config import require
-from errors import UserError
-from models.latents import LatentSpace, open_codec, read_statistics
+from models.latents import LatentSpace
+from models.vae import open_codec, read_statistics
 from preprocessing import shards
 from preprocessing.images import LABELS, match_labels
 from preprocessing.job import begin
+from runtime import errors, progress
+from runtime.errors import UserError, require
+from runtime.options import option, read
 
 STATISTICS = "latents_stats.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    source: str = config.option(help="the folder to import; may be given first, without the flag")
-    out: str = config.option(help="folder of the latent set to write")
-    vae: str | None = config.option(None, help="the autoencoder that made the latents, to record its weights (optional)")
-    stats: str | None = config.option(None, help=f"LightningDiT's {STATISTICS} (default: the one in the folder)")
-    keep_images: bool = config.option(False, help="import REPA's images too")
-    dtype: str = config.option("float16", help="type of the stored latents", choices=("float16", "float32"))
-    shard_size: int = config.option(4096, help="items per file (REPA; LightningDiT's files stay as they are)")
-    num_classes: int | None = config.option(None, help="number of classes (default: the largest label + 1)")
+    source: str = option(help="the folder to import; may be given first, without the flag")
+    out: str = option(help="folder of the latent set to write")
+    vae: str | None = option(None, help="the autoencoder that made the latents, to record its weights (optional)")
+    statistics: str | None = option(None, help=f"LightningDiT's {STATISTICS} (default: the one in the folder)")
+    keep_images: bool = option(False, help="import REPA's images too")
+    dtype: str = option("float16", help="type of the stored latents", choices=("float16", "float32"))
+    shard_size: int = option(4096, help="items per file (REPA; LightningDiT's files stay as they are)")
+    num_classes: int | None = option(None, help="number of classes (default: the largest label + 1)")
 
 
 class Layout(Protocol):
@@ -95,11 +94,8 @@ class Import:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Import a folder."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--source", *words]
-    options = config.build(Options, config.parse(Options, words, prog="python -m preprocessing.import_latents",
-                                                 description=__doc__))
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.import_latents",
+                   description=__doc__, first="source")
     layout = recognised(options)
     print(f"{options.source}: {type(layout).__name__} latents, {len(layout.labels):,} items of {layout.shape}")
     classes = options.num_classes or int(layout.labels.max()) + 1
@@ -164,7 +160,7 @@ class REPA:
         first = self._load(self.names[0])
         self.space = open_codec(options.vae).space if options.vae else LatentSpace(
             name="sd-vae", channels=len(first) // 2, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse")
-        _fits(self.space, len(first) // 2, folder)
+        _require_channels(self.space, len(first) // 2, folder)
         self.shape = (1, 2, len(first) // 2, *first.shape[1:])
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -202,8 +198,8 @@ class LightningDiT:
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.files = sorted(folder.glob("*.safetensors"))
-        statistics = Path(options.stats) if options.stats else folder / STATISTICS
-        require(statistics.exists(), f"{statistics} is missing: it scales the latents; name it with --stats")
+        statistics = Path(options.statistics) if options.statistics else folder / STATISTICS
+        require(statistics.exists(), f"{statistics} is missing: it scales the latents; name it with --statistics")
         opened = [dataset.map_shard(file) for file in self.files]
         self.keys = ["latents", "latents_flip"] if "latents_flip" in opened[0] else ["latents"]
         shape = opened[0]["latents"].shape[1:] if "latents" in opened[0] else ()
@@ -223,7 +219,7 @@ class LightningDiT:
         else:
             shift, scale = read_statistics(statistics)
             self.space = LatentSpace(name="va-vae", channels=shape[0], stride=16, shift=shift, scale=scale)
-        _fits(self.space, shape[0], folder)
+        _require_channels(self.space, shape[0], folder)
         self.shape = (len(self.keys), 1, *shape)
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -231,7 +227,7 @@ class LightningDiT:
         return {"latents": np.stack([arrays[key] for key in self.keys], 1)[:, :, None]}
 
 
-def _fits(space: LatentSpace, channels: int, folder: Path) -> None:
+def _require_channels(space: LatentSpace, channels: int, folder: Path) -> None:
     require(space.channels == channels, f"{folder} holds latents of {channels} channels, those of {space.name} have "
                                         f"{space.channels}")
 

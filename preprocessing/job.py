@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-import config
 import dataset
-import files
-from errors import UserError
 from models.latents import LatentSpace
 from preprocessing import shards
 from preprocessing.images import ImageSet
+from runtime import files
+from runtime.errors import UserError, require
+from runtime.options import option
 
 JOB = "job.json"
 STOPPED = ".stopped"  # a process of the present start met an error: the others need not go on
@@ -28,22 +28,28 @@ STOPPED = ".stopped"  # a process of the present start met an error: the others 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    images: str = config.option(help="folder or ZIP file of images: class folders, or a dataset.json with labels")
-    vae: str = config.option(help="autoencoder: hub id or local folder of diffusers, or 'pixels' for none")
-    resolution: int = config.option(help="side of the square images, in pixels")
-    out: str = config.option(help="folder of the latent set to write")
-    stats: str | None = config.option(None, help="latents_stats.pt of LightningDiT: mean and std that scale the latents")
-    flip: bool = config.option(False, help="store a second view, encoded from the mirrored image")
-    keep_images: bool = config.option(False, help="store the cropped images too, as PNG")
-    moments: bool = config.option(True, help="store posterior mean and std; --no-moments: one fixed sample")
-    grey: bool = config.option(False, help="one channel instead of RGB (with --vae pixels)")
-    dtype: str = config.option("float16", help="type of the stored latents", choices=("float16", "float32"))
-    mixed_precision: str = config.option("no", help="precision of the encoder", choices=("no", "bf16"))
-    batch_size: int = config.option(32, help="images per call of the encoder")
-    shard_size: int = config.option(4096, help="images per file")
-    workers: int | None = config.option(None, help="decoding processes per GPU (default: the CPU cores, shared out)")
-    skip_bad: int = config.option(0, help="leave out up to this many unusable images instead of stopping")
-    seed: int = config.option(0, help="seed of the fixed samples (--no-moments)")
+    images: str = option(help="folder or ZIP file of images: class folders, or a dataset.json with labels")
+    vae: str = option(help="autoencoder: hub id or local folder of diffusers, or 'pixels' for none")
+    resolution: int = option(help="side of the square images, in pixels")
+    out: str = option(help="folder of the latent set to write")
+    statistics: str | None = option(None, help="latents_stats.pt of LightningDiT: mean and std that scale the latents")
+    flip: bool = option(False, help="store a second view, encoded from the mirrored image")
+    keep_images: bool = option(False, help="store the cropped images too, as PNG")
+    moments: bool = option(True, help="store posterior mean and std; --no-moments: one fixed sample")
+    grey: bool = option(False, help="one channel instead of RGB (with --vae pixels)")
+    dtype: str = option("float16", help="type of the stored latents", choices=("float16", "float32"))
+    mixed_precision: str = option("no", help="precision of the encoder", choices=("no", "bf16"))
+    batch_size: int = option(32, help="images per call of the encoder")
+    shard_size: int = option(4096, help="images per file")
+    workers: int | None = option(None, help="decoding processes per GPU (default: the CPU cores, shared out)")
+    skip_bad: int = option(0, help="leave out up to this many unusable images instead of stopping")
+    seed: int = option(0, help="seed of the fixed samples (--no-moments)")
+
+    def __post_init__(self) -> None:
+        require(min(self.resolution, self.batch_size, self.shard_size) > 0,
+                "--resolution, --batch-size and --shard-size must be at least 1")
+        for flag, value in (("--workers", self.workers), ("--skip-bad", self.skip_bad)):
+            require(value is None or value >= 0, f"{flag} {value} must not be negative")
 
 
 _SETTINGS = ("resolution", "flip", "keep_images", "moments", "grey", "dtype", "mixed_precision", "batch_size", "shard_size",

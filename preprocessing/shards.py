@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import files
 from dataset import FORMAT, MANIFEST, map_shard
-from errors import UserError
 from models.latents import LatentSpace
+from runtime import files
+from runtime.errors import UserError
 
 LOCK = ".lock"
 

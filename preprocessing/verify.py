@@ -19,15 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import config
 import dataset
-import errors
-import files
-import progress
 from dataset import LatentSet
-from errors import UserError
-from models.latents import open_codec, to_uint8
+from models.pixels import to_uint8
+from models.vae import open_codec
 from preprocessing.images import ImageFiles, cropped
+from runtime import errors, files, progress
+from runtime.errors import UserError, require
+from runtime.options import option, read
 
 _STEP = 1024             # items in memory at a time
 _SCALE = (0.1, 3.0)      # a latent space has a standard deviation of about 1; SD-VAE's unscaled latents have 4 to 5
@@ -35,20 +34,20 @@ _SCALE = (0.1, 3.0)      # a latent space has a standard deviation of about 1; S
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    data_dir: str = config.option(help="the latent set; may be given first, without the flag")
-    vae: str | None = config.option(None, help="autoencoder to decode with (default: the set's own, if it is on this machine)")
-    images: str | None = config.option(None, help="the images that the set was made from, if they were not kept")
-    picture: str | None = config.option(None, help="where to draw the reconstructions (default: verify.png in the set)")
-    num_images: int = config.option(8, help="items to reconstruct; 0: none")
+    data_dir: str = option(help="the latent set; may be given first, without the flag")
+    vae: str | None = option(None, help="autoencoder to decode with (default: the set's own, if it is on this machine)")
+    images: str | None = option(None, help="the images that the set was made from, if they were not kept")
+    picture: str | None = option(None, help="where to draw the reconstructions (default: verify.png in the set)")
+    num_images: int = option(8, help="items to reconstruct; 0: none")
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 0, f"--num-images {self.num_images} must not be negative")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Verify a latent set."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--data-dir", *words]
-    options = config.build(Options, config.parse(Options, words, prog="python -m preprocessing.verify", description=__doc__))
-    config.require(options.num_images >= 0, f"--num-images {options.num_images} must not be negative")
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.verify", description=__doc__,
+                   first="data_dir")
     check_digests(Path(options.data_dir))
     latents = LatentSet(options.data_dir)
     _line("items", f"{len(latents):,} in {len(latents.manifest['shards'])} shards, checksums agree")
@@ -60,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _line("result", "sound")
 
 
-def _line(what: str, found: str) -> None:
-    print(f"{what:<15} {found}", flush=True)
+def _line(what: str, result: str) -> None:
+    print(f"{what:<15} {result}", flush=True)
 
 
 def check_digests(folder: Path) -> None:
@@ -143,7 +142,7 @@ def reconstruct(latents: LatentSet, options: Options) -> None:
         return
     chosen = _spread(latents, options.num_images)
     raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
-    decoded = torch.cat([codec.decode(latents.space.normalise(one[None])) for one in raw])
+    decoded = torch.cat([codec.decode(latents.space.normalise(latent[None])) for latent in raw])
     rows = [to_uint8(decoded).numpy()]
     originals = _originals(latents, options, chosen)
     if originals is not None:
@@ -165,11 +164,11 @@ def _originals(latents: LatentSet, options: Options, chosen: np.ndarray) -> np.n
         return None
     source = ImageFiles(options.images)
     place = {name: index for index, name in enumerate(source.names)}
-    found = [place.get(latents.source_name(index)) for index in chosen]
-    if None in found:
-        raise UserError(f"{options.images} does not hold {latents.name(chosen[found.index(None)])}; give the source of the set")
+    places = [place.get(latents.source_name(index)) for index in chosen]
+    if None in places:
+        raise UserError(f"{options.images} does not hold {latents.name(chosen[places.index(None)])}; give the source of the set")
     grey = latents.channels == 1
-    return np.stack([cropped(source, index, latents.manifest["resolution"], grey) for index in found])
+    return np.stack([cropped(source, index, latents.manifest["resolution"], grey) for index in places])
 
 
 def _draw(file: Path, rows: Sequence[np.ndarray]) -> None:

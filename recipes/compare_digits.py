@@ -21,11 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import errors
-import files
-import progress
-from config import build, option, parse, require
-from training.streams import Stream
+from runtime import errors, files, progress
+from runtime.errors import require
+from runtime.options import option, read
+from runtime.streams import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     from preprocessing import digits
 
-    given = parse(CompareConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.compare_digits",
+    config = read(CompareConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.compare_digits",
                   description=__doc__)
-    config = build(CompareConfig, given)
     out = Path(config.out)
     if not (out / "data" / "manifest.json").is_file():
         digits.main(["--out", str(out / "data")])
@@ -94,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             np.savez(handle, arr_0=images, labels=labels)
     accuracy = train_encoder(out / "encoder")
     rows = [row for row in ROWS if config.rows is None or row.key in config.rows]
-    found: dict[str, dict[int, dict[str, float]]] = {row.key: {} for row in rows}
+    results: dict[str, dict[int, dict[str, float]]] = {row.key: {} for row in rows}
     for seed in config.seeds:  # seeds outermost, so that whatever is finished can be compared
         for row in rows:
-            found[row.key][seed] = run_row(row, config, out, seed)
-        report(rows, found, config, accuracy)
+            results[row.key][seed] = run_row(row, config, out, seed)
+        report(rows, results, config, accuracy)
 
 
 def run_row(row: Row, config: CompareConfig, out: Path, seed: int) -> dict[str, float]:
@@ -161,16 +159,16 @@ def train_encoder(folder: Path, epochs: int = 30) -> float:
     return accuracy
 
 
-def report(rows: Sequence[Row], found: dict[str, dict[int, dict[str, float]]], config: CompareConfig, accuracy: float) -> None:
+def report(rows: Sequence[Row], results: dict[str, dict[int, dict[str, float]]], config: CompareConfig, accuracy: float) -> None:
     """Print the table and write it, with every number behind it, beside `config.results`."""
     encoder = f"ViT of the digits (64 x 4, {100 * accuracy:.1f}% held-out)"
     names = {row.key: row.name.format(encoder_name=encoder) for row in rows}
-    seeds = sorted(next(iter(found.values())))
+    seeds = sorted(next(iter(results.values())))
     text = (f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, "
             f"{config.samples} samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
             f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n"
             f"Stage 2 and HASTE end after a quarter of the steps; the {config.steps // 2} steps of stage 2's teacher are not counted.\n\n"
-            f"{table(rows, names, found)}\n")
+            f"{table(rows, names, results)}\n")
     print(f"\n{text}", flush=True)
     with files.replacing(f"{config.results}.txt") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -178,17 +176,17 @@ def report(rows: Sequence[Row], found: dict[str, dict[int, dict[str, float]]], c
         "steps": config.steps, "batch_size": config.batch_size, "seeds": seeds, "samples": config.samples,
         "encoder_accuracy": accuracy, "torch": torch.__version__, "device": "cpu",
         "rows": [{"key": row.key, "name": names[row.key], "program": row.program, "words": row.words,
-                  "metrics": {str(seed): values for seed, values in found[row.key].items()}} for row in rows]})
+                  "metrics": {str(seed): values for seed, values in results[row.key].items()}} for row in rows]})
 
 
-def table(rows: Sequence[Row], names: dict[str, str], found: dict[str, dict[int, dict[str, float]]]) -> str:
+def table(rows: Sequence[Row], names: dict[str, str], results: dict[str, dict[int, dict[str, float]]]) -> str:
     """The aligned table: means over seeds with standard deviations, and the paired difference to plain SiT."""
     lines = [["method", *METRICS.values(), "Frechet - plain"]]
     for row in rows:
-        values = found[row.key]
-        cells = [names[row.key], *(_spread([one[key] for one in values.values()]) for key in METRICS)]
-        plain = found.get("plain", {})
-        paired = [one["fd"] - plain[seed]["fd"] for seed, one in values.items() if seed in plain]
+        values = results[row.key]
+        cells = [names[row.key], *(_spread([metrics[key] for metrics in values.values()]) for key in METRICS)]
+        plain = results.get("plain", {})
+        paired = [metrics["fd"] - plain[seed]["fd"] for seed, metrics in values.items() if seed in plain]
         lines.append([*cells, _spread(paired) if paired and row.key != "plain" else ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rendered = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]

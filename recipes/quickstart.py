@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import errors
-import files
-from config import build, option, parse
+from runtime import errors, files
+from runtime.options import option, read
 
 TEACHER, HALF, FULL = 400, 400, 800
 GUIDED_STEPS = 100
@@ -59,9 +58,8 @@ METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    given = parse(QuickstartConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.quickstart",
+    config = read(QuickstartConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.quickstart",
                   description=__doc__)
-    config = build(QuickstartConfig, given)
     out = Path(config.out)
     started = time.perf_counter()
     _prepare(out)
@@ -78,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _prepare(out: Path) -> None:
-    from preprocessing import digits, reference
+    from evaluations import reference
+    from preprocessing import digits
 
     if not (out / "data" / "manifest.json").is_file():
         _call(digits.main, "python -m preprocessing.digits", "--out", out / "data")
-    _call(reference.main, "python -m preprocessing.reference", "--images", out / "data", "--out", out / "reference.npz")
+    _call(reference.main, "python -m evaluations.reference", "--images", out / "data", "--features", "none", "--out",
+          out / "reference.npz")
 
 
 def run_seed(folder: Path, out: Path, seed: int, samples: int) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
 
     def compare(key: str, value: int, words: str) -> str:
         guided, plain = distances("self-guided SiT", key, value), distances("plain SiT", key, value)
-        gaps = [one - other for one, other in zip(guided, plain, strict=True)]
+        gaps = [ours - other for ours, other in zip(guided, plain, strict=True)]
         gap = statistics.mean(gaps)
         side = "ahead of" if gap < 0 else "behind"
         if len(gaps) > 1 and abs(gap) < 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
@@ -189,7 +189,7 @@ def sample_figure(folder: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from sampling import grid_picture
+    from sampling.sampler import grid_picture
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.4), layout="constrained")
     for axis, row in zip(axes.flat, ROWS, strict=True):

@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import interpolant
 import models
-import path
 from alignment import Alignment, AlignOptions, Context, Setting, find
 from alignment.haste import attention_loss
+from alignment.interval import Selection
 from alignment.sra import SraOptions
-from errors import UserError
 from loss import Batch, Learner
 from models import QK
-from models.latents import pixels
+from models.checkpoint import Checkpoint
+from models.pixels import pixels
+from runtime.errors import UserError
+from runtime.streams import Stream
 from tests.networks import parity, perturbed
-from training.checkpoint import Checkpoint
-from training.streams import Stream
 
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 ALL = sorted(Alignment.registry)
@@ -63,7 +64,7 @@ def part(whole: Batch, index: slice) -> Batch:
 
 
 def context(network: models.Backbone, one: Batch, taps: tuple, name: str = "", ema: models.Backbone | None = None) -> Context:
-    xt = path.corrupt(one.x0, one.eps, one.t)
+    xt = interpolant.corrupt(one.x0, one.eps, one.t)
     features = network(xt, one.t, one.y, taps=taps).features
     return Context(one.x0, one.eps, xt, one.t, one.y, one.labels, features, one.columns, one.draws.get(name, {}), ema)
 
@@ -113,7 +114,7 @@ def test_an_empty_selection_costs_nothing_and_reaches_every_head(name: str, buil
     one = build(name)
     learner = Learner(perturbed(SPEC), {name: one}, ema=perturbed(SPEC, seed=5))
     plain = gradients(Learner(learner.network), batch(one))
-    found = batch(one, selected={name: torch.arange(0)})
+    found = batch(one, selections={name: Selection(torch.arange(0), 0.0)})
     assert learner(found)[name] == 0
     both = gradients(learner, found)
     assert {key for key, _ in learner.named_parameters()} == set(both)
@@ -329,7 +330,7 @@ def test_sra_against_its_formula(distance: str, build: Callable[..., Alignment])
     assert (one.t < offset).any()  # the clamp acts
     xt = (1 - earlier)[:, None, None, None] * one.x0 + earlier[:, None, None, None] * one.eps
     goal = ema(xt, earlier, one.y, taps=[4]).features[4].detach()  # labels after dropout, block 4 of the average
-    guess = sra.head(network(path.corrupt(one.x0, one.eps, one.t), one.t, one.y, taps=[2]).features[2])
+    guess = sra.head(network(interpolant.corrupt(one.x0, one.eps, one.t), one.t, one.y, taps=[2]).features[2])
     for n in range(6):
         a, b = guess[n].double(), goal[n].double()
         if distance == "smooth-l1":

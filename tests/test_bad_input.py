@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import errors
 import generate
 import train
 import train_guide
-from errors import UserError
+from runtime import errors
+from runtime.errors import UserError
 
 Words = Callable[..., list[str]]
 
@@ -196,12 +196,12 @@ def test_a_full_disk_while_sampling(tmp_path: Path, guided: Path) -> None:
 
 def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
-        raise UserError("something is\nwrong; mend it")
+        raise UserError("something is\nwrong; correct it")
 
     with pytest.raises(SystemExit) as caught:
         errors.run(main)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: something is wrong; mend it\n"
+    assert capsys.readouterr().err == "error: something is wrong; correct it\n"
 
 
 def test_bugs_keep_their_traceback() -> None:

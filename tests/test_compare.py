@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
 from recipes import compare_digits
+from runtime.errors import UserError
 
 
 def test_rows_run_once_and_the_table_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from dataclasses import dataclass
 
 import pytest
 
-from config import RECIPES, GenerateConfig, TrainConfig, as_dict, build, flags_of, option, parse, parse_sections, peek
-from errors import UserError
+from config import PEERS, RECIPES, GenerateConfig, TrainConfig
+from runtime.errors import UserError
+from runtime.options import as_dict, build, flags_of, group, option, options_of, parse, peek, read
 from training import command
 
 
@@ -22,20 +23,24 @@ class Small:
     mode: str = option("x", choices=("x", "y"), help="mode")
 
 
+def parse_one(argv: list[str]) -> dict:
+    return parse({"": Small}, argv, prog="small")[""]
+
+
 def test_values_are_typed_and_only_given_ones_are_returned() -> None:
-    given = parse(Small, ["--name", "n", "--rates", "0.1", "1e-3", "--words", "p", "q", "--fast"], prog="small")
+    given = parse_one(["--name", "n", "--rates", "0.1", "1e-3", "--words", "p", "q", "--fast"])
     assert given == {"name": "n", "rates": (0.1, 1e-3), "words": ("p", "q"), "fast": True}
     assert build(Small, given).steps == 3
     assert build(Small, {"steps": 5}, given, {"name": "later"}) == Small(name="later", steps=5, rates=(0.1, 1e-3), words=("p", "q"),
                                                                            fast=True)
-    assert parse(Small, ["--no-fast"], prog="small") == {"fast": False}
+    assert parse_one(["--no-fast"]) == {"fast": False}
 
 
 def test_mistakes_are_named() -> None:
     for argv, said in ((["--stps", "3"], "--steps"), (["--steps", "x"], "--steps"), (["--mode", "z"], "--mode"),
                        (["--rates", "1"], "--rates")):
         with pytest.raises(UserError, match=said):
-            parse(Small, argv, prog="small")
+            parse_one(argv)
     with pytest.raises(UserError, match="missing --name"):
         build(Small, {})
     with pytest.raises(UserError, match="steps"):
@@ -44,7 +49,7 @@ def test_mistakes_are_named() -> None:
 
 def test_abbreviations_are_not_accepted() -> None:
     with pytest.raises(UserError):
-        parse(Small, ["--step", "4"], prog="small")
+        parse_one(["--step", "4"])
 
 
 def test_sections_have_their_own_flags_and_a_common_one_where_it_is_clear() -> None:
@@ -53,10 +58,10 @@ def test_sections_have_their_own_flags_and_a_common_one_where_it_is_clear() -> N
         weight: float = option(0.5, help="w")
         only: int = option(1, help="o")
 
-    both = parse_sections({"": Small, "p": One, "q": Small}, ["--p-weight", "2", "--align-only", "4", "--q-steps", "9"], prog="x")
+    both = parse({"": Small, "p": One, "q": Small}, ["--p-weight", "2", "--align-only", "4", "--q-steps", "9"], prog="x")
     assert both == {"": {}, "p": {"weight": 2.0, "only": 4}, "q": {"steps": 9}}
     with pytest.raises(UserError):  # two alignments have a weight: which one is meant?
-        parse_sections({"": Small, "p": One, "q": One}, ["--align-weight", "1"], prog="x")
+        parse({"": Small, "p": One, "q": One}, ["--align-weight", "1"], prog="x")
 
 
 def test_peek_reads_one_option_and_nothing_else() -> None:
@@ -66,9 +71,47 @@ def test_peek_reads_one_option_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("schema", [TrainConfig, GenerateConfig])
 def test_every_option_has_help_and_a_flag_of_its_own(schema: type) -> None:
-    flags = [flag for field in dataclasses.fields(schema) for flag in flags_of(field)]
-    assert len(flags) == len(set(flags))
-    assert all(len(field.metadata["help"]) > 5 for field in dataclasses.fields(schema))
+    flags = [flag for found in options_of(schema) for flag in flags_of(found.field)]
+    assert len(flags) == len(set(flags)) > 20
+    assert all(len(found.field.metadata["help"]) > 5 for found in options_of(schema))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Big:
+    small: Small = group(Small, without=("steps",))
+    steps: str = option("1:3", help="a range in place of the group's own")
+
+
+def test_groups_are_composed_and_laid_flat() -> None:
+    found = read(Big, ["n", "--mode", "y", "--steps", "2:4"], prog="big", first="name")
+    assert found == Big(small=Small(name="n", mode="y"), steps="2:4")
+    assert as_dict(found) == {"name": "n", "rates": None, "words": ["a"], "fast": False, "mode": "y", "steps": "2:4"}
+    assert build(Big, as_dict(found)) == found
+    with pytest.raises(UserError, match="missing --name"):
+        read(Big, [], prog="big")
+
+
+def test_settings_stand_between_defaults_and_words() -> None:
+    preset = lambda given: {"mode": "y", "fast": True} if given.get("name") == "n" else {}  # noqa: E731
+    assert read(Small, ["--name", "n", "--no-fast"], prog="small", between=preset) == Small(name="n", mode="y", fast=False)
+    assert read(Small, ["--name", "m"], prog="small", between=preset) == Small(name="m")
+
+
+def test_words_of_the_peers_are_answered() -> None:
+    """What an REPA user types is explained before any nearest-word hint; a word that is an option here is never looked up."""
+    for words in (["--path-type", "linear"], ["--enc-type=dinov2-vit-b"], ["--proj-coeff", "0.5"], ["--fused-attn"]):
+        with pytest.raises(UserError) as caught:
+            command.resolve(["--data-dir", "d", "--exp-name", "e", *words], "train.py", None)
+        assert PEERS[words[0].split("=")[0]] in str(caught.value) and "did you mean" not in str(caught.value)
+    both = {flag for schema in (TrainConfig, GenerateConfig) for found in options_of(schema) for flag in flags_of(found.field)}
+    train = {flag for found in options_of(TrainConfig) for flag in flags_of(found.field)}
+    assert set(PEERS) & both == {"--model", "--qk-norm"} <= train  # options of training, known to a checkpoint
+    for said in PEERS.values():
+        for flag in re.findall(r"--[a-z][a-z-]+", said):
+            assert flag in both | ALIGNED, flag
+
+
+ALIGNED = {"--align-encoder", "--align-depth", "--align-weight", "--align-stop-steps", "--guide-scale", "--out", "--stop-epoch"}
 
 
 def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
@@ -88,8 +131,8 @@ def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_recipe_option_names_every_recipe() -> None:
-    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == "recipe")
-    assert set(field.metadata["choices"]) == set(RECIPES)
+    found = next(found for found in options_of(TrainConfig) if found.field.name == "recipe")
+    assert set(found.field.metadata["choices"]) == set(RECIPES)
     long = RECIPES["lightningdit-800ep"]["train"]
     assert (long["max_train_steps"], long["uniform_from_epoch"]) == (1_000_000, 480)
     assert long.items() >= {k: v for k, v in RECIPES["lightningdit"]["train"].items() if k != "max_train_steps"}.items()
@@ -105,4 +148,5 @@ def test_help_is_readable(capsys: pytest.CaptureFixture) -> None:
         command.resolve(["--align", "latent", "--help"], "train.py", "First line.\n\n    a command\n")
     assert caught.value.code == 0
     text = capsys.readouterr().out
+    assert "SiT-XL/2" in text and "LightningDiT-XL/1" in text and "layersync" in text and "token-cosine" in text
     assert "--latent-depth" in text and "--align-depth" in text and "    a command\n" in text and "(default 0.0001)" in text

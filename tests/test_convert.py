@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import files
 import models
-from errors import UserError
 from models import convert
+from models.checkpoint import Checkpoint
+from runtime import files
+from runtime.errors import UserError
 from tests.networks import inputs, parity, perturbed
-from training.checkpoint import Checkpoint
 
 
 def save(path: Path, weights: dict[str, Tensor], *, wrapped: bool = False) -> Path:

@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 import train
 import train_guide
-from alignment import AlignOptions
-from errors import UserError
+from alignment.interval import expected_share
 from loss import Learner
 from models.latents import LatentSpace
 from preprocessing import shards
+from runtime.errors import UserError
 from training import command, cost
 from training.batches import Batches
-from training.loop import Trainer
+from training.run import Run
 
 Words = Callable[..., list[str]]
 
@@ -54,9 +54,9 @@ def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: P
     argv += [] if program == "train_guide" else [f"--{more[0]}-encoder", str(encoder)]
     found = estimate(argv, program)
 
-    trainer = Trainer(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
-    learner = Learner(trainer.network, trainer.alignments, ema=trainer.ema.network)
-    (batch,), = Batches(trainer.config, trainer.data, trainer.device, 0, 1).steps(0, 1, trainer.alignments)
+    run = Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+    learner = Learner(run.network, run.alignments, ema=run.ema.network)
+    (batch,), = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
     kept: dict[int, tuple[torch.Tensor, int]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: P
     weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
     real = sum(size for pointer, (_, size) in kept.items() if pointer not in weights)
     assert found.kept * 16 == pytest.approx(real, rel=0.01)
-    trained = sum(p.numel() for p in learner.parameters()) + trainer.network.pos_embed.numel()
+    trained = sum(p.numel() for p in learner.parameters()) + run.network.pos_embed.numel()
     assert sum(part.parameters for part in found.parts if part.trained) == trained
 
 
@@ -108,10 +108,10 @@ def test_the_teachers_share_follows_its_depth_and_the_interval(tmp_path: Path, w
     assert share["some"] == pytest.approx(0.3 * share["all"])
     normal = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal(200_000)))
     for low, high in ((0.4, 0.7), (0.5, 1.0), (0.0, 0.2)):
-        options = AlignOptions(interval=(low, high))
-        assert cost._share(options, "uniform") == pytest.approx(high - low)
-        assert cost._share(options, "logit-normal") == pytest.approx(((normal >= low) & (normal <= high)).mean(), abs=0.005)
-        assert cost._share(AlignOptions(interval=(low, high), mask="upstream"), "uniform") == 1.0
+        assert expected_share((low, high), "select", "uniform") == pytest.approx(high - low)
+        measured = ((normal >= low) & (normal <= high)).mean()
+        assert expected_share((low, high), "select", "logit-normal") == pytest.approx(measured, abs=0.005)
+        assert expected_share((low, high), "upstream", "uniform") == 1.0
 
 
 def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words: Words) -> None:

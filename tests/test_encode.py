@@ -17,11 +17,11 @@ import torch
 
 import preprocessing.encode
 from dataset import LatentSet
-from errors import UserError
-from models.latents import open_codec
+from models.vae import open_codec
 from preprocessing import digits, shards
 from preprocessing.images import ImageFiles, cropped
 from preprocessing.job import STOPPED
+from runtime.errors import UserError
 from tests.image_sets import class_folders, photograph, tiny_vae, zipped
 from tests.locks import held_elsewhere
 
@@ -103,14 +103,14 @@ def test_pixels_statistics_grey_and_zip(folder, vae, tmp_path):
                                   crops(folder).transpose(0, 3, 1, 2))
     assert encode(archive, "pixels", tmp_path / "grey", "--grey").channels == 1
     torch.save({"mean": torch.arange(4.0).reshape(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 4.0)}, tmp_path / "stats.pt")
-    scaled = encode(folder, vae, tmp_path / "scaled", "--stats", str(tmp_path / "stats.pt"))
+    scaled = encode(folder, vae, tmp_path / "scaled", "--statistics", str(tmp_path / "stats.pt"))
     assert scaled.space.shift == (0.0, 1.0, 2.0, 3.0) and scaled.space.scale == (0.25,) * 4
     for wrong, message in ((["--grey"], "--grey needs"), (["--resolution", "18"], "not a multiple of 4"),
                            (["--batch-size", "0"], "at least 1")):
         with pytest.raises(UserError, match=message):
             encode(folder, vae, tmp_path / "wrong", *wrong)
-    with pytest.raises(UserError, match="--stats scales"):
-        encode(folder, "pixels", tmp_path / "wrong", "--stats", "x")
+    with pytest.raises(UserError, match="--statistics scales"):
+        encode(folder, "pixels", tmp_path / "wrong", "--statistics", "x")
 
 
 def test_worker_processes_change_nothing(folder, tmp_path):
@@ -147,7 +147,8 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
 
 
 PROBE = """
-import sys, accelerate, errors, preprocessing.encode
+import sys, accelerate, preprocessing.encode
+from runtime import errors
 bad, *arguments = sys.argv[1:]
 try:
     preprocessing.encode.main(["--images", bad, "--vae", "pixels", "--resolution", "16", "--shard-size", "4",

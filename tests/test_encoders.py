@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import train
 from dataset import LatentSet
-from errors import UserError
+from models.checkpoint import Checkpoint
 from models.encoders import Encoder, open_encoder
-from models.latents import pixels
+from models.pixels import pixels
 from preprocessing import shards
+from runtime.errors import UserError
 from training.batches import Batches
-from training.checkpoint import Checkpoint
 from training.log import read
 
 Words = Callable[..., list[str]]
@@ -102,7 +102,7 @@ def test_weights_from_a_file_and_positions_on_another_grid(encoder: Path, tmp_pa
 def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="did you mean vit_small_patch14_dinov2"):
         open_encoder("vit_small_patch14_dinov", grid=2)
-    with pytest.raises(UserError, match="no plain vision transformer but a ResNet"):
+    with pytest.raises(UserError, match="not a plain vision transformer but a ResNet"):
         open_encoder("resnet10t", grid=2, pretrained=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="weights of encoder vit_small_patch14_dinov2.lvd142m are neither here") as error:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errors import UserError
 from evaluations import evaluate, metrics, reference
 from evaluations.features import Pixels
 from evaluations.images import ArrayImages, LatentSetImages
 from evaluations.reference import Reference
 from evaluations.score import score
+from runtime.errors import UserError
 
 
 def digits(seed, count, channels=1, size=6):
@@ -68,7 +68,7 @@ def test_pixels_frechet_distance_by_its_definition(pair):
     assert run(folder)["metrics"]["fd"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_batch_size_and_precision_mode_act(pair, monkeypatch):
+def test_batch_size_and_precision_recall_mode_act(pair, monkeypatch):
     folder, *_ = pair
     plain = run(folder)
     sizes, called = [], []
@@ -77,7 +77,7 @@ def test_batch_size_and_precision_mode_act(pair, monkeypatch):
     assert run(folder, "--batch-size", "7")["metrics"] == pytest.approx(plain["metrics"], rel=1e-9)
     assert max(sizes) == 7 and sum(sizes) == 350
     monkeypatch.setattr(metrics, "precision_recall", lambda x, r, mode: called.append(mode) or (0, 0))
-    assert run(folder, "--precision-mode", "adm_fp16")["precision_recall"]["mode"] == "adm_fp16"
+    assert run(folder, "--precision-recall-mode", "adm_fp16")["precision_recall"]["mode"] == "adm_fp16"
     assert called == ["adm_fp16"]
 
 
@@ -120,7 +120,7 @@ def test_damaged_files_are_refused(pair, which):
     folder, *_ = pair
     whole = (folder / which).read_bytes()
     (folder / which).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=f"{which} is truncated, damaged or no .npz"):
+    with pytest.raises(UserError, match=f"{which} is truncated, damaged or not an .npz"):
         run(folder)
     flipped = bytearray(whole)
     flipped[700] ^= 255
@@ -244,9 +244,9 @@ def test_a_latent_set_of_pixels_is_a_reference(tmp_path):
     embedded.main(["--out", str(tmp_path / "digits")])
     images = LatentSetImages(tmp_path / "digits")
     assert images.shape == (8, 8, 1) and len(images) == 1797
-    first = next(images.batches(0, 3, 3))
+    first = next(images.batches(range(3), 3))
     assert first.dtype == np.uint8 and first.max() > 200
-    np.savez(tmp_path / "samples.npz", arr_0=next(images.batches(0, 1797, 1797)), labels=images.labels)
+    np.savez(tmp_path / "samples.npz", arr_0=next(images.batches(range(1797), 1797)), labels=images.labels)
     result = run(tmp_path, reference="digits")
     assert abs(result["metrics"]["fd"]) < 1e-9
     assert (result["metrics"]["precision"], result["metrics"]["recall"], result["metrics"]["class_accuracy"]) == (1, 1, 1)
@@ -261,7 +261,7 @@ def test_references_that_do_not_fit_are_refused(pair):
     with pytest.raises(UserError, match="mu or sigma holds NaN"):
         run(folder, reference="ref.npz")
     np.savez(folder / "ref.npz", **arrays | {"about": np.array("{}")})
-    with pytest.raises(UserError, match="no reference of this format"):
+    with pytest.raises(UserError, match="not a reference of this format"):
         run(folder, reference="ref.npz")
     other = arrays["about"].item().replace('"pixels"', '"inception"')
     np.savez(folder / "ref.npz", **arrays | {"about": np.array(other)})

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from errors import UserError
+from config import FeatureOptions
 from evaluations import evaluate, inception, metrics, reference
-from evaluations.features import open_extractor
+from evaluations.extractors import open_extractor
 from evaluations.inception import Inception
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +119,13 @@ def test_inception_refuses_grey_images_and_wrong_files(extractor, weights, tmp_p
     with pytest.raises(UserError, match="no weights file"):
         Inception(tmp_path / "absent.pth")
     (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match="is damaged"):
         Inception(tmp_path / "cut.pth")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="no weights of this network"):
         Inception(tmp_path / "other.pth")
     torch.save({"code": Runs(tmp_path / "ran")}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="more than tensors"):
+    with pytest.raises(UserError, match="asks to run"):
         Inception(tmp_path / "code.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -146,7 +147,7 @@ def test_without_file_or_network_one_line_says_where_to_get_it(monkeypatch, tmp_
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(UserError) as caught:
-        open_extractor("inception")
+        open_extractor(FeatureOptions(features="inception"))
     for word in (inception.FILE, inception.URL, "--inception-weights", "no route to host"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -156,7 +157,7 @@ def test_the_download_lands_in_the_cache(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "FILE", weights.name)
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: open(weights, "rb"))
-    found = open_extractor("inception")
+    found = open_extractor(FeatureOptions(features="inception"))
     assert found.weights == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (tmp_path / "checkpoints" / weights.name).read_bytes() == weights.read_bytes()
 
@@ -169,7 +170,6 @@ def cheap_distance(a, b):
 def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch):
     """The whole command with stored statistics, a compact reference of the same, and the numbers recomputed by hand."""
     extractor = Remembering(extractor)
-    monkeypatch.setattr(evaluate, "open_extractor", lambda *words, **more: extractor)
     monkeypatch.setattr(reference, "open_extractor", lambda *words, **more: extractor)
     np.savez(tmp_path / "samples.npz", arr_0=pictures(0, 4, 32), labels=[0, 0, 1, 1])
     features = extractor(torch.from_numpy(pictures(1, 4, 32)))
@@ -243,7 +243,7 @@ def vit(tmp_path_factory):
 
 def test_timm_features_are_those_of_the_model(vit):
     model, path = vit
-    extractor = open_extractor("timm:test_vit", feature_weights=str(path))
+    extractor = open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(path)))
     side = model.pretrained_cfg["input_size"][1]
     images = torch.from_numpy(pictures(0, 2, side))
     cfg = model.pretrained_cfg
@@ -259,9 +259,9 @@ def test_timm_size_safetensors_and_grey_images(vit, tmp_path):
 
     model, path = vit
     save_file(torch.load(path, weights_only=True), tmp_path / "vit.safetensors")
-    extractor = open_extractor("timm:test_vit@64", feature_weights=str(tmp_path / "vit.safetensors"))
+    extractor = open_extractor(FeatureOptions(features="timm:test_vit@64", feature_weights=str(tmp_path / "vit.safetensors")))
     colour = extractor(torch.from_numpy(pictures(0, 2, 32))).pool
-    usual = open_extractor("timm:test_vit", feature_weights=str(path))(torch.from_numpy(pictures(0, 2, 32))).pool
+    usual = open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(path)))(torch.from_numpy(pictures(0, 2, 32))).pool
     assert colour.shape == usual.shape and not torch.allclose(colour, usual, atol=1e-3)
     grey = torch.from_numpy(pictures(0, 2, 32)[..., :1])
     torch.testing.assert_close(extractor(grey).pool, extractor(grey.expand(-1, -1, -1, 3)).pool)
@@ -280,23 +280,23 @@ def test_timm_metrics_end_to_end(vit, tmp_path):
 def test_timm_refusals(vit, tmp_path, monkeypatch):
     model, path = vit
     with pytest.raises(UserError, match="did you mean test_vit"):
-        open_extractor("timm:tests_vit", feature_weights=str(path))
+        open_extractor(FeatureOptions(features="timm:tests_vit", feature_weights=str(path)))
     with pytest.raises(UserError, match="big is not a size"):
-        open_extractor("timm:test_vit@big", feature_weights=str(path))
+        open_extractor(FeatureOptions(features="timm:test_vit@big", feature_weights=str(path)))
     with pytest.raises(UserError, match="no weights file"):
-        open_extractor("timm:test_vit", feature_weights=str(tmp_path / "absent.pth"))
+        open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(tmp_path / "absent.pth")))
     torch.save({"cls_token": torch.zeros(1, 1, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds no weights of timm's test_vit"):
-        open_extractor("timm:test_vit", feature_weights=str(tmp_path / "other.pth"))
+        open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(tmp_path / "other.pth")))
     with pytest.raises(UserError, match="--feature-weights goes with --features timm:NAME, not pixels"):
-        open_extractor("pixels", feature_weights=str(path))
+        open_extractor(FeatureOptions(features="pixels", feature_weights=str(path)))
     with pytest.raises(UserError, match="--inception-weights does not go with --features timm"):
-        open_extractor("timm:test_vit", inception_weights=str(path))
+        open_extractor(FeatureOptions(features="timm:test_vit", inception_weights=str(path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="neither in the cache nor within reach.*--feature-weights FILE"):
-        open_extractor("timm:test_vit")
+        open_extractor(FeatureOptions(features="timm:test_vit"))
 
 
 def test_a_copy_under_another_name_is_the_same_weights(weights, tmp_path):

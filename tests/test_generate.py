@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import generate
-from config import GenerateConfig, SamplingConfig, build
-from errors import UserError
-from models.latents import PixelCodec, pixels, to_uint8
-from samples import Store
-from sampling import Sampler, grid_picture
-from training.checkpoint import Checkpoint
+from config import GenerateConfig, SamplingConfig
+from models.checkpoint import Checkpoint
+from models.pixels import PixelCodec, pixels, to_uint8
+from runtime.errors import UserError
+from runtime.options import build
+from sampling.sampler import Sampler, grid_picture
+from sampling.store import Store
 
 
 def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -103,7 +104,7 @@ def test_finished_samples_are_not_drawn_again(guided: Path, tmp_path: Path, monk
 def test_what_a_score_needs_is_checked_before_sampling(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "images", None)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((8, 16, 16, 1), np.uint8))
-    words = ["--ckpt", str(guided), "--out", str(tmp_path / "out"), "--features", "pixels", "--score", str(tmp_path / "large.npz")]
+    words = ["--ckpt", str(guided), "--out", str(tmp_path / "out"), "--features", "pixels", "--reference", str(tmp_path / "large.npz")]
     with pytest.raises(UserError, match="16"):
         generate.main([*words, "--num-fid-samples", "8"])
     with pytest.raises(UserError, match="at least 4"):
@@ -119,7 +120,7 @@ def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Pat
 
 
 def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from recipes.sampling import PRESETS, settings
+    from sampling.presets import PRESETS, settings
 
     published = {"repa-nocfg": 5.90, "repa-cfg": 1.42, "sit-cfg-sde": 2.06, "sit-cfg-ode": 2.15, "lightningdit-64ep": 2.11,
                  "lightningdit-800ep": 1.35, "self-transcendence-cfg": 1.44}
@@ -139,12 +140,12 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
     # evaluations per sample: LightningDiT's 249 and their guided share
     lightning = sampler(guided, **{k: v for k, v in settings("lightningdit-64ep", {}).items() if k not in ("vae", "num_steps")})
     assert len(lightning.grid) == 4
-    import samplers
+    from sampling import solvers
 
     for name, guided_steps in (("lightningdit-64ep", 181), ("lightningdit-800ep", 168)):
         one = settings(name, {})
-        grid = samplers.ode_grid(249, one["timestep_shift"])
-        assert samplers.evaluations("euler", grid, one["cfg_scale"], one["guidance_low"], one["guidance_high"]) == 249 + guided_steps
+        grid = solvers.ode_grid(249, one["timestep_shift"])
+        assert solvers.evaluations("euler", grid, one["cfg_scale"], one["guidance_low"], one["guidance_high"]) == 249 + guided_steps
 
 
 def test_rounding_rules() -> None:

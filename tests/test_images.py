@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from errors import UserError
 from preprocessing.images import BadImage, ImageFiles, center_crop, cropped, decode, png
+from runtime.errors import UserError
 from tests.image_sets import class_folders, photograph, zipped
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from dataset import LatentSet
-from errors import UserError
 from preprocessing import import_latents
 from preprocessing.images import png
+from runtime.errors import UserError
 from tests.image_sets import photograph, tiny_vae
 
 
@@ -83,9 +83,9 @@ def test_lightningdit_folders(tmp_path):
     torch.testing.assert_close(seen, (expected["latents"] - mean) / std)
     assert (opened.views, opened.parts, opened.manifest["resolution"], opened.space.name) == (2, 1, 64, "va-vae")
     (tmp_path / "peer" / "latents_stats.pt").rename(tmp_path / "elsewhere.pt")
-    with pytest.raises(UserError, match="latents_stats.pt is missing.*--stats"):
+    with pytest.raises(UserError, match="latents_stats.pt is missing.*--statistics"):
         imported(tmp_path / "peer", tmp_path / "none")
-    again = imported(tmp_path / "peer", tmp_path / "again", "--dtype", "float32", "--stats", str(tmp_path / "elsewhere.pt"))
+    again = imported(tmp_path / "peer", tmp_path / "again", "--dtype", "float32", "--statistics", str(tmp_path / "elsewhere.pt"))
     assert again.space == opened.space
 
 

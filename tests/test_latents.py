@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from errors import UserError
-from models.latents import LatentSpace, open_codec, pixels, read_statistics, to_uint8
+from models.latents import LatentSpace
+from models.pixels import pixels, to_uint8
+from models.vae import open_codec, read_statistics
+from runtime.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -79,7 +81,7 @@ def test_the_published_sizes_and_scale():
     """SD-VAE: 256 and 512 pixels give 32 and 64 latents a side, scale 0.18215, no shift (on a VAE of its shape, thinner)."""
     from diffusers import AutoencoderKL
 
-    from models.latents import VaeCodec, _space_of
+    from models.vae import VaeCodec, _space_of
 
     model = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
                           up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2, mid_block_add_attention=False)

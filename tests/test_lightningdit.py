@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import models
-from errors import UserError
 from models.layers import rotate
 from models.lightningdit import RMSNorm, SwiGLU, rotary_tables
+from runtime.errors import UserError
 from tests.networks import parity
 
 # Published tables: 32 latent channels at 16x16, 1000 classes.

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import interpolant
 import models
-import path
 from alignment import Alignment, Context, Setting, find
-from errors import UserError
+from alignment.interval import Selection
 from loss import Batch, Learner, flow_matching
-from models.latents import pixels
-from training.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
+from models.pixels import pixels
+from runtime.errors import UserError
 
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 
@@ -48,7 +49,7 @@ def make(name: str, **options: object) -> Alignment:
 
 
 def context_of(network: models.Backbone, one: Batch, taps: tuple[int, ...]) -> Context:
-    xt = path.corrupt(one.x0, one.eps, one.t)
+    xt = interpolant.corrupt(one.x0, one.eps, one.t)
     return Context(one.x0, one.eps, xt, one.t, one.y, one.labels, network(xt, one.t, one.y, taps=taps).features, {}, {})
 
 
@@ -102,12 +103,13 @@ def test_upstream_preset_of_stage_1() -> None:
 
 @pytest.mark.parametrize(("name", "block", "thirds", "sixth"), [("SiT-B/2", 6, 8, 2), ("SiT-L/2", 12, 16, 4), ("SiT-XL/2", 14, 19, 5)])
 def test_layers_of_the_published_sizes(name: str, block: int, thirds: int, sixth: int) -> None:
-    from alignment.base import layer
+    from alignment.base import block_number
 
     spec = models.spec(name, in_channels=4, input_size=32, num_classes=1000)
     guided = find("guided")
     options = guided.resolve(guided.Options(guiding_ckpt="x"), spec)
-    assert (options.guided_depth, layer(spec.depth, 2 / 3, None, ""), layer(spec.depth, 1 / 6, None, "")) == (block, thirds, sixth)
+    shares = [block_number(spec.depth, share, None, "") for share in (2 / 3, 1 / 6)]
+    assert (options.guided_depth, *shares) == (block, thirds, sixth)
     assert options.guide_scale == 30 and options.stop_epochs == (20 if name == "SiT-B/2" else 10)
     assert options.stop(5004) == (100_080 if name == "SiT-B/2" else 50_040)
     assert guided.resolve(guided.Options(guiding_ckpt="x", stop_steps=0), spec).stop(5004) is None  # 0 is never
@@ -115,7 +117,7 @@ def test_layers_of_the_published_sizes(name: str, block: int, thirds: int, sixth
 
 def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path) -> None:
     one = batch()
-    xt = path.corrupt(one.x0, one.eps, one.t)
+    xt = interpolant.corrupt(one.x0, one.eps, one.t)
     full = Checkpoint.open(teacher).network("raw")
     with torch.no_grad():
         conditional = full(xt, one.t, one.labels, taps=(4,)).features[4]
@@ -170,11 +172,13 @@ def test_interval_masks(low: float, high: float) -> None:
     inside = ((one.t >= low) & (one.t <= high)).float()
     learner = Learner(network, {"latent": alignment})
     expected = torch.autograd.grad((inside * each).sum() / len(one.t), list(alignment.parameters()), retain_graph=True)
-    selected = learner(dataclasses.replace(one, selected={"latent": inside.nonzero().flatten()}))["latent"]
+    some = Selection.of((low, high), "select", one.t.numpy(), slice(None), one.t.device)
+    selected = learner(dataclasses.replace(one, selections={"latent": some}))["latent"]
     torch.testing.assert_close(selected, (inside * each).sum() / len(one.t))
     for found, wanted in zip(torch.autograd.grad(selected, list(alignment.parameters())), expected):
         torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-5)  # zeros, not None, where nothing is in range
-    upstream = learner(dataclasses.replace(one, share={"latent": inside.mean().item()}))["latent"]
+    weighed = Selection.of((low, high), "upstream", one.t.numpy(), slice(None), one.t.device)
+    upstream = learner(dataclasses.replace(one, selections={"latent": weighed}))["latent"]
     torch.testing.assert_close(upstream, inside.mean() * each.mean())
 
 

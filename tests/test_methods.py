@@ -11,12 +11,12 @@ import torch
 
 import train
 import train_guide
-from errors import UserError
 from loss import Batch
+from models.checkpoint import Checkpoint
+from runtime.errors import UserError
 from training import command
-from training.checkpoint import Checkpoint
 from training.log import read
-from training.loop import Trainer
+from training.run import Run
 
 Words = Callable[..., list[str]]
 SHORT = ("--max-train-steps", 4)
@@ -63,7 +63,7 @@ def test_stage_2_takes_any_teacher(origin: str, weights: str, tmp_path: Path, wo
     resolved = Checkpoint.open(run).config["resolved"]["guided"]
     teacher = Checkpoint.open(source)
     assert resolved["teacher"]["digest"] == teacher.digest and resolved["teacher"]["weights"] == weights
-    own = Trainer(*command.resolve(words(tmp_path, "x", *more, "--max-train-steps", 3), "train_guide", None, ("guided",)))
+    own = Run(*command.resolve(words(tmp_path, "x", *more, "--max-train-steps", 3), "train_guide", None, ("guided",)))
     used = own.alignments["guided"].teacher.network.state_dict()
     stored = teacher.tensors("ema" if weights == "ema" else "network")
     assert all(torch.equal(value, stored[name]) for name, value in used.items())

@@ -10,9 +10,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from errors import UserError
 from evaluations import metrics
 from evaluations.metrics import Moments, Statistics
+from runtime.errors import UserError
 
 DATA = Path(__file__).parent / "data"
 ADM = json.loads((DATA / "index.json").read_text())["adm_metrics"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import models
-from errors import UserError
 from models.layers import patchify, unpatchify
+from runtime.errors import UserError
 from tests.networks import inputs, parity, perturbed
 
 TINY = models.ModelSpec(name="custom", architecture="sit", depth=4, hidden_size=48, num_heads=4, patch_size=2,

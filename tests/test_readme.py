@@ -15,7 +15,8 @@ from torch import nn
 
 import train
 from alignment import Alignment
-from config import GenerateConfig, flags_of
+from config import PEERS, GenerateConfig
+from runtime.options import flags_of, options_of
 from training import command
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +36,9 @@ def commands() -> list[list[str]]:
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
     found = importlib.import_module(module)
-    schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind)]
-    return {flag for kind in schemas for field in dataclasses.fields(kind) if "help" in field.metadata for flag in flags_of(field)}
+    schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind)
+               and any(field.metadata for field in dataclasses.fields(kind))]
+    return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words], ids=" ".join)
@@ -46,7 +48,7 @@ def test_commands_parse(words: list[str]) -> None:
     if rest[0] in ("train.py", "train_guide.py"):
         command.resolve([word for word in rest[1:] if word != "..."], rest[0], None, ("guided",) if "guide" in rest[0] else ())
     elif rest[0] == "generate.py":
-        assert set(given) <= {flag for field in dataclasses.fields(GenerateConfig) for flag in flags_of(field)}
+        assert set(given) <= {flag for found in options_of(GenerateConfig) for flag in flags_of(found.field)}
     else:
         assert rest[0] == "-m" and set(given) <= flags(rest[1])
 
@@ -61,13 +63,23 @@ def test_named_files_and_targets_exist() -> None:
     assert all(f"{target}:" in makefile for target in re.findall(r"make (\w+)", TEXT))
 
 
+def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None:
+    for flag, said in PEERS.items():
+        assert f"| `{flag}` | {said} |" in TEXT
+
+
+def test_pictures_exist() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT)
+    assert pictures and all((ROOT / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+
+
 def test_symbols_name_real_flags_and_defaults() -> None:
     config, options = command.resolve(["--data-dir", "d", "--exp-name", "e", "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",))
     known = {flag for field in dataclasses.fields(options["guided"]) for flag in flags_of(field, "guided", alone=True)}
     latent = command.resolve(["--data-dir", "d", "--exp-name", "e", "--align", "latent"], "train.py", None)[1]["latent"]
     known |= {flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)}
     table = TEXT.split("## The paper's symbols")[1].split("\n## ")[0]
-    known |= {flag for field in dataclasses.fields(config) for flag in flags_of(field)}
+    known |= {flag for found in options_of(type(config)) for flag in flags_of(found.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
     assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 import preprocessing.encode
-from errors import UserError
-from preprocessing import digits, reference
+from evaluations import reference
+from preprocessing import digits
 from preprocessing.images import ImageFiles, cropped
+from runtime.errors import UserError
 from tests.image_sets import class_folders, tiny_vae, zipped
 
 
 def written(out, *arguments: str) -> tuple[np.ndarray, np.ndarray]:
-    reference.main([*map(str, arguments), "--out", str(out)])
+    reference.main([*map(str, arguments), "--features", "none", "--out", str(out)])
     with np.load(out) as archive:
         return archive["arr_0"], archive["labels"]
 
@@ -47,7 +48,7 @@ def test_the_digits_and_a_random_choice_of_them(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "--resolution is needed"), (["--resolution", "16", "--num-images", "16"], "holds 15 images"),
+    ([], "give --resolution"), (["--resolution", "16", "--num-images", "16"], "holds 15 images"),
     (["--resolution", "16", "--num-images", "0"], "--num-images 0")])
 def test_wrong_requests_are_one_clear_line(tmp_path, arguments, message):
     folder = class_folders(tmp_path / "set")
@@ -59,9 +60,18 @@ def test_what_a_latent_set_cannot_give_is_one_clear_line(tmp_path):
     folder = class_folders(tmp_path / "set")
     preprocessing.encode.main(["--images", str(folder), "--vae", tiny_vae(tmp_path / "vae"), "--resolution", "16", "--out",
                                str(tmp_path / "latents"), "--workers", "0"])
-    for arguments, message in (([], "--keep-images"), (["--resolution", "32"], "is of 16"), (["--grey"], "--grey is for")):
+    for arguments, message in (([], "--keep-images"), (["--resolution", "32"], "--keep-images")):
         with pytest.raises(UserError, match=message):
             written(tmp_path / "r.npz", "--images", tmp_path / "latents", *arguments)
+
+
+def test_images_that_are_not_files_are_as_they_are(tmp_path):
+    digits.main(["--out", str(tmp_path / "digits")])
+    for arguments, message in ((["--resolution", "32"], "is of 8 x 8"), (["--grey"], "--grey is for")):
+        with pytest.raises(UserError, match=message):
+            written(tmp_path / "r.npz", "--images", tmp_path / "digits", *arguments)
+    with pytest.raises(UserError, match="--num-images goes with"):
+        reference.main(["--images", str(tmp_path / "digits"), "--num-images", "5", "--features", "pixels", "--out", "r.npz"])
 
 
 def test_a_bad_image_is_named_and_leaves_no_file(tmp_path):

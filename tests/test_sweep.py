@@ -16,12 +16,13 @@ import pytest
 
 import generate
 import train
-from config import GenerateConfig, build, parse
-from errors import UserError
+from config import GenerateConfig
 from evaluations import evaluate, reference, sweep
 from evaluations.sweep import SweepConfig, values
+from runtime import options
+from runtime.errors import UserError
+from sampling.preview import SETTINGS
 from training.log import read
-from training.preview import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--num-steps", "3", "--features", "pixels"]
@@ -36,7 +37,7 @@ def real(data, tmp_path_factory):
 
 def test_score_while_drawing_equals_score_of_the_files(guided, real, tmp_path, capsys):
     words = ["--ckpt", str(guided), "--num-fid-samples", "40", "--num-steps", "3", "--batch-size", "16", "--cfg-scale", "2"]
-    folder = generate.main([*words, "--score", str(real), "--features", "pixels", "--out", str(tmp_path / "scored")])
+    folder = generate.main([*words, "--reference", str(real), "--features", "pixels", "--out", str(tmp_path / "scored")])
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     found = json.loads((folder / "metrics.json").read_text())
     assert "fd" in capsys.readouterr().out
@@ -64,7 +65,7 @@ def test_two_processes_score_as_one(guided, real, tmp_path):
     """Files and fresh samples, in one launch of two processes."""
     files = ["--samples", random_images(tmp_path / "samples.npz", 31), "--reference", random_images(tmp_path / "real.npz", 41),
              "--features", "pixels", "--batch-size", "4", "--out"]
-    fresh = ["--ckpt", str(guided), "--num-fid-samples", "25", "--batch-size", "8", "--score", str(real), *FAST, "--out"]
+    fresh = ["--ckpt", str(guided), "--num-fid-samples", "25", "--batch-size", "8", "--reference", str(real), *FAST, "--out"]
     (tmp_path / "both.py").write_text(BOTH)
     with socket.socket() as free:
         free.bind(("", 0))
@@ -90,8 +91,8 @@ def random_images(path, count):
 
 def test_scores_during_training(data, real, words, tmp_path, capsys):
     more = ["--max-train-steps", "3", "--checkpointing-steps", "2", "--log-steps", "2", "--vae", "pixels"]
-    scored = train.main(words(tmp_path, "scored", *more, "--eval-steps", "2", "--eval-reference", real, "--eval-features",
-                              "pixels", "--eval-samples", "16"))
+    scored = train.main(words(tmp_path, "scored", *more, "--eval-steps", "2", "--reference", real, "--features",
+                              "pixels", "--num-fid-samples", "16"))
     lines = read(scored / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 3]  # losses and scores of a step share its line
     assert "eval/fd@16" in lines[0] and "eval/precision@16" in lines[0] and "eval/fd@16" not in lines[1]
@@ -102,32 +103,32 @@ def test_scores_during_training(data, real, words, tmp_path, capsys):
     checkpoint = scored / "checkpoints" / "0000002"  # the same, from the checkpoint's EMA weights afterwards
     how = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(SETTINGS)}
     flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "16", "--score", str(real), "--features",
+    out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "16", "--reference", str(real), "--features",
                          "pixels", "--out", str(tmp_path / "out")])
     after = json.loads((out / "metrics.json").read_text())["metrics"]
     assert lines[0]["eval/fd@16"] == pytest.approx(after["fd"], rel=1e-5)
 
 
 def test_scores_during_training_need_a_sound_reference(data, words, tmp_path):
-    for extra in (["--eval-steps", "2"], ["--eval-reference", "x.npz"]):
-        with pytest.raises(UserError, match="--eval-steps and --eval-reference go together"):
+    for extra in (["--eval-steps", "2"], ["--reference", "x.npz"]):
+        with pytest.raises(UserError, match="--eval-steps and --reference go together"):
             train.main(words(tmp_path, "a", *extra))
     with pytest.raises(UserError, match="at least 4"):
-        train.main(words(tmp_path, "a", "--eval-samples", "2"))
+        train.main(words(tmp_path, "a", "--num-fid-samples", "2"))
     with pytest.raises(UserError, match="cannot read absent.npz"):
-        train.main(words(tmp_path, "a", "--eval-steps", "2", "--eval-reference", "absent.npz", "--eval-features", "pixels"))
+        train.main(words(tmp_path, "a", "--eval-steps", "2", "--reference", "absent.npz", "--features", "pixels"))
 
 
 def test_how_to_score_without_score_is_refused():
     for words in (["--features", "pixels"], ["--inception-weights", "w.pth"], ["--feature-weights", "w.pth"]):
-        with pytest.raises(UserError, match="add --score REFERENCE"):
-            build(GenerateConfig, parse(GenerateConfig, ["--ckpt", "x", *words], prog="generate.py"))
+        with pytest.raises(UserError, match="add --reference REFERENCE"):
+            options.read(GenerateConfig, ["--ckpt", "x", *words], prog="generate.py")
 
 
 def test_score_refuses_images_of_another_size(guided, tmp_path):
     np.savez(tmp_path / "other.npz", arr_0=np.zeros((9, 16, 16, 1), np.uint8))
     with pytest.raises(UserError, match="8 x 8 x 1, those of other.npz are 16 x 16 x 1"):
-        generate.main(["--ckpt", str(guided), "--num-fid-samples", "8", *FAST, "--score", str(tmp_path / "other.npz"), "--out",
+        generate.main(["--ckpt", str(guided), "--num-fid-samples", "8", *FAST, "--reference", str(tmp_path / "other.npz"), "--out",
                        str(tmp_path / "out")])
 
 
@@ -139,7 +140,7 @@ def test_ranges():
         with pytest.raises(UserError, match="--x"):
             values("--x", text)
     with pytest.raises(UserError, match="must satisfy 0 <= low <= high <= 1"):
-        SweepConfig(ckpt="x", score="r", guidance_high="0.5:1.5:0.5")
+        options.build(SweepConfig, {"ckpt": "x", "reference": "r"}, dict(guidance_high="0.5:1.5:0.5"))
 
 
 def test_a_sweep_has_no_presets():
@@ -148,12 +149,12 @@ def test_a_sweep_has_no_presets():
 
 
 def test_scale_one_is_one_point():
-    config = SweepConfig(ckpt="x", score="r", cfg_scale="1:2:0.5", guidance_high="0.5:1:0.5")
+    config = options.build(SweepConfig, {"ckpt": "x", "reference": "r"}, dict(cfg_scale="1:2:0.5", guidance_high="0.5:1:0.5"))
     assert config.points() == [(1, 1), (1.5, 0.5), (1.5, 1), (2, 0.5), (2, 1)]
 
 
 def run(guided, real, out, *words):
-    return sweep.main(["--ckpt", str(guided), "--reference", str(real), *FAST, "--num", "24", "--batch-size", "24", "--out",
+    return sweep.main(["--ckpt", str(guided), "--reference", str(real), *FAST, "--num-fid-samples", "24", "--batch-size", "24", "--out",
                        str(out), *words])
 
 
@@ -165,7 +166,7 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     assert text.startswith("2 of 2 points to do, 24 samples each: 48 images, 216 network evaluations")
     result = json.loads((out / "sweep.json").read_text())
     assert [(one["cfg_scale"], one["guidance_high"]) for one in result["points"]] == [(1, 1), (3, 1)]
-    generate.main(["--ckpt", str(guided), "--num-fid-samples", "24", *FAST, "--cfg-scale", "3", "--score", str(real), "--out",
+    generate.main(["--ckpt", str(guided), "--num-fid-samples", "24", *FAST, "--cfg-scale", "3", "--reference", str(real), "--out",
                    str(tmp_path / "one")])
     alone = json.loads((tmp_path / "one" / "metrics.json").read_text())["metrics"]
     assert result["points"][1]["metrics"] == pytest.approx(alone, rel=1e-9)
@@ -181,9 +182,9 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     best = min(points, key=lambda one: one["metrics"]["fd"])
     words = shlex.split(text.strip().splitlines()[-1])
     assert words[:2] == ["python", "generate.py"]
-    parsed = build(GenerateConfig, parse(GenerateConfig, words[2:], prog="generate.py"))
-    assert (parsed.cfg_scale, parsed.guidance_high) == (best["cfg_scale"], best["guidance_high"])
-    assert (parsed.num_steps, parsed.num_fid_samples) == (3, 50_000)
+    parsed = options.read(GenerateConfig, words[2:], prog="generate.py")
+    assert (parsed.sampling.cfg_scale, parsed.sampling.guidance_high) == (best["cfg_scale"], best["guidance_high"])
+    assert (parsed.sampling.num_steps, parsed.num_fid_samples) == (3, 50_000)
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     lines = text[text.index("high \\ scale"):].splitlines()[:3]
     assert [line.split()[0] for line in lines] == ["high", "0.5", "1"] and len({len(line) for line in lines}) == 1
@@ -196,7 +197,7 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
 
 
 def test_a_best_point_at_the_end_of_its_range_says_so():
-    config = SweepConfig(ckpt="x", score="r", cfg_scale="1:2:0.5", guidance_high="0.5:1:0.25")
+    config = options.build(SweepConfig, {"ckpt": "x", "reference": "r"}, dict(cfg_scale="1:2:0.5", guidance_high="0.5:1:0.25"))
     assert list(sweep.edges(config, (2, 0.75))) == ["--cfg-scale"]
     assert list(sweep.edges(config, (1.5, 0.5))) == ["--guidance-high"]
     assert list(sweep.edges(config, (1, 1))) == [] == list(sweep.edges(config, (1.5, 0.75)))
@@ -205,8 +206,8 @@ def test_a_best_point_at_the_end_of_its_range_says_so():
 def test_a_reference_of_another_size_is_refused_before_training(tmp_path, words):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((8, 16, 16, 1), np.uint8))
     with pytest.raises(UserError, match="16"):
-        train.main(words(tmp_path, "x", "--eval-steps", 50, "--eval-reference", tmp_path / "large.npz", "--eval-samples", 8,
-                         "--eval-features", "pixels"))
+        train.main(words(tmp_path, "x", "--eval-steps", 50, "--reference", tmp_path / "large.npz", "--num-fid-samples", 8,
+                         "--features", "pixels"))
     assert not (tmp_path / "x").exists()
 
 

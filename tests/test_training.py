@@ -22,19 +22,19 @@ from safetensors.torch import load_file, save_file
 import train
 import train_guide
 from alignment.guided import Guided
-from errors import UserError
-from training import command
-from training.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint
+from runtime.errors import UserError
+from training import command, loop
 from training.log import read
-from training.loop import Trainer
+from training.run import Run
 
 Words = Callable[..., list[str]]
 ROOT = Path(__file__).parents[1]
 
 
-def trainer(program: str, argv: list[str]) -> Trainer:
+def trainer(program: str, argv: list[str]) -> Run:
     always = ("guided",) if program == "train_guide" else ()
-    return Trainer(*command.resolve(argv, program, None, always))
+    return Run(*command.resolve(argv, program, None, always))
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
@@ -95,7 +95,7 @@ def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict
             kept.update({f"gradient/{i}": p.grad.clone() for i, p in enumerate(parameters)})
 
     run.optimizer.register_step_pre_hook(first_gradients)
-    run.run()
+    loop.train(run)
     logged = losses(run.folder)
     kept["losses"] = torch.tensor([logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64)
     kept |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
@@ -181,7 +181,7 @@ def test_after_the_stop_the_loss_is_the_plain_one_and_the_teacher_rests(
         plain.optimizer.state[list(plain.network.parameters())[name]] = {k: v.clone() for k, v in slots.items()}
     plain.step = 2
     assert guided.alignments == {} and [group["name"] for group in guided.optimizer.param_groups] == ["network"]
-    after = guided.run(), plain.run()
+    after = loop.train(guided), loop.train(plain)
     assert len(called) == 2
     assert all(losses(after[0])[step] == losses(after[1])[step] for step in (3, 4, 5))
     weights = [Checkpoint.open(run).tensors("network") for run in after]
@@ -288,16 +288,16 @@ def test_latents_may_stay_on_disk_in_memory_or_on_the_device(tmp_path: Path, wor
     disk = train.main(words(tmp_path / "disk", "run", "--max-train-steps", 3))
     for place in ("ram", "device"):
         run = trainer("train", words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
-        assert (run.on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (place == "ram")
+        assert (run.data._on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (place == "ram")
         if place == "device":
-            run.data.rows = None  # the host's rows are not touched any more
-        assert_same_bits(disk, run.run())
+            run.data._rows = None  # the host's rows are not touched any more
+        assert_same_bits(disk, loop.train(run))
 
 
 def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path, words: Words, teacher: Path) -> None:
     import dataclasses
 
-    from training.loop import start_from
+    from training.resume import start_from
 
     run = trainer("train", words(tmp_path, "run", "--init-ckpt", teacher))
     ema = Checkpoint.open(teacher).tensors("ema")

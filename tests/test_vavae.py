@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import UserError
 from models import convert, vavae
-from models.latents import open_codec
+from models.vae import open_codec
+from runtime.errors import UserError
 
 
 class LDM:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import files
 import preprocessing.encode
 from dataset import LatentSet
-from errors import UserError
 from models.latents import LatentSpace
 from preprocessing import digits, shards, verify
+from runtime import files
+from runtime.errors import UserError
 from tests.image_sets import class_folders, tiny_vae
 
 

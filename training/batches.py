@@ -17,10 +17,11 @@ from torch import Tensor
 
 import dataset
 from alignment import Alignment
+from alignment.interval import Selection
 from config import TrainConfig
 from dataset import LatentSet
 from loss import Batch
-from training.streams import Stream
+from runtime.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,12 @@ class Batches:
     Args:
         rank, world: this process and their number. Process r holds samples [r B / world, (r + 1) B / world), cut into
             `gradient_accumulation_steps` contiguous micro-batches.
-        resident: the whole set on the device (`LatentSet.on_device`), where it is kept there.
     """
 
-    def __init__(self, config: TrainConfig, data: LatentSet, device: torch.device, rank: int, world: int,
-                 resident: tuple[Tensor, Tensor] | None = None) -> None:
-        self.resident = resident
+    def __init__(self, config: TrainConfig, data: LatentSet, device: torch.device, rank: int, world: int) -> None:
         self.config, self.data, self.device = config, data, device
         share = config.batch_size // world
-        self.mine = slice(rank * share, (rank + 1) * share)
+        self.share = slice(rank * share, (rank + 1) * share)
         self.micro = share // config.gradient_accumulation_steps
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
@@ -82,41 +80,38 @@ class Batches:
             yield self._batches(step, *current.result(), alignments)
 
     def _read(self, step: int, columns: set[str]) -> tuple[Plan, dict[str, Tensor]]:
-        """Host draws of the step, and this process's rows in (pinned) host memory."""
+        """Host draws of the step, and this process's rows in (pinned) host memory or where the data set keeps them."""
         drawn = plan(self.config, self.data, step)
-        index, view = drawn.index[self.mine], drawn.view[self.mine]
-        names, arrays = ("index", "view"), (index, view)
-        if self.resident is None:
-            names, arrays = ("latents", "labels"), self.data.rows(index, view)
-        arrays += (drawn.t[self.mine], drawn.dropped[self.mine])
-        rows = {name: torch.from_numpy(array) for name, array in zip((*names, "t", "dropped"), arrays)}
+        index, view = drawn.index[self.share], drawn.view[self.share]
+        latents, labels = self.data.rows(index, view)
+        rows = {"latents": latents, "labels": labels, "t": torch.from_numpy(drawn.t[self.share]),
+                "dropped": torch.from_numpy(drawn.dropped[self.share])}
         if "image" in columns:
             rows["image"] = torch.from_numpy(self.data.images(index, view))
         if "row" in columns:
             rows["row"] = torch.from_numpy(index * self.data.views + view)
         if self.device.type == "cuda":
-            rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
+            rows = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in rows.items()}
         return drawn, rows
 
     def _batches(self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]) -> list[Batch]:
         rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
-        if self.resident is not None:
-            latents, labels = self.resident
-            rows |= {"latents": latents[rows["index"], rows["view"]], "labels": labels[rows["index"]]}
         x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
-        draws = {name: {key: torch.from_numpy(value[self.mine]).to(self.device, non_blocking=True) for key, value in
+        draws = {name: {key: torch.from_numpy(value[self.share]).to(self.device, non_blocking=True) for key, value in
                         alignment.draw(Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size).items()}
                  for name, alignment in alignments.items()}
         batches = []
         for start in range(0, len(labels), self.micro):
             part = slice(start, start + self.micro)
-            selected, share = self._ranges(drawn.t, part, alignments)
+            everywhere = slice(self.share.start + start, self.share.start + start + self.micro)  # the same, in the global batch
+            selections = {name: Selection.of(alignment.options.interval, alignment.options.mask, drawn.t, everywhere, self.device)
+                          for name, alignment in alignments.items() if alignment.options.interval is not None}
             batches.append(Batch(
                 x0[part], eps[part], rows["t"][part], y[part], labels[part],
                 {name: rows[name][part] for name in ("image", "row") if name in rows},
-                {name: {key: value[part] for key, value in own.items()} for name, own in draws.items()}, selected, share))
+                {name: {key: value[part] for key, value in drawn_by.items()} for name, drawn_by in draws.items()}, selections))
         return batches
 
     def noise(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,21 +122,6 @@ class Batches:
         shape = (self.config.batch_size, *latents.shape[2:])
         raw = latents[:, 0]
         if latents.shape[1] == 2:
-            draw = Stream(self.config.seed, "posterior", step).normal(shape, self.device)[self.mine]
+            draw = Stream(self.config.seed, "posterior", step).normal(shape, self.device)[self.share]
             raw = raw + latents[:, 1] * draw
-        return self.data.space.normalise(raw), Stream(self.config.seed, "noise", step).normal(shape, self.device)[self.mine]
-
-    def _ranges(self, t: np.ndarray, part: slice, alignments: dict[str, Alignment]) -> tuple[dict, dict]:
-        """What each alignment's interval makes of this micro-batch: indices (`select`) or a factor (`upstream`)."""
-        selected, share = {}, {}
-        for name, alignment in alignments.items():
-            if alignment.options.interval is None:
-                continue
-            low, high = alignment.options.interval
-            inside = (t >= low) & (t <= high)
-            if alignment.options.mask == "select":
-                index = torch.from_numpy(np.flatnonzero(inside[self.mine][part]))
-                selected[name] = index.to(self.device, non_blocking=True)
-            else:
-                share[name] = float(inside.mean())
-        return selected, share
+        return self.data.space.normalise(raw), Stream(self.config.seed, "noise", step).normal(shape, self.device)[self.share]

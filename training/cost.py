@@ -7,7 +7,6 @@ backward pass. So an alignment has no cost to declare or to forget, and the coun
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,17 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import dataset
 import models
 from alignment import Alignment, AlignOptions, Setting, find
 from alignment.base import Published
+from alignment.interval import expected_share
 from config import TrainConfig
-from dataset import LatentSet
-from loss import Batch, Learner
+from loss import Batch
 from models import Backbone
-from training import launch
-from training.checkpoint import Checkpoint
-from training.streams import Stream
+from models.checkpoint import Checkpoint
+from runtime import launch
+from runtime.streams import Stream
+from training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -87,29 +86,27 @@ class Cost:
 
 def estimate(config: TrainConfig, options: dict[str, AlignOptions]) -> Cost:
     """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here."""
-    data = LatentSet(config.data_dir)
-    epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
-    spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
-                       qk_norm=config.qk_norm)
+    setup = Setup.of(config, options)
+    data, spec, epoch_steps = setup.data, setup.spec, setup.epoch_steps
     dtype = launch.precision(config.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cpu = torch.device("cpu")
     # bfloat16 alone is the setting of Frozen, whose casts would only blur the count
     setting = Setting(spec, data.space, config.seed, cpu, None, Checkpoint.open, data, dry=True)
-    resolved = {name: find(name).resolve(own, spec) for name, own in options.items()}
-    alignments = {name: find(name)(own, setting) for name, own in resolved.items()}
-    images = any("image" in one.columns for one in alignments.values())
-    probe = _Probe(config, spec, dtype, data.shape[1:], data.images([0]).shape[1:] if images else ())
+    alignments = setup.alignments(list(setup.options), setting)
+    images = any("image" in alignment.columns for alignment in alignments.values())
+    probe = _Probe(setup, dtype, data.images([0]).shape[1:] if images else ())
     plain, _, _ = probe.run({})
     parts = [Part("network", models.parameter_count(probe.network), True, plain)]
-    for name, one in alignments.items():
-        total, frozen, _ = probe.run({name: one})
-        share, stop = _share(one.options, config.time_sampling), one.options.stop(epoch_steps)
-        parts.append(Part(f"{name}: head and loss", _count(one), True, share * (total - plain - frozen), stop))
+    for name, alignment in alignments.items():
+        total, frozen, _ = probe.run({name: alignment})
+        share = expected_share(alignment.options.interval, alignment.options.mask, config.time_sampling)
+        stop = setup.stops[name]
+        parts.append(Part(f"{name}: head and loss", _count(alignment), True, share * (total - plain - frozen), stop))
         # a cache has the whole set encoded once, before the first step
-        each_step = 0.0 if getattr(one.options, "cache", False) else share
-        for role, network in _frozen(one).items():
+        each_step = 0.0 if getattr(alignment.options, "cache", False) else share
+        for role, network in _frozen(alignment).items():
             parts.append(Part(f"{name}: {role}", _count(network), False, each_step * frozen, stop))
-        if one.reads_ema:
+        if alignment.reads_ema:
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
     kept, casts = probe.memory(alignments)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -123,7 +120,7 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     cached = [f"{name}: its encoder runs over the set once before the first step, and keeps the tokens of every image in memory: "
-              f"neither is counted" for name, own in options.items() if getattr(own, "cache", False)]
+              f"neither is counted" for name, chosen in options.items() if getattr(chosen, "cache", False)]
     known = published(config.model, options) if config.preset in (None, "paper") else []
     print(report(cost, config.images_per_second), *cached, *known, sep="\n")
 
@@ -135,18 +132,17 @@ PLAIN = {"SiT-B/2": Published(33.0, 80, "SDE, 250 steps", flips=True), "SiT-L/2"
 
 def published(model: str, names: Iterable[str]) -> list[str]:
     """What the authors of these alignments report for this model under their own settings, one line each."""
-    found = {name: find(name).published.get(model) for name in names} or {"none": PLAIN.get(model)}
-    return [f"published with {name}: FID {one.fid:.2f} after {one.epochs} epochs ({one.sampler}; trained with"
-            f"{'' if one.flips else 'out'} flips; ImageNet 256, no guidance)" for name, one in found.items() if one]
+    results = {name: find(name).published.get(model) for name in names} or {"none": PLAIN.get(model)}
+    return [f"published with {name}: FID {result.fid:.2f} after {result.epochs} epochs ({result.sampler}; trained with"
+            f"{'' if result.flips else 'out'} flips; ImageNet 256, no guidance)" for name, result in results.items() if result]
 
 
 class _Probe:
-    """Runs learners of one network on batches without values; `latent` and `image` are the shapes of one item."""
+    """Runs learners of one network on batches without values; `image` is the shape of one item's image."""
 
-    def __init__(self, config: TrainConfig, spec: models.ModelSpec, dtype: torch.dtype | None, latent: tuple[int, ...],
-                 image: tuple[int, ...]) -> None:
-        self.config, self.dtype, self.latent, self.image = config, dtype, latent, image
-        self.network, self.ema = _hollow(spec), _hollow(spec)
+    def __init__(self, setup: Setup, dtype: torch.dtype | None, image: tuple[int, ...]) -> None:
+        self.setup, self.dtype, self.latent, self.image = setup, dtype, setup.data.shape[1:], image
+        self.network, self.ema = _hollow(setup.spec), _hollow(setup.spec)
         self._known: dict[tuple, tuple[float, float, float]] = {}
 
     def run(self, alignments: dict[str, Alignment], count: int = 2) -> tuple[float, float, float]:
@@ -168,7 +164,7 @@ class _Probe:
             kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        learner = Learner(self.network, alignments, velocity_loss=self.config.velocity_loss, autocast=self.dtype, ema=self.ema)
+        learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
         with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
             batch = self._batch(alignments, count)
             with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -188,10 +184,10 @@ class _Probe:
 
     def _batch(self, alignments: dict[str, Alignment], count: int) -> Batch:
         x, t, labels = torch.zeros(count, *self.latent), torch.zeros(count), torch.zeros(count, dtype=torch.long)
-        wanted = {column for one in alignments.values() for column in one.columns}
+        wanted = {column for alignment in alignments.values() for column in alignment.columns}
         columns = {"image": torch.zeros(count, *self.image, dtype=torch.uint8)} if "image" in wanted else {}
-        draws = {name: {key: torch.zeros(value.shape) for key, value in one.draw(Stream(0, "cost"), count).items()}
-                 for name, one in alignments.items()}
+        draws = {name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), count).items()}
+                 for name, alignment in alignments.items()}
         return Batch(x, x.clone(), t, labels, labels, columns, draws)
 
 
@@ -202,26 +198,12 @@ def _hollow(spec: models.ModelSpec) -> Backbone:
     return network
 
 
-def _frozen(one: Alignment) -> dict[str, nn.Module]:
-    return {"teacher" if isinstance(network, Backbone) else "encoder": network for network in one.frozen}
+def _frozen(alignment: Alignment) -> dict[str, nn.Module]:
+    return {"teacher" if isinstance(network, Backbone) else "encoder": network for network in alignment.frozen}
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _share(options: AlignOptions, law: str) -> float:
-    """Expected share of the samples that an alignment works on: those whose time lies in the interval (`select`)."""
-    if options.interval is None or options.mask != "select":
-        return 1.0
-    low, high = options.interval
-    if law == "uniform":
-        return high - low
-
-    def below(t: float) -> float:  # of the logit-normal law
-        return (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2))) / 2 if 0 < t < 1 else float(t >= 1)
-
-    return below(high) - below(low)
 
 
 def report(cost: Cost, rate: float | None = None) -> str:
@@ -238,7 +220,7 @@ def report(cost: Cost, rate: float | None = None) -> str:
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     memory = cost.memory()
     text += [f"steps: {cost.epoch_steps} per epoch, {cost.steps} in all = {cost.steps / cost.epoch_steps:.1f} epochs",
-             f"memory per process, {'bf16' if cost.dtype else 'fp32'}, {cost.micro_batch} images at once: "
+             f"memory per process, {launch.precision_name(cost.dtype)}, {cost.micro_batch} images at once: "
              f"{sum(memory.values()) / 2**30:.2f} GiB = "
              + " + ".join(f"{value / 2**30:.2f} {name}" for name, value in memory.items() if value)
              + " (eager; counted from tensor shapes, without the allocator's slack and workspaces)"]

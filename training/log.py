@@ -12,9 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import files
-import progress
-from errors import UserError
+from runtime import files, progress
+from runtime.errors import UserError
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
 

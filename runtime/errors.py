@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line, naming the culprit and the remedy."""
+    """A mistake that the user can correct: one line, naming the culprit and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import files
 from config import SamplingConfig
 from models import Backbone
 from models.latents import Codec
-from sampling import Sampler, grid_picture
+from runtime import files
+from sampling.sampler import Sampler, grid_picture
 
 SETTINGS = SamplingConfig(mode="ode", solver="heun", num_steps=25)
 

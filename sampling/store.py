@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-import files
+from runtime import files
 
 
 class Store:
@@ -74,7 +74,7 @@ class Store:
         """Write the npz, the JSON and the grid, and drop the partial files."""
         from PIL import Image
 
-        from sampling import grid_picture
+        from sampling.sampler import grid_picture
 
         images, labels = self._open("images"), self._open("labels")
         with files.replacing(self.out / "samples.npz") as temporary:
@@ -93,8 +93,8 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` holds all samples of these settings."""
     if not ((out / "samples.json").is_file() and (out / "samples.npz").is_file()):
         return False
-    found = files.read_json(out / "samples.json")
-    return {name: value for name, value in found.items() if name != "samples"} == json.loads(json.dumps(settings))
+    saved = files.read_json(out / "samples.json")
+    return {name: value for name, value in saved.items() if name != "samples"} == json.loads(json.dumps(settings))
 
 
 def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:

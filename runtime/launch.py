@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from config import require
-from errors import UserError
+from runtime.errors import UserError, require
 
 
 def accelerator(**kwargs: Any) -> Accelerator:
@@ -25,12 +24,12 @@ def accelerator(**kwargs: Any) -> Accelerator:
                 f"the accelerate configuration asks for {word}, which is not supported: run accelerate config for plain DDP")
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     require(dynamo == "no", f"the accelerate configuration asks for dynamo ({dynamo}): use --compile on instead")
-    found = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[
+    processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)], **kwargs)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    require(found.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {found.num_processes} process takes part: launch "
+    require(processes.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {processes.num_processes} process takes part: launch "
                                            f"with accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
-    return found
+    return processes
 
 
 def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
@@ -45,6 +44,11 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
         native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         wanted = "bf16" if launcher == "bf16" or native else "no"
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    """What `precision` decided, as it is printed and saved: bf16 or fp32."""
+    return "bf16" if dtype else "fp32"
 
 
 def compiles(wanted: str | None, device: torch.device) -> tuple[bool, str]:

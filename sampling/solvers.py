@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-import path
+import interpolant
 
 Velocity = Callable[[Tensor, float], Tensor]
 Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
@@ -50,8 +50,8 @@ def guided(conditional: Velocity, pair: Pair, scale: float, low: float = 0.0, hi
             return conditional(x, t)
         unconditional, wanted = pair(x, t)
         if channels is None:
-            return path.guide(unconditional, wanted, scale)
-        first = path.guide(unconditional[:, :channels], wanted[:, :channels], scale)
+            return interpolant.guide(unconditional, wanted, scale)
+        first = interpolant.guide(unconditional[:, :channels], wanted[:, :channels], scale)
         return torch.cat([first, wanted[:, channels:]], dim=1)
 
     return velocity
@@ -81,7 +81,7 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: 
     `noise(k)` is the standard normal draw of step k, of x's shape.
     """
     for step, (t, after) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        drift = path.sde_drift(x, velocity(x, t).to(x.dtype), torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+        drift = interpolant.sde_drift(x, velocity(x, t).to(x.dtype), torch.full((len(x),), t, dtype=x.dtype, device=x.device))
         mean = x + (after - t) * drift
         last = step == len(grid) - 2
         x = mean if last else mean + (2 * t * (t - after)) ** 0.5 * noise(step).to(x)

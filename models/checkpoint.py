@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import files
 import models
-from errors import UserError
 from models import Backbone, ModelSpec
 from models.latents import LatentSpace
+from runtime import files
+from runtime.errors import UserError
 
 FORMAT = 1
 WEIGHTS = ("ema", "raw")
@@ -47,14 +47,14 @@ class Checkpoint:
         """Open a checkpoint folder, or the latest checkpoint of a run folder.
 
         Raises:
-            UserError: nothing there, or a folder that is no checkpoint.
+            UserError: nothing there, or a folder that is not a checkpoint.
         """
         folder = Path(path)
         if not (folder / "config.json").is_file():
-            found = latest(folder)
-            if found is None:
+            newest = latest(folder)
+            if newest is None:
                 raise UserError(f"no checkpoint in {path}: give a checkpoint folder (it holds config.json) or a run")
-            folder = found
+            folder = newest
         config = files.read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") != FORMAT:
             raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise")
@@ -104,9 +104,9 @@ class Checkpoint:
 def latest(run: Path | str) -> Path | None:
     """The checkpoint with the highest step in `run` or `run/checkpoints`, by the number in its name."""
     for folder in (Path(run) / "checkpoints", Path(run)):
-        found = [p for p in folder.glob("*") if p.name.isdigit() and (p / "config.json").is_file()] if folder.is_dir() else []
-        if found:
-            return max(found, key=lambda p: int(p.name))
+        steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "config.json").is_file()] if folder.is_dir() else []
+        if steps:
+            return max(steps, key=lambda p: int(p.name))
     return None
 
 
@@ -142,13 +142,13 @@ def write(
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that numbers depend on."""
-    found = {}
+    versions = {}
     for name in ("torch", "numpy", "accelerate", "diffusers", "safetensors"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], list[dict]]:

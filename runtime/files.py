@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import UserError
+from runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +51,12 @@ def require_replaceable(path: Path | str) -> None:
     config = path / "config.json"
     if path.is_dir() and (not any(path.iterdir()) or (config.is_file() and _is_ours(config))):
         return
-    raise UserError(f"{path} exists and is no checkpoint to replace: choose another place")
+    raise UserError(f"{path} exists and is not a checkpoint to replace: choose another place")
 
 
 def _is_ours(config: Path) -> bool:
-    found = read_json(config)
-    return isinstance(found, dict) and (found.get("kind") == "checkpoint" or found.get("_class_name") == "AutoencoderKL")
+    content = read_json(config)
+    return isinstance(content, dict) and (content.get("kind") == "checkpoint" or content.get("_class_name") == "AutoencoderKL")
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU. Raises UserError where it is missing, truncated or no safetensors file."""
+    """Read a safetensors file onto the CPU. Raises UserError where it is missing, truncated or not a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -133,3 +133,12 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

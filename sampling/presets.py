@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from config import SamplingConfig
-from errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 FREE = ("seed",)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import samplers
 from config import SamplingConfig
 from models import Backbone
-from models.latents import Codec, to_uint8
-from training.streams import Stream
+from models.latents import Codec
+from models.pixels import to_uint8
+from runtime.streams import Stream
+from sampling import solvers
 
 
 class Sampler:
@@ -39,8 +40,8 @@ class Sampler:
         spec = network.spec
         self.shape = (spec.in_channels, spec.input_size, spec.input_size)
         steps = settings.num_steps - (settings.grid == "points")
-        self.grid = samplers.sde_grid(steps, settings.last_step) if settings.mode == "sde" else \
-            samplers.ode_grid(steps, settings.timestep_shift)
+        self.grid = solvers.sde_grid(steps, settings.last_step) if settings.mode == "sde" else \
+            solvers.ode_grid(steps, settings.timestep_shift)
         self._balanced = np.arange(count)
         if settings.labels == "balanced":
             self._balanced = Stream(settings.seed, "sample/balanced").permutation(count) % spec.num_classes
@@ -49,7 +50,7 @@ class Sampler:
     def evaluations(self) -> int | None:
         """Network evaluations per sample (a guided one counts twice); None for the adaptive solver."""
         s = self.settings
-        return None if s.solver == "dopri5" else samplers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low,
+        return None if s.solver == "dopri5" else solvers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low,
                                                                       s.guidance_high)
 
     @property
@@ -76,15 +77,15 @@ class Sampler:
         velocity = self._velocity(y)
         noise = draw(0)
         if self.settings.mode == "sde":
-            return samplers.euler_maruyama(velocity, noise, self.grid, draw)
-        return samplers.SOLVERS[self.settings.solver](velocity, noise, self.grid)
+            return solvers.euler_maruyama(velocity, noise, self.grid, draw)
+        return solvers.SOLVERS[self.settings.solver](velocity, noise, self.grid)
 
     def images(self, indices: Sequence[int], labels: np.ndarray | None = None) -> np.ndarray:
         """(n, H, W, C) uint8 images of the samples at `indices`."""
         decoded = self.codec.decode(self.latents(indices, labels).float())
         return to_uint8(decoded, self.settings.rounding).cpu().numpy()
 
-    def _velocity(self, y: Tensor) -> samplers.Velocity:
+    def _velocity(self, y: Tensor) -> solvers.Velocity:
         null = torch.full_like(y, self.network.spec.num_classes)
 
         def predict(x: Tensor, t: float, labels: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Sampler:
 
         s = self.settings
         channels = 3 if s.guidance_channels == "first3" else None
-        return samplers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
+        return solvers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
 
 
 def image_shape(codec: Codec, latent: tuple[int, ...], device: torch.device) -> tuple[int, ...]:

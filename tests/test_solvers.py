@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import models
-import samplers
+from sampling import solvers
 
 DATA = Path(__file__).parent / "data"
 
@@ -25,30 +25,30 @@ def gaussian(x: Tensor, t: float, s: float = 0.5) -> Tensor:
 def test_order_of_convergence(solver: str, order: int) -> None:
     """The ODE maps x(1) to s x(1) for Gaussian data; the error falls as steps^-order."""
     x = torch.ones(1, 1, dtype=torch.float64)
-    errors = [abs(samplers.SOLVERS[solver](gaussian, x, samplers.ode_grid(n)).item() - 0.5) for n in (64, 128)]
+    errors = [abs(solvers.SOLVERS[solver](gaussian, x, solvers.ode_grid(n)).item() - 0.5) for n in (64, 128)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
 def test_dopri5_is_accurate() -> None:
     x = torch.ones(1, 1, dtype=torch.float64)
-    assert samplers.dopri5(gaussian, x, samplers.ode_grid(2), 1e-8, 1e-6).item() == pytest.approx(0.5, abs=1e-5)
+    assert solvers.dopri5(gaussian, x, solvers.ode_grid(2), 1e-8, 1e-6).item() == pytest.approx(0.5, abs=1e-5)
 
 
 def test_sde_reaches_the_data_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda _: torch.randn(20_000, 1, generator=generator, dtype=torch.float64)  # noqa: E731
-    x = samplers.euler_maruyama(gaussian, draw(0), samplers.sde_grid(200), draw)
+    x = solvers.euler_maruyama(gaussian, draw(0), solvers.sde_grid(200), draw)
     assert x.mean().item() == pytest.approx(0, abs=0.015)
     assert x.std().item() == pytest.approx(0.5, abs=0.02)
 
 
 def test_grids() -> None:
-    assert samplers.ode_grid(4) == [1, 0.75, 0.5, 0.25, 0]
-    sde = samplers.sde_grid(250)
+    assert solvers.ode_grid(4) == [1, 0.75, 0.5, 0.25, 0]
+    sde = solvers.sde_grid(250)
     assert len(sde) == 251 and sde[0] == 1 and sde[-2] == pytest.approx(0.04) and sde[-1] == 0
     # LightningDiT writes the shift in its own time u = 1 - t: u' = s u / (1 + (s - 1) u)
     u = torch.linspace(0, 1, 250, dtype=torch.float64)
-    shifted = torch.tensor(samplers.ode_grid(249, 0.3), dtype=torch.float64)
+    shifted = torch.tensor(solvers.ode_grid(249, 0.3), dtype=torch.float64)
     torch.testing.assert_close(1 - shifted, 0.3 * u / (1 - 0.7 * u))
 
 
@@ -64,21 +64,21 @@ def test_guidance_interval_is_inclusive_and_saves_evaluations() -> None:
         return torch.zeros_like(x), x
 
     x = torch.ones(1, 4, 1, 1)
-    velocity = samplers.guided(one, two, 3.0, 0.25, 0.75)
+    velocity = solvers.guided(one, two, 3.0, 0.25, 0.75)
     values = [velocity(x, t).mean().item() for t in (1.0, 0.75, 0.5, 0.25, 0.2)]
     assert values == [1, 3, 3, 3, 1]
     assert [count for _, count in called] == [1, 2, 2, 2, 1]
-    assert samplers.guided(one, two, 1.0)(x, 0.5).mean() == 1 and called[-1] == (0.5, 1)
-    assert samplers.guided(one, two, 0.0)(x, 0.5).mean() == 0  # scale 0 is unconditional
-    first3 = samplers.guided(one, two, 3.0, channels=3)(x, 0.5)
+    assert solvers.guided(one, two, 1.0)(x, 0.5).mean() == 1 and called[-1] == (0.5, 1)
+    assert solvers.guided(one, two, 0.0)(x, 0.5).mean() == 0  # scale 0 is unconditional
+    first3 = solvers.guided(one, two, 3.0, channels=3)(x, 0.5)
     assert first3[0, :, 0, 0].tolist() == [3, 3, 3, 1]
 
 
 def test_evaluations_of_published_settings() -> None:
-    grid = samplers.sde_grid(250)
-    assert samplers.evaluations("euler", grid) == 250
-    assert samplers.evaluations("euler", grid, 1.8, 0.0, 0.7) == 250 + 172  # REPA: 172 guided
-    assert samplers.evaluations("heun", samplers.ode_grid(10)) == 19
+    grid = solvers.sde_grid(250)
+    assert solvers.evaluations("euler", grid) == 250
+    assert solvers.evaluations("euler", grid, 1.8, 0.0, 0.7) == 250 + 172  # REPA: 172 guided
+    assert solvers.evaluations("heun", solvers.ode_grid(10)) == 19
 
 
 class Noise:
@@ -107,11 +107,11 @@ def test_published_samplers(case: str) -> None:
         return network(x.float(), torch.full((len(x),), t), labels).velocity.double()
 
     scale, low, high = {"euler_cfg_interval": (2.5, 0.2, 0.7), "sde_cfg_interval": (1.9, 0.0, 0.65)}.get(case, (1.0, 0.0, 1.0))
-    velocity = samplers.guided(lambda x, t: predict(x, t, y),
+    velocity = solvers.guided(lambda x, t: predict(x, t, y),
                                lambda x, t: (predict(x, t, torch.full_like(y, 10)), predict(x, t, y)), scale, low, high)
     x = stored["latents"].double()
     if case.startswith("sde"):
-        result = samplers.euler_maruyama(velocity, x, samplers.sde_grid(8), Noise(stored[f"{case}.noise"]))
+        result = solvers.euler_maruyama(velocity, x, solvers.sde_grid(8), Noise(stored[f"{case}.noise"]))
     else:
-        result = samplers.SOLVERS[case.split("_")[0]](velocity, x, samplers.ode_grid(6 if "heun" in case else 8))
+        result = solvers.SOLVERS[case.split("_")[0]](velocity, x, solvers.ode_grid(6 if "heun" in case else 8))
     torch.testing.assert_close(result, stored[case], atol=1e-4, rtol=0)

@@ -1,0 +1,86 @@
+"""The interval of times: which samples an alignment sees, and the mean that goes with them.
+
+With `--align-interval a b` an alignment is kept to the times a <= t <= b, in one of two ways (`--align-mask`):
+
+    select     the samples in range alone; their sum is divided by the full micro-batch, so that the rest counts as zero:
+               L = (1 / N) sum over i in range of l_i. Teacher and head run on the samples in range only.
+    upstream   all samples, the mean weighed by the share in range of the global batch (the authors' code):
+               L = share x (1 / N) sum over all i of l_i
+
+Without an interval L is the plain mean. Which samples are in range is known on the host, where times are drawn, so no
+step waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import require
+
+Interval = tuple[float, float]
+MASKS = ("select", "upstream")
+
+
+def check(interval: Interval | None, mask: str) -> None:
+    """Raise UserError for an interval outside [0, 1] or upside down, and for a mask that has none to act on."""
+    require(interval is not None or mask == "select", "--align-mask upstream weighs by an interval: add --align-interval")
+    if interval is not None:
+        low, high = interval
+        require(0 <= low <= high <= 1, f"the interval {low} {high} must satisfy 0 <= a <= b <= 1")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the interval of one alignment makes of one micro-batch of N samples."""
+
+    index: Tensor | None = None
+    """(n,) int64, the samples in range; None for all N."""
+    factor: float = 1.0
+    """On the mean: n / N where `index` is given, the share in range for mask `upstream`."""
+
+    @classmethod
+    def of(cls, interval: Interval | None, mask: str, times: np.ndarray, part: slice, device: torch.device) -> Selection:
+        """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host."""
+        if interval is None:
+            return cls()
+        inside = (times >= interval[0]) & (times <= interval[1])
+        if mask == "upstream":
+            return cls(factor=float(inside.mean()))
+        index = torch.from_numpy(np.flatnonzero(inside[part]))
+        return cls(index.to(device, non_blocking=True), len(index) / len(inside[part]))
+
+    def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
+        """The mean of `loss(context)` over the micro-batch, a scalar. `context.take(index)` is that of some samples.
+
+        `loss` returns one value per sample, or a scalar where it is `coupled`.
+        """
+        if self.index is None:
+            return loss(context).mean() * self.factor
+        # A rank without a sample in range still gives its head a gradient, of zero: some kernels refuse an empty batch.
+        chosen = self.index if len(self.index) else self.index.new_zeros(1)
+        value = loss(context.take(chosen))
+        return (value if coupled else value.mean()) * self.factor
+
+
+ALL = Selection()
+
+
+def expected_share(interval: Interval | None, mask: str, time_sampling: str) -> float:
+    """The share of the samples that an alignment works on, expected over the distribution of t (uniform or logit-normal)."""
+    if interval is None or mask != "select":
+        return 1.0
+    low, high = interval
+    if time_sampling == "uniform":
+        return high - low
+
+    def below(t: float) -> float:  # distribution function of the logit-normal(0, 1)
+        return (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2))) / 2 if 0 < t < 1 else float(t >= 1)
+
+    return below(high) - below(low)

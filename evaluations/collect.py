@@ -1,0 +1,110 @@
+"""Features of a set of images that arrives in batches, on one process or several: the first half of every score."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluations.features import Extractor
+from evaluations.images import Images
+from evaluations.metrics import Moments, Statistics
+from runtime import progress
+from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Array = np.ndarray | Tensor
+
+
+class Collected(NamedTuple):
+    """Features of a whole set, on the CPU and in the set's order."""
+
+    count: int
+    statistics: Statistics  # of all
+    spatial: Statistics | None
+    pool: Tensor  # (M, D) float32, of those that were kept
+    labels: Tensor | None  # (M,) int64
+
+
+class Collector:
+    """Features of a set of images that arrives in batches, on one process or several.
+
+    keep: which images' features are held, by index; None holds all. Statistics are of all images in any case.
+    """
+
+    def __init__(self, extractor: Extractor, accelerator: Accelerator | None = None,
+                 keep: np.ndarray | None = None) -> None:
+        self.extractor, self.accelerator = extractor, accelerator
+        self._keep = None if keep is None else torch.from_numpy(keep)
+        self._shares: list[_Share] = []
+        self._moments = (Moments(), Moments())  # pool, spatial
+        self._next = 0
+
+    def add(self, images: Array, labels: Array | None = None, indices: Array | None = None) -> None:
+        """Take in images, uint8 (n, H, W, C), with labels (n,) and their places `indices` (n,) in the whole set.
+
+        Without `indices` the images follow the ones before; with several processes they must be given, each once.
+        """
+        if indices is None:
+            indices = torch.arange(self._next, self._next + len(images))
+        self._next += len(images)
+        features = self.extractor(torch.as_tensor(images))
+        for moments, x in zip(self._moments, features, strict=True):
+            if x is not None:
+                moments.add(x)
+        share = _Share(torch.as_tensor(indices).cpu(), features.pool.cpu(),
+                       None if labels is None else torch.as_tensor(labels).long().cpu())
+        self._shares.append(share if self._keep is None else share.of(torch.isin(share.indices, self._keep)))
+
+    def collect(self) -> Collected:
+        """The features of all processes, in order, on each of them. To be called by every process."""
+        shares, parts = self._shares, [tuple(moments.cpu() for moments in self._moments)]
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            shares, parts = gather_object([_joined(shares)] if shares else []), gather_object(parts)
+        if not shares:
+            raise UserError("there are no images to score")
+        whole = _joined(shares)
+        whole = whole.of(whole.indices.argsort())
+        if (whole.indices.diff() == 0).any():
+            raise ValueError("an index was added twice")
+        pool, spatial = (functools.reduce(Moments.merged, of_all) for of_all in zip(*parts, strict=True))
+        return Collected(pool.count, pool.statistics(), spatial.statistics() if spatial.count else None, whole.pool,
+                         whole.labels)
+
+
+class _Share(NamedTuple):
+    indices: Tensor
+    pool: Tensor
+    labels: Tensor | None
+
+    def of(self, rows: Tensor) -> _Share:
+        return _Share(*(None if x is None else x[rows] for x in self))
+
+
+def _joined(shares: Sequence[_Share]) -> _Share:
+    labelled = all(share.labels is not None for share in shares)
+    return _Share(torch.cat([share.indices for share in shares]), torch.cat([share.pool for share in shares]),
+                  torch.cat([share.labels for share in shares]) if labelled else None)
+
+
+def collect(images: Images, extractor: Extractor, *, accelerator: Accelerator | None = None, batch_size: int = 64,
+            title: str = "features", keep: np.ndarray | None = None) -> Collected:
+    """Features of all `images`, each process taking one contiguous share, with a progress bar on the main one."""
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    start, stop = len(images) * rank // processes, len(images) * (rank + 1) // processes
+    collector = Collector(extractor, accelerator, keep)
+    with progress.bar(total=stop - start, desc=title, unit="image", main=rank == 0, leave=False) as bar:
+        for batch in images.batches(range(start, stop), batch_size):
+            indices = np.arange(start, start + len(batch))
+            collector.add(batch, None if images.labels is None else images.labels[indices], indices)
+            start += len(batch)
+            bar.update(len(batch))
+    return collector.collect()

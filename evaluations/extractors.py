@@ -1,0 +1,30 @@
+"""Feature extractors by name."""
+
+from __future__ import annotations
+
+import torch
+
+from config import FeatureOptions
+from evaluations.features import Extractor, Pixels, Timm
+from evaluations.inception import Inception
+from runtime.errors import UserError, nearest
+
+
+def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") -> Extractor:
+    """The extractor that `options` names (inception, pixels or timm:NAME) on `device`, with weights from a file if one is given.
+
+    Raises UserError for an unknown name, or weights that belong to another extractor.
+    """
+    name = options.features
+    if options.inception_weights and name != "inception":
+        raise UserError(f"--inception-weights does not go with --features {name}")
+    if options.feature_weights and not name.startswith("timm:"):
+        raise UserError(f"--feature-weights goes with --features timm:NAME, not {name}")
+    if name == "pixels":
+        return Pixels(device)
+    if name == "inception":
+        return Inception(options.inception_weights, device)
+    if name.startswith("timm:"):
+        return Timm(name, options.feature_weights, device)
+    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; "
+                    f"use inception, pixels or timm:NAME")

@@ -1,0 +1,70 @@
+"""What is watched while training: grids of samples, and scores of a few thousand, every so many steps from the EMA weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from config import TrainConfig
+from evaluations.reference import open_pair
+from evaluations.score import Scorer, add_drawn
+from models import Backbone, ModelSpec
+from models.latents import Codec, LatentSpace
+from models.vae import open_codec
+from sampling import preview
+from sampling.sampler import Sampler, image_shape
+
+BATCH = 64  # samples per network call in each process
+
+
+def watch(config: TrainConfig, folder: Path, spec: ModelSpec, space: LatentSpace, accelerator: Accelerator) -> list[Scores | Previews]:
+    """What `config` asks for, opened: to be called before the first step, so that what is missing is missed then.
+
+    Raises:
+        UserError: a VAE, a reference, weights or images that are missing or do not fit.
+    """
+    if not (config.sampling_steps or config.eval_steps):
+        return []
+    codec = open_codec(config.vae or space.vae, space=space, device=accelerator.device)
+    watched: list[Scores | Previews] = []
+    if config.eval_steps:
+        watched.append(Scores(config, codec, accelerator, (spec.in_channels, spec.input_size, spec.input_size)))
+    if config.sampling_steps:
+        watched.append(Previews(config, codec, accelerator, folder / "samples"))
+    return watched
+
+
+class Scores:
+    """Metrics of a few thousand samples against a reference; the same noise and labels every time.
+
+    Args:
+        latent: (C, H, W) of the network's latents.
+    """
+
+    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, latent: tuple[int, ...]) -> None:
+        self.every, self.count = config.eval_steps, config.num_fid_samples
+        self.codec, self.accelerator = codec, accelerator
+        self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)
+        self.reference.require_shape("the samples", image_shape(codec, latent, accelerator.device))
+
+    def __call__(self, step: int, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
+        """Metrics by name and sample count (`eval/fid@5000`): numbers of other counts are other metrics."""
+        scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator)
+        sampler = Sampler(network, self.codec, preview.SETTINGS, self.count, dtype)
+        add_drawn(scorer, sampler, self.count, BATCH, "evaluation: sampling")
+        return {f"eval/{name}@{self.count}": value for name, value in scorer.result()["metrics"].items()}
+
+
+class Previews:
+    """A grid of samples as a picture, drawn by the main process."""
+
+    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, folder: Path) -> None:
+        self.every, self.seed, self.codec, self.folder = config.sampling_steps, config.seed, codec, folder
+        self.main = accelerator.is_main_process
+
+    def __call__(self, step: int, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
+        if self.main:
+            preview.write(self.folder / f"{step:07d}.png", network, self.codec, dtype, self.seed)
+        return {}

@@ -1,0 +1,54 @@
+"""The space of pixels: small images that are trained on directly, without a VAE; and what a pixel value is.
+
+A stored image is uint8 (N, H, W, C); a network and a VAE see (N, C, H, W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.latents import LatentSpace
+
+PIXELS = "pixels"
+"""The name of the space, and what is given where a VAE is asked for."""
+
+
+def pixels(channels: int, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)) -> LatentSpace:
+    """The space of images themselves, in [-1, 1] before shift and scale."""
+    return LatentSpace(name=PIXELS, channels=channels, stride=1, shift=tuple(shift), scale=tuple(scale))
+
+
+def is_pixels(space: LatentSpace) -> bool:
+    """Whether latents of `space` are the images themselves."""
+    return space.name == PIXELS
+
+
+class PixelCodec:
+    """The identity: an image is its own latent, known without spread."""
+
+    def __init__(self, space: LatentSpace) -> None:
+        self.space = space
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.float(), torch.zeros_like(images, dtype=torch.float32)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.space.denormalise(x.float())
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 images (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), clamped.
+
+    `round` is SiT's and LightningDiT's floor(127.5 x + 128); `truncate` is REPA's floor(127.5 x + 127.5), half a level
+    darker.
+    """
+    offset = {"round": 128.0, "truncate": 127.5}[rule]
+    return (127.5 * images.float() + offset).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

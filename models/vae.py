@@ -1,0 +1,164 @@
+"""VAEs: from the name of one to the codec that encodes and decodes with it.
+
+`open_codec` opens the VAE of a latent space: any diffusers `AutoencoderKL` (SD-VAE ft-mse and ft-ema, VA-VAE f16d32 after
+`python -m models.convert`), or the identity for images that are trained on directly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from models.archives import read_weights
+from models.latents import Codec, LatentSpace
+from models.pixels import PIXELS, PixelCodec, is_pixels, pixels
+from runtime import files
+from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class VaeCodec:
+    """A diffusers `AutoencoderKL`, frozen; its latents are the unnormalised ones."""
+
+    def __init__(self, vae: AutoencoderKL, space: LatentSpace, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.space = space
+        nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns at every call
+        self._vae = vae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self._vae.encode(images.to(self._vae.device, self._vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.std.float()
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        raw = self.space.denormalise(x.float()).to(self._vae.device, self._vae.dtype)
+        return self._vae.decode(raw, return_dict=False)[0].float()
+
+
+def open_codec(vae: str | None, *, space: LatentSpace | None = None, statistics: Path | str | None = None,
+               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
+    """Open a VAE.
+
+    Args:
+        vae: hub id or folder of a diffusers `AutoencoderKL`; "pixels" for the identity; None for the VAE of `space`.
+        space: the space of existing latents, which the VAE must fit. Without it the VAE's config gives shift and scale.
+        statistics: file of per-channel statistics (`read_statistics`) to use instead of the config's.
+        device, dtype: of the VAE; images and latents leave it in float32.
+
+    Raises:
+        UserError: the VAE is not there, damaged, or not the one that `space` came from.
+    """
+    if space is not None and statistics is not None:
+        raise ValueError("a space has its own statistics")
+    if vae is None:
+        vae = space.vae if space is not None and space.vae else PIXELS
+    if vae == PIXELS:
+        if space is not None and not is_pixels(space):
+            raise UserError(f"latents of {space.name} need their VAE: pass its hub id or folder with --vae")
+        return PixelCodec(space or pixels(3))
+    model = _load(vae)
+    recorded = _space_of(vae, model, statistics)
+    if space is not None:
+        same = recorded.channels == space.channels
+        encoder = dataclasses.replace(recorded, shift=space.shift, scale=space.scale) if same else recorded
+        if difference := space.difference(encoder):
+            raise UserError(f"VAE {vae} does not fit these latents ({difference}); pass the one they were made with")
+    return VaeCodec(model, space or recorded, device, dtype)
+
+
+def _load(vae: str) -> AutoencoderKL:
+    """The VAE in float32, complete and verified."""
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    folder = _folder(vae)
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote")
+    if (kind := files.read_json(folder / "config.json").get("_class_name")) != "AutoencoderKL":
+        raise UserError(f"VAE {vae} is a {kind}; only AutoencoderKL is supported")
+    files.load_tensors(folder / WEIGHTS)  # a damaged file is named here
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True,
+                                                    ignore_mismatched_sizes=True, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    # diffusers fills a missing tensor with random numbers and drops an unknown one, with no more than a warning
+    faults = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    if faults:
+        raise UserError(f"VAE {vae}: {folder / WEIGHTS} does not fit config.json ({', '.join(map(str, faults[:3]))})")
+    return model
+
+
+def _folder(vae: str) -> Path:
+    """The local folder of a VAE: as given, or from the hub's cache, or downloaded there."""
+    if Path(vae).is_dir() or vae.count("/") != 1 or vae.startswith((".", "/", "~")):
+        return Path(vae).expanduser()
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    for name in ("config.json", WEIGHTS):
+        if isinstance(path := try_to_load_from_cache(vae, name), str):
+            continue
+        try:
+            path = hf_hub_download(vae, name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"VAE {vae} is not a folder, and its {name} is neither in the hub's cache nor can it be downloaded "
+                            f"({reason}); where there is a network, run: hf download {vae}") from error
+    return Path(path).parent
+
+
+def _space_of(vae: str, model: AutoencoderKL, statistics: Path | str | None) -> LatentSpace:
+    """The space that a VAE's config describes: diffusers decodes x * latents_std / scaling_factor + latents_mean."""
+    config = model.config
+    if statistics is not None:
+        shift, scale = read_statistics(statistics)
+    elif config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shift = tuple(config.latents_mean)
+        scale = tuple(config.scaling_factor / std for std in config.latents_std)
+    else:
+        shift, scale = (float(config.get("shift_factor") or 0.0),), (float(config.scaling_factor),)
+    name = Path(vae).name
+    for family in ("sd-vae", "va-vae"):
+        if name.lower().replace("vavae", "va-vae").startswith(family):
+            name = family
+    return LatentSpace(name=name, channels=config.latent_channels, stride=2 ** (len(config.block_out_channels) - 1),
+                       shift=shift, scale=scale, vae=vae, digest=_encoder_digest(model))
+
+
+def _encoder_digest(model: AutoencoderKL) -> str:
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            state.update(name.encode())
+            state.update(tensor.float().contiguous().numpy())
+    return state.hexdigest()
+
+
+def read_statistics(path: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(shift, scale) by channel from LightningDiT's `latents_stats.pt` (mean, std) or REPA-E's (latents_bias,
+    latents_scale = 1/std); read without running code from the file. Safetensors files of the same names do too.
+
+    Raises:
+        UserError: no such file, or it holds neither pair.
+    """
+    tensors = read_weights(path)
+    if {"mean", "std"} <= tensors.keys():
+        shift, scale = tensors["mean"], 1 / tensors["std"].double()
+    elif {"latents_bias", "latents_scale"} <= tensors.keys():
+        shift, scale = tensors["latents_bias"], tensors["latents_scale"]
+    else:
+        raise UserError(f"{path} holds neither mean and std nor latents_bias and latents_scale, but {', '.join(tensors)}")
+    return tuple(shift.double().flatten().tolist()), tuple(scale.double().flatten().tolist())

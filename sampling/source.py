@@ -1,0 +1,64 @@
+"""What to sample from: a checkpoint's network and the decoder of its latents, on this process's device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from config import SamplingConfig, SourceOptions
+from models import Backbone
+from models.checkpoint import Checkpoint
+from models.latents import Codec
+from models.vae import open_codec
+from runtime import launch
+from runtime.errors import require
+from runtime.options import as_dict
+from sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, ready to be sampled from on this process."""
+
+    options: SourceOptions
+    accelerator: Accelerator
+    checkpoint: Checkpoint
+    network: Backbone
+    codec: Codec
+    dtype: torch.dtype | None
+
+    @classmethod
+    def open(cls, options: SourceOptions, sampling: SamplingConfig) -> Source:
+        """Load what `options` names, with the weights that `sampling` asks for.
+
+        Raises:
+            UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class.
+        """
+        accelerator = launch.accelerator()
+        device = accelerator.device
+        checkpoint = Checkpoint.open(options.ckpt)
+        require(checkpoint.has_null or sampling.cfg_scale == 1,
+                f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
+                f"use --cfg-scale 1")
+        network = checkpoint.network(sampling.weights).to(device)
+        if launch.compiles(options.compile, device)[0]:
+            launch.compile_blocks(network)
+        codec = open_codec(options.vae or checkpoint.space.vae, space=checkpoint.space, device=device)
+        return cls(options, accelerator, checkpoint, network, codec, launch.precision(options.mixed_precision, device))
+
+    def sampler(self, sampling: SamplingConfig, count: int) -> Sampler:
+        """A sampler of `count` images."""
+        return Sampler(self.network, self.codec, sampling, count, self.dtype)
+
+    def settings(self, sampling: SamplingConfig, count: int) -> dict[str, Any]:
+        """All that `count` samples depend on, as JSON values: the checkpoint and its VAE by digest."""
+        return {
+            **as_dict(sampling), "num_fid_samples": count, "mixed_precision": self.options.mixed_precision,
+            "evaluations": self.sampler(sampling, count).evaluations, "precision": launch.precision_name(self.dtype),
+            "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
+            "space": self.checkpoint.space.to_json(),
+            "decoder": self.options.vae or self.checkpoint.space.vae or self.checkpoint.space.name}

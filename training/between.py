@@ -1,0 +1,60 @@
+"""What happens between two steps: the report to the log, previews and scores, and the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from models import Backbone
+from runtime.errors import require
+from training.log import Meter, RunLog
+from training.run import Run
+
+
+class Callback(Protocol):
+    """Something that is done every so many steps with the EMA network. Every process calls it at the same steps."""
+
+    every: int
+
+    def __call__(self, step: int, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
+        """Act; returns values for the log, on every process. `dtype` is that of the run's autocast, None for float32."""
+        ...
+
+
+class Between:
+    """Called after each step of a run."""
+
+    def __init__(self, run: Run, log: RunLog, callbacks: Sequence[Callback]) -> None:
+        self.run, self.log, self.callbacks = run, log, callbacks
+
+    def __call__(self, meter: Meter, end: int) -> None:
+        """The end of a step; `end` is the last one of the segment, which is always reported."""
+        run, config, step = self.run, self.run.config, self.run.step
+        self.log.advance()
+        values: dict[str, float] = {}
+        saves = step % config.checkpointing_steps == 0 or step == config.max_train_steps
+        if step % config.log_steps == 0 or step == end or saves:
+            values = meter.report(config.batch_size)
+            self._require_finite(name for name, value in values.items() if not math.isfinite(value))
+        due = [callback for callback in self.callbacks if step % callback.every == 0]
+        for callback in due:
+            measured = callback(step, run.ema.network, run.dtype)
+            if measured:
+                self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
+            values |= measured
+        if values:
+            self.log.write(step, values)
+        if saves:
+            self._require_finite(name for name, value in run.network.named_parameters() if not torch.isfinite(value).all())
+            run.save()
+        if values or due or saves:
+            meter.restart_clock()
+
+    def _require_finite(self, not_finite: Iterable[str]) -> None:
+        """Stop the run if anything is not finite; names the first."""
+        bad = next(iter(not_finite), None)
+        require(bad is None, f"{bad} is not finite near step {self.run.step}: the run stops before a checkpoint takes it in; continue "
+                             f"from the last one with --mixed-precision no, or train with --qk-norm")

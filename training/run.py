@@ -1,0 +1,150 @@
+"""A run at its current step: network, EMA, living alignments and optimiser, on this process's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import models
+from alignment import AlignOptions, Setting, find
+from config import TrainConfig
+from loss import Batch
+from models import checkpoint
+from runtime import launch
+from runtime.errors import require
+from runtime.options import as_dict
+from training import resume
+from training.batches import Batches
+from training.ema import EMA
+from training.setup import Setup
+
+
+class Run:
+    """One run, at the step that it has reached: from scratch, or as its latest checkpoint left it.
+
+    Raises:
+        UserError: options, data, teacher or an earlier checkpoint that do not fit each other.
+    """
+
+    def __init__(self, config: TrainConfig, options: Mapping[str, AlignOptions]) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir) / config.exp_name
+        self.accelerator = launch.accelerator(log_with=None if config.report_to == "none" else config.report_to,
+                                              project_dir=str(self.folder))
+        self.device = self.accelerator.device
+        self.dtype = launch.precision(config.mixed_precision, self.device)
+        if config.deterministic:
+            launch.deterministic()
+        self.setup = Setup.of(config, options, self.device)
+        self.data, self.spec, self.epoch_steps = self.setup.data, self.setup.spec, self.setup.epoch_steps
+        parts = self.accelerator.num_processes * config.gradient_accumulation_steps
+        require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
+                                                f"(processes x --gradient-accumulation-steps)")
+        self.resumed = resume.find(self.folder, self.setup, self.dtype)
+        self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
+        """Each alignment's options and resolved choices; those of one that has ended are what they were."""
+        self.step: int = self.resumed.step if self.resumed else 0
+        self.network = resume.network(self.setup, self.resumed).to(self.device).train()
+        self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
+        setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
+                          resume.teacher_loader(self.folder, self.resolved), self.data)
+        self.alignments = {name: alignment.to(self.device)
+                           for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
+        self.optimizer = self._optimizer()
+        if self.resumed:
+            resume.restore(self.resumed, self.ema.network, self.alignments, self.optimizer, self.parameter_names())
+        self.compile_note = self._compile()
+        for name, alignment in self.alignments.items():
+            self.resolved[name] = {**as_dict(self.setup.options[name]), "stop": self.setup.stops[name], **alignment.describe()}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = [{"name": "network", "params": list(self.network.parameters())}]
+        groups += [{"name": name, "params": heads} for name, alignment in self.alignments.items()
+                   if (heads := list(alignment.parameters()))]
+        return torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=self.device.type == "cuda")
+
+    def _compile(self) -> str:
+        """Compile blocks where that is wanted; returns what to say of it."""
+        compiling, note = launch.compiles(self.config.compile, self.device)
+        if compiling:
+            teachers = [self.ema.network] if any(alignment.reads_ema for alignment in self.alignments.values()) else []
+            frozen = [network for alignment in self.alignments.values() for network in alignment.compiled]
+            for network in [self.network, *teachers, *frozen]:
+                launch.compile_blocks(network)
+        return note
+
+    def learner(self) -> nn.Module:
+        """The learner of the alignments that live now, wrapped for the processes of the run."""
+        learner = self.setup.learner(self.network, self.alignments, self.dtype, self.ema.network)
+        return self.accelerator.prepare_model(learner, device_placement=False)  # it is where it belongs
+
+    def batches(self, end: int) -> Iterator[list[Batch]]:
+        """This process's micro-batches of the steps from the current one up to `end`."""
+        source = Batches(self.config, self.data, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+        return source.steps(self.step, end, self.alignments)
+
+    def weights(self) -> dict[str, float]:
+        """Lambda of each living alignment at the current step."""
+        return {name: self.setup.options[name].weight_at(self.step, self.epoch_steps) for name in self.alignments}
+
+    def end_alignments(self) -> list[str]:
+        """Drop the alignments that end here, with their heads and optimiser state; returns their names."""
+        alive = self.setup.alive(self.step)
+        ended = [name for name in self.alignments if name not in alive]
+        for name in ended:
+            for group in [group for group in self.optimizer.param_groups if group["name"] == name]:
+                for parameter in group["params"]:
+                    self.optimizer.state.pop(parameter, None)
+                self.optimizer.param_groups.remove(group)
+            del self.alignments[name]
+        return ended
+
+    def parameter_names(self) -> dict[Tensor, str]:
+        """Trained parameters and their names, as the optimiser's state is stored under."""
+        modules: dict[str, nn.Module] = {"network": self.network, **self.alignments}
+        return {p: f"{prefix}.{name}" for prefix, module in modules.items() for name, p in module.named_parameters()}
+
+    def save(self) -> None:
+        """Write the checkpoint of the current step, on the main process; the others wait for it."""
+        if self.accelerator.is_main_process:
+            data = self.data
+            checkpoint.write(
+                self.folder / "checkpoints" / f"{self.step:07d}", spec=self.spec, space=data.space, step=self.step,
+                network=self.network.state_dict(), ema=self.ema.network.state_dict(),
+                heads={f"{name}.{key}": value for name, alignment in self.alignments.items()
+                       for key, value in alignment.state_dict().items()},
+                optimizer=checkpoint.optimizer_state(self.optimizer, self.parameter_names()),
+                data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
+                      "class_names": data.manifest["class_names"]},
+                train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
+                resolved=self.resolved, precision=launch.precision_name(self.dtype))
+        self.accelerator.wait_for_everyone()
+
+    def introduction(self) -> list[str]:
+        """What is about to run: everything that two runs of the same name could differ in."""
+        config, data, world = self.config, self.data, self.accelerator.num_processes
+        micro = config.batch_size // world // config.gradient_accumulation_steps
+        lines = [
+            f"{config.model}: {models.parameter_count(self.network) / 1e6:.1f}M parameters, {self.spec.depth} blocks; "
+            f"{launch.precision_name(self.dtype)} on {self.device.type}, compile {self.compile_note}",
+            f"data: {len(data)} latents {data.channels}x{data.latent_size}x{data.latent_size} ({data.space.name}), "
+            f"{data.num_classes} classes, {self.epoch_steps} steps per epoch",
+            f"batch {config.batch_size} = {world} process(es) x {config.gradient_accumulation_steps} micro-batch(es) x {micro}; "
+            f"{config.max_train_steps} steps = {config.max_train_steps / self.epoch_steps:.1f} epochs"]
+        for name, choices in self.resolved.items():
+            lines.append(f"alignment {name}: " + ", ".join(f"{key} {value}" for key, value in choices.items() if value is not None))
+            authors = find(name).published.get(config.model)
+            if authors and authors.flips != (data.views == 2):
+                lines.append(f"note: the published {name} of {config.model} trained with{'' if authors.flips else 'out'} flips; this "
+                             f"latent set has {'none' if authors.flips else 'them'}")
+        if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
+            lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its "
+                         f"weights stay near the start: add --ema-warmup")
+        return lines + ([f"continuing from step {self.step}"] if self.step else [])
