@@ -33,12 +33,16 @@ class TrainConfig:
 
     model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2 (all names below)", heading="network")
     qk_norm: bool = option(False, help="normalise queries and keys")
-    init_ckpt: str | None = option(None, help="start from this checkpoint's network (a new label table if classes differ)")
+    init_ckpt: str | None = option(None, help="start from this checkpoint's network (a new label table if classes differ): a folder, a run "
+                                               "or RUN@STEP")
+
+    branch_from: str | None = option(None, help="start as a branch of a run: continue everything from its checkpoint RUN@STEP under "
+                                                "other alignment options (stop, weight, schedule)")
 
     align: tuple[str, ...] = option(("none",), help="alignment(s) beside the flow-matching loss (all names below); none is plain "
                                                     "training", heading="method")
     preset: str | None = option(None, help="named settings of the alignment: paper, upstream, ...")
-    recipe: str = option("sit", choices=("sit", "lightningdit", "lightningdit-800ep", "digits"),
+    recipe: str = option("sit", choices=("sit", "sit-400ep", "lightningdit", "lightningdit-400ep", "lightningdit-800ep", "digits"),
                          help="optimiser, batch, EMA and times of a family")
     cfg_prob: float = option(0.1, help="share of labels replaced by the null label")
     time_sampling: str = option("uniform", choices=("uniform", "logit-normal"), help="distribution of t")
@@ -58,6 +62,8 @@ class TrainConfig:
     ema_warmup: bool = option(False, help="shorten the average early on: min(decay, (1 + s) / (10 + s))")
 
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
+    tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no; default: off, unless a "
+                                          "preset's authors have it on)")
     compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
     deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
 
@@ -71,7 +77,10 @@ class TrainConfig:
     log_steps: int = option(100, help="log every so many steps", heading="logging")
     report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
     sampling_steps: int = option(0, help="write a grid of samples every so many steps; 0 for never")
-    eval_steps: int = option(0, help="score samples of the EMA weights every so many steps; 0 for never")
+    eval_steps: int = option(0, help="score samples every so many steps; 0 for never")
+    eval_preset: str | None = option(None, help="sampling preset of the scores (generate.py --list-presets; default: the ODE by Heun "
+                                                "in 25 steps)")
+    eval_weights: tuple[str, ...] = option(("ema",), help="score the ema weights, the raw ones, or both: ema raw")
     reference: str | None = option(None, help="reference to score against (see evaluations.evaluate)")
     num_fid_samples: int = option(5000, help="samples per score; not to be compared with scores of 50,000")
     vae: str | None = option(None, help="VAE for grids and scores (default: the one that the data names)")
@@ -83,6 +92,10 @@ class TrainConfig:
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
         require((self.eval_steps > 0) == (self.reference is not None),
                 "--eval-steps and --reference go together: give both, or neither")
+        require(self.eval_steps > 0 or (self.eval_preset, self.eval_weights) == (None, ("ema",)),
+                "--eval-preset and --eval-weights say how to score while training: add --eval-steps and --reference")
+        require(0 < len(set(self.eval_weights)) == len(self.eval_weights) and set(self.eval_weights) <= {"ema", "raw"},
+                f"--eval-weights {' '.join(self.eval_weights)} must be ema, raw, or ema raw")
         require(self.num_fid_samples > 3, f"--num-fid-samples {self.num_fid_samples} must be at least 4")
         require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
                 "--images-per-second is a positive rate and belongs to --dry-run")
@@ -96,16 +109,20 @@ class TrainConfig:
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
-        require_precision(self.mixed_precision)
+        require_precision(self.mixed_precision, self.tf32)
+        require(self.branch_from is None or self.init_ckpt is None, "give --branch-from (everything goes on) or --init-ckpt (the "
+                                                                    "network alone starts anew), not both")
 
 
-def require_precision(wanted: str | None) -> None:
-    """Raise UserError unless `wanted` is no, bf16 or None."""
+def require_precision(wanted: str | None, tf32: bool | None) -> None:
+    """Raise UserError unless `wanted` is no, bf16 or None, and no where TF32 is asked for."""
+    require(not tf32 or wanted == "no", "--tf32 is a precision of its own: write --mixed-precision no --tf32")
     if wanted not in (None, "no", "bf16"):
         raise UserError(f"--mixed-precision {wanted} is not supported: use bf16 (fp16 overflows in these networks' features, fp8 "
                         f"does not pay at these widths) or no")
 
 
+_XL_400 = {"model": "SiT-XL/2", "max_train_steps": 2_000_000}
 _LIGHTNINGDIT = {"model": "LightningDiT-XL/1", "batch_size": 1024, "max_train_steps": 80_000, "learning_rate": 2e-4,
                  "adam_beta2": 0.95, "max_grad_norm": 0.0, "time_sampling": "logit-normal", "velocity_loss": "mse+cosine"}
 
@@ -115,7 +132,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "sit": {"train": {}, "align": {}},
     # LightningDiT, 64 epochs of 1,251 steps
     "lightningdit": {"train": _LIGHTNINGDIT, "align": {}},
-    # and its 800 epochs: times are uniform from epoch 480 on
+    # the paper's Table 2: 400 epochs of SiT-XL (5,004 steps each) and of LightningDiT-XL (1,251 steps each); the paper says
+    # nothing of the distribution of t there, so it stays logit-normal
+    "sit-400ep": {"train": _XL_400, "align": {}},
+    "lightningdit-400ep": {"train": {**_LIGHTNINGDIT, "max_train_steps": 500_000}, "align": {}},
+    # and LightningDiT's 800 epochs: times are uniform from epoch 480 on
     "lightningdit-800ep": {"train": {**_LIGHTNINGDIT, "max_train_steps": 1_000_000, "uniform_from_epoch": 480.0}, "align": {}},
     # the embedded digits: minutes on a CPU
     "digits": {"train": {"model": "SiT-Tiny/2", "batch_size": 64, "max_train_steps": 800, "learning_rate": 1e-3,
@@ -126,9 +147,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 # Options that may differ when a run is continued: they move no number of the steps already taken.
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
-                            "output_dir", "exp_name", "vae", "eval_steps", "reference", "num_fid_samples", "features",
-                            "inception_weights", "feature_weights", "gradient_accumulation_steps", "compile",
-                            "dry_run", "images_per_second"})
+                            "output_dir", "exp_name", "vae", "eval_steps", "eval_preset", "eval_weights", "reference",
+                            "num_fid_samples", "features", "inception_weights", "feature_weights", "gradient_accumulation_steps",
+                            "compile", "dry_run", "images_per_second"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +157,8 @@ class SamplingConfig:
     """All that decides what a sample looks like, given the weights. Times are in [0, 1], 1 is noise."""
 
     mode: str = option("sde", choices=("ode", "sde"), help="probability-flow ODE or reverse SDE (Euler-Maruyama)", heading="solver")
-    solver: str = option("euler", choices=("euler", "heun", "dopri5"), help="solver of the ODE")
+    solver: str = option("euler", choices=("euler", "heun", "dopri5"), help="solver of the ODE; dopri5 chooses its steps for a "
+                         "whole batch, so that its samples depend on --batch-size")
     num_steps: int = option(250, help="steps (see --grid)")
     grid: str = option("evaluations", choices=("evaluations", "points"),
                        help="whether --num-steps counts steps of the ODE, or points of its grid (one step fewer)")
@@ -170,15 +192,16 @@ class SamplingConfig:
 class SourceOptions:
     """What to sample from, and how fast: nothing here changes a sample but the weights and the decoder, and those are recorded."""
 
-    ckpt: str = option(help="checkpoint folder, or a run (its latest checkpoint)", heading="network")
+    ckpt: str = option(help="checkpoint: a folder, a run (its latest) or RUN@STEP", heading="network")
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
+    tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no)")
     compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
     batch_size: int = option(64, help="samples per network call in each process")
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
-        require_precision(self.mixed_precision)
+        require_precision(self.mixed_precision, self.tf32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +250,7 @@ PEERS: dict[str, str] = {
     # optimisation and precision
     "--epochs": "write --max-train-steps N: steps per epoch are printed at the start",
     "--global-batch-size": "write --batch-size N: it is global here",
-    "--allow-tf32": "nothing to set: bf16 is the default where the hardware has it",
-    "--tf32": "nothing to set: bf16 is the default where the hardware has it",
+    "--allow-tf32": "write --mixed-precision no --tf32; bf16 is the default where the hardware has it",
     "--lr": "write --learning-rate",
     "--use-8bit-adam": "AdamW in float32 is the one optimiser; 8-bit states are not offered",
     # run and log

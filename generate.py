@@ -1,6 +1,7 @@
-"""Checkpoint to samples: the same N images for any batch size and number of processes.
+"""Checkpoint to samples: the same N images for any batch size and number of processes (but for the adaptive solver dopri5,
+whose steps are chosen for a whole batch).
 
-    python generate.py --ckpt exps/stage2 --num-fid-samples 50000 --cfg-scale 1.9 --guidance-high 0.65
+    python generate.py --ckpt exps/stage2 --preset self-transcendence-cfg
     accelerate launch --num_processes 8 generate.py ...
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from config import PEERS, GenerateConfig
 from runtime import errors, progress
-from runtime.options import Given, read
+from runtime.options import Given, peek, read
 from sampling import presets
 
 
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if "--list-presets" in words:
         print(presets.table())
         return None
+    if peek(GenerateConfig, "tf32", words):
+        from runtime import launch
+
+        launch.require_tf32()
     config = read(GenerateConfig, words, prog="generate.py", description=__doc__, between=_preset, hints=PEERS,
                   epilog=f"presets: {', '.join(presets.PRESETS)}")
     return score(config) if config.reference else generate(config)
@@ -43,7 +48,7 @@ def score(config: GenerateConfig) -> Path:
     from sampling.source import Source
 
     count, batch_size = config.num_fid_samples, config.source.batch_size
-    source = Source.open(config.source, config.sampling)
+    source = Source.open(config.source, config.sampling, config.preset)
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
     reference, extractor = open_pair(config.reference, config.scores, accelerator, batch_size)
     reference.require_shape("the samples", sampler.image_shape)
@@ -64,7 +69,7 @@ def generate(config: GenerateConfig) -> Path:
     from sampling.store import Store, finished
 
     count = config.num_fid_samples
-    source = Source.open(config.source, config.sampling)
+    source = Source.open(config.source, config.sampling, config.preset)
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)

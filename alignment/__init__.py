@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting
+from alignment.base import Alignment, AlignOptions, Context, Setting
 from runtime.errors import UserError, nearest
 
 for _module in pkgutil.iter_modules(__path__):
@@ -20,4 +20,4 @@ def find(name: str) -> type[Alignment]:
     return Alignment.registry[name]
 
 
-__all__ = ["AlignOptions", "Alignment", "Context", "Published", "Setting", "find"]
+__all__ = ["AlignOptions", "Alignment", "Context", "Setting", "find"]

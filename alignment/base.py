@@ -14,7 +14,7 @@ never learns its name. It says what it reads and returns one loss per sample:
     taps      what it wants of the student: n for f_n, the raw output of block n (from 1); QK(n) for its queries and keys
     draw      random numbers of its own, one row per sample of the global batch
     frozen    frozen networks that it holds: neither trained, saved nor synchronised; `compiled`, those to be compiled
-    published what its authors report, by model: the number that a full run is to be held against
+    notes     what a reader should hear before the first step
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class Setting:
     load: Callable[[str], Any]
     """Opens a checkpoint folder (`models.checkpoint.Checkpoint`)."""
     data: LatentSet | None = None
+    micro_batch: int = 0
+    """Samples that one process sees at once."""
     dry: bool = False
     """True where only shapes matter: external networks come without their weights."""
 
@@ -132,24 +134,12 @@ class Context:
         return Context(**{field.name: pick(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
-@dataclass(frozen=True)
-class Published:
-    """A result as its authors print it: FID of 50,000 samples on ImageNet 256, without guidance."""
-
-    fid: float
-    epochs: int
-    sampler: str
-    flips: bool
-    """Whether the authors trained with random flips (a latent set of two views)."""
-
-
 class Alignment(nn.Module):
     """Base of all alignments; see the module's head for the contract."""
 
     name: ClassVar[str]
     Options: ClassVar[type[AlignOptions]] = AlignOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
-    published: ClassVar[dict[str, Published]] = {}
     coupled: ClassVar[bool] = False
     reads_ema: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
@@ -168,8 +158,8 @@ class Alignment(nn.Module):
         return (text or cls.name).splitlines()[0].rstrip(".:")
 
     @classmethod
-    def resolve(cls, options: Any, student: ModelSpec) -> Any:
-        """The options with what depends on the student filled in: block numbers, scales, stops."""
+    def resolve(cls, options: Any, student: ModelSpec, batch_size: int = 256) -> Any:
+        """The options with what depends on the student and the (global) batch filled in: block numbers, scales, stops."""
         return options
 
     def __init__(self, options: AlignOptions, setting: Setting) -> None:
@@ -187,6 +177,10 @@ class Alignment(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Resolved choices (block numbers, teacher digest) for the printout and the checkpoint."""
         return {"taps": list(self.taps)}
+
+    def notes(self) -> list[str]:
+        """What a reader should hear before the first step: where it departs from what was published, and what it was given."""
+        return []
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -235,6 +229,11 @@ def given_or(value: int | None, default: int | None) -> int | None:
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over all axes but the first, in float32: (N, ...) -> (N,)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 0.05) -> Tensor:
+    """Mean smooth-L1 distance (SRA and SRA 2: quadratic below `beta`) over all axes but the first, in float32: (N, ...) -> (N,)."""
+    return F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none").flatten(1).mean(1)
 
 
 def cosine(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, block_number
+from alignment.base import Alignment, AlignOptions, Context, Setting, block_number
 from models import ModelSpec
 from runtime.errors import require
 from runtime.options import option
 
-TRAIN = {"max_grad_norm": 0.0, "mixed_precision": "no"}
-"""What the authors' training differs in from this project's: no clipping, float32."""
+TRAIN = {"max_grad_norm": 0.0, "mixed_precision": "no", "tf32": True}
+"""What the authors' training differs in from this project's: no clipping, float32 with TF32 products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class DispersiveOptions(AlignOptions):
     temperature: float = option(0.5, help="tau")
     share: float = 1 / 4
     """The block as a share of the depth, where `depth` does not say it; set by presets."""
+    published_batch: int = 16
+    """Samples of a micro-batch in the published runs, for a warning; set by presets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,23 +48,29 @@ class Dispersive(Alignment):
     Options = DispersiveOptions
     coupled = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
-        "paper": {"options": {"weight": 0.5, "temperature": 0.5, "share": 1 / 4}, "train": TRAIN},
+        "paper": {"options": {"weight": 0.5, "temperature": 0.5, "share": 1 / 4, "published_batch": 16}, "train": TRAIN},
         # the authors' PyTorch code: the last block, weight 0.25, tau 1; SiT-B/2 32.64
-        "pytorch": {"options": {"weight": 0.25, "temperature": 1.0, "share": 1.0}, "train": TRAIN},
-    }
-    published: ClassVar[dict[str, Published]] = {
-        "SiT-B/2": Published(32.35, 80, "ODE", flips=True),
-        "SiT-L/2": Published(16.68, 80, "ODE (inferred)", flips=True),
-        "SiT-XL/2": Published(10.64, 200, "ODE (inferred)", flips=True),
+        "pytorch": {"options": {"weight": 0.25, "temperature": 1.0, "share": 1.0, "published_batch": 32}, "train": TRAIN},
     }
 
     @classmethod
-    def resolve(cls, options: DispersiveOptions, student: ModelSpec) -> DispersiveOptions:
+    def resolve(cls, options: DispersiveOptions, student: ModelSpec, batch_size: int = 256) -> DispersiveOptions:
         return replace(options, depth=block_number(student.depth, options.share, options.depth, "--dispersive-depth"))
 
     def __init__(self, options: DispersiveOptions, setting: Setting) -> None:
         super().__init__(options, setting)
         self.taps = (options.depth,)
+        self.micro_batch = setting.micro_batch
+
+    def notes(self) -> list[str]:
+        published = self.options.published_batch
+        if self.micro_batch in (0, published):
+            return []
+        parts = self.micro_batch / published
+        remedy = f": raise --gradient-accumulation-steps {parts:g} times, or launch as many more processes" \
+            if parts > 1 and parts.is_integer() else ""
+        return [f"warning: Dispersive Loss couples the {self.micro_batch} samples that a process sees at once; the published runs "
+                f"have {published}{remedy}"]
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "batch": "of one process and micro-batch"}

@@ -12,6 +12,7 @@ doubled batch, cut after the guiding block; blocks beyond it are not loaded.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Frozen, Published, Setting, block_number, squared_error
+from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, block_number, squared_error
 from models import Backbone, ModelSpec
 from models.heads import mlp
 from runtime.errors import require
@@ -28,16 +29,21 @@ from runtime.streams import Stream
 
 OMEGA = {"sit": 30.0, "lightningdit": 10.0}
 """The paper's guidance scale by backbone (section 4.1)."""
+EPOCHS = 40
+"""The age of the paper's teacher (section 4.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedOptions(AlignOptions):
     """Options of the stage-2 alignment; `guiding` is the teacher, `guided` the student."""
 
-    guiding_ckpt: str = option(help="the stage-1 checkpoint, or a run that holds one", flag="guiding-ckpt")
+    guiding_ckpt: str = option(help="the stage-1 checkpoint: a folder, a run (its latest) or RUN@STEP", flag="guiding-ckpt")
     guiding_weights: str = option("raw", choices=("raw", "ema"), help="which of its weights", flag="guiding-weights")
-    guiding_labels: str = option("true", choices=("true", "dropped"), flag="guiding-labels",
-                                 help="labels the teacher sees: the true ones, or those after the student's dropout")
+    guiding_labels: str = option("true", choices=("true", "dropped", "skip"), flag="guiding-labels",
+                                 help="labels the teacher sees: the true ones, those after the student's dropout, or (skip) the true "
+                                      "ones without a guide loss on samples whose label was dropped")
+    guiding_precision: str = option("run", choices=("run", "fp32"), flag="guiding-precision",
+                                    help="the teacher's precision: the run's, or float32 without autocast (the authors' code)")
     guiding_depth: int | None = option(None, help="teacher's block (default: 2/3 of its depth)", flag="guiding-depth")
     guided_depth: int | None = option(None, help="student's block (default: half its depth)", flag="guided-depth")
     guide_scale: float | None = option(None, help="omega (default: 30 for SiT, 10 for LightningDiT)", flag="guide-scale")
@@ -51,17 +57,14 @@ class Guided(Alignment):
     Options = GuidedOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
-        "upstream": {"options": {"interval": (0.4, 0.7), "mask": "upstream"}, "train": {"qk_norm": True}},
+        # the authors' --stop-epoch is compared with the optimiser step, whatever the size
+        "upstream": {"options": {"interval": (0.4, 0.7), "mask": "upstream", "stop_steps": 100_000, "guiding_precision": "fp32"},
+                     "train": {"qk_norm": True}},
         "efficient": {"options": {"interval": (0.4, 0.7), "mask": "select", "guiding_weights": "ema"}},
-    }
-    published: ClassVar[dict[str, Published]] = {
-        "SiT-B/2": Published(20.49, 80, "sampler not stated", flips=False),
-        "SiT-L/2": Published(8.74, 80, "sampler not stated", flips=False),
-        "SiT-XL/2": Published(7.51, 80, "sampler not stated", flips=False),
     }
 
     @classmethod
-    def resolve(cls, options: GuidedOptions, student: ModelSpec) -> GuidedOptions:
+    def resolve(cls, options: GuidedOptions, student: ModelSpec, batch_size: int = 256) -> GuidedOptions:
         never_said = options.stop_steps is None and options.stop_epochs is None
         return replace(
             options, guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
@@ -77,24 +80,37 @@ class Guided(Alignment):
         self.guiding = block_number(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
         self.null = teacher.num_classes
         self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, Stream(setting.seed, "init/guided"))
-        self.teacher = Frozen(checkpoint.network(options.guiding_weights, depth=self.guiding), setting.device, setting.dtype)
+        self.teacher = Frozen(checkpoint.network(options.guiding_weights, depth=self.guiding), setting.device,
+                              setting.dtype if options.guiding_precision == "run" else None)
         self.origin = {"path": str(checkpoint.path), "digest": checkpoint.digest, "step": checkpoint.step,
-                       "model": teacher.name, "weights": options.guiding_weights}
+                       "model": teacher.name, "weights": options.guiding_weights, "epochs": checkpoint.epochs}
 
     def forward(self, context: Context) -> Tensor:
-        return squared_error(self.head(context.features[self.taps[0]]), self.target(context))
+        loss = squared_error(self.head(context.features[self.taps[0]]), self.target(context))
+        return loss * (context.y != self.null) if self.options.guiding_labels == "skip" else loss
 
     def target(self, context: Context) -> Tensor:
         """f_g, (N, T, D of the teacher), float32 (equation 3)."""
-        labels = context.labels if self.options.guiding_labels == "true" else context.y
-        doubled = self.teacher(torch.cat([context.xt, context.xt]), torch.cat([context.t, context.t]),
-                               torch.cat([torch.full_like(labels, self.null), labels]),
-                               taps=(self.guiding,), exit_early=True)
+        labels = context.y if self.options.guiding_labels == "dropped" else context.labels
+        with torch.autocast(labels.device.type, enabled=False) if self.options.guiding_precision == "fp32" else nullcontext():
+            doubled = self.teacher(torch.cat([context.xt, context.xt]), torch.cat([context.t, context.t]),
+                                   torch.cat([torch.full_like(labels, self.null), labels]),
+                                   taps=(self.guiding,), exit_early=True)
         unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
         return interpolant.guide(unconditional, conditional, self.options.guide_scale)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "guiding_depth": self.guiding, "teacher": self.origin}
+
+    def notes(self) -> list[str]:
+        """The teacher's identity, and a warning where it is not the one of the paper's schedule."""
+        step, epochs = self.origin["step"], self.origin["epochs"]
+        age = f"step {step}" + ("" if epochs is None else f" = {epochs:g} epochs")
+        lines = [f"teacher: {self.origin['path']} at {age}, {self.origin['model']}, {self.origin['weights']} weights, block {self.guiding}"]
+        if epochs is not None and abs(epochs - EPOCHS) > 0.5:
+            lines.append(f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its checkpoint "
+                         f"with --guiding-ckpt RUN@STEP")
+        return lines
 
     @property
     def frozen(self) -> list[Backbone]:

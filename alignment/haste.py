@@ -5,8 +5,8 @@
     P_T = softmax(q k^T / sqrt(d)) of the encoder's patch tokens, class token left out before the softmax
     P_S = the same of the student's first heads, as many as the encoder has (12 of SiT-XL's 16)
 
-Published: weight 0.5 on each term, features at block 8, student blocks 5-8 against DINOv2-B's 9-12, until step 100,000
-(SiT-B) or 250,000 (SiT-L, SiT-XL).
+Published, for SiT: weight 0.5 on each term, features at block 8, student blocks 5-8 against DINOv2-B's 9-12, until step
+100,000 (SiT-B) or 250,000 (SiT-L, SiT-XL) of 256 images; kept here as images, so that another batch stops after as many.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Published, Setting, block_number, cosine, given_or
+from alignment.base import Alignment, Context, Setting, block_number, cosine, given_or
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
 from models.heads import mlp
@@ -24,12 +25,15 @@ from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
-DEPTH = {"SiT-B/2": 8, "SiT-L/2": 8, "SiT-XL/2": 8}
+BLOCKS = {12: 8, 24: 8, 28: 8}
+"""The block of the features, by the student's depth."""
+IMAGES = {12: 25_600_000, 24: 64_000_000, 28: 64_000_000}
+"""Images after which it stops, by the student's depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HasteOptions(ExternalOptions):
-    """Options of HASTE; `depth` is 8 for SiT-B, L and XL, two thirds of the depth elsewhere."""
+    """Options of HASTE; `depth` is 8 of 12, 24 and 28 blocks, two thirds of any other depth."""
 
     attention: float = option(1.0, help="weight of the attention term beside the feature term")
     attention_depths: tuple[int, ...] | None = option(None, help="student's blocks (default: four that end at the depth)")
@@ -42,15 +46,10 @@ class Haste(Alignment):
     name = "haste"
     Options = HasteOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"paper": {"options": {}}}
-    published: ClassVar[dict[str, Published]] = {
-        "SiT-B/2": Published(19.6, 80, "SDE, 250 steps", flips=False),
-        "SiT-L/2": Published(7.9, 80, "SDE, 250 steps", flips=False),
-        "SiT-XL/2": Published(7.3, 80, "SDE, 250 steps", flips=False),  # 5.31 after 100 epochs
-    }
 
     @classmethod
-    def resolve(cls, options: HasteOptions, student: ModelSpec) -> HasteOptions:
-        depth = block_number(student.depth, 2 / 3, given_or(options.depth, DEPTH.get(student.name)), "--haste-depth")
+    def resolve(cls, options: HasteOptions, student: ModelSpec, batch_size: int = 256) -> HasteOptions:
+        depth = block_number(student.depth, 2 / 3, given_or(options.depth, BLOCKS.get(student.depth)), "--haste-depth")
         student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
         encoder_blocks = options.encoder_depths or tuple(range(-len(student_blocks), 0))
         require(len(student_blocks) == len(encoder_blocks),
@@ -59,11 +58,13 @@ class Haste(Alignment):
         for number in student_blocks:
             block_number(student.depth, 1, number, "--haste-attention-depths")
         never_said = options.stop_steps is None and options.stop_epochs is None
+        stop = max(1, round(IMAGES.get(student.depth, IMAGES[12] if student.depth < 12 else IMAGES[28]) / batch_size))
         return replace(options, depth=depth, attention_depths=student_blocks, encoder_depths=encoder_blocks,
-                       stop_steps=(100_000 if student.hidden_size <= 768 else 250_000) if never_said else options.stop_steps)
+                       stop_steps=stop if never_said else options.stop_steps)
 
     def __init__(self, options: HasteOptions, setting: Setting) -> None:
         super().__init__(options, setting)
+        self.student = setting.student
         self.external = External(options, setting, options.encoder_depths)
         self.columns = self.external.columns
         self.pairs = tuple(zip(options.attention_depths, self.external.attention, strict=True))
@@ -83,6 +84,11 @@ class Haste(Alignment):
         return {"taps": [self.taps[0]], "attention_pairs": [list(pair) for pair in self.pairs], "attention_heads": self.heads,
                 **self.external.describe()}
 
+    def notes(self) -> list[str]:
+        if self.student.architecture == "sit" and self.student.depth in BLOCKS:
+            return []
+        return [f"note: HASTE is published for SiT-B, L and XL; its blocks and its stop for {self.student.name} are ours, by depth"]
+
     @property
     def frozen(self) -> list[nn.Module]:
         return [self.external.encoder]
@@ -99,6 +105,10 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def logits(qk: Tensor) -> Tensor:
-    """Scaled dot products (N, heads, T, T) of queries and keys, in float32."""
+    """Scaled dot products (N, heads, T, T) of queries and keys, in float32.
+
+    The scale goes onto q before the product, as in the authors' code and in fused attention.
+    """
     q, k = qk.unbind(1)
-    return (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    with torch.autocast(q.device.type, enabled=False):
+        return (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)

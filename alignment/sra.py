@@ -16,24 +16,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Published, Setting, block_number, cosine, given_or
+from alignment.base import Alignment, AlignOptions, Context, Setting, block_number, cosine, given_or, smooth_l1
 from models import ModelSpec
 from models.heads import linear
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
-DEPTHS = {"SiT-B/2": (3, 8), "SiT-L/2": (6, 16), "SiT-XL/2": (8, 20)}
-BETA = 0.05
+BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}
+"""Student's and teacher's block, by depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SraOptions(AlignOptions):
-    """Options of SRA; blocks as published for SiT-B, L and XL, a quarter and two thirds of the depth elsewhere."""
+    """Options of SRA; blocks as published for 12, 24 and 28 blocks, a quarter and two thirds of any other depth."""
 
     weight: float = option(0.2, help="lambda, the weight of this loss beside the flow-matching loss")
     schedule: str = option("tail", choices=("tail", "constant", "cosine", "linear"),
@@ -68,11 +67,10 @@ class Sra(Alignment):
         "paper-512": {"options": {"tail_epoch": 99, "tail_length": 800.0}},
         "token-cosine": {"options": {"distance": "token-cosine", "weight": 0.5, "schedule": "constant"}},
     }
-    published: ClassVar[dict[str, Published]] = {"SiT-B/2": Published(29.10, 80, "SDE, 250 steps", flips=False)}
 
     @classmethod
-    def resolve(cls, options: SraOptions, student: ModelSpec) -> SraOptions:
-        known = DEPTHS.get(student.name, (None, None))
+    def resolve(cls, options: SraOptions, student: ModelSpec, batch_size: int = 256) -> SraOptions:
+        known = BLOCKS.get(student.depth, (None, None))
         return replace(options, depth=block_number(student.depth, 1 / 4, given_or(options.depth, known[0]), "--sra-depth"),
                        target_depth=block_number(student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--sra-target-depth"))
 
@@ -88,7 +86,7 @@ class Sra(Alignment):
     def forward(self, context: Context) -> Tensor:
         prediction, target = self.head(context.features[self.taps[0]]), self.target(context)
         if self.options.distance == "smooth-l1":
-            return F.smooth_l1_loss(prediction.float(), target.float(), beta=BETA, reduction="none").flatten(1).mean(1)
+            return smooth_l1(prediction, target)
         return 1 - cosine(prediction, target, dim=-1 if self.options.distance == "cosine" else 1)
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
-"""What is watched while training: grids of samples, and scores of a few thousand, every so many steps from the EMA weights."""
+"""What is watched while training: grids of samples, and scores of a few thousand, every so many steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from evaluations.score import Scorer, add_drawn
 from models import Backbone, ModelSpec
 from models.latents import Codec, LatentSpace
 from models.vae import open_codec
-from sampling import preview
+from runtime import launch
+from sampling import presets, preview
 from sampling.sampler import Sampler, image_shape
 
 BATCH = 64  # samples per network call in each process
@@ -27,7 +30,7 @@ def watch(config: TrainConfig, folder: Path, spec: ModelSpec, space: LatentSpace
     """
     if not (config.sampling_steps or config.eval_steps):
         return []
-    codec = open_codec(config.vae or space.vae, space=space, device=accelerator.device)
+    codec = open_codec(config.vae or presets.decoder(config.eval_preset, space) or space.vae, space=space, device=accelerator.device)
     watched: list[Scores | Previews] = []
     if config.eval_steps:
         watched.append(Scores(config, codec, accelerator, (spec.in_channels, spec.input_size, spec.input_size)))
@@ -44,17 +47,27 @@ class Scores:
     """
 
     def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, latent: tuple[int, ...]) -> None:
-        self.every, self.count = config.eval_steps, config.num_fid_samples
+        self.every, self.count, self.weights = config.eval_steps, config.num_fid_samples, config.eval_weights
+        self.preset = config.eval_preset
+        self.settings = preview.SETTINGS if self.preset is None else presets.sampling(self.preset)
         self.codec, self.accelerator = codec, accelerator
         self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)
         self.reference.require_shape("the samples", image_shape(codec, latent, accelerator.device))
 
-    def __call__(self, step: int, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
-        """Metrics by name and sample count (`eval/fid@5000`): numbers of other counts are other metrics."""
-        scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator)
-        sampler = Sampler(network, self.codec, preview.SETTINGS, self.count, dtype)
-        add_drawn(scorer, sampler, self.count, BATCH, "evaluation: sampling")
-        return {f"eval/{name}@{self.count}": value for name, value in scorer.result()["metrics"].items()}
+    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:
+        """Metrics by name and sample count (`eval/fid@5000`); those of raw weights or of a preset are other metrics, and say so.
+
+        A preset samples in float32 with TF32, as its published numbers do, whatever the run's precision.
+        """
+        values = {}
+        for weights in self.weights:
+            scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator)
+            sampler = Sampler(networks[weights], self.codec, self.settings, self.count, None if self.preset else dtype)
+            with launch.tf32_inside(self.accelerator.device) if self.preset else nullcontext():
+                add_drawn(scorer, sampler, self.count, BATCH, f"evaluation of {weights} weights: sampling")
+            place = "/".join(["eval", *([self.preset] if self.preset else []), *(["raw"] if weights == "raw" else [])])
+            values |= {f"{place}/{name}@{self.count}": value for name, value in scorer.result()["metrics"].items()}
+        return values
 
 
 class Previews:
@@ -64,7 +77,7 @@ class Previews:
         self.every, self.seed, self.codec, self.folder = config.sampling_steps, config.seed, codec, folder
         self.main = accelerator.is_main_process
 
-    def __call__(self, step: int, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
+    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:
         if self.main:
-            preview.write(self.folder / f"{step:07d}.png", network, self.codec, dtype, self.seed)
+            preview.write(self.folder / f"{step:07d}.png", networks["ema"], self.codec, dtype, self.seed)
         return {}

@@ -7,7 +7,8 @@
       heads.safetensors       the alignments' heads, apart, so that sampling never meets them
       optimizer.safetensors   optimiser state by parameter name; optimizer.json holds its groups
 
-`Checkpoint.open` accepts such a folder or a run that holds some, and needs nothing else to rebuild the network.
+`Checkpoint.open` accepts such a folder, a run that holds some (its latest) or RUN@STEP, and needs nothing else to rebuild
+the network.
 """
 
 from __future__ import annotations
@@ -44,17 +45,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Open a checkpoint folder, or the latest checkpoint of a run folder.
+        """Open a checkpoint folder, the latest checkpoint of a run folder, or RUN@STEP.
 
         Raises:
             UserError: nothing there, or a folder that is not a checkpoint.
         """
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            newest = latest(folder)
-            if newest is None:
-                raise UserError(f"no checkpoint in {path}: give a checkpoint folder (it holds config.json) or a run")
-            folder = newest
+        folder = locate(path)
         config = files.read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") != FORMAT:
             raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise")
@@ -68,6 +64,14 @@ class Checkpoint:
         """Whether the null label was trained: label dropout made it. Of imported weights it is taken for granted."""
         train = self.config.get("train")
         return train is None or train["cfg_prob"] > 0
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the data set that it was trained for; None of imported weights."""
+        train, data = self.config.get("train"), self.config.get("data")
+        if not train or not data:
+            return None
+        return self.step / max(1, data["count"] // train["batch_size"])
 
     @property
     def digest(self) -> str:
@@ -101,13 +105,41 @@ class Checkpoint:
         return models.build(self.spec, depth=depth, weights=tensors).eval().requires_grad_(False)
 
 
-def latest(run: Path | str) -> Path | None:
-    """The checkpoint with the highest step in `run` or `run/checkpoints`, by the number in its name."""
+def locate(name: Path | str) -> Path:
+    """The checkpoint folder that `name` stands for: a checkpoint folder, a run (its latest) or RUN@STEP.
+
+    Raises:
+        UserError: there is none; says which steps a run has.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return folder
+    run, at, step = str(name).rpartition("@")
+    if at and step.isdigit() and not folder.exists():
+        steps = of_run(run)
+        if int(step) not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{name}: run {run} has no checkpoint of step {int(step)}; its steps are {known}")
+        return steps[int(step)]
+    newest = latest(folder)
+    if newest is None:
+        raise UserError(f"no checkpoint in {name}: give a checkpoint folder (it holds config.json), a run, or RUN@STEP")
+    return newest
+
+
+def of_run(run: Path | str) -> dict[int, Path]:
+    """The checkpoints in `run/checkpoints` or `run` by step, ascending; the step is the number in a checkpoint's name."""
     for folder in (Path(run) / "checkpoints", Path(run)):
-        steps = [p for p in folder.glob("*") if p.name.isdigit() and (p / "config.json").is_file()] if folder.is_dir() else []
+        steps = {int(p.name): p for p in folder.glob("*") if p.name.isdigit() and (p / "config.json").is_file()} \
+            if folder.is_dir() else {}
         if steps:
-            return max(steps, key=lambda p: int(p.name))
-    return None
+            return dict(sorted(steps.items()))
+    return {}
+
+
+def latest(run: Path | str) -> Path | None:
+    """The checkpoint of `run` with the highest step, None where there is none."""
+    return next(reversed(of_run(run).values()), None)
 
 
 def write(

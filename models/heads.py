@@ -20,7 +20,8 @@ def linear(width: int, out: int, stream: Stream) -> nn.Linear:
     return module
 
 
-def mlp(width: int, hidden: int, out: int, stream: Stream) -> nn.Sequential:
-    """The paper's head: Linear, SiLU, Linear, SiLU, Linear, acting on each token."""
-    return nn.Sequential(linear(width, hidden, stream), nn.SiLU(), linear(hidden, hidden, stream), nn.SiLU(),
-                         linear(hidden, out, stream))
+def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> nn.Sequential:
+    """An MLP that acts on each token; the paper's head has three layers: Linear, SiLU, Linear, SiLU, Linear."""
+    widths = [width] + [hidden] * (layers - 1)
+    inner = [module for before, after in zip(widths, widths[1:]) for module in (linear(before, after, stream), nn.SiLU())]
+    return nn.Sequential(*inner, linear(hidden, out, stream))

@@ -57,7 +57,7 @@ class Row:
 
 ROWS = (
     Row("plain", "plain SiT"),
-    Row("latent", "stage 1 (clean latent)", "--align latent"),
+    Row("latent", "stage 1 (clean latent)", "--align latent --align-depth 3"),
     Row("guided", "stage 2 (guided, omega 30)", "--guiding-ckpt {teacher} --align-stop-steps {quarter}", "train_guide"),
     Row("guided-3", "stage 2, ours: omega 3", "--guiding-ckpt {teacher} --align-stop-steps {quarter} --guide-scale 3",
         "train_guide"),

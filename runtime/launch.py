@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,9 +48,46 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if wanted == "bf16" else None
 
 
-def precision_name(dtype: torch.dtype | None) -> str:
-    """What `precision` decided, as it is printed and saved: bf16 or fp32."""
-    return "bf16" if dtype else "fp32"
+def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -> tuple[bool, str]:
+    """Turn TF32 on or off for products and convolutions of float32 tensors; whether it is on, and what to say where it cannot be.
+
+    A preset may bring `wanted` to a device that has none: that is said in one line. None leaves torch's own choice (products
+    in float32).
+    """
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    on = bool(wanted) and dtype is None and able
+    if wanted is not None and device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        torch.backends.cudnn.allow_tf32 = on
+    return on, f"note: TF32, which the published setting uses, is not to be had on this {device.type}: running in float32" \
+        if wanted and not able else ""
+
+
+@contextmanager
+def tf32_inside(device: torch.device) -> Iterator[None]:
+    """TF32 on inside the block, where the device has it; as it was afterwards."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    tf32(True, None, device)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def require_tf32() -> None:
+    """Raise UserError where TF32 was asked for and no device has it."""
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    require(able, "--tf32 needs a CUDA device of compute capability 8 or above; leave it out to run in float32")
+
+
+PRECISIONS = {"bf16": "--mixed-precision bf16", "fp32": "--mixed-precision no --no-tf32", "tf32": "--mixed-precision no --tf32"}
+"""Names of precisions as they are printed and saved, and the options that ask for them."""
+
+
+def precision_name(dtype: torch.dtype | None, tf32: bool = False) -> str:
+    """What was decided, as it is printed and saved: bf16, fp32, or tf32 (float32 with TF32 products)."""
+    return "bf16" if dtype else "tf32" if tf32 else "fp32"
 
 
 def compiles(wanted: str | None, device: torch.device) -> tuple[bool, str]:

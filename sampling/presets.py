@@ -1,68 +1,129 @@
-"""Sampling presets, named after the published number that they reproduce: `generate.py --preset NAME`.
+"""Sampling presets, named after the published number or the protocol that they reproduce: `generate.py --preset NAME`.
 
 A preset fixes all that moves FID besides the weights themselves: solver, steps, last step, shift, guidance and its interval
-and channels, which weights, decoder, rounding, labels. FIDs are of 50,000 samples of ImageNet 256 under ADM's evaluator.
+and channels, which weights, decoder, rounding, labels, precision. Published FIDs are under ADM's evaluator.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from config import SamplingConfig
+from models import published
+from models.latents import LatentSpace
 from runtime.errors import UserError, nearest
+from runtime.options import Given
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 FREE = ("seed",)
+PRECISION = {"mixed_precision": "no", "tf32": True}
+"""REPA, SiT and LightningDiT sample in float32 with TF32 products."""
 
 
 @dataclass(frozen=True)
 class Preset:
     """Settings of `SamplingConfig`, decoder, and what was published under them."""
 
-    published: float
     network: str
     settings: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
+    """Which row of the published numbers (`models.published.find`) this is; empty for a protocol without one number."""
     vae: str | None = SD_VAE
-    """Decoder; None is the one that the checkpoint names (VA-VAE)."""
+    """Decoder of SD-VAE's latents; None is the one that the checkpoint names (VA-VAE)."""
     note: str = ""
+    samples: int | None = None
+    """How many samples, where the protocol has another count than 50,000."""
+
+    @property
+    def published(self) -> float | None:
+        """The published FID."""
+        rows = published.find(resolution=256, **self.result) if self.result else []
+        return rows[0].metrics["fid"] if rows else None
 
 
 _SDE = {"mode": "sde", "num_steps": 250, "last_step": 0.04}
+_REPA = {**_SDE, "rounding": "truncate"}
+_HEUN = {"mode": "ode", "solver": "heun", "num_steps": 125}
+_DOPRI = {"mode": "ode", "solver": "dopri5"}
 _LIGHTNING = {"mode": "ode", "solver": "euler", "num_steps": 250, "grid": "points", "timestep_shift": 0.3,
               "guidance_channels": "first3"}
+_XL = "SiT-XL/2"
+
+
+def _of(method: str, model: str, epochs: int, guidance: str = "none", **more: Any) -> dict[str, Any]:
+    return {"method": method, "model": model, "epochs": epochs, "guidance": guidance, **more}
+
 
 PRESETS: dict[str, Preset] = {
-    "repa-nocfg": Preset(5.90, "REPA SiT-XL/2, 4M steps", {**_SDE, "rounding": "truncate"}),
-    "repa-cfg": Preset(1.42, "REPA SiT-XL/2, 4M steps",
-                       {**_SDE, "cfg_scale": 1.8, "guidance_high": 0.7, "rounding": "truncate"}),
-    "sit-cfg-sde": Preset(2.06, "SiT-XL/2, 7M steps", {**_SDE, "cfg_scale": 1.5, "guidance_channels": "first3"}),
-    "sit-cfg-ode": Preset(2.15, "SiT-XL/2, 7M steps", {"mode": "ode", "solver": "dopri5", "cfg_scale": 1.5,
-                                                       "guidance_channels": "first3"}, note="attribution not certain"),
-    "lightningdit-64ep": Preset(2.11, "LightningDiT-XL/1, 64 epochs",
-                                {**_LIGHTNING, "cfg_scale": 10.0, "guidance_high": 0.9}, vae=None),
-    "lightningdit-800ep": Preset(1.35, "LightningDiT-XL/1, 800 epochs",
-                                 {**_LIGHTNING, "cfg_scale": 6.7, "guidance_high": 0.875}, vae=None),
-    "self-transcendence-cfg": Preset(1.44, "Self-Transcendence SiT-XL/2, 400 epochs",
-                                     {**_SDE, "cfg_scale": 1.9, "guidance_high": 0.65, "rounding": "truncate"}),
+    # Self-Transcendence. Table 1 has no guidance and does not name its sampler: both ways, and ablations with 10,000 samples.
+    "table1-sde": Preset("Table 1 under REPA's sampler", _REPA, note="sampler of Table 1 not stated"),
+    "table1-ode": Preset("Table 1 under LayerSync's sampler", _HEUN, note="sampler of Table 1 not stated"),
+    "fid10k": Preset("ablations (Tables 4 and 5, Figs. 4 and 8)", _REPA, samples=10_000, note="sampler not stated"),
+    "self-transcendence-cfg": Preset("Self-Transcendence SiT-XL/2, 400 epochs", {**_REPA, "cfg_scale": 1.9, "guidance_high": 0.65},
+                                     _of("guided", _XL, 400, "cfg 1.9, t <= 0.65"), note="guidance of the released script"),
+    "self-transcendence-cfg-512": Preset("Self-Transcendence SiT-XL/2 at 512 pixels", {**_REPA, "cfg_scale": 1.9, "guidance_high": 0.65},
+                                         note="the paper gives no guidance at 512: that of 256"),
+    # REPA and what derives from it
+    "repa-nocfg": Preset("REPA SiT-XL/2, 4M steps", _REPA, _of("repa", _XL, 800, status="reported")),
+    "repa-cfg": Preset("REPA SiT-XL/2, 4M steps", {**_REPA, "cfg_scale": 1.8, "guidance_high": 0.7},
+                       _of("repa", _XL, 800, "cfg 1.8, t <= 0.7", status="reported")),
+    # SiT and what derives from it
+    "sit-nocfg-sde": Preset("SiT-XL/2, 7M steps", _SDE, _of("none", _XL, 1400, status="reported")),
+    "sit-cfg-sde": Preset("SiT-XL/2, 7M steps", {**_SDE, "cfg_scale": 1.5, "guidance_channels": "first3"},
+                          _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="SDE, 250 steps")),
+    "sit-cfg-ode": Preset("SiT-XL/2, 7M steps", {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
+                          _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="ODE, dopri5"), note="attribution not certain"),
+    "layersync-nocfg-ode": Preset("LayerSync SiT-XL/2, 80 epochs", _HEUN, _of("layersync", _XL, 80), note="number of steps not stated"),
+    "layersync-nocfg-sde": Preset("LayerSync SiT-XL/2, 160 epochs", _SDE, _of("layersync", _XL, 160)),
+    "dispersive-nocfg": Preset("Dispersive SiT-B/2, 80 epochs", _DOPRI, _of("dispersive", "SiT-B/2", 80, variant="", status="reported")),
+    "dispersive-cfg": Preset("Dispersive SiT-XL/2, 80 epochs", {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
+                             _of("dispersive", _XL, 80, "cfg 1.5, 3 channels", variant="")),
+    # LightningDiT
+    "lightningdit-64ep-nocfg": Preset("LightningDiT-XL/1, 64 epochs", _LIGHTNING, _of("none", "LightningDiT-XL/1", 64, status="reported"),
+                                      vae=None, note="whether the shift was used without guidance is not stated"),
+    "lightningdit-64ep": Preset("LightningDiT-XL/1, 64 epochs", {**_LIGHTNING, "cfg_scale": 10.0, "guidance_high": 0.9},
+                                _of("none", "LightningDiT-XL/1", 64, "cfg 10, t <= 0.9, 3 channels"), vae=None),
+    "lightningdit-800ep-nocfg": Preset("LightningDiT-XL/1, 800 epochs", _LIGHTNING, _of("none", "LightningDiT-XL/1", 800),
+                                       vae=None, note="whether the shift was used without guidance is not stated"),
+    "lightningdit-800ep": Preset("LightningDiT-XL/1, 800 epochs", {**_LIGHTNING, "cfg_scale": 6.7, "guidance_high": 0.875},
+                                 _of("none", "LightningDiT-XL/1", 800, "cfg 6.7, t <= 0.875, 3 channels", status="reported"), vae=None),
 }
 
 
-def settings(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """All settings of the preset `name`, defaults written out.
+def find(name: str) -> Preset:
+    """The preset called `name`. Raises UserError with the nearest known name."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}; generate.py --list-presets shows them")
+    return PRESETS[name]
+
+
+def sampling(name: str, seed: int = 0) -> SamplingConfig:
+    """The settings of the preset `name`."""
+    return SamplingConfig(**find(name).settings, seed=seed)
+
+
+def settings(name: str, given: Given) -> Given:
+    """All settings of the preset `name`, defaults written out, as a layer of options.
 
     Raises:
         UserError: no such preset, or a given option that the preset fixes.
     """
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}; --list-presets shows them")
-    fixed = [field.name for field in fields(SamplingConfig) if field.name not in FREE]
-    clash = [option for option in given if option in fixed]
-    if clash:
+    preset = find(name)
+    defaults = {option.name: option.default for option in fields(SamplingConfig) if option.name not in FREE}
+    count = {} if preset.samples is None else {"num_fid_samples": preset.samples}
+    fixed = {**defaults, **preset.settings, **PRECISION, **count}
+    if clash := [option for option in given if option in fixed]:
         raise UserError(f"--preset {name} fixes --{clash[0].replace('_', '-')}: drop one of the two")
-    preset = PRESETS[name]
-    defaults = {field.name: field.default for field in fields(SamplingConfig) if field.name in fixed}
-    return {**defaults, **preset.settings, **({"vae": preset.vae} if preset.vae else {})}
+    return fixed
+
+
+def decoder(name: str | None, space: LatentSpace) -> str | None:
+    """The VAE that the preset decodes latents of `space` with; None for the space's own.
+
+    A preset names SD-VAE's decoder; latents of another family have only their own.
+    """
+    return find(name).vae if name is not None and space.name == "sd-vae" else None
 
 
 def table() -> str:
@@ -70,8 +131,11 @@ def table() -> str:
     lines = [("preset", "published FID", "network", "settings")]
     for name, preset in PRESETS.items():
         said = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.settings.items())
+        said += f" --num-fid-samples {preset.samples}" if preset.samples else ""
         decoder = f" --vae {preset.vae}" if preset.vae else ""
-        lines.append((name, f"{preset.published:.2f}", preset.network, said + decoder + (f"  ({preset.note})" if preset.note else "")))
+        note = f"  ({preset.note})" if preset.note else ""
+        fid = "" if preset.published is None else f"{preset.published:.2f}"
+        lines.append((name, fid, preset.network, said + " --mixed-precision no --tf32" + decoder + note))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return "\n".join("  ".join([name.ljust(widths[0]), fid.rjust(widths[1]), network.ljust(widths[2]), said])
                      for name, fid, network, said in lines)

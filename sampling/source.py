@@ -13,6 +13,7 @@ from models.vae import open_codec
 from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
+from sampling import presets
 from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -30,10 +31,13 @@ class Source:
     network: Backbone
     codec: Codec
     dtype: torch.dtype | None
+    precision: str
+    decoder: str
+    """The VAE's name."""
 
     @classmethod
-    def open(cls, options: SourceOptions, sampling: SamplingConfig) -> Source:
-        """Load what `options` names, with the weights that `sampling` asks for.
+    def open(cls, options: SourceOptions, sampling: SamplingConfig, preset: str | None = None) -> Source:
+        """Load what `options` names, with the weights that `sampling` asks for and the decoder of a `preset`, where it has one.
 
         Raises:
             UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class.
@@ -44,11 +48,17 @@ class Source:
         require(checkpoint.has_null or sampling.cfg_scale == 1,
                 f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
                 f"use --cfg-scale 1")
+        dtype = launch.precision(options.mixed_precision, device)
+        tf32, note = launch.tf32(options.tf32, dtype, device)
+        if note:
+            accelerator.print(note)
         network = checkpoint.network(sampling.weights).to(device)
         if launch.compiles(options.compile, device)[0]:
             launch.compile_blocks(network)
-        codec = open_codec(options.vae or checkpoint.space.vae, space=checkpoint.space, device=device)
-        return cls(options, accelerator, checkpoint, network, codec, launch.precision(options.mixed_precision, device))
+        space = checkpoint.space
+        vae = options.vae or presets.decoder(preset, space) or space.vae
+        codec = open_codec(vae, space=space, device=device)
+        return cls(options, accelerator, checkpoint, network, codec, dtype, launch.precision_name(dtype, tf32), vae or space.name)
 
     def sampler(self, sampling: SamplingConfig, count: int) -> Sampler:
         """A sampler of `count` images."""
@@ -56,9 +66,10 @@ class Source:
 
     def settings(self, sampling: SamplingConfig, count: int) -> dict[str, Any]:
         """All that `count` samples depend on, as JSON values: the checkpoint and its VAE by digest."""
+        batch = {"batch_size": self.options.batch_size} if sampling.solver == "dopri5" else {}  # its steps are the batch's
         return {
             **as_dict(sampling), "num_fid_samples": count, "mixed_precision": self.options.mixed_precision,
-            "evaluations": self.sampler(sampling, count).evaluations, "precision": launch.precision_name(self.dtype),
+            "evaluations": self.sampler(sampling, count).evaluations, "precision": self.precision, **batch,
             "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
             "space": self.checkpoint.space.to_json(),
-            "decoder": self.options.vae or self.checkpoint.space.vae or self.checkpoint.space.name}
+            "decoder": self.decoder}

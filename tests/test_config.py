@@ -107,7 +107,7 @@ def test_words_of_the_peers_are_answered() -> None:
     train = {flag for found in options_of(TrainConfig) for flag in flags_of(found.field)}
     assert set(PEERS) & both == {"--model", "--qk-norm"} <= train  # options of training, known to a checkpoint
     for said in PEERS.values():
-        for flag in re.findall(r"--[a-z][a-z-]+", said):
+        for flag in re.findall(r"--[a-z][a-z0-9-]+", said):
             assert flag in both | ALIGNED, flag
 
 

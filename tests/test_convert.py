@@ -123,6 +123,24 @@ def test_qk_norm_tells_the_heads_and_loads(tmp_path):
     assert (velocity - stored["velocity"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_authors_release_as_their_trainer_saves_it(stage, tmp_path):
+    """`model` and `ema` with QK-norm, both heads of stage 1 or the one of stage 2, optimiser and arguments beside them."""
+    spec = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10, qk_norm=True)
+    networks = {"model": perturbed(spec, seed=1), "ema": perturbed(spec, seed=2)}
+    heads = {f"projectors.{layer}.{kind}": torch.zeros(1) for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    if stage == 1:
+        heads |= {"projectors_final.linear.weight": torch.zeros(16, 128), "projectors_final.linear.bias": torch.zeros(16)}
+    archive = {name: {**network.state_dict(), "pos_embed": network.pos_embed, **heads} for name, network in networks.items()}
+    torch.save({**archive, "opt": {"state": {}}, "args": argparse.Namespace(qk_norm=True), "steps": 2_000_000}, tmp_path / "2000000.pt")
+    found = Checkpoint.open(convert.main([str(tmp_path / "2000000.pt"), "--out", str(tmp_path / "out")]))
+    assert found.step == 2_000_000 and found.spec.qk_norm and found.spec.num_heads == 4
+    assert f"Self-Transcendence, stage {stage}" in found.config["source"]["layout"]
+    x, t, y = inputs(spec)
+    for weights, name in (("raw", "model"), ("ema", "ema")):
+        assert torch.equal(found.network(weights)(x, t, y).velocity, networks[name](x, t, y).velocity)
+
+
 def test_the_direction_of_time_can_be_said(tmp_path):
     """A four-channel SiT has REPA's keys: --noise-at folds the reversal where the keys leave it open."""
     weights, stored = parity("repa_sit")

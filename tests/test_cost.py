@@ -133,7 +133,7 @@ def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, 
 
 
 def test_plain_training_has_its_published_number_too() -> None:
-    assert "33.00" in cost.published("SiT-B/2", [])[0]
+    assert "33.00" in cost.reported("SiT-B/2", [])[0]
 
 
 def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path,
@@ -144,10 +144,10 @@ def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teac
     for word in ("network", "guided: head and loss", "guided: teacher", "total", "from step 10 on", "mean over the run",
                  "112 per epoch", "memory per process", "time at 500 images per second"):
         assert word in text, word
-    assert cost.published("SiT-B/2", ["layersync", "repa"]) == [
+    assert cost.reported("SiT-B/2", ["layersync", "repa"]) == [
         "published with layersync: FID 30.00 after 80 epochs (ODE, Heun; trained with flips; ImageNet 256, no guidance)",
         "published with repa: FID 24.40 after 80 epochs (SDE, 250 steps; trained without flips; ImageNet 256, no guidance)"]
-    assert cost.published("SiT-Tiny/2", ["repa"]) == []
+    assert cost.reported("SiT-Tiny/2", ["repa"]) == []
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="belongs to --dry-run"):
         train.main(words(tmp_path, "x", "--images-per-second", 5))

@@ -120,25 +120,37 @@ def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Pat
 
 
 def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from sampling.presets import PRESETS, settings
+    from models.latents import LatentSpace
+    from sampling.presets import PRESETS, decoder, settings
 
-    published = {"repa-nocfg": 5.90, "repa-cfg": 1.42, "sit-cfg-sde": 2.06, "sit-cfg-ode": 2.15, "lightningdit-64ep": 2.11,
-                 "lightningdit-800ep": 1.35, "self-transcendence-cfg": 1.44}
+    published = {
+        "table1-sde": None, "table1-ode": None, "fid10k": None, "self-transcendence-cfg": 1.44, "self-transcendence-cfg-512": None,
+        "repa-nocfg": 5.90, "repa-cfg": 1.42, "sit-nocfg-sde": 8.3, "sit-cfg-sde": 2.06, "sit-cfg-ode": 2.15,
+        "layersync-nocfg-ode": 11.24, "layersync-nocfg-sde": 8.29, "dispersive-nocfg": 32.35, "dispersive-cfg": 5.09,
+        "lightningdit-64ep-nocfg": 5.14, "lightningdit-64ep": 2.11, "lightningdit-800ep-nocfg": 2.17, "lightningdit-800ep": 1.35}
     assert {name: preset.published for name, preset in PRESETS.items()} == published
     assert generate.main(["--list-presets"]) is None
     listed = capsys.readouterr().out
-    assert all(name in listed and f"{fid:.2f}" in listed for name, fid in published.items()) and "not certain" in listed
+    assert all(name in listed and (fid is None or f"{fid:.2f}" in listed) for name, fid in published.items()) and "not certain" in listed
     for name in PRESETS:
         build(GenerateConfig, {"ckpt": "x"}, settings(name, {}))  # no contradiction within
     repa = settings("repa-cfg", {})
     assert (repa["mode"], repa["num_steps"], repa["cfg_scale"], repa["guidance_high"], repa["rounding"], repa["labels"],
-            repa["weights"], repa["vae"]) == ("sde", 250, 1.8, 0.7, "truncate", "random", "ema", "stabilityai/sd-vae-ft-ema")
+            repa["weights"], repa["mixed_precision"], repa["tf32"]) == ("sde", 250, 1.8, 0.7, "truncate", "random", "ema", "no", True)
+    assert settings("fid10k", {})["num_fid_samples"] == 10_000 and "num_fid_samples" not in repa
+    sd = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse")
+    assert decoder("repa-cfg", sd) == "stabilityai/sd-vae-ft-ema" and decoder(None, sd) is None
+    assert decoder("repa-cfg", pixels(1)) is decoder("lightningdit-64ep", sd) is None
+    for fixed in ("--tf32", "--mixed-precision=bf16"):
+        with pytest.raises(UserError, match="fixes|needs a CUDA device"):
+            generate.main(["--ckpt", str(guided), "--preset", "repa-cfg", fixed])
     with pytest.raises(UserError, match="--cfg-scale"):
         generate.main(["--ckpt", str(guided), "--preset", "repa-cfg", "--cfg-scale", "2"])
     with pytest.raises(UserError, match="repa-cfg"):
         generate.main(["--ckpt", str(guided), "--preset", "repa-cgf"])
     # evaluations per sample: LightningDiT's 249 and their guided share
-    lightning = sampler(guided, **{k: v for k, v in settings("lightningdit-64ep", {}).items() if k not in ("vae", "num_steps")})
+    dropped = ("num_steps", "mixed_precision", "tf32")
+    lightning = sampler(guided, **{k: v for k, v in settings("lightningdit-64ep", {}).items() if k not in dropped})
     assert len(lightning.grid) == 4
     from sampling import solvers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,12 +15,16 @@ from training.run import Run
 
 
 class Callback(Protocol):
-    """Something that is done every so many steps with the EMA network. Every process calls it at the same steps."""
+    """Something that is done every so many steps with the networks. Every process calls it at the same steps."""
 
     every: int
 
-    def __call__(self, step: int, network: Backbone, dtype: torch.dtype | None) -> dict[str, float]:
-        """Act; returns values for the log, on every process. `dtype` is that of the run's autocast, None for float32."""
+    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:
+        """Act; returns values for the log, on every process.
+
+        `networks` are "ema" (in eval mode) and "raw" (the trained one, in training mode: nothing in it depends on the mode).
+        `dtype` is that of the run's autocast, None for float32.
+        """
         ...
 
 
@@ -41,7 +45,7 @@ class Between:
             self._require_finite(name for name, value in values.items() if not math.isfinite(value))
         due = [callback for callback in self.callbacks if step % callback.every == 0]
         for callback in due:
-            measured = callback(step, run.ema.network, run.dtype)
+            measured = callback(step, {"ema": run.ema.network, "raw": run.network}, run.dtype)
             if measured:
                 self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
             values |= measured

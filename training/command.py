@@ -8,6 +8,7 @@ from pathlib import Path
 import models
 from alignment import Alignment, AlignOptions, find
 from config import PEERS, RECIPES, TrainConfig
+from runtime import launch
 from runtime.errors import UserError, nearest
 from runtime.options import build, parse, peek
 from training import cost, loop
@@ -60,6 +61,8 @@ def main(argv: Sequence[str], prog: str, description: str | None, watch: Callabl
     the first one, so that what is missing is missed then.
     """
     config, options = resolve(argv, prog, description, always)
+    if peek(TrainConfig, "tf32", argv):
+        launch.require_tf32()
     if config.dry_run:
         cost.main(config, options)
         return Path(config.output_dir) / config.exp_name

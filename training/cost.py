@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import models
-from alignment import Alignment, AlignOptions, Setting, find
-from alignment.base import Published
+from alignment import Alignment, AlignOptions, Setting
 from alignment.interval import expected_share
 from config import TrainConfig
 from loss import Batch
-from models import Backbone
+from models import Backbone, published
 from models.checkpoint import Checkpoint
 from runtime import launch
 from runtime.streams import Stream
@@ -121,20 +120,16 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
         return
     cached = [f"{name}: its encoder runs over the set once before the first step, and keeps the tokens of every image in memory: "
               f"neither is counted" for name, chosen in options.items() if getattr(chosen, "cache", False)]
-    known = published(config.model, options) if config.preset in (None, "paper") else []
+    known = reported(config.model, options) if config.preset in (None, "paper") else []
     print(report(cost, config.images_per_second), *cached, *known, sep="\n")
 
 
-PLAIN = {"SiT-B/2": Published(33.0, 80, "SDE, 250 steps", flips=True), "SiT-L/2": Published(18.8, 80, "SDE, 250 steps", flips=True),
-         "SiT-XL/2": Published(17.2, 80, "SDE, 250 steps", flips=True)}
-"""Plain SiT, as REPA's paper reports it."""
-
-
-def published(model: str, names: Iterable[str]) -> list[str]:
+def reported(model: str, names: Iterable[str]) -> list[str]:
     """What the authors of these alignments report for this model under their own settings, one line each."""
-    results = {name: find(name).published.get(model) for name in names} or {"none": PLAIN.get(model)}
-    return [f"published with {name}: FID {result.fid:.2f} after {result.epochs} epochs ({result.sampler}; trained with"
-            f"{'' if result.flips else 'out'} flips; ImageNet 256, no guidance)" for name, result in results.items() if result]
+    results = {name: published.first(method=name, variant="", model=model, resolution=256, guidance="none", samples=50_000)
+               for name in list(names) or ["none"]}
+    return [f"published with {name}: FID {result.metrics['fid']:.2f} after {result.epochs} epochs ({result.protocol()})"
+            for name, result in results.items() if result]
 
 
 class _Probe:

@@ -1,13 +1,14 @@
 """What may continue what: finding a run's checkpoint, refusing one that does not fit, and restoring it.
 
 A run is continued under the options, data and precision that it had; what may change is listed in `config.FREE_ON_RESUME`.
+A branch (`--branch-from RUN@STEP`) is a new run that continues another under other options of its alignments.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +16,104 @@ import torch
 from torch import Tensor, nn
 
 import models
+from alignment import AlignOptions
 from config import FREE_ON_RESUME
 from models import checkpoint
 from models.checkpoint import Checkpoint
 from runtime import launch
 from runtime.errors import UserError, require
-from runtime.options import as_dict
+from runtime.options import as_dict, build, options_of
 from training.setup import Setup
 
 
-def find(folder: Path, setup: Setup, dtype: torch.dtype | None) -> Checkpoint | None:
-    """The latest checkpoint of the run in `folder`, None where there is none yet.
+def find(folder: Path, setup: Setup, precision: str) -> Checkpoint | None:
+    """The latest checkpoint of the run in `folder`; where there is none yet, the one that it branches from, or None.
 
     Raises:
         UserError: it is of another network, data set, precision or options.
     """
     latest = checkpoint.latest(folder)
     if latest is None:
-        return None
+        return None if setup.config.branch_from is None else branch(setup, precision)
     earlier = Checkpoint.open(latest)
-    _require_same(folder, earlier, setup, dtype)
+    _require_same(folder, earlier, setup, precision)
     return earlier
 
 
-def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, dtype: torch.dtype | None) -> None:
+def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: str) -> None:
     """Refuse to continue a run under options, data or an architecture that are not its own."""
     where, config = f"{folder} cannot be continued", setup.config
+    _require_same_base(where, earlier, setup, precision)
+    for key, then, now in changes(config, earlier.config["train"]):
+        raise UserError(f"{where}: its {key.replace('_', '-')} is {then}, not {now}; use the same options, or another --exp-name")
+    saved = earlier.config["align"]
+    require(saved.keys() == setup.options.keys(), f"{where}: its alignments are {list(saved)}, not {list(setup.options)}; "
+                                                  f"use another --exp-name")
+    for name, options in setup.options.items():
+        for key, then, now in changes(options, saved[name]):
+            raise UserError(f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; use the same options, or another "
+                            f"--exp-name")
+
+
+def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision: str) -> None:
+    """Network, data set and precision of `earlier` are those of `setup`."""
     require(earlier.spec == setup.spec, f"{where}: its network is {differences(earlier.spec.to_json(), setup.spec.to_json())}; "
                                         f"use its --model, or another --exp-name")
-    require(earlier.config["data"]["digest"] == setup.data.digest, f"{where}: {config.data_dir} is another latent set "
+    require(earlier.config["data"]["digest"] == setup.data.digest, f"{where}: {setup.config.data_dir} is another latent set "
                                                                    f"than the one it was trained on; use another --exp-name")
-    precision = launch.precision_name(dtype)
     require(earlier.config["precision"] == precision, f"{where}: it was trained in {earlier.config['precision']}, not {precision}; "
-                                                      f"say --mixed-precision {'no' if dtype else 'bf16'}")
-    now = json.loads(json.dumps({"train": as_dict(config), **{name: as_dict(chosen) for name, chosen in setup.options.items()}}))
-    then = {"train": earlier.config["train"], **earlier.config["align"]}
-    require(now.keys() == then.keys(), f"{where}: its alignments are {list(then)[1:]}, not {list(now)[1:]}; "
-                                       f"use another --exp-name")
-    for section, values in now.items():
-        for key, value in values.items():
-            if key not in FREE_ON_RESUME and then[section].get(key) != value:
-                raise UserError(f"{where}: its {key.replace('_', '-')} is {then[section].get(key)}, not {value}; "
-                                f"use the same options, or another --exp-name")
+                                                      f"say {launch.PRECISIONS[earlier.config['precision']]}")
+
+
+def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, saved value, value now) of each option that differs and may not; an option that is younger than `saved` had its default."""
+    defaults = {option.field.name: option.field.default for option in options_of(type(options))}
+    for key, value in json.loads(json.dumps(as_dict(options))).items():
+        then = saved[key] if key in saved else json.loads(json.dumps(defaults.get(key, value), default=list))
+        if key not in FREE_ON_RESUME and then != value:
+            yield key, then, value
+
+
+def branch(setup: Setup, precision: str) -> Checkpoint:
+    """The checkpoint that `--branch-from` names, from which a run goes on under other options of its alignments.
+
+    The branch equals a run that had its options from the start, bit for bit: refused where the two would differ before that
+    step, or need a head that the checkpoint no longer has.
+    """
+    trunk = Checkpoint.open(setup.config.branch_from)
+    where = f"--branch-from {setup.config.branch_from}"
+    require("train" in trunk.config, f"{where}: {trunk.path} holds imported weights, not a run; use --init-ckpt")
+    _require_same_base(where, trunk, setup, precision)
+    for key, then, now in changes(setup.config, trunk.config["train"]):
+        if key not in ("align", "preset", "branch_from"):
+            raise UserError(f"{where}: its {key.replace('_', '-')} is {then}, not {now}; a branch may change options of its alignments "
+                            f"alone")
+    saved, heads = trunk.config["align"], set(trunk.tensors("heads")) if "heads.safetensors" in trunk.files else set()
+    require(saved.keys() == setup.options.keys(),
+            f"{where}: its alignments are {list(saved) or ['none']}, not {list(setup.options) or ['none']}; to end one here, "
+            f"give --align-stop-steps {trunk.step}")
+    for name, options in setup.options.items():
+        for key, then, now in changes(options, saved[name]):
+            require(key in TIMED, f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
+                                  f"{', '.join(TIMED)}")
+        before = build(type(options), {key: value for key, value in saved[name].items() if key in as_dict(options)})
+        if (step := _first_difference(before, options, trunk.step, setup.epoch_steps)) is not None:
+            raise UserError(f"{where}: the weight of {name} at step {step} was {before.weight_at(step, setup.epoch_steps):g}, not "
+                            f"{options.weight_at(step, setup.epoch_steps):g}: branch before that step, or keep the weights up to it")
+        has_head = any(key.startswith(f"{name}.") for key in heads)
+        stopped = trunk.config["resolved"][name]["stop"]
+        require(name not in setup.alive(trunk.step) or has_head or stopped is None or trunk.step < stopped,
+                f"{where}: {name} had ended by step {trunk.step} and its head is gone; branch from an earlier step")
+    return trunk
+
+
+TIMED = ("weight", "schedule", "stop_steps", "stop_epochs")
+"""Options of an alignment that say when and how strongly it acts."""
+
+
+def _first_difference(before: AlignOptions, after: AlignOptions, steps: int, epoch_steps: int) -> int | None:
+    """The first of `steps` steps at which two sets of options weigh differently, None where there is none."""
+    return next((step for step in range(steps) if before.weight_at(step, epoch_steps) != after.weight_at(step, epoch_steps)), None)
 
 
 def network(setup: Setup, earlier: Checkpoint | None) -> models.Backbone:

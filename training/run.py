@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import models
-from alignment import AlignOptions, Setting, find
+from alignment import AlignOptions, Setting
 from config import TrainConfig
 from loss import Batch
-from models import checkpoint
+from models import checkpoint, published
 from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
@@ -37,6 +37,7 @@ class Run:
                                               project_dir=str(self.folder))
         self.device = self.accelerator.device
         self.dtype = launch.precision(config.mixed_precision, self.device)
+        self.tf32, self.tf32_note = launch.tf32(config.tf32, self.dtype, self.device)
         if config.deterministic:
             launch.deterministic()
         self.setup = Setup.of(config, options, self.device)
@@ -44,14 +45,15 @@ class Run:
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
                                                 f"(processes x --gradient-accumulation-steps)")
-        self.resumed = resume.find(self.folder, self.setup, self.dtype)
+        self.resumed = resume.find(self.folder, self.setup, launch.precision_name(self.dtype, self.tf32))
         self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
         """Each alignment's options and resolved choices; those of one that has ended are what they were."""
         self.step: int = self.resumed.step if self.resumed else 0
         self.network = resume.network(self.setup, self.resumed).to(self.device).train()
         self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
         setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
-                          resume.teacher_loader(self.folder, self.resolved), self.data)
+                          resume.teacher_loader(self.folder, self.resolved), self.data,
+                          micro_batch=config.batch_size // parts)
         self.alignments = {name: alignment.to(self.device)
                            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
         self.optimizer = self._optimizer()
@@ -124,7 +126,7 @@ class Run:
                 data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
                       "class_names": data.manifest["class_names"]},
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
-                resolved=self.resolved, precision=launch.precision_name(self.dtype))
+                resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32))
         self.accelerator.wait_for_everyone()
 
     def introduction(self) -> list[str]:
@@ -133,17 +135,19 @@ class Run:
         micro = config.batch_size // world // config.gradient_accumulation_steps
         lines = [
             f"{config.model}: {models.parameter_count(self.network) / 1e6:.1f}M parameters, {self.spec.depth} blocks; "
-            f"{launch.precision_name(self.dtype)} on {self.device.type}, compile {self.compile_note}",
+            f"{launch.precision_name(self.dtype, self.tf32)} on {self.device.type}, compile {self.compile_note}",
             f"data: {len(data)} latents {data.channels}x{data.latent_size}x{data.latent_size} ({data.space.name}), "
             f"{data.num_classes} classes, {self.epoch_steps} steps per epoch",
             f"batch {config.batch_size} = {world} process(es) x {config.gradient_accumulation_steps} micro-batch(es) x {micro}; "
             f"{config.max_train_steps} steps = {config.max_train_steps / self.epoch_steps:.1f} epochs"]
         for name, choices in self.resolved.items():
             lines.append(f"alignment {name}: " + ", ".join(f"{key} {value}" for key, value in choices.items() if value is not None))
-            authors = find(name).published.get(config.model)
-            if authors and authors.flips != (data.views == 2):
+            authors = published.first(method=name, variant="", model=config.model, guidance="none", samples=50_000)
+            if authors and authors.flips not in (None, data.views == 2):
                 lines.append(f"note: the published {name} of {config.model} trained with{'' if authors.flips else 'out'} flips; this "
                              f"latent set has {'none' if authors.flips else 'them'}")
+        lines += [note for alignment in self.alignments.values() for note in alignment.notes()]
+        lines += [self.tf32_note] if self.tf32_note else []
         if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
             lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its "
                          f"weights stay near the start: add --ema-warmup")

@@ -44,7 +44,7 @@ class Setup:
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
         spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
                            qk_norm=config.qk_norm)
-        resolved = {name: find(name).resolve(chosen, spec) for name, chosen in options.items()}
+        resolved = {name: find(name).resolve(chosen, spec, config.batch_size) for name, chosen in options.items()}
         return cls(config, data, spec, resolved, epoch_steps, {name: chosen.stop(epoch_steps) for name, chosen in resolved.items()})
 
     def alive(self, step: int) -> list[str]:
