@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from runtime import errors, files, progress
+from recipes.encoder import train_encoder
+from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
-from runtime.streams import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ ROWS = (
         "--align sra --align-distance token-cosine --align-weight 0.5 --align-schedule constant"),
 )
 METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall", "class_accuracy": "class accuracy"}
-ENCODER = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,41 +121,6 @@ def run_row(row: Row, config: CompareConfig, out: Path, seed: int) -> dict[str, 
                        "--out", str(drawn / "metrics.json")])
     metrics = files.read_json(drawn / "metrics.json")["metrics"]
     return {key: metrics[key] for key in METRICS}
-
-
-def train_encoder(folder: Path, epochs: int = 30) -> float:
-    """Train the classifier ViT unless it is there; returns its accuracy on the held-out fifth.
-
-    The folder is what timm's `save_for_hf` writes, so that any timm user can open it.
-    """
-    if (folder / "accuracy.json").is_file():
-        return files.read_json(folder / "accuracy.json")["accuracy"]
-    import timm
-
-    from preprocessing import digits
-
-    images, labels = digits.load()
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    y = torch.from_numpy(labels)
-    order = torch.from_numpy(Stream(0, "encoder/split").permutation(len(y)))
-    held, train = order[: len(y) // 5], order[len(y) // 5 :]
-    with torch.random.fork_rng():  # timm initialises from the global generator
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **ENCODER)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    for epoch in progress.bar(range(epochs), desc="encoder", unit="epoch"):
-        for index in train[torch.from_numpy(Stream(0, "encoder/order", epoch).permutation(len(train)))].split(64):
-            F.cross_entropy(model(x[index]), y[index]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(x[held]).argmax(1) == y[held]).float().mean().item()
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,), "std": (0.5,), "tag": "digits"}
-    with files.replacing(folder) as temporary:
-        timm.models.save_for_hf(model, temporary, model_args=ENCODER, safe_serialization=True)
-        files.write_json(temporary / "accuracy.json", {"accuracy": accuracy, "held_out": len(held), "trained_on": len(train)})
-    return accuracy
 
 
 def report(rows: Sequence[Row], results: dict[str, dict[int, dict[str, float]]], config: CompareConfig, accuracy: float) -> None:

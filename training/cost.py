@@ -8,8 +8,9 @@ backward pass. So an alignment has no cost to declare or to forget, and the coun
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ import models
 from alignment import Alignment, AlignOptions, Setting
 from alignment.interval import expected_share
 from config import TrainConfig
+from dataset import LatentSet
 from loss import Batch
 from models import Backbone, published
 from models.checkpoint import Checkpoint
@@ -83,14 +85,18 @@ class Cost:
         return slow, slow * self.mean_ratio() / self.ratio()
 
 
-def estimate(config: TrainConfig, options: dict[str, AlignOptions]) -> Cost:
-    """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here."""
-    setup = Setup.of(config, options)
+def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: LatentSet | None = None,
+             load: Callable[[str], Any] = Checkpoint.open) -> Cost:
+    """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here.
+
+    `data` and `load` stand in for a data set and for teachers that are not there yet: only their shapes are asked for.
+    """
+    setup = Setup.of(config, options, data=data)
     data, spec, epoch_steps = setup.data, setup.spec, setup.epoch_steps
     dtype = launch.precision(config.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cpu = torch.device("cpu")
     # bfloat16 alone is the setting of Frozen, whose casts would only blur the count
-    setting = Setting(spec, data.space, config.seed, cpu, None, Checkpoint.open, data, dry=True)
+    setting = Setting(spec, data.space, config.seed, cpu, None, load, data, dry=True)
     alignments = setup.alignments(list(setup.options), setting)
     images = any("image" in alignment.columns for alignment in alignments.values())
     probe = _Probe(setup, dtype, data.images([0]).shape[1:] if images else ())

@@ -38,9 +38,10 @@ class Setup:
     """The step after which each alignment is gone, None for never."""
 
     @classmethod
-    def of(cls, config: TrainConfig, options: Mapping[str, AlignOptions], device: torch.device | str = "cpu") -> Setup:
-        """Open the data set, whose latents may be kept on `device`, and resolve the options."""
-        data = LatentSet(config.data_dir, resident=config.resident, device=device)
+    def of(cls, config: TrainConfig, options: Mapping[str, AlignOptions], device: torch.device | str = "cpu",
+           data: LatentSet | None = None) -> Setup:
+        """Open the data set (unless it is given), whose latents may be kept on `device`, and resolve the options."""
+        data = data or LatentSet(config.data_dir, resident=config.resident, device=device)
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
         spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
                            qk_norm=config.qk_norm)

@@ -1,0 +1,162 @@
+"""The experiments of the paper: each row one command, a record for every number, a verdict.
+
+    python -m recipes list [table1]            rows, their published numbers and records
+    python -m recipes show ROW                 the exact chain of commands, FLOPs, hours at a measured rate, disk
+    python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
+    python -m recipes table 1                  published | ours | difference | verdict
+    python -m recipes figure 4                 the curves of a figure, as PNG and SVG
+    python -m recipes check RECORD ...         recomputes what a record says of itself (default: all)
+
+`--scale tiny` runs the same chain on the embedded digits. `run ROW --slurm [--nodes 2]` prints an sbatch file instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes import chain, rows, scale
+from runtime import errors
+from runtime.errors import UserError, nearest, require
+from runtime.options import option, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of all subcommands."""
+
+    scale: str = option("paper", choices=tuple(scale.SCALES), help="the paper's size, or tiny: the digits on a CPU")
+    seeds: str = option("0", help="one seed, or FIRST:END (0:5 is 0 to 4)")
+    work: str = option("work", help="folder of data, runs and samples")
+    results: str = option("results", help="folder of records, ledger, tables and figures")
+    processes: int | None = option(None, help="processes per node (default: 8 at the paper's scale, 1 tiny)")
+    nodes: int = option(1, help="nodes")
+    images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
+    slurm: bool = option(False, help="print an sbatch file instead of running")
+    hours: float = option(24.0, help="time limit in the sbatch file")
+
+    def __post_init__(self) -> None:
+        require(self.nodes > 0 and (self.processes or 1) > 0, "--nodes and --processes must be positive")
+        require(self.images_per_second is None or self.images_per_second > 0, "--images-per-second must be positive")
+        require(self.hours > 0, "--hours must be positive")
+
+    def seed_range(self) -> range:
+        """The seeds that --seeds names. Raises UserError where it names none."""
+        first, _, end = self.seeds.partition(":")
+        require(first.isdecimal() and (not end or end.isdecimal()) and self.seeds.count(":") < 2 and not self.seeds.endswith(":"),
+                f"--seeds {self.seeds} is neither a seed nor FIRST:END")
+        chosen = range(int(first), int(end) if end else int(first) + 1)
+        require(len(chosen) > 0, f"--seeds {self.seeds} holds no seed")
+        return chosen
+
+
+def list_rows(names: Sequence[str], options: Options) -> None:
+    """Rows with their published number and how many records they have."""
+    from recipes import record, table
+
+    records = record.load(Path(options.results))
+    chosen = [row for name in (names or rows.TABLES) for row in rows.of_table(name)]
+    lines = [["row", "published", "sampling", "records"]]
+    for row in chosen:
+        number = row.published.metrics["fid"] if row.published else None
+        count = sum(one["row"] == row.name for one in records)
+        lines.append([row.name, "" if number is None else f"{number:.2f}", " ".join(row.presets), str(count or "")])
+    print(table.aligned(lines))
+
+
+def show(names: Sequence[str], options: Options) -> None:
+    """The chain of commands of each row and what it costs."""
+    from recipes import costs
+
+    size = scale.find(options.scale)
+    for name in names:
+        row = rows.find(name)
+        for seed in options.seed_range():
+            plan = chain.build(row, size, seed, Path(options.work))
+            print(f"# {row.name}, {size.name}, seed {seed}", *plan.lines(options.processes or size.processes, options.nodes), sep="\n")
+        account, data = costs.training_cost(row, size), costs.sketch(row, size)
+        total = costs.flops(row, size)
+        print(f"# {total:.3g} FLOPs in all, {account.mean_ratio():.3f} of plain training per step"
+              f"{', the teacher counted' if row.teacher else ''}; latents {data.bytes / 2**30:.1f} GiB on disk, each checkpoint "
+              f"{16 * sum(part.parameters for part in account.parts if part.trained) / 2**30:.1f} GiB")
+        if options.images_per_second:
+            slow, fast = account.hours(options.images_per_second)
+            print(f"# {slow:.1f} hours of training at {options.images_per_second:g} images per second, or {fast:.1f} if the rate grows as "
+                  f"the FLOPs fall")
+        else:
+            print("# hours: unmeasured here; give --images-per-second as printed by such a run")
+
+
+def run(names: Sequence[str], options: Options) -> None:
+    """Run each row under each seed, or print the job that would."""
+    from recipes import runner, slurm
+
+    size = scale.find(options.scale)
+    for name in names:
+        row = rows.find(name)
+        if options.slurm:
+            print(slurm.script(row.name, options.seed_range(), options.nodes, options.processes or 8, options.hours, options.work,
+                               options.results), end="")
+            continue
+        for seed in options.seed_range():
+            folder = runner.run(row, size, seed, Path(options.work), Path(options.results), options.processes or size.processes,
+                                options.nodes)
+            print(f"record: {folder}", flush=True)
+
+
+def print_table(names: Sequence[str], options: Options) -> None:
+    """Tables of the paper with verdicts."""
+    from recipes import record, table
+
+    for name in names:
+        chosen = rows.of_table(name if name.startswith("table") else f"table{name}")
+        print(table.render(chosen, record.load(Path(options.results)), options.scale))
+
+
+def draw_figure(names: Sequence[str], options: Options) -> None:
+    """Figures of the paper from records."""
+    from recipes import figure
+
+    for name in names:
+        for path in figure.draw(name if name.startswith("figure") else f"figure{name}", options.scale, Path(options.results)):
+            print(f"wrote {path}")
+
+
+def check(names: Sequence[str], options: Options) -> None:
+    """Recompute what records say of themselves; the first fault of each is named."""
+    from recipes import record
+
+    folders = [Path(name) for name in names] or sorted((Path(options.results) / "records").glob("*"))
+    faults = {folder: record.check(record.find(folder)) for folder in folders}
+    for folder, found in faults.items():
+        print(f"{folder.name}: {'; '.join(found) or 'holds'}")
+    wrong = [folder.name for folder, found in faults.items() if found]
+    require(not wrong, f"{len(wrong)} of {len(folders)} records do not hold: {', '.join(wrong[:3])}")
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], bool]] = {
+    "list": (list_rows, False), "show": (show, True), "run": (run, True), "table": (print_table, True), "figure": (draw_figure, True),
+    "check": (check, False)}
+"""Subcommand -> what it does, and whether it needs a name."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-"):
+        read(Options, words or ["--help"], prog="python -m recipes", description=__doc__)
+        raise UserError(f"say what to do: {', '.join(COMMANDS)}")
+    if words[0] not in COMMANDS:
+        raise UserError(f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+    action, needs_name = COMMANDS[words[0]]
+    flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    names = words[1:flags]
+    options = read(Options, words[flags:], prog=f"python -m recipes {words[0]}", description=__doc__)
+    require(bool(names) or not needs_name, f"python -m recipes {words[0]} needs a name; python -m recipes list shows them")
+    action(names, options)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,98 @@
+"""What a row costs before any of it exists: FLOPs, hours at a measured rate, disk; from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+import models
+from models import Backbone
+from models.latents import LatentSpace
+from recipes import chain
+from recipes.rows import Row
+from recipes.scale import Scale
+from training import command, cost
+
+IMAGENET = 1_281_167
+DIGITS = 1_797
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a latent set says of itself, without the set."""
+
+    channels: int
+    latent_size: int
+    num_classes: int
+    count: int
+    resolution: int
+    views: int
+    parts: int
+
+    @property
+    def space(self) -> LatentSpace:
+        return LatentSpace(name="sketch", channels=self.channels, stride=1, shift=(0.0,), scale=(1.0,))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts, self.channels, self.latent_size, self.latent_size)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def images(self, indices: Any, views: Any = None) -> np.ndarray:
+        return np.zeros((len(indices), self.resolution, self.resolution, 1 if self.channels == 1 else 3), np.uint8)
+
+    @property
+    def bytes(self) -> int:
+        """On disk, in float16 (float32 for pixels), without kept images."""
+        return self.count * self.views * int(np.prod(self.shape)) * (4 if self.channels == 1 else 2)
+
+
+def sketch(row: Row, scale: Scale) -> Sketch:
+    """The latent set of a row at a scale."""
+    if scale.name == "tiny":
+        return Sketch(1, 8, 10, DIGITS, 8, 1, 1)
+    if row.family == "lightningdit":
+        return Sketch(32, 16, 1000, IMAGENET, 256, 2, 1)
+    return Sketch(4, row.resolution // 8, 1000, IMAGENET, row.resolution, 2 if "flips" in scale.data(row) else 1, 2)
+
+
+def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
+    """A teacher's checkpoint as far as its shapes go."""
+    def network(weights: str, depth: int | None = None) -> Backbone:
+        hollow = models.outline(spec, depth=depth)
+        hollow.load_state_dict({name: torch.empty(value.shape) for name, value in hollow.state_dict().items()}, assign=True)
+        return hollow
+
+    return SimpleNamespace(spec=spec, space=space, has_null=True, network=network, path="sketch", digest="", step=0, epochs=None)
+
+
+def training_cost(row: Row, scale: Scale) -> cost.Cost:
+    """The account of the row's training command (not of its teacher's)."""
+    plan = chain.build(row, scale, 0, chain.Path("work"))
+    link = next(link for link in reversed(plan.links) if link.name == "train")
+    guided = link.words[0] == "train_guide.py"
+    words = [word for word in link.words[1:]]
+    if "--align-encoder" in words:  # the tiny encoder is made by the chain; its cost is that of a network of its shape
+        place = words.index("--align-encoder")
+        words[place + 1] = "test_vit"
+    config, options = command.resolve(words, link.words[0], None, ("guided",) if guided else ())
+    data = sketch(row, scale)
+    spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
+                       qk_norm=config.qk_norm)
+    return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space))
+
+
+def flops(row: Row, scale: Scale) -> float:
+    """FLOPs of the row's training, its teacher's counted."""
+    account = training_cost(row, scale)
+    total = account.plain * account.mean_ratio() * account.steps * account.batch_size
+    if row.teacher is not None:
+        total += flops(chain.replace(row, method=row.teacher.method, epochs=row.teacher.epochs, teacher=None, words=(), stop=None,
+                                     trunk=None, at=()), scale)
+    return total

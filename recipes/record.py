@@ -1,0 +1,182 @@
+"""A record: one folder for every result, written by the runner alone.
+
+    results/records/DATE-ROW-SCALE-sSEED/
+      record.json    row, scale, seed, status, commands, commit, versions, device, digests, steps, hours, rate, digest of each file
+      config.json    the run's options and resolved choices, from its checkpoint
+      metrics.json   each score: preset, epochs, metrics, and the protocol under which it was made
+      log.jsonl      the run's log
+
+`results/ledger.csv` is generated from the folders. Two scores belong in one column only if their protocol keys are equal.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import io
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.checkpoint import Checkpoint, versions
+from recipes.chain import Chain
+from runtime import files
+from runtime.errors import UserError
+from training.log import read
+
+RESULTS = Path("results")
+PROTOCOL = ("mode", "solver", "num_steps", "grid", "timestep_shift", "last_step", "evaluations", "cfg_scale", "guidance_low",
+            "guidance_high", "guidance_channels", "weights", "labels", "rounding", "decoder", "precision", "num_fid_samples")
+"""Settings of the samples that a number depends on; seeds and the network are not among them."""
+
+
+def protocol(metrics: dict[str, Any]) -> dict[str, Any]:
+    """All that two numbers must share to stand in one column, from what `generate.py --reference` wrote."""
+    settings = metrics["samples"]["settings"]
+    return {**{name: settings.get(name) for name in PROTOCOL}, "features": metrics["features"],
+            "reference": metrics["reference"]["sha256"], "precision_recall": metrics["precision_recall"]}
+
+
+def key(values: dict[str, Any]) -> str:
+    """A protocol in eight hexadecimal digits."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def write(chain: Chain, *, scale: str, seed: int, commands: list[str], processes: int, results: Path,
+          failure: str | None = None) -> Path:
+    """Write the record of a chain that has run, or that failed with `failure`; returns its folder."""
+    today = datetime.date.today().isoformat()
+    folder = _free(results / "records" / f"{today}-{chain.row.name.replace('/', '-')}-{scale}-s{seed}")
+    with files.replacing(folder) as made:
+        made.mkdir()
+        summary: dict[str, Any] = {
+            "row": chain.row.name, "table": chain.row.table, "scale": scale, "seed": seed, "date": today,
+            "status": "failed" if failure else "finished", "failure": failure, "commands": commands, "commit": commit(),
+            "versions": {"python": platform.python_version(), **versions()},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+            "processes": processes}
+        if failure is None:
+            summary |= _results(chain, made, processes)
+        summary["files"] = {file.name: files.digest(file) for file in sorted(made.iterdir())}
+        files.write_json(made / "record.json", summary)
+    write_ledger(results)
+    return folder
+
+
+def _free(folder: Path) -> Path:
+    """`folder`, or with the next number behind it: a record is never replaced."""
+    number = 1
+    while (chosen := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return chosen
+
+
+def _results(chain: Chain, folder: Path, processes: int) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}")
+    told = ("model", "train", "align", "resolved", "precision")
+    files.write_json(folder / "config.json", {name: checkpoint.config[name] for name in told})
+    shutil.copy(chain.run / "log.jsonl", folder / "log.jsonl")
+    scores = []
+    for score in chain.scores:
+        metrics = files.read_json(score.link.makes)
+        about = protocol(metrics)
+        scores.append({"preset": score.preset, "epochs": score.epochs, "step": score.step, "metrics": metrics["metrics"],
+                       "num_samples": metrics["num_samples"], "key": key(about), "protocol": about})
+    files.write_json(folder / "metrics.json", {"scores": scores})
+    batch = checkpoint.config["train"]["batch_size"]
+    hours, rate = spent(chain.run, batch, chain.step)
+    stage1 = 0.0
+    if chain.teacher is not None:
+        run, step = chain.teacher
+        stage1, _ = spent(run, Checkpoint.open(f"{run}@{step}").config["train"]["batch_size"], step)
+    return {"digests": {"data": checkpoint.config["data"]["digest"], "checkpoint": checkpoint.digest,
+                        "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest")},
+            "step": chain.step, "device_hours": {"training": hours * processes, "stage 1": stage1 * processes},
+            "images_per_second": rate}
+
+
+def spent(run: Path, batch_size: int, step: int) -> tuple[float, float]:
+    """Hours of the steps up to `step`, from the rates in the run's log, and their mean rate in images per second."""
+    seconds, before = 0.0, 0
+    for line in read(run / "log.jsonl"):
+        if "images_per_second" in line and before < line["step"] <= step:
+            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
+            before = line["step"]
+    return seconds / 3600, before * batch_size / seconds if seconds else 0.0
+
+
+def commit() -> str | None:
+    """The commit of the working tree, marked + where it has changes; None outside git."""
+    try:
+        head, changes = (subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+                         for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if changes.strip() else "")
+
+
+def load(results: Path) -> list[dict[str, Any]]:
+    """All records, in the order of their names, each with its folder's name and, where it finished, its scores."""
+    records = []
+    for file in sorted((results / "records").glob("*/record.json")):
+        scores = files.read_json(file.with_name("metrics.json"))["scores"] if file.with_name("metrics.json").is_file() else []
+        records.append({**files.read_json(file), "folder": file.parent.name, "scores": scores})
+    return records
+
+
+def write_ledger(results: Path) -> None:
+    """Generate `ledger.csv` from the folders: one line for each score, one for each failure."""
+    columns = ("record", "row", "scale", "seed", "status", "preset", "epochs", "step", "key", "num_samples", "metric", "value")
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(columns)
+    for record in load(results):
+        head = (record["folder"], record["row"], record["scale"], record["seed"], record["status"])
+        if not record["scores"]:
+            lines.writerow([*head, *[""] * 7])
+        for score in record["scores"]:
+            for metric, value in score["metrics"].items():
+                lines.writerow([*head, score["preset"], score["epochs"], score["step"], score["key"], score["num_samples"], metric,
+                                f"{value:.6g}"])
+    with files.replacing(results / "ledger.csv") as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def check(folder: Path) -> list[str]:
+    """Recompute what a record says of itself; returns what does not hold, in words.
+
+    Digests of its files, the key of each protocol, rate and hours from its log, the last step, the commands of its row.
+    """
+    summary, faults = files.read_json(folder / "record.json"), []
+    names = {file.name for file in folder.iterdir()} - {"record.json"}
+    if names != set(summary["files"]):
+        faults.append(f"its files are {sorted(names)}, not {sorted(summary['files'])}")
+    faults += [f"{name} has changed since" for name, digest in summary["files"].items()
+               if name in names and files.digest(folder / name) != digest]
+    if not folder.name.startswith(f"{summary['date']}-{summary['row'].replace('/', '-')}-{summary['scale']}-s{summary['seed']}"):
+        faults.append(f"its folder should be called after {summary['date']}, {summary['row']}, {summary['scale']} and {summary['seed']}")
+    if summary["status"] != "finished" or faults:
+        return faults
+    for score in files.read_json(folder / "metrics.json")["scores"]:
+        if key(score["protocol"]) != score["key"]:
+            faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
+    log, train = read(folder / "log.jsonl"), files.read_json(folder / "config.json")["train"]
+    if not log or max(line["step"] for line in log) < summary["step"]:
+        faults.append(f"its log ends before step {summary['step']}")
+    _, rate = spent(folder, train["batch_size"], summary["step"])
+    if abs(rate - summary["images_per_second"]) > 1e-6 * max(rate, 1):
+        faults.append(f"its log gives {rate:.6g} images per second, not {summary['images_per_second']:.6g}")
+    return faults
+
+
+def find(folder: Path) -> Path:
+    """The record in `folder`. Raises UserError where it is none."""
+    if not (folder / "record.json").is_file():
+        raise UserError(f"{folder} is not a record: it has no record.json")
+    return folder

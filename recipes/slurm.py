@@ -1,0 +1,40 @@
+"""A chain as a job for Slurm: one sbatch file for all seeds, which continues where it was stopped."""
+
+from __future__ import annotations
+
+
+def script(row: str, seeds: range, nodes: int, gpus: int, hours: float, work: str, results: str) -> str:
+    """The text of an sbatch file that runs `row` under `seeds` as an array.
+
+    The job is asked to stop ten minutes before its time is over (SIGUSR1): the run then saves, leaves with exit code 75, and
+    is queued again; the chain goes on from what is there.
+    """
+    array = f"{seeds.start}-{seeds.stop - 1}"
+    return f"""#!/bin/bash
+#SBATCH --job-name={row.replace('/', '-')}
+#SBATCH --array={array}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={gpus * 8}
+#SBATCH --time={int(hours):02d}:{round(hours % 1 * 60):02d}:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={work}/slurm-%A_%a.out
+
+set -u
+export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+python -m recipes run {row} --scale paper --seeds "$SLURM_ARRAY_TASK_ID" \\
+    --processes {gpus} --nodes {nodes} --work {work} --results {results} &
+chain=$!
+trap 'kill -USR1 $chain' USR1
+wait $chain; code=$?
+[ $code -gt 128 ] && {{ wait $chain; code=$?; }}   # the wait that the signal cut short
+if [ $code -eq 75 ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+    exit 0
+fi
+exit $code
+"""

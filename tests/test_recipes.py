@@ -1,0 +1,216 @@
+"""The paper's rows: each is a chain of commands that parse, one of each table runs to its record, records hold, verdicts are right."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from config import GenerateConfig
+from preprocessing import digits
+from recipes import __main__ as recipes
+from recipes import chain, record, rows, scale, table
+from runtime.errors import UserError
+from runtime.options import build
+from sampling import presets
+from training import command
+
+RUN = ("table1/SiT-B-2/repa-80", "table2/LightningDiT-XL-1/guided-400", "table3/SiT-XL-2/guided-100", "table4/SiT-B-2/full",
+       "table5/SiT-B-2/REPA-teacher", "figure8/SiT-XL-2/guided-stop-100K", "figure4/SiT-B-2/none")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One row of each table and figure, from nothing to its record."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for name in RUN:
+        recipes.main(["run", name, "--scale", "tiny", "--work", str(folder / "work"), "--results", str(folder / "results")])
+    return folder
+
+
+def test_every_row_of_the_tables_is_listed_with_its_published_number(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert {name: len(rows.of_table(name)) for name in rows.TABLES} == {
+        "table1": 28, "table2": 8, "table3": 4, "table4": 4, "table5": 18, "figure4": 3, "figure8": 10}
+    assert all(row.published is not None for row in rows.rows().values() if row.table.startswith("table"))
+    fids = {name: rows.find(name).published.metrics["fid"] for name in (
+        "table1/SiT-XL-2/guided-80", "table2/SiT-XL-2/guided-400", "table3/SiT-XL-2/guided-200", "table4/SiT-B-2/plain-teacher",
+        "table5/SiT-B-2/omega-45")}
+    assert list(fids.values()) == [7.51, 1.44, 1.76, 25.21, 23.01]
+    recipes.main(["list", "table5", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "table5/SiT-B-2/blocks-10-to-6" in text and "24.05" in text and len({len(line.rstrip()) for line in text.splitlines()[:2]}) <= 2
+
+
+@pytest.mark.parametrize("name", list(rows.rows()))
+def test_every_command_of_every_row_parses(name: str) -> None:
+    for size in scale.SCALES.values():
+        plan = chain.build(rows.find(name), size, 3, Path("work"))
+        for link in plan.links:
+            program, *words = link.words
+            assert shlex.split(link.command())[1:] == list(link.words)
+            if program.startswith("train"):
+                config, options = command.resolve(words, program, None, ("guided",) if "guide" in program else ())
+                assert config.seed == 3 and f"{config.max_train_steps:07d}" in str(link.makes)
+            elif program == "generate.py":
+                given = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2]))
+                build(GenerateConfig, presets.settings(given["preset"], {}), {"ckpt": given["ckpt"], "reference": given["reference"]})
+        assert plan.scores and plan.scores[-1].step == plan.step
+
+
+def test_rows_share_what_they_have_in_common() -> None:
+    work, paper = Path("work"), scale.find("paper")
+    full, default, omega = (chain.build(rows.find(name), paper, 0, work) for name in (
+        "table4/SiT-B-2/full", "table5/SiT-B-2/default", "table5/SiT-B-2/omega-45"))
+    assert full.run == default.run != omega.run and full.teacher == default.teacher == omega.teacher
+    stage1 = chain.build(rows.find("table1/SiT-B-2/latent-80"), paper, 0, work)
+    assert stage1.run == full.teacher[0] and (stage1.step, full.teacher[1]) == (400_000, 200_000)
+    assert chain.build(rows.find("table1/SiT-B-2/none-120"), paper, 0, work).run == chain.build(
+        rows.find("table1/SiT-B-2/none-80"), paper, 0, work).run
+    other = chain.build(rows.find("table4/SiT-B-2/full"), paper, 1, work)
+    assert other.run != full.run and other.links[0].makes == full.links[0].makes  # another seed, the same latents
+    branch = chain.build(rows.find("figure8/SiT-XL-2/guided-stop-50K"), paper, 0, work)
+    words = branch.links[-2].words
+    assert words[words.index("--branch-from") + 1].endswith("@50000") and words[words.index("--align-stop-steps") + 1] == "50000"
+
+
+def test_show_prints_the_chain_and_its_cost(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    recipes.main(["show", "table4/SiT-B-2/stage1", "--work", str(tmp_path), "--images-per-second", "2000", "--nodes", "2"])
+    text = capsys.readouterr().out
+    assert "accelerate launch --multi_gpu --num_processes 16 --num_machines 2" in text and "--align latent" in text
+    assert "14.2 hours" in text or "14.3 hours" in text  # 400,000 steps of 256 at 2,000 images per second
+    flops = float(text.split(" FLOPs in all")[0].split()[-1])
+    assert flops == pytest.approx(400_000 * 256 * 6 * (23.0e9 + 1.88e9), rel=0.02)  # three forward passes of multiply-adds, head and all
+
+
+def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pytest.CaptureFixture) -> None:
+    records = record.load(place / "results")
+    assert [one["row"] for one in records] == sorted(RUN, key=lambda name: f"{name.replace('/', '-')}")
+    for one in records:
+        folder = place / "results" / "records" / one["folder"]
+        assert one["status"] == "finished" and record.check(folder) == []
+        assert {"record.json", "config.json", "metrics.json", "log.jsonl"} == {file.name for file in folder.iterdir()}
+        assert one["commands"] and one["digests"]["data"] and one["images_per_second"] > 0 and one["device_hours"]["training"] > 0
+        assert (one["device_hours"]["stage 1"] > 0) == ("guided" in one["row"] or "full" in one["row"] or "teacher" in one["row"])
+        assert all(score["metrics"]["fd"] > 0 for score in one["scores"])
+    assert [len(one["scores"]) for one in records if one["row"].startswith(("table1", "figure4"))] == [8, 2]
+    ledger = (place / "results" / "ledger.csv").read_text().splitlines()
+    assert len(ledger) == 1 + sum(len(score["metrics"]) for one in records for score in one["scores"])
+    recipes.main(["check", "--results", str(place / "results")])
+    assert capsys.readouterr().out.count("holds") == len(RUN)
+
+
+def test_a_chain_goes_on_where_it_was_and_records_are_never_replaced(place: Path, tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(place / "results", tmp_path / "results")
+    before = {file: file.read_bytes() for file in (tmp_path / "results" / "records").rglob("*.json")}
+    recipes.main(["run", RUN[3], "--scale", "tiny", "--work", str(place / "work"), "--results", str(tmp_path / "results")])
+    said = capsys.readouterr().out
+    assert said.count("done: ") == 4 and "\n$ " not in said
+    assert all(file.read_bytes() == text for file, text in before.items())
+    twice = [one for one in record.load(tmp_path / "results") if one["row"] == RUN[3]]
+    assert len(twice) == 2 and twice[0]["scores"] == twice[1]["scores"]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda folder: (folder / "metrics.json").write_text((folder / "metrics.json").read_text().replace('"fd": ', '"fd": 1')),
+     "has changed"),
+    (lambda folder: (folder / "log.jsonl").unlink(), "its files are"),
+    (lambda folder: folder.rename(folder.with_name("2020-01-01-else")), "should be called after"),
+])
+def test_a_record_that_was_touched_is_named(change: object, said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = next((place / "results" / "records").glob("*table4*"))
+    shutil.copytree(source, tmp_path / "records" / source.name)
+    change(tmp_path / "records" / source.name)
+    with pytest.raises(UserError, match="1 of 1 records do not hold"):
+        recipes.main(["check", "--results", str(tmp_path)])
+    assert said in capsys.readouterr().out
+
+
+def test_numbers_that_do_not_follow_from_the_rest_are_named(place: Path, tmp_path: Path) -> None:
+    from runtime import files
+
+    source = next((place / "results" / "records").glob("*table4*"))
+    for name, old, new, said in (("metrics.json", '"num_steps": 250', '"num_steps": 50', "does not give its key"),
+                                 ("log.jsonl", '"images_per_second": ', '"images_per_second": 1', "images per second, not")):
+        folder = tmp_path / name / source.name
+        shutil.copytree(source, folder)
+        (folder / name).write_text((folder / name).read_text().replace(old, new))
+        summary = json.loads((folder / "record.json").read_text())
+        summary["files"][name] = files.digest(folder / name)  # as someone would who edits a record by hand
+        (folder / "record.json").write_text(json.dumps(summary))
+        assert said in " ".join(record.check(folder))
+
+
+def test_a_chain_that_fails_leaves_a_record_of_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    digits.main(["--out", str(tmp_path / "work" / "data" / "digits")])
+    shard = next((tmp_path / "work" / "data" / "digits").glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(UserError, match="truncated"):
+        recipes.main(["run", "table4/SiT-B-2/plain", "--scale", "tiny", "--work", str(tmp_path / "work"), "--results",
+                      str(tmp_path / "results")])
+    (one,) = record.load(tmp_path / "results")
+    assert one["status"] == "failed" and "truncated" in one["failure"] and one["scores"] == []
+    assert "failed" in (tmp_path / "results" / "ledger.csv").read_text()
+    recipes.main(["table", "4", "--scale", "tiny", "--results", str(tmp_path / "results")])
+    assert "not run" in capsys.readouterr().out
+
+
+def test_verdicts() -> None:
+    assert table.verdict(20.0, []) == "not run" and table.verdict(20.0, [20.0, 20.1]) == "inconclusive"
+    assert table.verdict(20.0, [20.1, 20.2, 20.3]) == "reproduced"  # 1 % away: within the spread of training seeds
+    assert table.verdict(20.0, [20.55, 20.6, 20.65]) == "differs"  # 3 % away, tight
+    assert table.verdict(20.0, [19.0, 20.6, 22.5]) == "reproduced"  # 3.5 % away, but twice the standard error is 2.0
+    assert table.verdict(None, [1.0]) == ""
+
+
+def fake(row: str, seed: int, key: str, fid: float, size: str = "paper") -> dict:
+    return {"row": row, "scale": size, "seed": seed, "status": "finished", "images_per_second": 1.0,
+            "device_hours": {"training": 8.0, "stage 1": 2.0},
+            "scores": [{"preset": "fid10k", "epochs": 80, "step": 1, "key": key, "metrics": {"fid": fid}}]}
+
+
+def test_a_table_never_mixes_protocols_or_scales() -> None:
+    chosen = rows.of_table("table4")
+    records = [fake("table4/SiT-B-2/full", seed, "aaaa", 22.9 + seed / 10) for seed in range(3)]
+    records += [fake("table4/SiT-B-2/full", 0, "bbbb", 30.0), fake("table4/SiT-B-2/full", 0, "cccc", 1.0, "tiny")]
+    text = table.render(chosen, records, "paper")
+    first, second = text.split("\n\n")
+    assert "[aaaa]" in first and "23.00 ± 0.10 (3)" in first and "+0.09" in first and "reproduced" in first and "10" in first
+    assert "[bbbb]" in second and "30.00 (1)" in second and "inconclusive" in second and "cccc" not in text
+    tiny = table.render(chosen, records, "tiny")
+    assert "1.00 (1)" in tiny and "22.91" not in tiny and "reproduced" not in tiny  # no published number at another scale
+    assert first.count("not run") == 3
+
+
+def test_figures_are_drawn_from_records(place: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in ("4", "8"):
+        recipes.main(["figure", number, "--scale", "tiny", "--results", str(place / "results")])
+    written = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(path.suffix for path in written) == [".png", ".png", ".svg", ".svg"]
+    assert all(path.stat().st_size > 5000 for path in written)
+    with pytest.raises(UserError, match="no row of figure4 has a record at scale paper"):
+        recipes.main(["figure", "4", "--results", str(place / "results")])
+
+
+def test_the_job_file_is_whole(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    recipes.main(["run", "table1/SiT-XL-2/guided-80", "--slurm", "--nodes", "2", "--seeds", "0:3", "--hours", "12.5"])
+    text = capsys.readouterr().out
+    for word in ("#SBATCH --array=0-2", "#SBATCH --nodes=2", "#SBATCH --signal=B:USR1@600", "#SBATCH --requeue", "--time=12:30:00",
+                 "-eq 75", "scontrol requeue", '--seeds "$SLURM_ARRAY_TASK_ID"'):
+        assert word in text, word
+    (tmp_path / "job.sh").write_text(text)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["runn"], "did you mean run"), (["run"], "needs a name"), (["run", "table4/SiT-B-2/ful"], "did you mean table4/SiT-B-2/full"),
+    (["list", "table9"], "there is no table9"), (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
+    (["--scale", "tiny"], "say what to do"), (["check", "nowhere"], "nowhere is not a record"), (["figure", "3"], "there is no figure3"),
+    (["show", RUN[3], "--seeds", "4:2"], "no seed")])
+def test_mistakes_are_one_line(words: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        recipes.main([*words, *([] if words[0].startswith("-") else ["--results", str(tmp_path)])])
