@@ -5,7 +5,8 @@
     python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
     python -m recipes table 1                  published | ours | difference | verdict
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
-    python -m recipes check RECORD ...         recomputes what a record says of itself (default: all)
+    python -m recipes check [RECORD ...]       recomputes what records say of themselves (default: all)
+    python -m recipes check curves             losses of 200 steps against the committed ones
 
 `--scale tiny` runs the same chain on the embedded digits. `run ROW --slurm [--nodes 2]` prints an sbatch file instead.
 """
@@ -126,8 +127,11 @@ def draw_figure(names: Sequence[str], options: Options) -> None:
 
 def check(names: Sequence[str], options: Options) -> None:
     """Recompute what records say of themselves; the first fault of each is named."""
-    from recipes import record
+    from recipes import curves, record
 
+    if list(names) == ["curves"]:
+        curves.report(curves.check())
+        return
     folders = [Path(name) for name in names] or sorted((Path(options.results) / "records").glob("*"))
     faults = {folder: record.check(record.find(folder)) for folder in folders}
     for folder, found in faults.items():

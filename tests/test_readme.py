@@ -35,7 +35,7 @@ def commands() -> list[list[str]]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    found = importlib.import_module(module)
+    found = importlib.import_module("recipes.__main__" if module == "recipes" else module)
     schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind)
                and any(field.metadata for field in dataclasses.fields(kind))]
     return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
