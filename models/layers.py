@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attention
+
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """Cut images (N, C, H, W) into tokens (N, T, p*p*C): row-major patches, each as (row, column, channel)."""
@@ -101,6 +103,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, query_norm: nn.Module, key_norm: nn.Module) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel: str | None = None  # see `models.attention.choose`
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = query_norm
         self.k_norm = key_norm
@@ -120,7 +123,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads' (N, heads, T, head_dim) mixed by attention and projected: (N, T, D)."""
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
          -> samples of each -> one table, one figure of the losses, one picture of the samples
 
 The paper's proportions at a thousandth of its length: a teacher of 400 steps, students of 800 steps, omega 30, guidance
-over after 100 steps. Both students have the same hyper-parameters. Every step printed is a command to type by hand.
+over after 100 steps. Both students have the same hyper-parameters. It runs in bf16 where the processor or the GPU multiplies
+bf16 natively, in float32 elsewhere. Every step printed is a command to type by hand.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def run_seed(folder: Path, out: Path, seed: int, samples: int) -> list[dict[str,
     import train_guide
     from evaluations import evaluate
 
-    common = ["--recipe", "digits", "--data-dir", out / "data", "--output-dir", folder / "exps", "--seed", seed]
+    precision = ["--mixed-precision", _precision()]
+    common = ["--recipe", "digits", "--data-dir", out / "data", "--output-dir", folder / "exps", "--seed", seed, *precision]
     teacher = ["--exp-name", "stage1", "--align", "latent", "--align-depth", DEPTH, "--max-train-steps", TEACHER]
     guided = ["--exp-name", "guided", "--guiding-ckpt", folder / "exps" / "stage1", "--align-stop-steps", GUIDED_STEPS]
     _call(train.main, "python train.py", *common, *teacher)
@@ -105,12 +107,21 @@ def run_seed(folder: Path, out: Path, seed: int, samples: int) -> list[dict[str,
         drawn = folder / "samples" / f"{row.run}-{row.step}"
         _call(generate.main, "python generate.py", "--ckpt", folder / "exps" / row.run / "checkpoints" / f"{row.step:07d}",
               "--num-fid-samples", samples, "--mode", "ode", "--solver", "heun", "--num-steps", 20, "--labels", "balanced",
-              "--batch-size", 250, "--out", drawn)
+              "--batch-size", 250, *precision, "--out", drawn)
         _call(evaluate.main, "python -m evaluations.evaluate", "--samples", drawn / "samples.npz", "--reference",
               out / "reference.npz", "--features", "pixels", "--out", drawn / "metrics.json")
         metrics = json.loads((drawn / "metrics.json").read_text())["metrics"]
         rows.append({"name": row.name, "step": row.step, "total": row.total, **{key: metrics[key] for key in METRICS}})
     return rows
+
+
+def _precision() -> str:
+    """bf16 where the device multiplies it natively, which takes two thirds of the time on a CPU, else float32."""
+    import torch
+
+    from runtime import launch
+
+    return "bf16" if launch.native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 
 def _call(command: Any, name: str, *words: Any) -> None:

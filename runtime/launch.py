@@ -43,9 +43,16 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     if wanted is None and launcher not in ("no", "bf16"):
         raise UserError(f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no")
     if wanted is None:
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        wanted = "bf16" if launcher == "bf16" or native else "no"
+        wanted = "bf16" if launcher == "bf16" or (device.type == "cuda" and native_bf16(device)) else "no"
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware: CUDA from Ampere on, a CPU with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch cannot say
+    return device.type == "cpu" and any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -> tuple[bool, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from config import SamplingConfig, SourceOptions
-from models import Backbone
+from models import Backbone, attention
 from models.checkpoint import Checkpoint
 from models.latents import Codec
 from models.vae import open_codec
@@ -55,6 +55,8 @@ class Source:
         network = checkpoint.network(sampling.weights).to(device)
         if launch.compiles(options.compile, device)[0]:
             launch.compile_blocks(network)
+        if device.type == "cuda":
+            accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")
         space = checkpoint.space
         vae = options.vae or presets.decoder(preset, space) or space.vae
         codec = open_codec(vae, space=space, device=device)

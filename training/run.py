@@ -13,7 +13,7 @@ import models
 from alignment import AlignOptions, Setting
 from config import TrainConfig
 from loss import Batch
-from models import checkpoint, published
+from models import Backbone, attention, checkpoint, published
 from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
@@ -60,6 +60,7 @@ class Run:
         if self.resumed:
             resume.restore(self.resumed, self.ema.network, self.alignments, self.optimizer, self.parameter_names())
         self.compile_note = self._compile()
+        self.attention_note = self._choose_attention()
         for name, alignment in self.alignments.items():
             self.resolved[name] = {**as_dict(self.setup.options[name]), "stop": self.setup.stops[name], **alignment.describe()}
 
@@ -81,6 +82,19 @@ class Run:
             for network in [self.network, *teachers, *frozen]:
                 launch.compile_blocks(network)
         return note
+
+    def _choose_attention(self) -> str:
+        """Time the attention kernels on this run's shapes, CUDA alone, and fix the fastest; returns what to say of it.
+
+        Not under --deterministic: a choice by time may be another one after a resume.
+        """
+        if self.device.type != "cuda" or self.config.deterministic:
+            return "fp32" if self.device.type == "cpu" else "PyTorch's choice"
+        images = self.config.batch_size // self.accelerator.num_processes // self.config.gradient_accumulation_steps
+        teachers = [network for alignment in self.alignments.values() for network in alignment.frozen if isinstance(network, Backbone)]
+        for network in [self.ema.network, *teachers]:
+            attention.choose(network, images, self.dtype, backward=False)
+        return attention.choose(self.network, images, self.dtype, backward=True)
 
     def learner(self) -> nn.Module:
         """The learner of the alignments that live now, wrapped for the processes of the run."""
@@ -135,7 +149,10 @@ class Run:
         micro = config.batch_size // world // config.gradient_accumulation_steps
         lines = [
             f"{config.model}: {models.parameter_count(self.network) / 1e6:.1f}M parameters, {self.spec.depth} blocks; "
-            f"{launch.precision_name(self.dtype, self.tf32)} on {self.device.type}, compile {self.compile_note}",
+            f"{launch.precision_name(self.dtype, self.tf32)} on {self.device.type}, compile {self.compile_note}, "
+            f"attention {self.attention_note}",
+            *(["note: this CPU multiplies bf16 natively: --mixed-precision bf16 is faster here"]
+              if self.device.type == "cpu" and self.dtype is None and launch.native_bf16(self.device) else []),
             f"data: {len(data)} latents {data.channels}x{data.latent_size}x{data.latent_size} ({data.space.name}), "
             f"{data.num_classes} classes, {self.epoch_steps} steps per epoch",
             f"batch {config.batch_size} = {world} process(es) x {config.gradient_accumulation_steps} micro-batch(es) x {micro}; "
