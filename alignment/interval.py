@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import require
+from runtime.transfer import sent
 
 Interval = tuple[float, float]
 MASKS = ("select", "upstream")
@@ -54,7 +55,7 @@ class Selection:
         if mask == "upstream":
             return cls(factor=float(inside.mean()))
         index = torch.from_numpy(np.flatnonzero(inside[part]))
-        return cls(index.to(device, non_blocking=True), len(index) / len(inside[part]))
+        return cls(sent(index, device), len(index) / len(inside[part]))
 
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
         """The mean of `loss(context)` over the micro-batch, a scalar. `context.take(index)` is that of some samples.
