@@ -28,6 +28,7 @@ from evaluations.features import Extractor
 from evaluations.images import ArrayImages
 from evaluations.reference import Reference
 from runtime import progress
+from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError
 from runtime.streams import Stream
 
@@ -120,7 +121,7 @@ class Scorer:
         order = torch.arange(len(pool))
         if self.shuffle is not None:
             order = torch.from_numpy(Stream(self.shuffle, "inception score").permutation(len(pool)))
-        with metrics.exact_arithmetic():
+        with exact_arithmetic():
             return torch.cat([part @ self.extractor.head.T.cpu() for part in pool[order].split(metrics.CHUNK)])
 
 

@@ -25,7 +25,6 @@ from loss import Batch
 from runtime.streams import Stream
 from runtime.transfer import sent
 
-
 AHEAD = 2
 """Steps that are read beyond the current one: a slow step's images do not hold up the device."""
 

@@ -69,9 +69,11 @@ class Run:
         groups = [{"name": "network", "params": list(self.network.parameters())}]
         groups += [{"name": name, "params": heads} for name, alignment in self.alignments.items()
                    if (heads := list(alignment.parameters()))]
+        # one kernel for all; on a CPU in float32 the loop over parameters, whose bits earlier runs have
+        fused = self.device.type == "cuda" or self.dtype is not None
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=self.device.type == "cuda")
+            weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=fused)
 
     def _compile(self) -> str:
         """Compile blocks where that is wanted; returns what to say of it."""
