@@ -49,6 +49,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def hold_in(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep the weights of the blocks' linear layers in `dtype`: what autocast would make of them at every call."""
+    if dtype is not None:
+        for module in network.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
+
 class PatchEmbedder(nn.Module):
     """Images (N, C, H, W) -> tokens (N, T, D)."""
 

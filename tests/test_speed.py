@@ -5,16 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import models
+from config import SamplingConfig, SourceOptions
+from models import vae
+from models.latents import Codec
+from models.pixels import PixelCodec, pixels
+from runtime.streams import Stream
+from sampling import solvers
+from sampling.sampler import Sampler
+from sampling.source import Source
+from tests.image_sets import tiny_vae
+from tests.networks import perturbed
 from training import command
 from training.batches import AHEAD, Batches
 from training.ema import EMA
 from training.run import Run
 
 Words = Callable[..., list[str]]
+SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 
 
 def opened(argv: list[str], program: str = "train") -> Run:
@@ -56,3 +70,110 @@ def test_the_average_follows_parameters_that_have_moved(tmp_path: Path, words: W
         weight.add_(1)
     ema.update(1)
     torch.testing.assert_close(ema.network.x_embedder.proj.weight, start + 0.5)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Module.compile` traces and guards as ever, and runs the traced graph as it is: no minutes of code generation."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **kwargs: original(
+        self, *args, **{name: value for name, value in kwargs.items() if name != "options"}, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> tuple[int, int]:
+    """Compiled graphs so far, and breaks between them."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def sampler_of(settings: SamplingConfig, codec: Codec | None = None, count: int = 7) -> Sampler:
+    return Sampler(perturbed(SPEC), codec or PixelCodec(pixels(1)), settings, count)
+
+
+def test_an_sdes_noise_is_drawn_one_step_ahead_by_a_thread_and_is_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Drawn in turn, as one would write it down, the noise gives the same bits; and each draw is begun a step early."""
+    sampler = sampler_of(SamplingConfig(num_steps=4))
+    events: list[tuple[str, str]] = []
+    lock, fill = threading.Condition(), Stream.fill_normal
+
+    def noted(kind: str) -> None:
+        with lock:
+            events.append((kind, threading.current_thread().name.partition("_")[0]))
+            lock.notify_all()
+
+    def filled(stream: Stream, out: np.ndarray) -> None:
+        fill(stream, out)
+        noted("draw")
+
+    predict = sampler.network.forward
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        steps = 1 + sum(kind == "network" for kind, _ in events)  # counted from 1
+        with lock:  # the draw for the end of this step is there without anyone having asked for it
+            assert lock.wait_for(lambda: sum(kind == "draw" for kind, _ in events) >= 3 * min(steps + 1, 4), timeout=10)
+        noted("network")
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr(Stream, "fill_normal", filled)
+    monkeypatch.setattr(sampler.network, "forward", called)
+    found = sampler.latents(range(3))
+    assert {name for kind, name in events if kind == "draw"} == {"noise"} and len(events) == 3 * 4 + 4
+    monkeypatch.undo()
+    streams = [Stream(0, "sample/noise", i) for i in range(3)]
+
+    def draw(_: int) -> torch.Tensor:
+        return torch.stack([stream.normal(sampler.shape) for stream in streams]).double()
+
+    velocity = sampler._velocity(torch.from_numpy(sampler.labels(range(3))))
+    with torch.no_grad():
+        assert torch.equal(found, solvers.euler_maruyama(velocity, draw(0), sampler.grid, draw))
+
+
+def test_the_next_batch_is_queued_before_the_last_is_waited_for():
+    sampler = sampler_of(SamplingConfig(mode="ode", num_steps=2))
+    order: list[str] = []
+    drawn = sampler._drawn
+
+    def noted(indices: range, labels: Any = None) -> Any:
+        order.append(f"queue {indices.start}")
+        wait = drawn(indices, labels)
+        return lambda: (order.append(f"wait {indices.start}"), wait())[1]
+
+    sampler._drawn = noted
+    streamed = list(sampler.stream([range(0, 3), range(3, 6), range(6, 7)]))
+    assert order == ["queue 0", "queue 3", "wait 0", "queue 6", "wait 3", "wait 6"]
+    assert [indices for indices, _ in streamed] == [range(0, 3), range(3, 6), range(6, 7)]
+    for indices, images in streamed:
+        assert np.array_equal(images, sampler.images(indices))
+    assert list(sampler.stream([])) == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_images_are_decoded_in_chunks_of_one_shape(tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch, eager_compile: None):
+    whole = vae.open_codec(tiny_vae(tmp_path / "vae"))
+    x = torch.randn(7, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = whole.decode(x)
+    monkeypatch.setattr(vae, "CHUNK", 3 * 16 * 16)
+    codec = vae.open_codec(str(tmp_path / "vae"), compile=compiled)
+    sizes, decode = [], codec._vae.decode
+    monkeypatch.setattr(codec._vae, "decode", lambda part, **more: (sizes.append(len(part)), decode(part, **more))[1])
+    torch.testing.assert_close(codec.decode(x), expected, rtol=1e-4, atol=1e-4)
+    assert codec.decode(x[:1]).shape == (1, 3, 16, 16)
+    assert sizes == ([3, 3, 3, 3] if compiled else [3, 3, 1, 1]) and graphs() == ((1, 0) if compiled else (0, 0))
+
+
+def test_a_sampler_in_bf16_keeps_its_weights_in_bf16_and_its_bits(guided: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = SamplingConfig(mode="ode", num_steps=3, cfg_scale=2.0)
+    source = Source.open(SourceOptions(ckpt=str(guided), mixed_precision="bf16"), settings)
+    held = {module.weight.dtype for module in source.network.blocks.modules() if isinstance(module, torch.nn.Linear)}
+    assert held == {torch.bfloat16} and source.network.final_layer.linear.weight.dtype == torch.float32
+    found = source.sampler(settings, 4).latents(range(4))
+    monkeypatch.setattr("sampling.source.hold_in", lambda *_: None)
+    cast_at_every_call = Source.open(SourceOptions(ckpt=str(guided), mixed_precision="bf16"), settings)
+    assert next(cast_at_every_call.network.blocks.parameters()).dtype == torch.float32
+    assert torch.equal(found, cast_at_every_call.sampler(settings, 4).latents(range(4)))

@@ -79,9 +79,8 @@ class Run:
         """Compile blocks where that is wanted; returns what to say of it."""
         compiling, note = launch.compiles(self.config.compile, self.device)
         if compiling:
-            teachers = [self.ema.network] if any(alignment.reads_ema for alignment in self.alignments.values()) else []
             frozen = [network for alignment in self.alignments.values() for network in alignment.compiled]
-            for network in [self.network, *teachers, *frozen]:
+            for network in [self.network, self.ema.network, *frozen]:  # the average compiles at its first call, if there is one
                 launch.compile_blocks(network)
         return note
 
