@@ -64,7 +64,8 @@ class TrainConfig:
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no; default: off, unless a "
                                           "preset's authors have it on)")
-    compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
+    compile: str | None = option(None, choices=("on", "blocks", "off"),
+                                 help="compile: on (the default with CUDA), blocks (those alone, without combined kernels), off")
     deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
 
     output_dir: str = option("exps", help="folder of all runs", heading="run")
@@ -196,7 +197,8 @@ class SourceOptions:
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no)")
-    compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
+    compile: str | None = option(None, choices=("on", "blocks", "off"),
+                                 help="compile: on (the default with CUDA), blocks (those alone, without combined kernels), off")
     batch_size: int = option(64, help="samples per network call in each process")
 
     def __post_init__(self) -> None:

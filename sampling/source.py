@@ -56,7 +56,7 @@ class Source:
         network = checkpoint.network(sampling.weights).to(device)
         compiling, _ = launch.compiles(options.compile, device)
         if compiling:
-            launch.compile_blocks(network)
+            launch.compile_network(network, [], options.compile, device)
         hold_in(network, dtype)
         if device.type == "cuda":
             accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")

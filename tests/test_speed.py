@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,19 @@ import pytest
 import torch
 
 import models
+from alignment.interval import Selection
 from config import SamplingConfig, SourceOptions
 from models import vae
 from models.latents import Codec
 from models.pixels import PixelCodec, pixels
+from runtime import launch
 from runtime.streams import Stream
 from sampling import solvers
 from sampling.sampler import Sampler
 from sampling.source import Source
 from tests.image_sets import tiny_vae
 from tests.networks import perturbed
-from training import command
+from training import command, loop
 from training.batches import AHEAD, Batches
 from training.ema import EMA
 from training.run import Run
@@ -177,3 +180,66 @@ def test_a_sampler_in_bf16_keeps_its_weights_in_bf16_and_its_bits(guided: Path, 
     cast_at_every_call = Source.open(SourceOptions(ckpt=str(guided), mixed_precision="bf16"), settings)
     assert next(cast_at_every_call.network.blocks.parameters()).dtype == torch.float32
     assert torch.equal(found, cast_at_every_call.sampler(settings, 4).latents(range(4)))
+
+
+# --- compilation --------------------------------------------------------------------------------------------------------
+
+
+def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_same(tmp_path: Path, words: Words, teacher: Path):
+    run = opened(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.4, 0.7,
+                       "--batch-size", 64), "train_guide")
+    learner, sizes = run.learner(), set()
+    for step, (batch,) in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 8, run.alignments)):
+        t = batch.t.numpy()
+        exact, filled = (Selection.of((0.4, 0.7), "select", t, slice(None), run.device, few) for few in (False, True))
+        sizes.add(len(filled.index))
+        assert len(filled.index) % 4 == 0 and torch.equal(filled.index[: filled.count], exact.index)
+        if step:
+            continue
+        assert len(filled.index) > filled.count
+        gradients = []
+        for selection in (exact, filled):
+            losses = learner(dataclasses.replace(batch, selections={"guided": selection}))
+            (losses["diffusion"].mean() + losses["guided"]).backward()
+            gradients.append([p.grad.clone() for p in learner.parameters()])
+            learner.zero_grad()
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        assert all(p.grad is None for p in learner.parameters()) and gradients[0][-1].any()
+    assert len(sizes) < 6
+    nothing = Selection.of((0.0, 0.0), "select", t, slice(None), run.device, few_sizes=True)
+    assert nothing.count == 0 and len(nothing.index) == 4 and nothing.factor == 0
+
+
+def test_no_graph_breaks_and_no_recompilation_once_both_shapes_are_known(tmp_path: Path, words: Words, teacher: Path,
+                                                                        eager_compile: None):
+    """The block compiles for the student and for the teacher's selected samples, whose number varies; then never again."""
+    run = opened(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.8,
+                       "--max-train-steps", 12, "--compile", "on", "--mixed-precision", "bf16"), "train_guide")
+    seen = [graphs() for _ in loop.steps(run, 12)]
+    assert seen[3][0] <= 4 and seen[-1] == (seen[3][0], 0), seen
+
+
+def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_with_combined_kernels(monkeypatch: pytest.MonkeyPatch):
+    called: list[tuple[torch.nn.Module, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: called.append((self, more["options"])))
+    network, head = perturbed(SPEC), torch.nn.Linear(2, 2)
+    blocks = list(network.blocks)
+    for device, wanted, modules, options in (("cuda", "on", [*blocks, network.final_layer, head], {"combo_kernels": True}),
+                                             ("cuda", "blocks", blocks, None), ("cpu", "on", blocks, None)):
+        called.clear()
+        launch.compile_network(network, [head], wanted, torch.device(device))
+        assert [module for module, _ in called] == modules and all(chosen == options for _, chosen in called)
+    assert "combo_kernels" in torch._inductor.list_options()
+    truncated = models.build(SPEC, depth=2)
+    called.clear()
+    launch.compile_network(truncated, [], None, torch.device("cuda"))  # a teacher has no final layer
+    assert [module for module, _ in called] == list(truncated.blocks)
+
+
+def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(tmp_path: Path, words: Words, eager_compile: None):
+    run = opened(words(tmp_path, "run", "--compile", "on"))
+    assert all(block._compiled_call_impl is not None for block in [*run.network.blocks, *run.ema.network.blocks])
+    assert graphs() == (0, 0)  # nothing is compiled before it is called
+    Sampler(run.ema.network, PixelCodec(pixels(1)), SamplingConfig(mode="ode", num_steps=2), 4).latents(range(4))
+    assert graphs() == (1, 0)

@@ -111,7 +111,8 @@ class Batches:
         for start in range(0, len(labels), self.micro):
             part = slice(start, start + self.micro)
             everywhere = slice(self.share.start + start, self.share.start + start + self.micro)  # the same, in the global batch
-            selections = {name: Selection.of(alignment.options.interval, alignment.options.mask, drawn.t, everywhere, self.device)
+            selections = {name: Selection.of(alignment.options.interval, alignment.options.mask, drawn.t, everywhere, self.device,
+                                             few_sizes=self.device.type == "cuda" and not alignment.coupled)
                           for name, alignment in alignments.items() if alignment.options.interval is not None}
             batches.append(Batch(
                 x0[part], eps[part], rows["t"][part], y[part], labels[part],

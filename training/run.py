@@ -79,9 +79,11 @@ class Run:
         """Compile blocks where that is wanted; returns what to say of it."""
         compiling, note = launch.compiles(self.config.compile, self.device)
         if compiling:
-            frozen = [network for alignment in self.alignments.values() for network in alignment.compiled]
-            for network in [self.network, self.ema.network, *frozen]:  # the average compiles at its first call, if there is one
-                launch.compile_blocks(network)
+            wanted, alignments = self.config.compile, self.alignments.values()
+            frozen = [network for alignment in alignments for network in alignment.compiled]
+            launch.compile_network(self.network, [head for alignment in alignments for head in alignment.children()], wanted, self.device)
+            for network in [self.ema.network, *frozen]:  # the average compiles at its first call, if there is one
+                launch.compile_network(network, [], wanted, self.device)
         return note
 
     def _choose_attention(self) -> str:
