@@ -66,6 +66,8 @@ class TrainConfig:
                                           "preset's authors have it on)")
     compile: str | None = option(None, choices=("on", "blocks", "off"),
                                  help="compile: on (the default with CUDA), blocks (those alone, without combined kernels), off")
+    activation_checkpointing: str = option("none", choices=("none", "selective", "full"), heading="memory",
+                                           help="what the backward pass computes again: nothing, all but products, whole blocks")
     deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
 
     output_dir: str = option("exps", help="folder of all runs", heading="run")
@@ -150,7 +152,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
                             "output_dir", "exp_name", "vae", "eval_steps", "eval_preset", "eval_weights", "reference",
                             "num_fid_samples", "features", "inception_weights", "feature_weights", "gradient_accumulation_steps",
-                            "compile", "dry_run", "images_per_second"})
+                            "compile", "activation_checkpointing", "dry_run", "images_per_second"})
 
 
 @dataclass(frozen=True, kw_only=True)

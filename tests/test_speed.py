@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from alignment.interval import Selection
@@ -27,6 +28,7 @@ from tests.image_sets import tiny_vae
 from tests.networks import perturbed
 from training import command, loop
 from training.batches import AHEAD, Batches
+from training.cost import Alive
 from training.ema import EMA
 from training.run import Run
 
@@ -243,3 +245,23 @@ def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(tmp_
     assert graphs() == (0, 0)  # nothing is compiled before it is called
     Sampler(run.ema.network, PixelCodec(pixels(1)), SamplingConfig(mode="ode", num_steps=2), 4).latents(range(4))
     assert graphs() == (1, 0)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(tmp_path: Path, words: Words):
+    results = {}
+    for mode in ("none", "selective", "full"):
+        run = opened(words(tmp_path, mode, "--activation-checkpointing", mode))
+        learner = run.learner()
+        (batch,), = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+        with FlopCounterMode(display=False) as flops, Alive() as alive:
+            losses = learner(batch)
+            kept = alive.bytes()
+            sum(value.mean() for value in losses.values()).backward()
+        results[mode] = kept, flops.get_total_flops(), {name: p.grad for name, p in learner.named_parameters()}
+    (kept, work, expected), (some, same, gradients), (least, more, again) = results.values()
+    assert least < some / 3 < kept / 5 and same == work and 1.25 * work < more < 1.35 * work
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient) and torch.equal(again[name], gradient), name
