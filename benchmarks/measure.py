@@ -111,8 +111,9 @@ def alternate(calls: Mapping[str, Call], images: int, device: torch.device, *, s
     return rows
 
 
-def counts(call: Call, device: torch.device, times: int = 3) -> dict[str, float]:
+def counts(call: Call, device: torch.device) -> dict[str, float]:
     """Of one call: operators, kernel launches and microseconds of the host until it returns (CUDA)."""
+    times = 3 if device.type == "cuda" else 1
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(times):

@@ -123,8 +123,9 @@ class Bench:
         step = training_step(run)
         row = measure.alternate({name: step}, config.batch_size, run.device, steps=config.steps, warmup=config.warmup,
                                 repetitions=config.repetitions)[name]
-        row |= {"mfu": measure.mfu(row["images_per_second"]["median"], cost.estimate(run.config, {}).plain),
-                "peak_gib": measure.peak_memory(step, run.device), **measure.counts(step, run.device)}
+        if run.device.type == "cuda":
+            row["mfu"] = measure.mfu(row["images_per_second"]["median"], cost.estimate(run.config, {}).plain)
+        row |= {"peak_gib": measure.peak_memory(step, run.device), **measure.counts(step, run.device)}
         return {key: value for key, value in row.items() if value is not None}
 
     def beside_peer(self) -> dict[str, dict[str, Any]]:

@@ -96,7 +96,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        # not nn.Embedding(...): its random start, which nothing here uses, takes a second of imports on the meta device
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
