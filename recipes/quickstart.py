@@ -65,7 +65,7 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 8 and self.steps % 8 == 0, f"--steps {self.steps} must be a multiple of 8: guidance lasts an eighth of them")
-        require_precision(self.mixed_precision)
+        require_precision(self.mixed_precision, None)
 
     def scaled(self, steps: int) -> int:
         """So many of the default's steps, in this run's proportion."""

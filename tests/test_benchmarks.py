@@ -130,7 +130,8 @@ def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_
     config = gpu.GpuConfig(out=str(tmp_path), scale="tiny", peer="../REPA")
     every = {part.name: part for part in gpu.parts(config, tmp_path)}
     assert list(every)[:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and len(every) == len(gpu.parts(config, tmp_path))
-    assert {"sample-SiT-XL-2", "peer-SiT-B-2-32", "attention", "trace", "ablation-SiT-B-2-256", "methods-SiT-B-2-256", "loader", "run"} <= every.keys()
+    assert {"sample-SiT-XL-2", "peer-SiT-B-2-32", "attention", "trace", "ablation-SiT-B-2-256", "methods-SiT-B-2-256", "loader",
+            "run"} <= every.keys()
     chosen = [every[name] for name in ("attention", "loader")]
     failing = gpu.Part("failing", ("-c", "print('why'); raise SystemExit(3)"), 0.1)
     slow = gpu.Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 0.1)
@@ -151,3 +152,34 @@ def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_
     for word in ("slow: cut off", "loader: done", "latents and images, 1 thread", "digits, 2 images", "a test of the command"):
         assert word in page, word
     assert "begun" in json.loads((tmp_path / "state.json").read_text())["slow"]["output"]
+
+
+def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from recipes import quickstart
+
+    called: list[tuple[str, list[str]]] = []
+
+    def call(_: object, name: str, *words: object) -> None:
+        argv = [str(word) for word in words]
+        called.append((name.split()[-1], argv))
+        if "evaluations.evaluate" in name:
+            out = Path(argv[argv.index("--out") + 1])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({"metrics": {key: float(len(called)) for key in quickstart.METRICS}}))
+
+    monkeypatch.setattr(quickstart, "_call", call)
+    config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
+    rows = quickstart.run_seed(tmp_path / "seed3", config, 3)
+    training = [argv for name, argv in called if name in ("train.py", "train_guide.py")]
+    assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
+    for argv in training:
+        for flag, value in (("--model", "SiT-S/2"), ("--mixed-precision", "bf16"), ("--checkpointing-steps", "40"), ("--seed", "3")):
+            assert argv[argv.index(flag) + 1] == value
+    assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
+    assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
+    assert "at 40 of its own steps" in quickstart.verdict({3: rows}, 80) and "120 total steps" in quickstart.verdict({3: rows}, 80)
+    assert "self-guided SiT" in quickstart.table({3: rows})
+    default = quickstart.QuickstartConfig(out=str(tmp_path))
+    assert default.rows == list(quickstart.ROWS)
+    with pytest.raises(UserError, match="multiple of 8"):
+        quickstart.QuickstartConfig(steps=12)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -30,6 +33,7 @@ from training import command, loop
 from training.batches import AHEAD, Batches
 from training.cost import Alive
 from training.ema import EMA
+from training.log import Meter
 from training.run import Run
 
 Words = Callable[..., list[str]]
@@ -265,3 +269,72 @@ def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(t
     assert least < some / 3 < kept / 5 and same == work and 1.25 * work < more < 1.35 * work
     for name, gradient in expected.items():
         assert torch.equal(gradients[name], gradient) and torch.equal(again[name], gradient), name
+
+
+# --- the step -----------------------------------------------------------------------------------------------------------
+
+
+class Counter(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {"t", "view", "_unsafe_view", "reshape", "transpose", "permute", "slice", "split", "unbind", "unsqueeze", "squeeze", "expand",
+         "detach", "alias", "select", "as_strided"}
+
+
+def operators_of_a_step(run: Run) -> collections.Counter[str]:
+    """Operators of the second step: the first makes the optimiser's state."""
+    stepping = loop.steps(run, 2, Meter(run.accelerator))
+    next(stepping)
+    with Counter() as counter:
+        next(stepping)
+    return counter.calls
+
+
+@pytest.mark.parametrize("method, more, bound", [
+    ("none", (), 730), ("latent", ("--align", "latent"), 785), ("guided", ("--align-interval", 0.2, 0.8), 980),
+    ("sra", ("--align", "sra"), 980), ("dispersive", ("--align", "dispersive"), 765)])
+def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(tmp_path: Path, words: Words, teacher: Path, method: str,
+                                                                         more: tuple, bound: int):
+    """No operator whose result the host has to wait for; and, views aside, six blocks of SiT run eagerly take so many in all."""
+    words_of = words(tmp_path, "run", "--mixed-precision", "bf16", *(("--guiding-ckpt", teacher) if method == "guided" else ()), *more)
+    calls = operators_of_a_step(opened(words_of, "train_guide" if method == "guided" else "train"))
+    waiting = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2", "item"}
+    assert not waiting & calls.keys(), waiting & calls.keys()
+    kernels = sum(count for name, count in calls.items() if name not in VIEWS)
+    assert 0.9 * bound < kernels <= bound, kernels
+    assert calls["_fused_adamw_"] == (1 if method in ("none", "dispersive") else 2) and calls["_foreach_lerp_"] == 1
+    assert calls["_scaled_dot_product_flash_attention_for_cpu"] == 6 + {"guided": 4, "sra": 4}.get(method, 0)
+
+
+def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch):
+    run = opened(words(tmp_path, "run"))
+    gathered: list[int] = []
+    gather = run.data._gather
+    monkeypatch.setattr(run.data, "_gather", lambda rows: (lambda found: (gathered.append(found.nbytes), found)[1])(gather(rows)))
+    list(loop.steps(run, 3))
+    row = int(np.prod(run.data.shape)) * np.dtype(run.data.manifest["dtype"]).itemsize
+    assert gathered == [16 * row] * 3
+
+
+def test_what_a_step_does_around_its_network_takes_little_of_the_hosts_time(tmp_path: Path, words: Words):
+    """Draws, rows, meter and EMA against the bare forward, backward and update of the same tiny network, in turns."""
+    run, bare = opened(words(tmp_path, "real")), opened(words(tmp_path, "bare"))
+    (batch,), = Batches(bare.config, bare.data, bare.device, 0, 1).steps(0, 1, {})
+    learner, stepping = bare.learner(), loop.steps(run, 100, Meter(run.accelerator))
+    spent: dict[str, list[float]] = {"real": [], "bare": []}
+    for _ in range(9):
+        for name, call in (("real", lambda: next(stepping)), ("bare", lambda: loop.update(learner, [batch], {}, bare.optimizer, 1.0))):
+            started = time.process_time()
+            call()
+            call()
+            spent[name].append(time.process_time() - started)
+    assert min(spent["real"]) < 1.4 * min(spent["bare"]), spent
