@@ -64,11 +64,12 @@ class TrainConfig:
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no; default: off, unless a "
                                           "preset's authors have it on)")
-    compile: str | None = option(None, choices=("on", "blocks", "off"),
-                                 help="compile: on (the default with CUDA), blocks (those alone, without combined kernels), off")
+    compile: str | None = option(None, choices=("on", "combined", "off"),
+                                 help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch")
+    deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
+
     activation_checkpointing: str = option("none", choices=("none", "selective", "full"), heading="memory",
                                            help="what the backward pass computes again: nothing, all but products, whole blocks")
-    deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
 
     output_dir: str = option("exps", help="folder of all runs", heading="run")
     exp_name: str = option(help="name of this run; the same command again continues it")
@@ -199,8 +200,8 @@ class SourceOptions:
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no)")
-    compile: str | None = option(None, choices=("on", "blocks", "off"),
-                                 help="compile: on (the default with CUDA), blocks (those alone, without combined kernels), off")
+    compile: str | None = option(None, choices=("on", "combined", "off"),
+                                 help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch")
     batch_size: int = option(64, help="samples per network call in each process")
 
     def __post_init__(self) -> None:
@@ -234,7 +235,7 @@ PEERS: dict[str, str] = {
     # data
     "--resolution": "the latent set knows its resolution; it is given to preprocessing.encode",
     "--num-classes": "the latent set and the checkpoint know their classes",
-    "--num-workers": "nothing to set: latents are memory-mapped and read one step ahead",
+    "--num-workers": "nothing to set: rows are read two steps ahead, images decoded by a thread for each core",
     "--data-path": "write --data-dir",
     # network
     "--fused-attn": "attention is always fused (scaled_dot_product_attention)",

@@ -49,7 +49,7 @@ class SampleConfig:
     classes: int = option(1000, help="classes")
     decoder: str = option("sd-vae", choices=("sd-vae", "tiny"), help="shape of the decoder")
     mixed_precision: str | None = option(None, help="no or bf16 (default: that of a run)")
-    compile: str | None = option(None, help="on, blocks or off (default: that of a run)")
+    compile: str | None = option(None, help="on, combined or off (default: that of a run)")
     peer: str | None = option(None, help="checkout of REPA: its sampler beside ours, in turns")
     out: str | None = option(None, help="result file")
 

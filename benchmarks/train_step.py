@@ -33,7 +33,7 @@ ROWS = {"plain": "", "stage 1": "--align latent", "stage 2": "--align-stop-steps
         "stage 2, interval": "--align-stop-steps 0 --align-interval 0.4 0.7", "repa": "--align repa --align-encoder {encoder}",
         "haste": "--align haste --align-encoder {encoder}", "dispersive": "--align dispersive", "layersync": "--align layersync",
         "sra": "--align sra"}
-ABLATION = {"without compilation": "--compile off", "blocks compiled alone": "--compile blocks", "float32": "--mixed-precision no",
+ABLATION = {"without compilation": "--compile off", "combined kernels": "--compile combined", "float32": "--mixed-precision no",
             "without clipping": "--max-grad-norm 0", "latents on the device": "--resident device",
             "two micro-batches": "--gradient-accumulation-steps 2", "products kept": "--activation-checkpointing selective",
             "blocks computed twice": "--activation-checkpointing full", "deterministic": "--deterministic"}
@@ -57,7 +57,7 @@ class TrainStepConfig:
     items: int = option(4096, help="generated latents")
     encoder: str | None = option(None, help="folder of an encoder (default: DINOv2 ViT-B/14 with random weights)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: that of a run)")
-    compile: str | None = option(None, help="on, blocks or off (default: that of a run)")
+    compile: str | None = option(None, help="on, combined or off (default: that of a run)")
     out: str | None = option(None, help="result file")
 
     def __post_init__(self) -> None:

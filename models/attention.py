@@ -8,6 +8,7 @@ the first kernel of a fixed order that accepts the inputs; `choose` times the ca
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -48,7 +49,8 @@ def milliseconds(heads: int, tokens: int, head_dim: int, images: int, dtype: tor
 def _timed(call: Callable[[], None], repetitions: int, wait: Callable[[], None]) -> float | None:
     """Milliseconds of one call, None where the kernel refuses the inputs."""
     try:
-        call()
+        with warnings.catch_warnings(action="ignore"):  # PyTorch explains at length why a kernel is not to be had
+            call()
     except RuntimeError:  # "no available kernel": this one is not for these shapes, this type or this device
         return None
     wait()

@@ -226,13 +226,14 @@ def test_no_graph_breaks_and_no_recompilation_once_both_shapes_are_known(tmp_pat
     assert seen[3][0] <= 4 and seen[-1] == (seen[3][0], 0), seen
 
 
-def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_with_combined_kernels(monkeypatch: pytest.MonkeyPatch):
+def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_and_kernels_combined_on_request(monkeypatch: pytest.MonkeyPatch):
     called: list[tuple[torch.nn.Module, Any]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: called.append((self, more["options"])))
     network, head = perturbed(SPEC), torch.nn.Linear(2, 2)
     blocks = list(network.blocks)
-    for device, wanted, modules, options in (("cuda", "on", [*blocks, network.final_layer, head], {"combo_kernels": True}),
-                                             ("cuda", "blocks", blocks, None), ("cpu", "on", blocks, None)):
+    for device, wanted, modules, options in (("cuda", "on", [*blocks, network.final_layer, head], None),
+                                             ("cuda", "combined", [*blocks, network.final_layer, head], {"combo_kernels": True}),
+                                             ("cpu", "combined", blocks, None)):
         called.clear()
         launch.compile_network(network, [head], wanted, torch.device(device))
         assert [module for module, _ in called] == modules and all(chosen == options for _, chosen in called)
