@@ -64,8 +64,12 @@ class TrainConfig:
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no; default: off, unless a "
                                           "preset's authors have it on)")
-    compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
+    compile: str | None = option(None, choices=("on", "combined", "off"),
+                                 help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch")
     deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
+
+    activation_checkpointing: str = option("none", choices=("none", "selective", "full"), heading="memory",
+                                           help="what the backward pass computes again: nothing, all but products, whole blocks")
 
     output_dir: str = option("exps", help="folder of all runs", heading="run")
     exp_name: str = option(help="name of this run; the same command again continues it")
@@ -149,7 +153,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
                             "output_dir", "exp_name", "vae", "eval_steps", "eval_preset", "eval_weights", "reference",
                             "num_fid_samples", "features", "inception_weights", "feature_weights", "gradient_accumulation_steps",
-                            "compile", "dry_run", "images_per_second"})
+                            "compile", "activation_checkpointing", "dry_run", "images_per_second"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +200,8 @@ class SourceOptions:
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no)")
-    compile: str | None = option(None, choices=("on", "off"), help="compile each block (default: on with CUDA)")
+    compile: str | None = option(None, choices=("on", "combined", "off"),
+                                 help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch")
     batch_size: int = option(64, help="samples per network call in each process")
 
     def __post_init__(self) -> None:
@@ -230,7 +235,7 @@ PEERS: dict[str, str] = {
     # data
     "--resolution": "the latent set knows its resolution; it is given to preprocessing.encode",
     "--num-classes": "the latent set and the checkpoint know their classes",
-    "--num-workers": "nothing to set: latents are memory-mapped and read one step ahead",
+    "--num-workers": "nothing to set: rows are read two steps ahead, images decoded by a thread for each core",
     "--data-path": "write --data-dir",
     # network
     "--fused-attn": "attention is always fused (scaled_dot_product_attention)",

@@ -10,7 +10,7 @@ A latent set is a folder of `manifest.json` and `shard-00000.safetensors`, ... E
     image_offsets  (n + 1,) int64 and image_bytes uint8, where images were kept: the cropped images as PNG.
 
 Shards are memory-mapped, so that a set larger than memory is read through the kernel's page cache and a batch costs one
-copy per item: no worker processes, no files per item, no decoding.
+copy per item: no worker processes, no files per item. Images, where an encoder wants them, are decoded by a pool of threads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import functools
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from models.pixels import is_pixels, to_uint8
 from runtime import files, progress
 from runtime.errors import UserError
 from runtime.streams import Stream
+from runtime.transfer import sent
 
 FORMAT = 1
 _COUNTS = ("resolution", "latent_size", "views", "parts", "num_classes", "count")
@@ -101,7 +103,7 @@ class LatentSet:
             raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
         if self._on_device is not None:
             latents, labels = self._on_device
-            item, view = (_sent(torch.from_numpy(part), latents.device) for part in (indices, chosen))
+            item, view = (sent(torch.from_numpy(part), latents.device) for part in (indices, chosen))
             return latents[item, view], labels[item]
         return torch.from_numpy(self._gather(indices * self.views + chosen)), torch.from_numpy(self.labels[indices])
 
@@ -135,21 +137,26 @@ class LatentSet:
             raise UserError(f"{self.path} holds latents without their images; encode it with --keep-images")
         if not self.manifest["images"]:
             return to_uint8(torch.from_numpy(self.read(indices, views)[0][:, 0])).numpy()
+        stacked = np.stack(list(self._decoders.map(self._decoded, np.asarray(indices).tolist())))
+        stacked = stacked if stacked.ndim == 4 else stacked[..., None]
+        mirrored = np.zeros(len(stacked), bool) if views is None else np.asarray(views) == 1
+        stacked[mirrored] = stacked[mirrored, :, ::-1]
+        return stacked
+
+    @functools.cached_property
+    def _decoders(self) -> ThreadPoolExecutor:
+        """Threads, one for each core of this process's share: Pillow decodes without the interpreter's lock."""
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return ThreadPoolExecutor(max(1, cores), "decoder")
+
+    def _decoded(self, index: int) -> np.ndarray:
         from PIL import Image
 
-        pictures = []
-        for index in np.asarray(indices).tolist():
-            try:
-                with Image.open(io.BytesIO(self._entry("image", index))) as picture:
-                    pictures.append(np.asarray(picture))
-            except (OSError, SyntaxError) as error:
-                raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error
-        stacked = np.stack(pictures)
-        stacked = stacked if stacked.ndim == 4 else stacked[..., None]
-        if views is not None:
-            mirrored = np.asarray(views) == 1
-            stacked[mirrored] = stacked[mirrored, :, ::-1]
-        return stacked
+        try:
+            with Image.open(io.BytesIO(self._entry("image", index))) as picture:
+                return np.asarray(picture)
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error
 
     def source_name(self, index: int) -> str | None:
         """The name of item `index` in its source, where the set holds it."""
@@ -198,11 +205,6 @@ class LatentSet:
         if len(wrong):
             raise UserError(f"{self.name(wrong[0])} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
                             f"{self.num_classes - 1} of its {self.num_classes} classes; encode it again")
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, without making the host wait for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def steps_per_epoch(count: int, batch: int) -> int:

@@ -80,8 +80,8 @@ def generate(config: GenerateConfig) -> Path:
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(total=len(todo), desc=f"sampling {count} on {accelerator.num_processes} process(es)",
                       unit="image", main=accelerator.is_main_process) as bar:
-        for indices in batches(todo, config.source.batch_size):
-            store.put(indices, sampler.images(indices), sampler.labels(indices))
+        for indices, images in sampler.stream(batches(todo, config.source.batch_size)):
+            store.put(indices, images, sampler.labels(indices))
             bar.update(len(indices))
     store.flush()
     accelerator.wait_for_everyone()

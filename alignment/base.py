@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from alignment import interval as intervals
 from models import Backbone, ModelSpec, Tap
 from models.latents import LatentSpace
+from models.layers import hold_in
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
@@ -201,10 +202,7 @@ class Frozen:
 
     def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         self.network = network.to(device).eval().requires_grad_(False)
-        if dtype is not None:
-            for module in network.blocks.modules():
-                if isinstance(module, nn.Linear):
-                    module.to(dtype)
+        hold_in(network, dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import require
+from runtime.transfer import sent
 
 Interval = tuple[float, float]
 MASKS = ("select", "upstream")
@@ -41,20 +42,31 @@ class Selection:
     """What the interval of one alignment makes of one micro-batch of N samples."""
 
     index: Tensor | None = None
-    """(n,) int64, the samples in range; None for all N."""
+    """(m,) int64, the samples in range, the first `count` of them meant; None for all N."""
     factor: float = 1.0
-    """On the mean: n / N where `index` is given, the share in range for mask `upstream`."""
+    """On the mean: count / N where `index` is given, the share in range for mask `upstream`."""
+    count: int = 0
+    """Samples in range, where `index` is given."""
 
     @classmethod
-    def of(cls, interval: Interval | None, mask: str, times: np.ndarray, part: slice, device: torch.device) -> Selection:
-        """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host."""
+    def of(cls, interval: Interval | None, mask: str, times: np.ndarray, part: slice, device: torch.device,
+           few_sizes: bool = False) -> Selection:
+        """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host.
+
+        With `few_sizes` the index is filled up to a multiple of N / 16 by samples whose loss is then left out: on a GPU
+        compiled code, its choice of kernels and the allocator meet the same few shapes again and again.
+        """
         if interval is None:
             return cls()
         inside = (times >= interval[0]) & (times <= interval[1])
         if mask == "upstream":
             return cls(factor=float(inside.mean()))
-        index = torch.from_numpy(np.flatnonzero(inside[part]))
-        return cls(index.to(device, non_blocking=True), len(index) / len(inside[part]))
+        index, size = np.flatnonzero(inside[part]), len(inside[part])
+        count, step = len(index), max(1, size // 16)
+        if few_sizes:
+            filled = min(size, max(1, -(-count // step)) * step)
+            index = np.concatenate([index, np.full(filled - count, index[0] if count else 0)])
+        return cls(sent(torch.from_numpy(index), device), count / size, count)
 
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
         """The mean of `loss(context)` over the micro-batch, a scalar. `context.take(index)` is that of some samples.
@@ -66,7 +78,7 @@ class Selection:
         # A rank without a sample in range still gives its head a gradient, of zero: some kernels refuse an empty batch.
         chosen = self.index if len(self.index) else self.index.new_zeros(1)
         value = loss(context.take(chosen))
-        return (value if coupled else value.mean()) * self.factor
+        return (value if coupled else value[: self.count or None].mean()) * self.factor
 
 
 ALL = Selection()

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from evaluations.metrics import exact_arithmetic
 from models.archives import read_weights
 from runtime import files
+from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
 
 MAX_PIXELS = 4096  # the covariance of D features takes 8 D^2 bytes

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluations.features import Features, checked_digest
-from evaluations.metrics import exact_arithmetic
 from models.archives import read_weights
 from runtime import files
+from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError
 
 DIGEST = "6726825d"

@@ -7,32 +7,18 @@ evaluator (Dhariwal and Nichol, 2021), the ones behind published ImageNet number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
 
 MODES = ("adm_fp16", "fp32")
 NEIGHBOURS = 3  # k of precision and recall
 CHUNK = 5000  # samples per chunk of the Inception Score
 BLOCK = 10_000  # ADM decides for each block of this size whether half precision was enough
-
-
-@contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """float32 means float32 inside: TF32 and autocast off, no graph. TF32 alone moves Inception features by 1e-3."""
-    product, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(product)
-        torch.backends.cudnn.allow_tf32 = convolution
 
 
 class Statistics(NamedTuple):

@@ -30,7 +30,9 @@ def watch(config: TrainConfig, folder: Path, spec: ModelSpec, space: LatentSpace
     """
     if not (config.sampling_steps or config.eval_steps):
         return []
-    codec = open_codec(config.vae or presets.decoder(config.eval_preset, space) or space.vae, space=space, device=accelerator.device)
+    compiling, _ = launch.compiles(config.compile, accelerator.device)
+    vae = config.vae or presets.decoder(config.eval_preset, space) or space.vae
+    codec = open_codec(vae, space=space, device=accelerator.device, compile=compiling)
     watched: list[Scores | Previews] = []
     if config.eval_steps:
         watched.append(Scores(config, codec, accelerator, (spec.in_channels, spec.input_size, spec.input_size)))

@@ -11,7 +11,7 @@ Under `accelerate launch` each process adds its share; the result is that of one
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +28,7 @@ from evaluations.features import Extractor
 from evaluations.images import ArrayImages
 from evaluations.reference import Reference
 from runtime import progress
+from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError
 from runtime.streams import Stream
 
@@ -120,14 +121,14 @@ class Scorer:
         order = torch.arange(len(pool))
         if self.shuffle is not None:
             order = torch.from_numpy(Stream(self.shuffle, "inception score").permutation(len(pool)))
-        with metrics.exact_arithmetic():
+        with exact_arithmetic():
             return torch.cat([part @ self.extractor.head.T.cpu() for part in pool[order].split(metrics.CHUNK)])
 
 
 class Drawable(Protocol):
-    """What `add_drawn` needs of a sampler: images uint8 (n, H, W, C) and labels (n,) of the samples at `indices`."""
+    """What `add_drawn` needs of a sampler: batches of images uint8 (n, H, W, C), and the labels (n,) of the samples at `indices`."""
 
-    def images(self, indices: Sequence[int]) -> np.ndarray: ...
+    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]: ...
 
     def labels(self, indices: Sequence[int]) -> np.ndarray: ...
 
@@ -138,9 +139,9 @@ def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, ti
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     start, stop = count * rank // processes, count * (rank + 1) // processes
     with progress.bar(total=stop - start, desc=f"{title} {count}", unit="image", main=rank == 0, leave=False) as bar:
-        for first in range(start, stop, batch_size):
-            indices = range(first, min(first + batch_size, stop))
-            scorer.add(sampler.images(indices), sampler.labels(indices), np.array(indices))
+        batches = (range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
+        for indices, images in sampler.stream(batches):
+            scorer.add(images, sampler.labels(indices), np.array(indices))
             bar.update(len(indices))
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attention
+
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """Cut images (N, C, H, W) into tokens (N, T, p*p*C): row-major patches, each as (row, column, channel)."""
@@ -45,6 +47,14 @@ def sincos_positions(width: int, side: int) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm: x (N, T, D) times 1 + scale plus shift, both (N, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def hold_in(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Keep the weights of the blocks' linear layers in `dtype`: what autocast would make of them at every call."""
+    if dtype is not None:
+        for module in network.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
 
 
 class PatchEmbedder(nn.Module):
@@ -86,7 +96,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        # not nn.Embedding(...): its random start, which nothing here uses, takes a second of imports on the meta device
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -101,6 +112,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, query_norm: nn.Module, key_norm: nn.Module) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel: str | None = None  # see `models.attention.choose`
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = query_norm
         self.k_norm = key_norm
@@ -120,7 +132,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads' (N, heads, T, head_dim) mixed by attention and projected: (N, T, D)."""
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -26,13 +26,26 @@ if TYPE_CHECKING:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-class VaeCodec:
-    """A diffusers `AutoencoderKL`, frozen; its latents are the unnormalised ones."""
+CHUNK = 32 * 256**2
+"""Pixels decoded at once: the widest tensor of SD-VAE's decoder takes 1 KiB for each, 2 GiB in all."""
 
-    def __init__(self, vae: AutoencoderKL, space: LatentSpace, device: torch.device | str, dtype: torch.dtype) -> None:
+
+class VaeCodec:
+    """A diffusers `AutoencoderKL`, frozen; its latents are the unnormalised ones.
+
+    With `compile` the decoder is compiled, for one shape: chunks are filled up to it.
+    """
+
+    def __init__(self, vae: AutoencoderKL, space: LatentSpace, device: torch.device | str, dtype: torch.dtype,
+                 compile: bool = False) -> None:
         self.space = space
         nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns at every call
+        if torch.device(device).type == "cuda":
+            nn.Module.to(vae, memory_format=torch.channels_last)  # the layout of its fast convolutions
         self._vae = vae.eval().requires_grad_(False)
+        self._fill = compile
+        if compile:
+            self._vae.decoder.compile(dynamic=False)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,11 +55,14 @@ class VaeCodec:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         raw = self.space.denormalise(x.float()).to(self._vae.device, self._vae.dtype)
-        return self._vae.decode(raw, return_dict=False)[0].float()
+        images = max(1, CHUNK // (x.shape[-1] * x.shape[-2] * self.space.stride**2))
+        if self._fill and (missing := -len(raw) % images):
+            raw = torch.cat([raw, raw[-1:].expand(missing, -1, -1, -1)])
+        return torch.cat([self._vae.decode(part, return_dict=False)[0].float() for part in raw.split(images)])[: len(x)]
 
 
 def open_codec(vae: str | None, *, space: LatentSpace | None = None, statistics: Path | str | None = None,
-               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
+               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False) -> Codec:
     """Open a VAE.
 
     Args:
@@ -54,6 +70,7 @@ def open_codec(vae: str | None, *, space: LatentSpace | None = None, statistics:
         space: the space of existing latents, which the VAE must fit. Without it the VAE's config gives shift and scale.
         statistics: file of per-channel statistics (`read_statistics`) to use instead of the config's.
         device, dtype: of the VAE; images and latents leave it in float32.
+        compile: whether its decoder is to be compiled (where there is a VAE).
 
     Raises:
         UserError: the VAE is not there, damaged, or not the one that `space` came from.
@@ -73,7 +90,7 @@ def open_codec(vae: str | None, *, space: LatentSpace | None = None, statistics:
         encoder = dataclasses.replace(recorded, shift=space.shift, scale=space.scale) if same else recorded
         if difference := space.difference(encoder):
             raise UserError(f"VAE {vae} does not fit these latents ({difference}); pass the one they were made with")
-    return VaeCodec(model, space or recorded, device, dtype)
+    return VaeCodec(model, space or recorded, device, dtype, compile)
 
 
 def _load(vae: str) -> AutoencoderKL:

@@ -4,7 +4,8 @@
          -> samples of each -> one table, one figure of the losses, one picture of the samples
 
 The paper's proportions at a thousandth of its length: a teacher of 400 steps, students of 800 steps, omega 30, guidance
-over after 100 steps. Both students have the same hyper-parameters. Every step printed is a command to type by hand.
+over after 100 steps. Both students have the same hyper-parameters. It runs in bf16 where the processor or the GPU multiplies
+bf16 natively, in float32 elsewhere. Every step printed is a command to type by hand.
 """
 
 from __future__ import annotations
@@ -14,26 +15,20 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from config import require_precision
 from runtime import errors, files
+from runtime.errors import require
 from runtime.options import option, read
 
+MODEL = "SiT-Tiny/2"
 TEACHER, HALF, FULL = 400, 400, 800
 GUIDED_STEPS = 100
 DEPTH = 3
 """Stage 1's block of the six: half the depth, at which the committed numbers were measured (a sixth would be the first block)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
-    """Options of the quickstart."""
-
-    out: str = option("runs/quickstart", help="folder of everything it writes")
-    seeds: tuple[int, ...] = option((0,), help="seeds to run; the table shows means and standard deviations for several")
-    samples: int = option(1000, help="samples per row")
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,33 @@ ROWS = (
     Row("self-guided SiT", "guided", HALF, TEACHER + HALF),
     Row("self-guided SiT", "guided", FULL, TEACHER + FULL),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Options of the quickstart."""
+
+    out: str = option("runs/quickstart", help="folder of everything it writes")
+    seeds: tuple[int, ...] = option((0,), help="seeds to run; the table shows means and standard deviations for several")
+    samples: int = option(1000, help="samples per row")
+    model: str = option(MODEL, help="network")
+    steps: int = option(FULL, help="steps of the students; teacher and guidance keep their share of them")
+    mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 where processor or GPU multiplies it natively)")
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 8 and self.steps % 8 == 0, f"--steps {self.steps} must be a multiple of 8: guidance lasts an eighth of them")
+        require_precision(self.mixed_precision, None)
+
+    def scaled(self, steps: int) -> int:
+        """So many of the default's steps, in this run's proportion."""
+        return steps * self.steps // FULL
+
+    @property
+    def rows(self) -> list[Row]:
+        """The lines of the table for this many steps."""
+        return [replace(row, step=self.scaled(row.step), total=self.scaled(row.total)) for row in ROWS]
+
+
 METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall", "class_accuracy": "class accuracy"}
 
 
@@ -65,13 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(config.out)
     started = time.perf_counter()
     _prepare(out)
-    results = {seed: run_seed(out / f"seed{seed}", out, seed, config.samples) for seed in config.seeds}
+    results = {seed: run_seed(out / f"seed{seed}", config, seed) for seed in config.seeds}
     files.write_json(out / "results.json", {str(seed): rows for seed, rows in results.items()})
     first = out / f"seed{config.seeds[0]}"
-    loss_figure(first, out / "losses.png")
-    sample_figure(first, out / "samples.png")
+    loss_figure(first, out / "losses.png", config)
+    sample_figure(first, out / "samples.png", config)
     print("\n" + table(results))
-    print(f"\n{verdict(results)}")
+    print(f"\n{verdict(results, config.steps)}")
     print(f"\n{time.perf_counter() - started:.0f} s. Look at {out}/samples.png and {out}/losses.png; numbers are in "
           f"{out}/results.json. Next: python generate.py --ckpt {first}/exps/guided --cfg-scale 2 --num-fid-samples 64, "
           f"or the ImageNet commands of README.md.")
@@ -87,30 +109,43 @@ def _prepare(out: Path) -> None:
           out / "reference.npz")
 
 
-def run_seed(folder: Path, out: Path, seed: int, samples: int) -> list[dict[str, Any]]:
+def run_seed(folder: Path, config: QuickstartConfig, seed: int) -> list[dict[str, Any]]:
     """Train the three runs under one seed, sample and score every row; returns the rows with their metrics."""
     import generate
     import train
     import train_guide
     from evaluations import evaluate
 
-    common = ["--recipe", "digits", "--data-dir", out / "data", "--output-dir", folder / "exps", "--seed", seed]
-    teacher = ["--exp-name", "stage1", "--align", "latent", "--align-depth", DEPTH, "--max-train-steps", TEACHER]
-    guided = ["--exp-name", "guided", "--guiding-ckpt", folder / "exps" / "stage1", "--align-stop-steps", GUIDED_STEPS]
+    out, scaled = Path(config.out), config.scaled
+    precision = ["--mixed-precision", config.mixed_precision or _precision()]
+    common = ["--recipe", "digits", "--data-dir", out / "data", "--output-dir", folder / "exps", "--seed", seed, *precision]
+    common += ["--model", config.model, "--checkpointing-steps", scaled(HALF)] if config.steps != FULL or config.model != MODEL else []
+    depth = ["--align-depth", DEPTH] if config.model == MODEL else []
+    teacher = ["--exp-name", "stage1", "--align", "latent", *depth, "--max-train-steps", scaled(TEACHER)]
+    guided = ["--exp-name", "guided", "--guiding-ckpt", folder / "exps" / "stage1", "--align-stop-steps", scaled(GUIDED_STEPS)]
     _call(train.main, "python train.py", *common, *teacher)
-    _call(train_guide.main, "python train_guide.py", *common, *guided, "--max-train-steps", FULL)
-    _call(train.main, "python train.py", *common, "--exp-name", "plain", "--max-train-steps", TEACHER + FULL)
+    _call(train_guide.main, "python train_guide.py", *common, *guided, "--max-train-steps", scaled(FULL))
+    _call(train.main, "python train.py", *common, "--exp-name", "plain", "--max-train-steps", scaled(TEACHER + FULL))
     rows = []
-    for row in ROWS:
+    for row in config.rows:
         drawn = folder / "samples" / f"{row.run}-{row.step}"
         _call(generate.main, "python generate.py", "--ckpt", folder / "exps" / row.run / "checkpoints" / f"{row.step:07d}",
-              "--num-fid-samples", samples, "--mode", "ode", "--solver", "heun", "--num-steps", 20, "--labels", "balanced",
-              "--batch-size", 250, "--out", drawn)
+              "--num-fid-samples", config.samples, "--mode", "ode", "--solver", "heun", "--num-steps", 20, "--labels", "balanced",
+              "--batch-size", 250, *precision, "--out", drawn)
         _call(evaluate.main, "python -m evaluations.evaluate", "--samples", drawn / "samples.npz", "--reference",
               out / "reference.npz", "--features", "pixels", "--out", drawn / "metrics.json")
         metrics = json.loads((drawn / "metrics.json").read_text())["metrics"]
         rows.append({"name": row.name, "step": row.step, "total": row.total, **{key: metrics[key] for key in METRICS}})
     return rows
+
+
+def _precision() -> str:
+    """bf16 where the device multiplies it natively, which takes two thirds of the time on a CPU, else float32."""
+    import torch
+
+    from runtime import launch
+
+    return "bf16" if launch.native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 
 def _call(command: Any, name: str, *words: Any) -> None:
@@ -123,8 +158,8 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
     """The aligned table: means over seeds, with standard deviations where there are several."""
     header = ["network", "steps", "total steps", *METRICS.values()]
     lines = [header]
-    for index, row in enumerate(ROWS):
-        cells = [row.name, str(row.step), str(row.total)]
+    for index, row in enumerate(next(iter(results.values()))):
+        cells = [row["name"], str(row["step"]), str(row["total"])]
         for key in METRICS:
             values = [rows[index][key] for rows in results.values()]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -136,7 +171,7 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
     return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
 
 
-def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
+def verdict(results: dict[int, list[dict[str, Any]]], steps: int = FULL) -> str:
     """One sentence that says what the table shows, whichever way it falls.
 
     Over several seeds two networks are level where the mean of their paired differences is within two standard errors.
@@ -154,12 +189,13 @@ def verdict(results: dict[int, list[dict[str, Any]]]) -> str:
         return (f"{words} the self-guided network is {side} plain SiT "
                 f"(Frechet {statistics.mean(guided):.2f} against {statistics.mean(plain):.2f})")
 
+    half, total = HALF * steps // FULL, (TEACHER + FULL) * steps // FULL
     seeds = f"{len(results)} seeds" if len(results) > 1 else f"one seed ({next(iter(results))}; other seeds differ)"
-    return (f"Over {seeds}: {compare('step', HALF, f'at {HALF} of its own steps')}; {compare('step', FULL, f'at {FULL}')}; and "
-            f"{compare('total', TEACHER + FULL, f'at {TEACHER + FULL} total steps, stage 1 counted,')}.")
+    return (f"Over {seeds}: {compare('step', half, f'at {half} of its own steps')}; {compare('step', steps, f'at {steps}')}; and "
+            f"{compare('total', total, f'at {total} total steps, stage 1 counted,')}.")
 
 
-def loss_figure(folder: Path, path: Path) -> None:
+def loss_figure(folder: Path, path: Path, config: QuickstartConfig) -> None:
     """The flow-matching loss of the three runs by step, and by total steps with stage 1 counted."""
     import matplotlib
 
@@ -173,8 +209,8 @@ def loss_figure(folder: Path, path: Path) -> None:
         lines = read(folder / "exps" / run / "log.jsonl")
         steps, loss = [line["step"] for line in lines], [line["loss/diffusion"] for line in lines]
         axes[0].plot(steps, loss, label=name)
-        axes[1].plot([step + (TEACHER if run == "guided" else 0) for step in steps], loss, label=name)
-    axes[0].axvline(GUIDED_STEPS, color="grey", linewidth=0.8, linestyle=":")
+        axes[1].plot([step + (config.scaled(TEACHER) if run == "guided" else 0) for step in steps], loss, label=name)
+    axes[0].axvline(config.scaled(GUIDED_STEPS), color="grey", linewidth=0.8, linestyle=":")
     axes[0].set(xlabel="optimiser steps (dotted: guidance ends)", ylabel="flow-matching loss", yscale="log")
     axes[1].set(xlabel="total optimiser steps, stage 1 counted")
     axes[0].legend()
@@ -183,7 +219,7 @@ def loss_figure(folder: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def sample_figure(folder: Path, path: Path) -> None:
+def sample_figure(folder: Path, path: Path, config: QuickstartConfig) -> None:
     """The samples of every row side by side: same noise and labels, one digit a column."""
     import matplotlib
 
@@ -194,7 +230,7 @@ def sample_figure(folder: Path, path: Path) -> None:
     from sampling.sampler import grid_picture
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.4), layout="constrained")
-    for axis, row in zip(axes.flat, ROWS, strict=True):
+    for axis, row in zip(axes.flat, config.rows, strict=True):
         with np.load(folder / "samples" / f"{row.run}-{row.step}" / "samples.npz") as drawn:
             images, labels = drawn["arr_0"], drawn["labels"]
         # rows of the picture are repetitions, columns the ten classes

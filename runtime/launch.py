@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,9 +43,16 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     if wanted is None and launcher not in ("no", "bf16"):
         raise UserError(f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no")
     if wanted is None:
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        wanted = "bf16" if launcher == "bf16" or native else "no"
+        wanted = "bf16" if launcher == "bf16" or (device.type == "cuda" and native_bf16(device)) else "no"
     return torch.bfloat16 if wanted == "bf16" else None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware: CUDA from Ampere on, a CPU with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch cannot say
+    return device.type == "cpu" and any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -> tuple[bool, str]:
@@ -94,15 +101,20 @@ def compiles(wanted: str | None, device: torch.device) -> tuple[bool, str]:
     """Whether to compile, and a note for the printout. Without a C++ compiler a CPU run is eager, and says so."""
     if wanted is None:
         wanted = "on" if device.type == "cuda" else "off"
-    if wanted == "on" and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+    if wanted != "off" and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
         return False, "off (no C++ compiler found, running eagerly)"
-    return wanted == "on", wanted
+    return wanted != "off", wanted
 
 
-def compile_blocks(network: Any) -> None:
-    """Compile each block in place: names stay as they are, and all blocks of a shape share one compiled graph."""
-    for block in network.blocks:
-        block.compile()
+def compile_network(network: Any, heads: Iterable[Any], wanted: str | None, device: torch.device) -> None:
+    """Compile each block in place: names stay as they are, and all blocks of a shape share one compiled graph.
+
+    On CUDA also the final layer and `heads`. "combined" lets Inductor put small kernels that need not wait for each other into
+    one launch: of the 39 that a block's forward and backward take, 23 are left.
+    """
+    ends = [network.final_layer] if getattr(network, "final_layer", None) is not None else []
+    for module in [*network.blocks, *([*ends, *heads] if device.type == "cuda" else [])]:
+        module.compile(options={"combo_kernels": True} if wanted == "combined" and device.type == "cuda" else None)
 
 
 def deterministic() -> None:

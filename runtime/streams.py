@@ -36,6 +36,10 @@ class Stream:
         """(count,) int64, uniform on 0 .. high-1."""
         return self.host.integers(high, size=count)
 
+    def fill_normal(self, out: np.ndarray) -> None:
+        """Fill `out`, float32, with the standard normal numbers that `normal` would draw on the host. The interpreter's lock is free."""
+        self.host.standard_normal(out=out, dtype=np.float32)
+
     def normal(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Standard normal float32 tensor of `shape`, drawn on `device`."""
         device = torch.device(device)

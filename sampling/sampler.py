@@ -6,8 +6,9 @@ the batch size and the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from models import Backbone
 from models.latents import Codec
 from models.pixels import to_uint8
 from runtime.streams import Stream
+from runtime.transfer import sent
 from sampling import solvers
 
 
@@ -68,22 +70,56 @@ class Sampler:
     @torch.no_grad()
     def latents(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Tensor:
         """(n, C, H, W) float64 normalised latents of the samples at `indices`; `labels` (n,) replaces their own."""
+        y = sent(torch.from_numpy(self.labels(indices) if labels is None else labels), self.device)
+        velocity, sde = self._velocity(y), self.settings.mode == "sde"
+        with closing(self._noise(indices, len(self.grid) - 1 if sde else 1)) as noise:  # an SDE's last step draws none
+            start = next(noise)
+            if sde:
+                return solvers.euler_maruyama(velocity, start, self.grid, lambda _: next(noise))
+            return solvers.SOLVERS[self.settings.solver](velocity, start, self.grid)
+
+    def _noise(self, indices: Sequence[int], draws: int) -> Iterator[Tensor]:
+        """`draws` times (n, C, H, W) float64 noise, each sample's from its own stream, drawn by a thread one step ahead."""
         streams = [Stream(self.settings.seed, "sample/noise", i) for i in indices]
 
-        def draw(_: int) -> Tensor:
-            return torch.stack([stream.normal(self.shape) for stream in streams]).to(self.device, torch.float64)
+        def draw() -> Tensor:
+            values = torch.empty(len(streams), *self.shape, pin_memory=self.device.type == "cuda")
+            for row, stream in zip(values.numpy(), streams, strict=True):
+                stream.fill_normal(row)
+            return values
 
-        y = torch.from_numpy(self.labels(indices) if labels is None else labels).to(self.device)
-        velocity = self._velocity(y)
-        noise = draw(0)
-        if self.settings.mode == "sde":
-            return solvers.euler_maruyama(velocity, noise, self.grid, draw)
-        return solvers.SOLVERS[self.settings.solver](velocity, noise, self.grid)
+        with ThreadPoolExecutor(1, "noise") as thread:
+            ahead = thread.submit(draw)
+            for left in reversed(range(draws)):
+                values = ahead.result()
+                ahead = thread.submit(draw) if left else ahead
+                yield values.to(self.device, non_blocking=True).double()
 
     def images(self, indices: Sequence[int], labels: np.ndarray | None = None) -> np.ndarray:
         """(n, H, W, C) uint8 images of the samples at `indices`."""
-        decoded = self.codec.decode(self.latents(indices, labels).float())
-        return to_uint8(decoded, self.settings.rounding).cpu().numpy()
+        return self._drawn(indices, labels)()
+
+    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """(indices, images) of one batch after another. While the images of one are on their way to the host and in the hands
+        of the caller, the device works on the next."""
+        waiting: tuple[Sequence[int], Callable[[], np.ndarray]] | None = None
+        for indices in batches:
+            following = indices, self._drawn(indices)
+            if waiting is not None:
+                yield waiting[0], waiting[1]()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+
+    def _drawn(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Callable[[], np.ndarray]:
+        """Queue the samples at `indices` on the device; the function returned waits for their images."""
+        images = to_uint8(self.codec.decode(self.latents(indices, labels).float()), self.settings.rounding)
+        if images.device.type != "cuda":
+            return images.numpy
+        host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return lambda: (copied.synchronize(), host.numpy())[1]
 
     def _velocity(self, y: Tensor) -> solvers.Velocity:
         null = torch.full_like(y, self.network.spec.num_classes)

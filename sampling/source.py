@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from config import SamplingConfig, SourceOptions
-from models import Backbone
+from models import Backbone, attention
 from models.checkpoint import Checkpoint
 from models.latents import Codec
+from models.layers import hold_in
 from models.vae import open_codec
 from runtime import launch
 from runtime.errors import require
@@ -53,11 +54,15 @@ class Source:
         if note:
             accelerator.print(note)
         network = checkpoint.network(sampling.weights).to(device)
-        if launch.compiles(options.compile, device)[0]:
-            launch.compile_blocks(network)
+        compiling, _ = launch.compiles(options.compile, device)
+        if compiling:
+            launch.compile_network(network, [], options.compile, device)
+        hold_in(network, dtype)
+        if device.type == "cuda":
+            accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")
         space = checkpoint.space
         vae = options.vae or presets.decoder(preset, space) or space.vae
-        codec = open_codec(vae, space=space, device=device)
+        codec = open_codec(vae, space=space, device=device, compile=compiling)
         return cls(options, accelerator, checkpoint, network, codec, dtype, launch.precision_name(dtype, tf32), vae or space.name)
 
     def sampler(self, sampling: SamplingConfig, count: int) -> Sampler:

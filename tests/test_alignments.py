@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import interpolant
 import models
@@ -349,3 +350,34 @@ def test_sra_without_offset_sees_the_same_noise(build: Callable[..., Alignment])
     one = batch(sra)
     seen = context(network, one, (4,), "sra", network)
     torch.testing.assert_close(sra.target(seen), seen.features[4])
+
+
+def test_the_distances_of_dispersive_and_their_gradient_are_those_of_pdist_without_its_memory() -> None:
+    """Rows far from the origin and close together: there |a|^2 + |b|^2 - 2ab without centring keeps no digit."""
+    from alignment.dispersive import SquaredDistances
+
+    z = (100 + 0.1 * torch.randn(24, 512, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    weights = torch.rand(24, 24, generator=torch.Generator().manual_seed(1))
+    upper = torch.triu_indices(24, 24, 1)
+    pairs = torch.pdist(z.double()).square()
+    with torch.autocast("cpu", torch.bfloat16):
+        matrix = SquaredDistances.apply(z)
+    torch.testing.assert_close(matrix[upper[0], upper[1]].double(), pairs, rtol=1e-4, atol=0)
+    assert torch.equal(matrix, matrix.T) and not matrix.diagonal().any()
+    (expected,) = torch.autograd.grad((pairs * (weights + weights.T)[upper[0], upper[1]]).sum(), z)
+    (gradient,) = torch.autograd.grad((matrix * weights).sum(), z)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(value.numel() for value in (result if isinstance(result, tuple) else (result,))
+                                      if isinstance(value, torch.Tensor))])
+            return result
+
+    with Largest():
+        SquaredDistances.apply(z).sum().backward()
+    assert largest == z.numel()  # pdist's backward makes 24 x 23 / 2 rows of differences

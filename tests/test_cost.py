@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,26 @@ def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, 
 
 def test_plain_training_has_its_published_number_too() -> None:
     assert "33.00" in cost.reported("SiT-B/2", [])[0]
+
+
+def test_activation_checkpointing_and_the_micro_batch_that_fits(imagenet_like: Path, tmp_path: Path) -> None:
+    """Blocks computed twice cost a third of a step, products kept cost none; what fits divides the batch and is not the next size."""
+    argv = ["--data-dir", str(imagenet_like), "--exp-name", "x", "--output-dir", str(tmp_path), "--batch-size", "4", "--mixed-precision",
+            "bf16", "--model", "SiT-Tiny/2", "--activation-checkpointing"]
+    none, some, full = (estimate([*argv, mode]) for mode in ("none", "selective", "full"))
+    width, tokens, depth = 128, 256, 6
+    forward = 2 * depth * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
+    assert none.recomputed == some.recomputed == 0 and full.recomputed == forward
+    assert none.plain == some.plain == full.plain and full.kept < some.kept / 2 < none.kept / 3
+    assert full.kept == pytest.approx(depth * tokens * width * 4 + none.kept / depth, rel=0.1)  # inputs of the blocks, and one block
+    many = dataclasses.replace(full, micro_batch=256, accumulation=2)
+    fixed = sum(many.memory().values()) - 256 * many.kept
+    for gigabytes in (0.1, 0.3, 1.0):
+        size = many.largest(gigabytes)
+        assert 512 % size == 0 and fixed + size * many.kept <= 0.9e9 * gigabytes < fixed + 2 * size * many.kept
+    assert many.largest(1000.0) == 512 and many.largest(fixed / 1e9) is None
+    text = cost.report(many)
+    assert "computed twice" in text and "80 GB 512 (--gradient-accumulation-steps 1)" in text
 
 
 def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path,

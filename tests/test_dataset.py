@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def test_kept_images_come_back(tmp_path, mode):
     opened = write_set(tmp_path, random_latents(), np.zeros(30, int), images=encoded)
     indices = np.array([29, 0, 7, 6])
     np.testing.assert_array_equal(opened.images(indices), pictures[indices].reshape(4, 8, 8, -1))
+
+
+def test_images_are_decoded_side_by_side_and_come_back_in_order(tmp_path, monkeypatch):
+    """Every thread of the pool waits for all the others: a pool of fewer, or decoding in turn, would never get there."""
+    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    pictures = np.arange(30 * 64, dtype=np.uint16).astype(np.uint8).reshape(30, 8, 8)
+    encoded = []
+    for picture in pictures:
+        Image.fromarray(picture).save(buffer := io.BytesIO(), "PNG")
+        encoded.append(buffer.getvalue())
+    opened = write_set(tmp_path, random_latents(), np.zeros(30, int), images=encoded)
+    together, decoded = threading.Barrier(3, timeout=20), opened._decoded
+    monkeypatch.setattr(opened, "_decoded", lambda index: (together.wait(), decoded(index))[1])
+    indices = np.array([3, 29, 0, 7, 6, 11])
+    np.testing.assert_array_equal(opened.images(indices)[..., 0], pictures[indices])
 
 
 def test_images_that_were_not_kept_are_refused(tmp_path):

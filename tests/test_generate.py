@@ -75,26 +75,26 @@ def test_balanced_labels_have_equal_counts_in_shuffled_order(guided: Path) -> No
 
 def test_a_killed_run_keeps_its_samples(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = draw(guided, tmp_path / "whole", "--batch-size", 6)
-    images, calls = Sampler.images, []
+    drawn, calls = Sampler._drawn, []
 
-    def dies(self: Sampler, indices: Any, labels: Any = None) -> np.ndarray:
+    def dies(self: Sampler, indices: Any, labels: Any = None) -> Any:
         calls.append(len(indices))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return images(self, indices, labels)
+        return drawn(self, indices, labels)
 
-    monkeypatch.setattr(Sampler, "images", dies)
+    monkeypatch.setattr(Sampler, "_drawn", dies)
     with pytest.raises(KeyboardInterrupt):
         draw(guided, tmp_path / "killed", "--batch-size", 6)
     assert not (tmp_path / "killed" / "samples.npz").exists()
     again = draw(guided, tmp_path / "killed", "--batch-size", 6)
-    assert calls == [6, 6, 6, 6, 2]  # 12 were there, 8 were left
+    assert calls == [6, 6, 6, 6, 6, 2]  # 6 were there and 6 still on the device, 14 were left
     assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
 
 
 def test_finished_samples_are_not_drawn_again(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = draw(guided, tmp_path / "a")
-    monkeypatch.setattr(Sampler, "images", None)  # would fail
+    monkeypatch.setattr(Sampler, "_drawn", None)  # would fail
     again = draw(guided, tmp_path / "a")
     assert np.array_equal(first[0], again[0])
     with pytest.raises(TypeError):

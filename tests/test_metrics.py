@@ -12,6 +12,7 @@ import torch
 
 from evaluations import metrics
 from evaluations.metrics import Moments, Statistics
+from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -205,7 +206,7 @@ def test_exact_arithmetic_switches_tf32_and_autocast_off_and_restores():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16), metrics.exact_arithmetic():
+        with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic():
             assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32

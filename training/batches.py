@@ -2,11 +2,12 @@
 
 Every process draws the whole global batch and takes its slice, so the numbers do not depend on how many processes or
 micro-batches share the work. Host draws are a few hundred numbers; counts and shares are therefore known without asking
-the device. The next step's rows are read by a thread while the device is busy.
+the device. The rows of the next two steps are read by a thread while the device is busy.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from config import TrainConfig
 from dataset import LatentSet
 from loss import Batch
 from runtime.streams import Stream
+from runtime.transfer import sent
+
+AHEAD = 2
+"""Steps that are read beyond the current one: a slow step's images do not hold up the device."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,11 @@ class Batches:
     def steps(self, start: int, stop: int, alignments: dict[str, Alignment]) -> Iterator[list[Batch]]:
         """The micro-batches of optimiser steps start .. stop-1."""
         columns = {column for alignment in alignments.values() for column in alignment.columns}
-        pending: Future | None = None
+        ahead: deque[Future] = deque()
         for step in range(start, stop):
-            current = pending or self._reader.submit(self._read, step, columns)
-            pending = self._reader.submit(self._read, step + 1, columns) if step + 1 < stop else None
-            yield self._batches(step, *current.result(), alignments)
+            while len(ahead) <= AHEAD and step + len(ahead) < stop:
+                ahead.append(self._reader.submit(self._read, step + len(ahead), columns))
+            yield self._batches(step, *ahead.popleft().result(), alignments)
 
     def _read(self, step: int, columns: set[str]) -> tuple[Plan, dict[str, Tensor]]:
         """Host draws of the step, and this process's rows in (pinned) host memory or where the data set keeps them."""
@@ -99,14 +104,15 @@ class Batches:
         x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
-        draws = {name: {key: torch.from_numpy(value[self.share]).to(self.device, non_blocking=True) for key, value in
+        draws = {name: {key: sent(torch.from_numpy(value[self.share]), self.device) for key, value in
                         alignment.draw(Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size).items()}
                  for name, alignment in alignments.items()}
         batches = []
         for start in range(0, len(labels), self.micro):
             part = slice(start, start + self.micro)
             everywhere = slice(self.share.start + start, self.share.start + start + self.micro)  # the same, in the global batch
-            selections = {name: Selection.of(alignment.options.interval, alignment.options.mask, drawn.t, everywhere, self.device)
+            selections = {name: Selection.of(alignment.options.interval, alignment.options.mask, drawn.t, everywhere, self.device,
+                                             few_sizes=self.device.type == "cuda" and not alignment.coupled)
                           for name, alignment in alignments.items() if alignment.options.interval is not None}
             batches.append(Batch(
                 x0[part], eps[part], rows["t"][part], y[part], labels[part],

@@ -1,8 +1,8 @@
 """What a configuration costs, before it runs: `train.py --dry-run`.
 
 Nothing is computed: the very learner that would train runs once, forward and backward, on tensors without values
-(torch's FakeTensorMode), while FlopCounterMode counts the products of matrices, and hooks count what autograd keeps for the
-backward pass. So an alignment has no cost to declare or to forget, and the count is that of the code.
+(torch's FakeTensorMode), while FlopCounterMode counts the products of matrices, and what is alive between the two is what the
+backward pass will need. So an alignment has no cost to declare or to forget, and the count is that of the code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from alignment import Alignment, AlignOptions, Setting
@@ -23,6 +25,7 @@ from dataset import LatentSet
 from loss import Batch
 from models import Backbone, published
 from models.checkpoint import Checkpoint
+from models.recompute import recompute
 from runtime import launch
 from runtime.streams import Stream
 from training.setup import Setup
@@ -49,10 +52,13 @@ class Cost:
     epoch_steps: int
     batch_size: int
     micro_batch: int
+    accumulation: int
     kept: float
-    """Activations kept for the backward pass, per image."""
+    """Activations kept for the backward pass, per image, and those of the one block that is being computed again."""
     casts: float
     """Copies of weights in lower precision, kept for the backward pass."""
+    recomputed: float
+    """FLOPs per image that activation checkpointing adds."""
     dtype: torch.dtype | None
 
     @property
@@ -78,6 +84,13 @@ class Cost:
         return {"parameters, gradients, Adam": 16.0 * trained, "EMA": 4.0 * self.parts[0].parameters,
                 "frozen networks": (2.0 if self.dtype else 4.0) * frozen,
                 "activations": self.kept * self.micro_batch + self.casts}
+
+    def largest(self, gigabytes: float) -> int | None:
+        """The largest micro-batch that divides a process's share of the batch and leaves a tenth of the memory free, None if none."""
+        share = self.micro_batch * self.accumulation
+        fixed = sum(self.memory().values()) - self.kept * self.micro_batch
+        fitting = [size for size in range(1, share + 1) if share % size == 0 and fixed + self.kept * size <= 0.9 * gigabytes * 1e9]
+        return max(fitting, default=None)
 
     def hours(self, rate: float) -> tuple[float, float]:
         """Hours at `rate` images per second: throughout, and if the rate grows as the FLOPs fall after a stop."""
@@ -113,10 +126,11 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
             parts.append(Part(f"{name}: {role}", _count(network), False, each_step * frozen, stop))
         if alignment.reads_ema:
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
-    kept, casts = probe.memory(alignments)
+    kept, casts, recomputed = probe.memory(alignments)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
-                config.batch_size // world // config.gradient_accumulation_steps, kept, casts, dtype)
+                config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
+                recomputed, dtype)
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
@@ -138,6 +152,26 @@ def reported(model: str, names: Iterable[str]) -> list[str]:
             for name, result in results.items() if result]
 
 
+class Alive(TorchDispatchMode):
+    """Knows the storages that operators have made, and which of them are still held by anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}  # what a view would be of
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes(self) -> int:
+        """Bytes of what is held now."""
+        return sum(size for reference, size in self._made.values() if not reference.expired())
+
+
 class _Probe:
     """Runs learners of one network on batches without values; `image` is the shape of one item's image."""
 
@@ -146,42 +180,45 @@ class _Probe:
         self.network, self.ema = _hollow(setup.spec), _hollow(setup.spec)
         self._known: dict[tuple, tuple[float, float, float]] = {}
 
-    def run(self, alignments: dict[str, Alignment], count: int = 2) -> tuple[float, float, float]:
-        """FLOPs per image of one training step, those of frozen networks among them, and bytes kept for its backward."""
-        key = (count, *alignments)
+    def run(self, alignments: dict[str, Alignment], count: int = 2, mode: str = "none") -> tuple[float, float, float]:
+        """FLOPs per image of one training step, those of frozen networks among them, and bytes alive before its backward pass.
+
+        `mode` is that of activation checkpointing.
+        """
+        key = (count, mode, *alignments)
         if key not in self._known:
-            self._known[key] = self._run(alignments, count)
+            self._known[key] = self._run(alignments, count, mode)
         return self._known[key]
 
-    def _run(self, alignments: dict[str, Alignment], count: int) -> tuple[float, float, float]:
+    def _run(self, alignments: dict[str, Alignment], count: int, mode: str) -> tuple[float, float, float]:
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.autograd.graph import saved_tensors_hooks
         from torch.utils.flop_counter import FlopCounterMode
 
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            return tensor
-
         learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
+        recompute(self.network, mode)
         with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
             batch = self._batch(alignments, count)
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
+            with Alive() as alive:
                 losses = learner(batch)
+                kept = alive.bytes()
             sum(value.mean() for value in losses.values()).backward()
         for parameter in learner.parameters():
             parameter.grad = None
         by_root = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if "." not in name}
         frozen = sum(flops for name, flops in by_root.items() if name not in ("Global", "Learner"))
-        return counter.get_total_flops() / count, frozen / count, float(sum(kept.values()))
+        return counter.get_total_flops() / count, frozen / count, float(kept)
 
-    def memory(self, alignments: dict[str, Alignment]) -> tuple[float, float]:
-        """Bytes kept for the backward pass: per image, and of bf16 copies of weights (in float32 it keeps the weights)."""
-        small, large = (self.run(alignments, count)[2] for count in (2, 4))
+    def memory(self, alignments: dict[str, Alignment]) -> tuple[float, float, float]:
+        """Bytes kept for the backward pass, per image and of bf16 copies of weights (in float32 it keeps the weights), and the
+        FLOPs per image that are computed twice."""
+        mode = self.setup.config.activation_checkpointing
+        (work, _, small), (_, _, large) = (self.run(alignments, count, mode) for count in (2, 4))
         each = (large - small) / 2
-        return each, small - 2 * each if self.dtype else 0.0
+        casts = small - 2 * each if self.dtype else 0.0
+        if mode == "none":
+            return each, casts, 0.0
+        everything = (self.run(alignments, 4)[2] - self.run(alignments, 2)[2]) / 2
+        return each + (everything - each) / self.setup.spec.depth, casts, work - self.run(alignments)[0]
 
     def _batch(self, alignments: dict[str, Alignment], count: int) -> Batch:
         x, t, labels = torch.zeros(count, *self.latent), torch.zeros(count), torch.zeros(count, dtype=torch.long)
@@ -225,8 +262,28 @@ def report(cost: Cost, rate: float | None = None) -> str:
              f"{sum(memory.values()) / 2**30:.2f} GiB = "
              + " + ".join(f"{value / 2**30:.2f} {name}" for name, value in memory.items() if value)
              + " (eager; counted from tensor shapes, without the allocator's slack and workspaces)"]
+    if cost.recomputed:
+        text.append(f"computed twice in the backward pass: {cost.recomputed / 1e9:.2f} GFLOP per image, "
+                    f"{cost.recomputed / cost.plain:.4f} of a plain step")
+    text.append("largest micro-batch that fits, a tenth of the memory left free: " + ", ".join(_fits(cost, size) for size in memories()))
     if rate is not None:
         slow, fast = cost.hours(rate)
         text.append(f"time at {rate:g} images per second: {slow:.2f} hours" + (
             f", or {fast:.2f} if the rate grows as the FLOPs fall" if fast < slow else ""))
     return "\n".join(text)
+
+
+CARDS = (24, 40, 80, 141)
+"""Gigabytes of memory of common GPUs."""
+
+
+def memories() -> tuple[float, ...]:
+    """Gigabytes of this machine's GPU, of common ones where there is none."""
+    return (torch.cuda.get_device_properties(0).total_memory / 1e9,) if torch.cuda.is_available() else CARDS
+
+
+def _fits(cost: Cost, gigabytes: float) -> str:
+    size = cost.largest(gigabytes)
+    if size is None:
+        return f"{gigabytes:.0f} GB none"
+    return f"{gigabytes:.0f} GB {size} (--gradient-accumulation-steps {cost.micro_batch * cost.accumulation // size})"

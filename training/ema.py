@@ -20,8 +20,8 @@ class EMA:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
         self.warmup = warmup
-        self._averages = list(self.network.parameters())
-        self._trained = network
+        # parameters, not their values: one that is moved stays the same object, so that the lists never go stale
+        self._averages, self._trained = list(self.network.parameters()), list(network.parameters())
 
     def decay_at(self, step: int) -> float:
         """The decay d of update `step`."""
@@ -30,6 +30,4 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights; `step` counts optimiser updates from 1."""
-        # asked for anew: moving a module replaces the storage of its parameters, and an alias would watch the old one
-        weights = [parameter.detach() for parameter in self._trained.parameters()]
-        torch._foreach_lerp_(self._averages, weights, 1 - self.decay_at(step))
+        torch._foreach_lerp_(self._averages, self._trained, 1 - self.decay_at(step))

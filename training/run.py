@@ -13,7 +13,7 @@ import models
 from alignment import AlignOptions, Setting
 from config import TrainConfig
 from loss import Batch
-from models import checkpoint, published
+from models import Backbone, attention, checkpoint, published
 from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
@@ -60,6 +60,7 @@ class Run:
         if self.resumed:
             resume.restore(self.resumed, self.ema.network, self.alignments, self.optimizer, self.parameter_names())
         self.compile_note = self._compile()
+        self.attention_note = self._choose_attention()
         for name, alignment in self.alignments.items():
             self.resolved[name] = {**as_dict(self.setup.options[name]), "stop": self.setup.stops[name], **alignment.describe()}
 
@@ -68,19 +69,35 @@ class Run:
         groups = [{"name": "network", "params": list(self.network.parameters())}]
         groups += [{"name": name, "params": heads} for name, alignment in self.alignments.items()
                    if (heads := list(alignment.parameters()))]
+        # one kernel for all; on a CPU in float32 the loop over parameters, whose bits earlier runs have
+        fused = self.device.type == "cuda" or self.dtype is not None
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=self.device.type == "cuda")
+            weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=fused)
 
     def _compile(self) -> str:
         """Compile blocks where that is wanted; returns what to say of it."""
         compiling, note = launch.compiles(self.config.compile, self.device)
         if compiling:
-            teachers = [self.ema.network] if any(alignment.reads_ema for alignment in self.alignments.values()) else []
-            frozen = [network for alignment in self.alignments.values() for network in alignment.compiled]
-            for network in [self.network, *teachers, *frozen]:
-                launch.compile_blocks(network)
+            wanted, alignments = self.config.compile, self.alignments.values()
+            frozen = [network for alignment in alignments for network in alignment.compiled]
+            launch.compile_network(self.network, [head for alignment in alignments for head in alignment.children()], wanted, self.device)
+            for network in [self.ema.network, *frozen]:  # the average compiles at its first call, if there is one
+                launch.compile_network(network, [], wanted, self.device)
         return note
+
+    def _choose_attention(self) -> str:
+        """Time the attention kernels on this run's shapes, CUDA alone, and fix the fastest; returns what to say of it.
+
+        Not under --deterministic: a choice by time may be another one after a resume.
+        """
+        if self.device.type != "cuda" or self.config.deterministic:
+            return "fp32" if self.device.type == "cpu" else "PyTorch's choice"
+        images = self.config.batch_size // self.accelerator.num_processes // self.config.gradient_accumulation_steps
+        teachers = [network for alignment in self.alignments.values() for network in alignment.frozen if isinstance(network, Backbone)]
+        for network in [self.ema.network, *teachers]:
+            attention.choose(network, images, self.dtype, backward=False)
+        return attention.choose(self.network, images, self.dtype, backward=True)
 
     def learner(self) -> nn.Module:
         """The learner of the alignments that live now, wrapped for the processes of the run."""
@@ -135,7 +152,10 @@ class Run:
         micro = config.batch_size // world // config.gradient_accumulation_steps
         lines = [
             f"{config.model}: {models.parameter_count(self.network) / 1e6:.1f}M parameters, {self.spec.depth} blocks; "
-            f"{launch.precision_name(self.dtype, self.tf32)} on {self.device.type}, compile {self.compile_note}",
+            f"{launch.precision_name(self.dtype, self.tf32)} on {self.device.type}, compile {self.compile_note}, "
+            f"attention {self.attention_note}",
+            *(["note: this CPU multiplies bf16 natively: --mixed-precision bf16 is faster here"]
+              if self.device.type == "cpu" and self.dtype is None and launch.native_bf16(self.device) else []),
             f"data: {len(data)} latents {data.channels}x{data.latent_size}x{data.latent_size} ({data.space.name}), "
             f"{data.num_classes} classes, {self.epoch_steps} steps per epoch",
             f"batch {config.batch_size} = {world} process(es) x {config.gradient_accumulation_steps} micro-batch(es) x {micro}; "

@@ -18,6 +18,7 @@ from config import TrainConfig
 from dataset import LatentSet
 from loss import Learner
 from models import Backbone
+from models.recompute import recompute
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Setup:
         return {name: find(name)(self.options[name], setting) for name in names}
 
     def learner(self, network: Backbone, alignments: Mapping[str, Alignment], dtype: torch.dtype | None, ema: Backbone) -> Learner:
-        """What is differentiated: network and alignments under the run's loss and precision."""
+        """What is differentiated: network and alignments under the run's loss, precision and activation checkpointing."""
+        recompute(network, self.config.activation_checkpointing)
         return Learner(network, alignments, velocity_loss=self.config.velocity_loss, autocast=dtype,
                        ema=ema if any(alignment.reads_ema for alignment in alignments.values()) else None)

@@ -1,0 +1,189 @@
+"""What the benchmarks share: generated data, rates in alternating order, counts of launches, and results that grow row by row.
+
+Rates are medians over repetitions with their range. What is compared is measured in turns (A B A B), so that a machine that
+gets slower, or busier, does so for both. On a CPU the rate is per second of processor time: others may use the machine.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.latents import LatentSpace
+from preprocessing import shards
+from runtime import files
+from runtime.streams import Stream
+
+PEAKS = {"H100": 990e12, "H200": 990e12, "H800": 990e12, "A100": 312e12, "A800": 312e12}
+"""Dense bf16 operations a second, as the vendor states them; MFU is in these units whatever the precision."""
+
+Call = Callable[[], Any]
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What a result depends on besides its row."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"date": datetime.date.today().isoformat(), "command": command, "device": device_name(), "commit": commit,
+            "threads": torch.get_num_threads(), "load": load(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def device_name() -> str:
+    """The GPU, or the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def load() -> float:
+    """Processes that ran in the last minute, on average: above the number of threads, others were busy too."""
+    return float(Path("/proc/loadavg").read_text().split()[0])
+
+
+class Results:
+    """A JSON file of rows, written after each: a run that is cut off keeps what it has, and its repetition goes on from there.
+
+    Rows measured under other settings are dropped.
+    """
+
+    def __init__(self, out: str | None, command: str, settings: dict[str, Any]) -> None:
+        self.out = Path(out) if out else None
+        earlier = files.read_json(self.out) if self.out and self.out.is_file() else {}
+        self.rows: dict[str, dict[str, Any]] = earlier.get("rows", {}) if earlier.get("settings") == settings else {}
+        self._head = {**environment(command), "settings": settings}
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keep a row, in the file too."""
+        self.rows[name] = row
+        if self.out:
+            files.write_json(self.out, self.result())
+
+    def result(self) -> dict[str, Any]:
+        """All there is, as it is written."""
+        return {**self._head, "rows": self.rows}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest, to five digits."""
+    return {name: float(f"{value:.5g}") for name, value in (("median", statistics.median(values)), ("low", min(values)),
+                                                            ("high", max(values)))}
+
+
+def alternate(calls: Mapping[str, Call], images: int, device: torch.device, *, steps: int, warmup: int,
+              repetitions: int) -> dict[str, dict[str, Any]]:
+    """Images per second of each call, which makes `images` of them: `repetitions` rounds of `steps` calls each, in turns."""
+    cuda = device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+
+    def seconds(call: Call) -> float:
+        if cuda:
+            torch.cuda.synchronize(device)
+        started = clock()
+        for _ in range(steps):
+            call()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return clock() - started
+
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(repetitions)]
+    rows = {name: {"images_per_second": spread([steps * images / one[name] for one in rounds])} for name in calls}
+    first = next(iter(calls))
+    for name in list(calls)[1:]:
+        rows[name][f"{first}, times faster"] = spread([one[name] / one[first] for one in rounds])
+    return rows
+
+
+def counts(call: Call, device: torch.device) -> dict[str, float]:
+    """Of one call: operators, kernel launches and microseconds of the host until it returns (CUDA)."""
+    times = 3 if device.type == "cuda" else 1
+    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(times):
+            call()
+    events = profile.key_averages()
+    found = {"operators": sum(event.count for event in events if event.key.startswith("aten::")) / times}
+    if device.type == "cuda":
+        found["launches"] = sum(event.count for event in events if "LaunchKernel" in event.key) / times
+        host = []
+        for _ in range(times):
+            torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            call()
+            host.append((time.perf_counter() - started) * 1e6)
+        found["host_microseconds"] = round(min(host), 1)
+    return found
+
+
+def peak_memory(call: Call, device: torch.device) -> float | None:
+    """GiB at the peak of one call, None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+
+
+def mfu(images_per_second: float, flops_per_image: float) -> float | None:
+    """Share of the device's stated peak that the network's own products reach; None where no peak is known."""
+    peak = next((value for name, value in PEAKS.items() if name in device_name()), None)
+    return None if peak is None else round(images_per_second * flops_per_image / peak, 4)
+
+
+def latent_set(folder: Path, *, channels: int, side: int, classes: int, items: int, images: bool = False) -> Path:
+    """A latent set of standard normal means with small deviations, as VAE latents have; `images` of noise, where asked for."""
+    values = Stream(0, "benchmark/latents").host.standard_normal((items, 1, 2, channels, side, side), dtype=np.float32)
+    values[:, :, 1] = 0.1
+    labels = Stream(0, "benchmark/labels").integers(classes, items)
+    stride = 16 if channels > 4 else 8
+    pictures = None
+    if images:  # few different ones: each is decoded every time it is met
+        some = [png(stride * side, number) for number in range(min(items, 64))]
+        pictures = [some[item % len(some)] for item in range(items)]
+    entry = shards.write_shard(folder, 0, values.astype(np.float16), labels, images=pictures)
+    space = LatentSpace(name="generated", channels=channels, stride=stride, shift=(0.0,), scale=(1.0,))
+    shards.write_manifest(folder, space=space, resolution=stride * side, latent_size=side, views=1, parts=2, dtype="float16",
+                          crop="none", class_names=[str(label) for label in range(classes)], images=images, shards=[entry],
+                          source="standard normal numbers")
+    return folder
+
+
+def png(side: int, seed: int) -> bytes:
+    """A smooth random picture, which compresses about as a photograph does: some 1.4 bytes a pixel."""
+    from PIL import Image
+
+    coarse = np.random.default_rng(seed).integers(256, size=(side // 4, side // 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
+    """Aligned text: one line a row, a cell for each column (a blank where the row lacks it)."""
+    def cell(column: Callable[[Mapping[str, Any]], str], row: Mapping[str, Any]) -> str:
+        try:
+            return column(row)
+        except (KeyError, TypeError):
+            return ""
+
+    lines = [["", *columns], *([name, *(cell(column, row) for column in columns.values())] for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)

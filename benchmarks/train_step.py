@@ -1,0 +1,200 @@
+"""Images per second of the step that a user runs, for every method, and with one switch changed at a time.
+
+    python -m benchmarks.train_step --model SiT-B/2 --batch-size 256 --out benchmarks/results/train-SiT-B-2.json
+    python -m benchmarks.train_step --rows plain --ablation
+    python -m benchmarks.train_step --rows plain --peer ../REPA
+
+The real loop's step is timed: data, draws, forward, backward, clipping, AdamW, EMA, loss sums; LightningDiT networks come with
+their recipe (loss, optimiser) and their latents. The teacher has random weights, which cost the same; so has the encoder
+of `repa` and `haste`, whose images are decoded as in training. Rows are kept in --out as they are measured; the same command
+goes on after the last. MFU counts the student's products alone, three times its forward pass, never teachers or recomputation.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, peer
+from runtime import errors
+from runtime.errors import require
+from runtime.options import option, read
+from training import command, cost, loop
+from training.log import Meter
+from training.run import Run
+
+ROWS = {"plain": "", "stage 1": "--align latent", "stage 2": "--align-stop-steps 0",
+        "stage 2, interval": "--align-stop-steps 0 --align-interval 0.4 0.7", "repa": "--align repa --align-encoder {encoder}",
+        "haste": "--align haste --align-encoder {encoder}", "dispersive": "--align dispersive", "layersync": "--align layersync",
+        "sra": "--align sra"}
+ABLATION = {"without compilation": "--compile off", "combined kernels": "--compile combined", "float32": "--mixed-precision no",
+            "without clipping": "--max-grad-norm 0", "latents on the device": "--resident device",
+            "two micro-batches": "--gradient-accumulation-steps 2", "products kept": "--activation-checkpointing selective",
+            "blocks computed twice": "--activation-checkpointing full", "deterministic": "--deterministic"}
+ENDLESS = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepConfig:
+    """Options of the benchmark."""
+
+    model: str = option("SiT-B/2", help="network")
+    rows: tuple[str, ...] = option(tuple(ROWS), help="what to measure: " + ", ".join(ROWS))
+    ablation: bool = option(False, help="plain training with one switch changed at a time")
+    peer: str | None = option(None, help="checkout of REPA: its loop beside plain training, in turns")
+    batch_size: int = option(256, help="samples per step")
+    steps: int = option(20, help="timed steps per repetition")
+    repetitions: int = option(5, help="repetitions")
+    warmup: int = option(10, help="steps before the first")
+    latent_size: int | None = option(None, help="side of the generated latents (default: that of 256 pixels)")
+    classes: int = option(1000, help="classes")
+    items: int = option(4096, help="generated latents")
+    encoder: str | None = option(None, help="folder of an encoder (default: DINOv2 ViT-B/14 with random weights)")
+    mixed_precision: str | None = option(None, help="no or bf16 (default: that of a run)")
+    compile: str | None = option(None, help="on, combined or off (default: that of a run)")
+    out: str | None = option(None, help="result file")
+
+    def __post_init__(self) -> None:
+        unknown = [row for row in self.rows if row not in ROWS]
+        require(not unknown, f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}")
+
+    @property
+    def lightning(self) -> bool:
+        return self.model.startswith("LightningDiT")
+
+    @property
+    def side(self) -> int:
+        return self.latent_size or (16 if self.lightning else 32)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark; returns the result that is written to --out."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = read(TrainStepConfig, words, prog="python -m benchmarks.train_step", description=__doc__)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("rows", "ablation", "peer", "out")}
+    results = measure.Results(config.out, f"python -m benchmarks.train_step {' '.join(words)}", settings)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(config, Path(folder))
+        for name, row in bench.rows(results.rows):
+            results.add(name, row)
+            print(f"{name}: {row['images_per_second']['median']:g} images/s", flush=True)
+    print(report(results.rows))
+    return results.result()
+
+
+def report(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of a result."""
+    plain = rows.get("plain", {}).get("images_per_second", {}).get("median")
+    return measure.table(rows, {
+        "images/s": lambda row: f"{row['images_per_second']['median']:g}",
+        "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}",
+        "of plain": lambda row: f"{row['images_per_second']['median'] / plain:.2f}",
+        "MFU": lambda row: f"{row['mfu']:.3f}", "launches": lambda row: f"{row['launches']:.0f}",
+        "host us": lambda row: f"{row['host_microseconds']:.0f}", "operators": lambda row: f"{row['operators']:.0f}",
+        "peak GiB": lambda row: f"{row['peak_gib']:.1f}", "times faster": lambda row: f"{row['plain, times faster']['median']:.2f}"})
+
+
+class Bench:
+    """Runs of one network on generated latents in `folder`."""
+
+    def __init__(self, config: TrainStepConfig, folder: Path) -> None:
+        self.config, self.folder, self.made = config, folder, 0
+
+    def rows(self, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows that are not known yet, each with its name."""
+        wanted = {name: ROWS[name] for name in self.config.rows if name in ROWS}
+        if self.config.ablation:
+            wanted |= ABLATION
+        for name, words in wanted.items():
+            if name not in known:
+                yield name, self.row(name, words)
+        if self.config.peer and "REPA's loop" not in known:
+            yield from self.beside_peer().items()
+
+    def row(self, name: str, words: str) -> dict[str, Any]:
+        """Rate, MFU, launches, host time and peak memory of one kind of run."""
+        config, run = self.config, self.run(words, guided=name.startswith("stage 2"))
+        step = training_step(run)
+        row = measure.alternate({name: step}, config.batch_size, run.device, steps=config.steps, warmup=config.warmup,
+                                repetitions=config.repetitions)[name]
+        if run.device.type == "cuda":
+            row["mfu"] = measure.mfu(row["images_per_second"]["median"], cost.estimate(run.config, {}).plain)
+        row |= {"peak_gib": measure.peak_memory(step, run.device), **measure.counts(step, run.device)}
+        return {key: value for key, value in row.items() if value is not None}
+
+    def beside_peer(self) -> dict[str, dict[str, Any]]:
+        """Plain training and REPA's loop, in turns, in one precision."""
+        config = self.config
+        run = self.run("")
+        ours = training_step(run)
+        ours()  # the learner is wrapped before another Accelerator comes into being
+        batches = []
+        for start in range(0, 4 * config.batch_size, config.batch_size):
+            moments, labels = run.data.read(torch.arange(start, start + config.batch_size).numpy() % len(run.data))
+            batches.append((torch.from_numpy(moments).flatten(1, 2)[:, None], torch.from_numpy(labels)))
+        theirs = peer.TrainingStep(Path(config.peer), config.model, batches, config.classes, run.device, "bf16" if run.dtype else "no")
+        rows = measure.alternate({"plain": ours, "REPA's loop": theirs}, config.batch_size, run.device, steps=config.steps,
+                                 warmup=config.warmup, repetitions=config.repetitions)
+        return {"plain, beside REPA's loop": rows["plain"], "REPA's loop": rows["REPA's loop"]}
+
+    def run(self, words: str, guided: bool = False) -> Run:
+        """A run as `train.py` builds it, ready for its first step."""
+        config = self.config
+        common = self.common(images="{encoder}" in words)
+        if guided:
+            common += ["--guiding-ckpt", str(self.teacher())]
+        self.made += 1
+        encoder = self.encoder() if "{encoder}" in words else ""
+        argv = [*common, "--exp-name", f"run{self.made}", *words.format(encoder=encoder).split()]
+        given = {flag: getattr(config, flag) for flag in ("mixed_precision", "compile")}
+        for flag, value in given.items():
+            if value is not None and (name := f"--{flag.replace('_', '-')}") not in argv:
+                argv += [name, value]
+        return Run(*command.resolve(argv, "benchmarks.train_step", None, ("guided",) if guided else ()))
+
+    def common(self, images: bool) -> list[str]:
+        """Words of every run; the latents are generated at the first call."""
+        config, data = self.config, self.folder / ("images" if images else "latents")
+        if not data.exists():
+            measure.latent_set(data, channels=32 if config.lightning else 4, side=config.side, classes=config.classes,
+                               items=max(config.items, config.batch_size), images=images)
+        recipe = ["--recipe", "lightningdit"] if config.lightning else []
+        return [*recipe, "--data-dir", str(data), "--output-dir", str(self.folder / "exps"), "--model", config.model, "--batch-size",
+                str(config.batch_size), "--max-train-steps", str(ENDLESS)]
+
+    def teacher(self) -> Path:
+        """A checkpoint of the network: as a teacher it costs the same whatever it has learnt."""
+        folder = self.folder / "exps" / "teacher"
+        if not folder.exists():
+            run = Run(*command.resolve([*self.common(False), "--exp-name", "teacher"], "benchmarks.train_step", None, ()))
+            run.step = 1
+            run.save()
+        return folder
+
+    def encoder(self) -> str:
+        """DINOv2's ViT-B/14 with random weights, in timm's format."""
+        import timm
+
+        if self.config.encoder:
+            return self.config.encoder
+        folder = self.folder / "encoder"
+        if not folder.exists():
+            model = timm.create_model("vit_base_patch14_dinov2.lvd142m", pretrained=False)
+            timm.models.save_for_hf(model, folder, safe_serialization=True)
+        return str(folder)
+
+
+def training_step(run: Run) -> measure.Call:
+    """One optimiser step of the real loop."""
+    endless = loop.steps(run, ENDLESS, Meter(run.accelerator))
+    return lambda: next(endless)
+
+
+if __name__ == "__main__":
+    errors.run(main)

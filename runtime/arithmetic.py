@@ -1,0 +1,22 @@
+"""Arithmetic as it is written: where rounding would be seen in the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """float32 means float32 inside: TF32 and autocast off, no graph. TF32 alone moves Inception features by 1e-3."""
+    product, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(product)
+        torch.backends.cudnn.allow_tf32 = convolution

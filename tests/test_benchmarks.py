@@ -1,0 +1,185 @@
+"""The benchmarks in their smallest sizes: they run, go on where they were cut off, and time what they say."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, measure, peer, sample, trace, train_step
+from runtime.errors import UserError
+
+CPU = torch.device("cpu")
+SMALL = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2", "--classes", "10", "--items", "16", "--steps", "1", "--warmup",
+         "1", "--repetitions", "2"]
+
+
+def test_what_is_compared_is_measured_in_turns_and_the_ratio_is_right():
+    order = []
+
+    def spend(name: str, seconds: float) -> None:
+        order.append(name)
+        ends = time.process_time() + seconds
+        while time.process_time() < ends:
+            pass
+
+    rows = measure.alternate({"a": lambda: spend("a", 0.01), "b": lambda: spend("b", 0.03)}, 8, CPU, steps=2, warmup=1, repetitions=3)
+    assert order == ["a", "b"] + ["a", "a", "b", "b"] * 3
+    assert rows["a"]["images_per_second"]["median"] == pytest.approx(800, rel=0.2)
+    assert rows["b"]["a, times faster"]["median"] == pytest.approx(3, rel=0.2)
+
+
+def test_mfu_is_a_share_of_the_stated_peak(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measure, "device_name", lambda: "NVIDIA H200")
+    assert measure.mfu(3000.0, 138e9) == pytest.approx(0.4182, abs=1e-4)
+    monkeypatch.setattr(measure, "device_name", lambda: "something else")
+    assert measure.mfu(3000.0, 138e9) is None
+
+
+def test_a_result_keeps_its_rows_and_goes_on_unless_the_settings_differ(tmp_path: Path):
+    out = str(tmp_path / "r.json")
+    first = measure.Results(out, "python -m x", {"model": "a"})
+    first.add("plain", {"images_per_second": measure.spread([1.0, 3.0, 2.0])})
+    saved = json.loads(Path(out).read_text())
+    assert saved["rows"]["plain"]["images_per_second"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert {"date", "command", "device", "commit", "versions", "load", "settings"} <= saved.keys()
+    assert measure.Results(out, "python -m x", {"model": "a"}).rows == first.rows
+    assert measure.Results(out, "python -m x", {"model": "b"}).rows == {}
+
+
+def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = [*SMALL, "--out", str(tmp_path / "r.json"), "--rows"]
+    train_step.main([*words, "plain"])
+    measured = []
+    row = train_step.Bench.row
+    monkeypatch.setattr(train_step.Bench, "row", lambda self, name, more: (measured.append(name), row(self, name, more))[1])
+    result = train_step.main([*words, "plain", "stage 2, interval"])
+    assert measured == ["stage 2, interval"] and set(result["rows"]) == {"plain", "stage 2, interval"}
+    assert result["rows"]["plain"]["operators"] < result["rows"]["stage 2, interval"]["operators"]
+    with pytest.raises(UserError, match="no row is called"):
+        train_step.main([*words, "nothing"])
+
+
+def test_the_peers_loop_body_is_its_own_and_what_does_not_belong_to_a_step_is_left_out(tmp_path: Path):
+    """A checkout in small, laid out as REPA's: the body between data and logs is executed as it stands there."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sit.py").write_text(textwrap.dedent("""
+        import torch
+        from torch import nn
+        class SiT(nn.Module):
+            def __init__(self, input_size, num_classes, **_):
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(1))
+            def forward(self, x, t, y):
+                return self.scale * x, []
+        SiT_models = {"SiT-B/2": SiT}
+        """))
+    (tmp_path / "loss.py").write_text(textwrap.dedent("""
+        class SILoss:
+            def __init__(self, **_): pass
+            def __call__(self, model, x, words, zs):
+                return (model(x, None, words["y"])[0] ** 2).flatten(1).mean(1), 0.0
+        """))
+    (tmp_path / "train.py").write_text(textwrap.dedent("""
+        import no_such_module
+        def sample_posterior(x, latents_scale, latents_bias): return x[:, :4]
+        @torch.no_grad()
+        def update_ema(ema, model): ema.updates = getattr(ema, "updates", 0) + 1
+        def main(args):
+            for epoch in range(args.epochs):
+                for raw_image, x, y in train_dataloader:
+                    x = sample_posterior(x.squeeze(dim=1).to(device), latents_scale, latents_bias)
+                    with accelerator.accumulate(model):
+                        loss, proj_loss = loss_fn(model, x, dict(y=y), zs=[x])
+                        accelerator.backward(loss.mean() + proj_loss.mean())
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                        update_ema(ema, model)
+                    global_step += 1
+                    if global_step % args.checkpointing_steps == 0:
+                        raise RuntimeError("a checkpoint is no part of a step")
+                    if global_step >= args.max_train_steps:
+                        break
+        """))
+    batches = [(torch.ones(2, 1, 8, 4, 4), torch.zeros(2, dtype=torch.long))]
+    step = peer.TrainingStep(tmp_path, "SiT-B/2", batches, 10, CPU, "no")
+    for _ in range(3):
+        step()
+    assert step.names["global_step"] == 3 and step.names["ema"].updates == 3
+    assert 0.99 < float(next(step.names["model"].parameters()).detach()) < 1
+    with pytest.raises(UserError, match="must be a checkout of"):
+        peer.load(tmp_path / "models", "samplers.py")
+
+
+def test_sampling_is_timed_with_and_without_its_decoder_and_a_step_is_traced(tmp_path: Path):
+    words = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2", "--num-steps", "3", "--repetitions", "1"]
+    result = sample.main([*words, "--decoder", "tiny", "--out", str(tmp_path / "s.json")])
+    assert set(result["rows"]) == {"latents", "images"} and result["rows"]["images"]["evaluations"] == 5
+    assert result["rows"]["latents"]["images_per_second"]["median"] > 0
+    traced = trace.main([*SMALL[:10], "--warmup", "1", "--top", "3", "--chrome", str(tmp_path / "chrome.json")])
+    shares = [row["share"] for row in traced["rows"].values()]
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True) and sum(shares) < 1
+    assert json.loads((tmp_path / "chrome.json").read_text())["traceEvents"]
+
+
+def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = gpu.GpuConfig(out=str(tmp_path), scale="tiny", peer="../REPA")
+    every = {part.name: part for part in gpu.parts(config, tmp_path)}
+    assert list(every)[:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and len(every) == len(gpu.parts(config, tmp_path))
+    assert {"sample-SiT-XL-2", "peer-SiT-B-2-32", "attention", "trace", "ablation-SiT-B-2-256", "methods-SiT-B-2-256", "loader",
+            "run"} <= every.keys()
+    chosen = [every[name] for name in ("attention", "loader")]
+    failing = gpu.Part("failing", ("-c", "print('why'); raise SystemExit(3)"), 0.1)
+    slow = gpu.Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 0.1)
+    monkeypatch.setattr(gpu, "parts", lambda *_: [failing, chosen[0]])
+    words = ["--out", str(tmp_path), "--scale", "tiny"]
+    assert not gpu.main([*words, "--minutes", "5"])
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["failing"]["exit"] == 3 and state["attention"]["exit"] == 0
+    done = []
+    run = gpu.run
+    monkeypatch.setattr(gpu, "run", lambda part, seconds: (done.append(part.name), run(part, seconds))[1])
+    monkeypatch.setattr(gpu, "parts", lambda *_: [failing, *chosen])
+    gpu.main([*words, "--minutes", "5"])
+    assert done == ["loader", "failing"]  # what is done is not done again, what failed comes last
+    monkeypatch.setattr(gpu, "parts", lambda *_: [slow, *chosen])
+    assert not gpu.main([*words, "--minutes", "0.02"])
+    page = (tmp_path / "tables.md").read_text()
+    for word in ("slow: cut off", "loader: done", "latents and images, 1 thread", "digits, 2 images", "a test of the command"):
+        assert word in page, word
+    assert "begun" in json.loads((tmp_path / "state.json").read_text())["slow"]["output"]
+
+
+def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from recipes import quickstart
+
+    called: list[tuple[str, list[str]]] = []
+
+    def call(_: object, name: str, *words: object) -> None:
+        argv = [str(word) for word in words]
+        called.append((name.split()[-1], argv))
+        if "evaluations.evaluate" in name:
+            out = Path(argv[argv.index("--out") + 1])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({"metrics": {key: float(len(called)) for key in quickstart.METRICS}}))
+
+    monkeypatch.setattr(quickstart, "_call", call)
+    config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
+    rows = quickstart.run_seed(tmp_path / "seed3", config, 3)
+    training = [argv for name, argv in called if name in ("train.py", "train_guide.py")]
+    assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
+    for argv in training:
+        for flag, value in (("--model", "SiT-S/2"), ("--mixed-precision", "bf16"), ("--checkpointing-steps", "40"), ("--seed", "3")):
+            assert argv[argv.index(flag) + 1] == value
+    assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
+    assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
+    assert "at 40 of its own steps" in quickstart.verdict({3: rows}, 80) and "120 total steps" in quickstart.verdict({3: rows}, 80)
+    assert "self-guided SiT" in quickstart.table({3: rows})
+    default = quickstart.QuickstartConfig(out=str(tmp_path))
+    assert default.rows == list(quickstart.ROWS)
+    with pytest.raises(UserError, match="multiple of 8"):
+        quickstart.QuickstartConfig(steps=12)
