@@ -30,9 +30,10 @@ from runtime.options import group, option, read
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels) or a folder of "
-                                           "PNG files; several are several seeds")
+    samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels), a folder that "
+                                           "generate.py wrote, or a folder of PNG files; several are several seeds")
     reference: str = option(help="reference: ADM's .npz, one made by evaluations.reference, or any images")
+    grey: bool = option(False, help="read image files as one channel instead of RGB, samples and reference alike")
     scores: FeatureOptions = group(FeatureOptions)
     precision_recall_mode: str | None = option(None, choices=metrics.MODES, help="distances of precision and recall "
                                         "(default adm_fp16 for inception, as in published tables, else fp32)")
@@ -45,16 +46,26 @@ class Options:
         require(not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json")
 
 
-def open_samples(path: str) -> Images:
+def samples_file(path: str) -> str:
+    """`path`, or its samples.npz where it is a folder that generate.py wrote: its grid.png is no sample.
+
+    Raises UserError for such a folder whose samples are still being drawn.
+    """
+    require(not (Path(path) / "partial").is_dir(), f"the samples in {path} are unfinished: run generate.py again")
+    archive = Path(path) / "samples.npz"
+    return str(archive) if archive.is_file() else path
+
+
+def open_samples(path: str, grey: bool = False) -> Images:
     """Samples: an .npz file or a folder. Raises UserError for a reference in their place."""
     if Path(path).suffix == ".npz" and {"mu", "sigma", "about"} & NpzArchive(path).names:
         raise UserError(f"{path} holds stored statistics (mu, sigma); it is a reference, not samples")
-    return open_images(path)
+    return open_images(path, grey=grey)
 
 
-def open_all(paths: Sequence[str]) -> list[Images]:
+def open_all(paths: Sequence[str], grey: bool = False) -> list[Images]:
     """The sample sets of several seeds. Raises UserError where their counts differ: no mean exists across counts."""
-    samples = [open_samples(path) for path in paths]
+    samples = [open_samples(path, grey) for path in paths]
     for path, images in zip(paths, samples, strict=True):
         require(len(images) == len(samples[0]),
                 f"{path} holds {len(images)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
@@ -105,15 +116,16 @@ def report(result: dict[str, Any], path: Path | str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate", description=__doc__)
-    samples = open_all(options.samples)
+    paths = [samples_file(path) for path in options.samples]
+    samples = open_all(paths, options.grey)
     accelerator = launch.accelerator()
-    reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size)
+    reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size, options.grey)
     scorer = Scorer(reference, extractor, accelerator=accelerator, precision_recall_mode=options.precision_recall_mode,
                     shuffle=options.shuffle)
-    for path, images in zip(options.samples, samples, strict=True):
+    for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
     runs = []
-    for path, images in zip(options.samples, samples, strict=True):
+    for path, images in zip(paths, samples, strict=True):
         collected = collect(images, extractor, accelerator=accelerator, batch_size=options.batch_size, title=images.name)
         runs.append(scorer.compare(collected) | {"samples": about(path, images)})
     if accelerator.is_main_process:

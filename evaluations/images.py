@@ -103,19 +103,18 @@ class FolderImages:
     resolution: crop to the centre and scale, by the rule of preprocessing; None takes the files as they are, which must
     be of one size and, as samples, of a lossless format: JPEG at quality 75 more than doubles an FID of 2.5.
 
-    grey: one channel or three; None does as the first file has it. workers: decoding processes, with a resolution.
+    grey: one channel instead of RGB. workers: decoding processes, with a resolution.
     """
 
-    def __init__(self, path: Path | str, resolution: int | None = None, grey: bool | None = None, workers: int | None = None) -> None:
+    def __init__(self, path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None) -> None:
         self._files, self.name, self._workers = ImageFiles(path), Path(path).name, workers
         lossy = next((name for name in self._files.names if Path(name).suffix.lower() not in LOSSLESS), None)
         if resolution is None and lossy:
             raise UserError(f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; "
                             f"photographs for a reference need --resolution")
-        first = self._files.load(0)
-        self._mode = "L" if (first.mode in ("1", "L", "I;16") if grey is None else grey) else "RGB"
+        self._mode = "L" if grey else "RGB"
         self._resolution = resolution
-        width, height = first.size if resolution is None else (resolution, resolution)
+        width, height = self._files.load(0).size if resolution is None else (resolution, resolution)
         self.shape = (height, width, 1 if self._mode == "L" else 3)
         self.labels: np.ndarray | None = self._files.labels if len(self._files.class_names) > 1 else None
 
@@ -170,8 +169,8 @@ def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + size]
 
 
-def open_images(path: Path | str, resolution: int | None = None, grey: bool | None = None, workers: int | None = None) -> Images:
-    """The images at `path`: an .npz file, a latent set, or a folder or ZIP of image files.
+def open_images(path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None) -> Images:
+    """The images at `path`: an .npz file, a latent set, or a folder or ZIP of image files (RGB unless `grey`).
 
     `resolution`, `grey` and `workers` apply to image files alone. Raises UserError for anything that holds no such images.
     """
@@ -181,7 +180,7 @@ def open_images(path: Path | str, resolution: int | None = None, grey: bool | No
     images: Images = LatentSetImages(path) if path.is_dir() else NpzImages(path)
     require(resolution is None or (resolution, resolution) == images.shape[:2],
             f"--resolution {resolution}: {path} is of {images.shape[0]} x {images.shape[1]}")
-    require(not grey, f"--grey is for image files: {path} is as it is")
+    require(not grey or images.shape[2] == 1, f"--grey is for image files: {path} is in colour")
     return images
 
 

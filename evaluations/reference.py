@@ -59,7 +59,7 @@ class Reference:
 
     @classmethod
     def open(cls, path: Path | str, extractor: Extractor, *, accelerator: Accelerator | None = None,
-             batch_size: int = 64, keep: int | None = None, resolution: int | None = None, grey: bool | None = None,
+             batch_size: int = 64, keep: int | None = None, resolution: int | None = None, grey: bool = False,
              workers: int | None = None) -> Reference:
         """Read a reference, extracting features where it holds images. To be called by every process.
 
@@ -124,7 +124,9 @@ class Reference:
     def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """UserError unless images of (H, W, C) `shape` are of the reference's size."""
         if self.shape is not None and shape != self.shape:
-            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}")
+            channels = ("; one channel against three: image files are read as RGB, with --grey (of evaluations.evaluate and "
+                        "evaluations.reference) as grey" if shape[:2] == self.shape[:2] else "")
+            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}{channels}")
 
     def describe(self) -> dict[str, Any]:
         """Its part of metrics.json."""
@@ -173,11 +175,12 @@ def _read_compact(archive: NpzArchive) -> Reference:
     return Reference(statistics=first, spatial=second, **tensors, **given)
 
 
-def open_pair(reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64) -> tuple[Reference, Extractor]:
+def open_pair(reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64,
+              grey: bool = False) -> tuple[Reference, Extractor]:
     """A reference and the extractor that goes with it, on the accelerator's device. To be called by every process."""
     with accelerator.main_process_first():  # who downloads the weights
         extractor = open_extractor(options, accelerator.device)
-    return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size), extractor
+    return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size, grey=grey), extractor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 Labels come from `dataset.json` at the top of the set if there is one ({"labels": [["a/b.png", 3], ...]}, paths relative to
 it), else from the top-level folders, numbered in the order of their sorted names; a set without folders is one class.
+A top-level folder that holds only folders (`train/`, `val/`) is no class: such a set is refused.
 
 What is made of unusual files:
 
@@ -25,6 +26,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -155,6 +157,11 @@ def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tupl
         return np.zeros(len(names), np.int64), [where.stem]
     if None in tops:
         raise UserError(f"{where / names[tops.index(None)]} lies beside the class folders, without a class; move it into one")
+    if hollow := folders - {name.split("/")[0] for name in names if name.count("/") == 1}:
+        around = Counter(str(PurePosixPath(name).parents[1]) for name in names if name.split("/")[0] in hollow)
+        likely = max(sorted(around), key=around.__getitem__)
+        raise UserError(f"{where / min(hollow)} holds only folders, and each top-level folder is a class: give the folder of the class "
+                        f"folders, probably {where / likely} (or name the labels in {where / LABELS})")
     classes = sorted(folders)
     number = {name: label for label, name in enumerate(classes)}
     return np.array([number[top] for top in tops], np.int64), classes

@@ -179,7 +179,7 @@ def write_folder(folder, images, labels, suffix=".png"):
 def test_a_folder_of_png_files_scores_like_the_same_npz(pair):
     folder, samples, labels = pair
     write_folder(folder / "png", samples, labels)
-    assert run(folder, samples="png")["metrics"] == pytest.approx(run(folder)["metrics"], rel=1e-9)
+    assert run(folder, "--grey", samples="png")["metrics"] == pytest.approx(run(folder)["metrics"], rel=1e-9)
 
 
 def test_lossy_samples_and_samples_of_two_sizes_are_refused(pair):
@@ -190,7 +190,7 @@ def test_lossy_samples_and_samples_of_two_sizes_are_refused(pair):
     write_folder(folder / "sizes", samples[:9], [0] * 9)
     Image.fromarray(samples[0, :4, :5, 0]).save(folder / "sizes" / "0" / "0003.png")
     with pytest.raises(UserError, match="0003.png in sizes is 5 x 4 pixels, the first image 6 x 6"):
-        run(folder, samples="sizes")
+        run(folder, "--grey", samples="sizes")
 
 
 def build_reference(folder, images, *extra):
@@ -284,3 +284,28 @@ def test_unknown_features_name_the_nearest(pair):
     folder, *_ = pair
     with pytest.raises(UserError, match="did you mean pixels"):
         run(folder, "--features", "pixel")
+
+
+def test_a_folder_of_generate_is_its_samples_and_never_its_grid(pair):
+    folder, samples, labels = pair
+    drawn = folder / "drawn"
+    drawn.mkdir()
+    np.savez(drawn / "samples.npz", arr_0=samples, labels=labels)
+    (drawn / "samples.json").write_text('{"seed": 3}')
+    Image.fromarray(np.zeros((99, 99), np.uint8)).save(drawn / "grid.png")
+    by_file, by_folder = run(folder, samples="drawn/samples.npz"), run(folder, samples="drawn")
+    assert by_file == by_folder and by_folder["samples"]["settings"] == {"seed": 3}
+    (drawn / "partial").mkdir()
+    with pytest.raises(UserError, match="unfinished"):
+        run(folder, samples="drawn")
+
+
+def test_image_files_are_rgb_unless_grey(pair):
+    folder, samples, labels = pair
+    write_folder(folder / "png", samples, labels)
+    write_folder(folder / "real", *digits(1, 200))
+    with pytest.raises(UserError, match="6 x 6 x 3, those of reference.npz are 6 x 6 x 1; one channel against three.*--grey"):
+        run(folder, samples="png")
+    by_file = run(folder)["metrics"]["fd"]
+    assert run(folder, "--grey", samples="png", reference="real")["metrics"]["fd"] == pytest.approx(by_file)
+    assert run(folder, samples="png", reference="real")["metrics"]["fd"] == pytest.approx(3 * by_file)  # three equal channels

@@ -213,3 +213,20 @@ def test_png_keeps_a_crop(tmp_path, grey):
     crop = cropped(ImageFiles(tmp_path), 0, 16, grey)
     assert crop.shape == (16, 16, 1 if grey else 3)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png(crop)))).reshape(crop.shape), crop)
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_folders_around_the_class_folders_are_refused_and_the_right_path_is_named(tmp_path, archive):
+    class_folders(tmp_path / "nest" / "train", classes=3, per_class=4)
+    class_folders(tmp_path / "nest" / "val", classes=3, per_class=1)
+    place = zipped(tmp_path / "nest", tmp_path / "nest.zip") if archive else tmp_path / "nest"
+    with pytest.raises(UserError, match=rf"train holds only folders.*probably {place / 'train'} "):
+        ImageFiles(place)
+    assert len(ImageFiles(tmp_path / "nest" / "train").class_names) == 3
+    # one wrapper is enough, and a folder with images of its own may have folders below
+    with pytest.raises(UserError, match=rf"probably {tmp_path / 'nest' / 'train'} "):
+        (tmp_path / "nest" / "val").rename(tmp_path / "val")
+        ImageFiles(tmp_path / "nest")
+    (tmp_path / "val" / "n00" / "more").mkdir()
+    photograph(9).save(tmp_path / "val" / "n00" / "more" / "9.png")
+    assert ImageFiles(tmp_path / "val").labels.tolist() == [0, 0, 1, 2]

@@ -10,7 +10,7 @@ from evaluations import reference
 from preprocessing import digits
 from preprocessing.images import ImageFiles, cropped
 from runtime.errors import UserError
-from tests.image_sets import class_folders, tiny_vae, zipped
+from tests.image_sets import class_folders, photograph, tiny_vae, zipped
 
 
 def written(out, *arguments: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,11 +67,21 @@ def test_what_a_latent_set_cannot_give_is_one_clear_line(tmp_path):
 
 def test_images_that_are_not_files_are_as_they_are(tmp_path):
     digits.main(["--out", str(tmp_path / "digits")])
-    for arguments, message in ((["--resolution", "32"], "is of 8 x 8"), (["--grey"], "--grey is for")):
+    np.savez(tmp_path / "colour.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    for images, arguments, message in (("digits", ["--resolution", "32"], "is of 8 x 8"), ("colour.npz", ["--grey"], "--grey is for")):
         with pytest.raises(UserError, match=message):
-            written(tmp_path / "r.npz", "--images", tmp_path / "digits", *arguments)
+            written(tmp_path / "r.npz", "--images", tmp_path / images, *arguments)
+    assert written(tmp_path / "r.npz", "--images", tmp_path / "digits", "--grey")[0].shape[-1] == 1  # they are grey
     with pytest.raises(UserError, match="--num-images goes with"):
         reference.main(["--images", str(tmp_path / "digits"), "--num-images", "5", "--features", "pixels", "--out", "r.npz"])
+
+
+def test_colour_images_stay_coloured_though_the_first_is_grey(tmp_path):
+    folder = class_folders(tmp_path / "set")
+    photograph(0, 20, 60).convert("L").save(folder / "n00" / "0.png")
+    images, _ = written(tmp_path / "r.npz", "--images", folder, "--resolution", "16", "--workers", "0")
+    assert images.shape == (15, 16, 16, 3)
+    np.testing.assert_array_equal(images[7], cropped(ImageFiles(folder), 7, 16))
 
 
 def test_a_bad_image_is_named_and_leaves_no_file(tmp_path):
