@@ -1,16 +1,18 @@
-"""From words to a run: recipes, presets and flags of `train.py` and `train_guide.py`."""
+"""From words to a run: recipes, presets and flags of `train.py` and `train_guide.py`, and what a network is taken over from."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import models
 from alignment import Alignment, AlignOptions, find
 from config import PEERS, RECIPES, TrainConfig
+from models.checkpoint import Checkpoint, latest
 from runtime import launch
-from runtime.errors import UserError, nearest
-from runtime.options import build, parse, peek
+from runtime.errors import UserError, nearest, require
+from runtime.options import Given, build, parse, peek
 from training import cost, loop
 from training.between import Callback
 from training.run import Run
@@ -18,7 +20,7 @@ from training.run import Run
 
 def resolve(argv: Sequence[str], prog: str, description: str | None,
             always: tuple[str, ...] = ()) -> tuple[TrainConfig, dict[str, AlignOptions]]:
-    """The run's options and those of each alignment: defaults < recipe < preset < command line.
+    """The run's options and those of each alignment: defaults < recipe < what is taken over < preset < command line.
 
     `always` names alignments that the program adds by itself.
 
@@ -29,19 +31,41 @@ def resolve(argv: Sequence[str], prog: str, description: str | None,
     kinds = {name: find(name) for name in names}
     given = parse({"": TrainConfig, **{name: kind.Options for name, kind in kinds.items()}}, argv, prog=prog,
                   description=description, epilog=catalogue(), hints=PEERS)
-    recipe = RECIPES[given[""].get("recipe", "sit")]
+    taken = taken_over(given)
+    recipe = RECIPES[given[""].get("recipe", taken.get("recipe", "sit"))]
     preset = given[""].get("preset")
     known = {word for kind in kinds.values() for word in kind.presets}
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {preset}{nearest(preset, known)}; "
                         f"{' and '.join(names) or 'plain training'} has {', '.join(sorted(known)) or 'none'}")
     chosen = {name: kind.presets.get(preset, {}) for name, kind in kinds.items()}
-    train = build(TrainConfig, recipe["train"], *(settings.get("train", {}) for settings in chosen.values()), given[""])
+    train = build(TrainConfig, recipe["train"], taken, *(settings.get("train", {}) for settings in chosen.values()), given[""])
     options = {}
     for name, kind in kinds.items():
         common = {key: value for key, value in recipe["align"].items() if key in kind.Options.__dataclass_fields__}
         options[name] = build(kind.Options, common, chosen[name].get("options", {}), given[name])
     return train, options
+
+
+def taken_over(given: dict[str, Given]) -> Given:
+    """Model, QK-norm and recipe of the network that a run starts from, or of its teacher, where the command does not say them.
+
+    A run that is continued has them in its own checkpoint. The main process says what was taken, and from where.
+    """
+    plain = given[""]
+    place = plain.get("branch_from") or plain.get("init_ckpt") or given.get("guided", {}).get("guiding_ckpt")
+    if place is None or "exp_name" not in plain or not {"model", "qk_norm", "recipe"} - plain.keys():
+        return {}
+    own = latest(Path(plain.get("output_dir", TrainConfig.output_dir)) / plain["exp_name"])
+    source = Checkpoint.open(own or place)
+    trained = source.config.get("train") or {}
+    family = trained.get("recipe", "lightningdit" if source.spec.architecture == "lightningdit" else "sit")
+    known = {"model": source.spec.name, "qk_norm": source.spec.qk_norm, "recipe": family}
+    taken = {key: value for key, value in known.items() if key not in plain}
+    require(taken.get("model", "") != "custom", f"{place} is of no registered size: say --model, one of {', '.join(models.names())}")
+    if own is None and os.environ.get("RANK", "0") == "0":
+        print(f"taken over from {source.path}: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in taken.items()))
+    return taken
 
 
 def catalogue() -> str:
