@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset import LatentSet
 from models.latents import Codec
 from models.pixels import PIXELS, is_pixels, pixels, to_signed
 from models.vae import open_codec
-from preprocessing import shards
+from preprocessing import quality, shards
 from preprocessing.images import ImageFiles, ImageSet
 from preprocessing.job import STOPPED, Job, Options, begin, finish
 from preprocessing.loading import Batch, batches
@@ -79,7 +80,12 @@ def encode(source: ImageSet, options: Options) -> None:
         if messages:
             raise UserError(messages[0])
         everywhere = dict(gather_object(entries))
-        _on_main(processes, lambda: finish(job, everywhere))
+        _on_main(processes, lambda: _conclude(job, everywhere, codec))
+
+
+def _conclude(job: Job, entries: dict[int, dict[str, Any]], codec: Codec) -> None:
+    finish(job, entries)
+    print(*quality.report(LatentSet(job.folder), job.source, codec), sep="\n")
 
 
 def _codec(options: Options, device: torch.device) -> Codec:

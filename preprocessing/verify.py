@@ -5,7 +5,8 @@
 Checks, in this order: the checksum of every shard; counts, types and label range; that every class has items; that every
 latent is finite and no standard deviation negative; the scale of the latents as a network sees them. The first offending
 file or item is named. Where the autoencoder is at hand, a few items are decoded into a picture, beside the kept images
-(or those of the source, --images) with their PSNR.
+(or those of the source, --images) with their PSNR. What a sound file cannot rule out is warned of: an autoencoder that
+does not reconstruct, a scale that is far from 1.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import torch
 
 import dataset
 from dataset import LatentSet
-from models.pixels import to_uint8
+from models.pixels import is_pixels
 from models.vae import open_codec
+from preprocessing import quality
 from preprocessing.images import ImageFiles, cropped
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
@@ -52,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     latents = LatentSet(options.data_dir)
     _line("items", f"{len(latents):,} in {len(latents.manifest['shards'])} shards, checksums agree")
     check_classes(latents)
-    check_values(latents)
+    std = check_values(latents)
+    warnings = [] if is_pixels(latents.space) else quality.of_scale(std)
     check_images(latents)
     if options.num_images:
-        reconstruct(latents, options)
-    _line("result", "sound")
+        warnings += quality.of_reconstruction(reconstruct(latents, options))
+    for warning in warnings:
+        _line("warning", warning)
+    _line("result", f"the files are whole, but see the warning{'s' * (len(warnings) > 1)} above" if warnings else "sound")
 
 
 def _line(what: str, result: str) -> None:
@@ -81,8 +86,11 @@ def check_classes(latents: LatentSet) -> None:
     _line("classes", f"{latents.num_classes:,}, of {counts.min():,} to {counts.max():,} items")
 
 
-def check_values(latents: LatentSet) -> None:
-    """Raise UserError at the first latent that is not finite or has a negative deviation, and where the scale is off."""
+def check_values(latents: LatentSet) -> float:
+    """The standard deviation of the latents as a network sees them.
+
+    Raises UserError at the first latent that is not finite or has a negative deviation, and where the scale is off.
+    """
     total = torch.zeros(latents.channels, dtype=torch.float64)
     squares = torch.zeros_like(total)
     for begin, view, raw in _chunks(latents):
@@ -104,6 +112,7 @@ def check_values(latents: LatentSet) -> None:
     if not _SCALE[0] <= overall <= _SCALE[1]:
         raise UserError(f"{latents.path}: latents have a standard deviation of {overall:.3g} after shift {latents.space.shift} "
                         f"and scale {latents.space.scale}, which should bring it near 1; the scale is not this VAE's")
+    return overall
 
 
 def _chunks(latents: LatentSet) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -115,15 +124,11 @@ def _chunks(latents: LatentSet) -> Iterator[tuple[int, int, torch.Tensor]]:
                 bar.update(len(indices))
 
 
-def _spread(latents: LatentSet, count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, len(latents) - 1, count).astype(int))
-
-
 def check_images(latents: LatentSet) -> None:
     """Decode kept images spread over the set; raise UserError at the first of another size."""
     if not latents.manifest["images"]:
         return
-    side, chosen = latents.manifest["resolution"], _spread(latents, 64)
+    side, chosen = latents.manifest["resolution"], quality.spread(len(latents), 64)
     for index in chosen:
         shape = latents.images([index])[0].shape
         if shape[:2] != (side, side):
@@ -131,23 +136,24 @@ def check_images(latents: LatentSet) -> None:
     _line("images", f"{len(chosen)} decoded, {side} x {side}")
 
 
-def reconstruct(latents: LatentSet, options: Options) -> None:
-    """Decode a few items, draw them under their images where there are any, and print the PSNR."""
+def reconstruct(latents: LatentSet, options: Options) -> float | None:
+    """Decode a few items, draw them under their images where there are any, and print the PSNR; returns its mean.
+
+    None where there is nothing to compare, or the autoencoder is not at hand.
+    """
     try:
         codec = open_codec(options.vae, space=latents.space)
     except UserError as error:
         if options.vae is not None:
             raise
         _line("reconstruction", f"left out: {error}")
-        return
-    chosen = _spread(latents, options.num_images)
-    raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
-    decoded = torch.cat([codec.decode(latents.space.normalise(latent[None])) for latent in raw])
-    rows = [to_uint8(decoded).numpy()]
+        return None
+    chosen = quality.spread(len(latents), options.num_images)
+    rows = [quality.decoded(latents, chosen, codec)]
     originals = _originals(latents, options, chosen)
+    psnr = None
     if originals is not None:
-        error = ((rows[0].astype(np.float64) - originals) ** 2).mean((1, 2, 3))
-        psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-10))
+        psnr = quality.psnr(rows[0], originals)
         worst = int(psnr.argmin())
         _line("reconstruction", f"PSNR {psnr.mean():.2f} dB over {len(chosen)} items, worst {psnr[worst]:.2f} dB at "
                                 f"{latents.name(chosen[worst])}")
@@ -155,6 +161,7 @@ def reconstruct(latents: LatentSet, options: Options) -> None:
     picture = Path(options.picture or latents.path / "verify.png")
     _draw(picture, rows)
     _line("picture", f"{picture} ({'images above, ' if originals is not None else ''}reconstructions)")
+    return None if psnr is None else float(psnr.mean())
 
 
 def _originals(latents: LatentSet, options: Options, chosen: np.ndarray) -> np.ndarray | None:

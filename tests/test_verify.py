@@ -54,6 +54,7 @@ def test_reconstructions_with_and_without_kept_images(tmp_path, capsys, monkeypa
         common = ["--images", str(folder), "--resolution", "16", "--out", str(tmp_path / name), "--workers", "0", "--vae"]
         if not (tmp_path / name).exists():
             preprocessing.encode.main([*common, "pixels" if "pixels" in name else vae, *keep])
+        capsys.readouterr()
         verify.main([str(tmp_path / name), "--picture", str(tmp_path / "p.png"), *more])
         return capsys.readouterr().out
 
@@ -116,3 +117,32 @@ def test_a_wrong_scale_and_an_empty_class_are_found(tmp_path):
     with pytest.raises(UserError, match=r"class 2 \(elk\) of .* has no item"):
         verify.main([str(tmp_path / "class")])
     assert len(LatentSet(tmp_path / "class")) == 20
+
+
+def test_an_autoencoder_that_does_not_reconstruct_is_warned_of(tmp_path, capsys, monkeypatch):
+    """Random weights: whole files of a useless space. Encoding says so at its end, verification at every look."""
+    from preprocessing import quality
+
+    folder, vae = class_folders(tmp_path / "set"), tiny_vae(tmp_path / "vae")
+    preprocessing.encode.main(["--images", str(folder), "--vae", vae, "--resolution", "16", "--out", str(tmp_path / "latents"),
+                               "--keep-images", "--workers", "0"])
+    told = capsys.readouterr().out
+    psnr, std = (float(told.split(word)[1].split()[0].rstrip(".;")) for word in ("PSNR ", "standard deviation of "))
+    assert psnr < 18 and "warning: reconstructions of" in told and "8 items decoded again" in told
+    latents = LatentSet(tmp_path / "latents")
+    raw = latents.read(quality.spread(15, 8))[0][:, 0]
+    assert std == pytest.approx(float(np.std(raw, ddof=1) * 0.18215), abs=0.006)
+    monkeypatch.setattr(verify, "_SCALE", (0.0, 100.0))
+    verify.main([str(tmp_path / "latents")])
+    told = capsys.readouterr().out
+    assert "warning         reconstructions of" in told and "see the warning" in told and "sound" not in told
+    monkeypatch.setattr(quality, "PSNR", 0.0)
+    monkeypatch.setattr(quality, "SCALE", (0.0, 100.0))
+    verify.main([str(tmp_path / "latents")])
+    assert "result          sound" in capsys.readouterr().out
+
+
+def test_a_scale_off_by_a_factor_is_warned_of(tmp_path, capsys):
+    write_set(tmp_path, moments(), np.arange(20) % 2, scale=0.034)
+    verify.main([str(tmp_path), "--num-images", "0"])
+    assert "standard deviation of 0.17, and the recipes expect about 1" in capsys.readouterr().out

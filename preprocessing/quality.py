@@ -1,0 +1,67 @@
+"""Whether an autoencoder suits its images: the PSNR of a few reconstructions and the spread of their latents.
+
+Files can be whole and yet useless: an autoencoder with broken weights encodes everything. SD-VAE reconstructs photographs
+at about 26 dB, and its scaled latents have a standard deviation of about 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dataset import LatentSet
+from models.latents import Codec
+from models.pixels import is_pixels, to_uint8
+from preprocessing.images import ImageSet, cropped
+
+PSNR = 18.0           # dB; below, the reconstruction is another picture
+SCALE = (0.5, 2.0)    # of the scaled latents' standard deviation
+SAMPLE = 8            # items that are looked at after encoding
+
+
+def spread(count: int, chosen: int) -> np.ndarray:
+    """At most `chosen` places, evenly spread over 0 .. count - 1."""
+    return np.unique(np.linspace(0, count - 1, chosen).astype(int))
+
+
+def decoded(latents: LatentSet, chosen: np.ndarray, codec: Codec) -> np.ndarray:
+    """The images (n, R, R, channels) uint8 that `codec` makes of the items `chosen`."""
+    raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
+    return to_uint8(torch.cat([codec.decode(latents.space.normalise(latent[None])) for latent in raw])).cpu().numpy()
+
+
+def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """(n,) peak signal-to-noise ratio in dB of uint8 images against their originals."""
+    error = ((images.astype(np.float64) - originals) ** 2).mean((1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
+
+
+def of_reconstruction(mean: float | None) -> list[str]:
+    """A warning where reconstructions of `mean` dB are no reconstructions."""
+    if mean is None or mean >= PSNR:
+        return []
+    return [f"reconstructions of {mean:.1f} dB do not show the images (SD-VAE: about 26 dB): the autoencoder's weights are broken, or "
+            f"not made for such images; look at the picture of preprocessing.verify"]
+
+
+def of_scale(std: float) -> list[str]:
+    """A warning where scaled latents of standard deviation `std` are far from what the recipes expect."""
+    if SCALE[0] <= std <= SCALE[1]:
+        return []
+    return [f"scaled latents have a standard deviation of {std:.2f}, and the recipes expect about 1: give the VAE's statistics "
+            f"(--statistics of preprocessing.encode), or check its weights"]
+
+
+def report(latents: LatentSet, source: ImageSet, codec: Codec) -> list[str]:
+    """What to print of a set that has just been encoded from `source`: figures of a few items, and warnings."""
+    chosen = spread(len(latents), SAMPLE)
+    raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
+    std = float(latents.space.normalise(raw).std())
+    if is_pixels(latents.space):
+        return [f"pixels of {len(chosen)} items: standard deviation {std:.2f}"]
+    place = {name: index for index, name in enumerate(source.names)}
+    names = [latents.source_name(index) for index in chosen]
+    originals = np.stack([cropped(source, place[name], latents.manifest["resolution"]) for name in names])
+    mean = float(psnr(decoded(latents, chosen, codec), originals).mean())
+    figures = f"{len(chosen)} items decoded again: PSNR {mean:.2f} dB; their scaled latents have a standard deviation of {std:.2f}"
+    return [figures, *(f"warning: {warning}" for warning in of_reconstruction(mean) + of_scale(std))]
