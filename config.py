@@ -33,9 +33,9 @@ class TrainConfig:
 
     model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2 (all names below)", heading="network")
     qk_norm: bool = option(False, help="normalise queries and keys")
-    init_ckpt: str | None = option(None, help="start from this checkpoint's network (a new label table if classes differ): a folder, a run "
-                                               "or RUN@STEP")
-
+    init_ckpt: str | None = option(None, help="start from this checkpoint's network: a folder, a run or RUN@STEP (the label table is "
+                                              "new if the number of classes differs, positions are stretched if the latent size does)")
+    init_weights: str = option("ema", choices=("ema", "raw"), help="which of its weights")
     branch_from: str | None = option(None, help="start as a branch of a run: continue everything from its checkpoint RUN@STEP under "
                                                 "other alignment options (stop, weight, schedule)")
 

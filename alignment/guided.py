@@ -84,6 +84,7 @@ class Guided(Alignment):
                               setting.dtype if options.guiding_precision == "run" else None)
         self.origin = {"path": str(checkpoint.path), "digest": checkpoint.digest, "step": checkpoint.step,
                        "model": teacher.name, "weights": options.guiding_weights, "epochs": checkpoint.epochs}
+        self.doubt = checkpoint.space.doubt(setting.space)
 
     def forward(self, context: Context) -> Tensor:
         loss = squared_error(self.head(context.features[self.taps[0]]), self.target(context))
@@ -110,7 +111,7 @@ class Guided(Alignment):
         if epochs is not None and abs(epochs - EPOCHS) > 0.5:
             lines.append(f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its checkpoint "
                          f"with --guiding-ckpt RUN@STEP")
-        return lines
+        return lines + ([f"warning: the teacher {self.origin['path']}: {self.doubt}"] if self.doubt else [])
 
     @property
     def frozen(self) -> list[Backbone]:

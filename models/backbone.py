@@ -40,6 +40,7 @@ class ModelSpec:
     input_size: int  # side of the latent
     num_classes: int
     qk_norm: bool = False
+    position_span: int | None = None  # side of the token grid whose positions are stretched over this one; None: its own
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "input_size", "num_classes"):
@@ -53,9 +54,19 @@ class ModelSpec:
             raise UserError(f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
 
     @property
+    def side(self) -> int:
+        """Tokens along one side of an image."""
+        return self.input_size // self.patch_size
+
+    @property
     def tokens(self) -> int:
         """Tokens per image."""
-        return (self.input_size // self.patch_size) ** 2
+        return self.side**2
+
+    def sized(self, input_size: int) -> ModelSpec:
+        """The same network for latents of side `input_size`: positions are stretched to the new grid."""
+        span, resized = self.position_span or self.side, dataclasses.replace(self, input_size=input_size)
+        return dataclasses.replace(resized, position_span=None if span == resized.side else span)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,7 +75,7 @@ class ModelSpec:
     def from_json(cls, value: Mapping[str, Any]) -> ModelSpec:
         """Raises UserError where a field is missing or unknown."""
         known = {field.name for field in dataclasses.fields(cls)}
-        required = known - {"qk_norm"}
+        required = known - {"qk_norm", "position_span"}
         if not required <= set(value) <= known:
             wrong = sorted((required - set(value)) | (set(value) - known))
             raise UserError(f"the model's description is damaged or from another version: {', '.join(wrong)}")
@@ -140,7 +151,7 @@ class Backbone(nn.Module):
         self.x_embedder = PatchEmbedder(spec.patch_size, spec.in_channels, width)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(spec.num_classes, width)
-        self.register_buffer("pos_embed", sincos_positions(width, math.isqrt(spec.tokens)), persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(width, spec.side, spec.position_span), persistent=False)
 
         def head_norm() -> nn.Module:
             return self.head_norm(head_dim) if spec.qk_norm else nn.Identity()

@@ -84,7 +84,7 @@ class Checkpoint:
         recorded = self.files.get(file.name)
         if recorded is None:
             weights = {"ema": "raw", "network": "ema"}.get(name)
-            remedy = f": use --weights {weights} (of a teacher, --guiding-weights {weights})" if weights else ""
+            remedy = f": use --weights {weights} (of a teacher --guiding-weights, of --init-ckpt --init-weights)" if weights else ""
             raise UserError(f"{self.path} has no {file.name}{remedy}")
         if not file.is_file():
             raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
@@ -114,6 +114,9 @@ def locate(name: Path | str) -> Path:
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
+    if folder.is_file():
+        raise UserError(f"{name} is a file, not a checkpoint: python -m models.convert {name} --out ckpts/{folder.stem} makes one of "
+                        f"published weights")
     run, at, step = str(name).rpartition("@")
     if at and step.isdigit() and not folder.exists():
         steps = of_run(run)

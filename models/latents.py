@@ -64,6 +64,12 @@ class LatentSpace:
             return f"the encoder of {self.vae} against that of {other.vae}"
         return None
 
+    def doubt(self, other: LatentSpace) -> str | None:
+        """What speaks against one encoder behind both where no digest can tell: other names. None where nothing does."""
+        if None not in (self.digest, other.digest) or self.name == other.name:
+            return None
+        return f"latents of {self.name} against {other.name}, and no digest tells whether one encoder made both"
+
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "shift": list(self.shift), "scale": list(self.scale)}
 

@@ -32,13 +32,19 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, c, side * patch, side * patch)
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
+def grid_positions(side: int, span: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column (side*side,) of each token; with `span`, positions 0 .. span of another grid stretched over this one."""
+    row, column = np.divmod(np.arange(side * side), side)
+    return (row, column) if span is None else (row * (span / side), column * (span / side))
+
+
+def sincos_positions(width: int, side: int, span: int | None = None) -> Tensor:
     """(1, side*side, width) fixed positions: quarters sin(column), cos(column), sin(row), cos(row); `width` in fours.
 
-    Frequencies 10000^(-i / (width/4)), as in MAE and DiT.
+    Frequencies 10000^(-i / (width/4)), as in MAE and DiT. `span`: see `grid_positions`.
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    row, column = np.divmod(np.arange(side * side), side)
+    row, column = grid_positions(side, span)
     angles = [np.outer(axis, frequencies) for axis in (column, row)]
     table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
     return torch.from_numpy(table.astype(np.float32))[None]

@@ -5,14 +5,13 @@ RMSNorm with weights, a SwiGLU MLP, and 2-D rotary positions on queries and keys
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone, ModelSpec
+from models.layers import grid_positions
 from runtime.errors import UserError
 
 # name: (depth, hidden_size, num_heads, patch_size); L/1 is ours, for latents of stride 16
@@ -54,7 +53,7 @@ class LightningDiT(Backbone):
 
     def __init__(self, spec: ModelSpec, depth: int | None = None) -> None:
         super().__init__(spec, depth)
-        cos, sin = rotary_tables(spec.hidden_size // spec.num_heads, math.isqrt(spec.tokens))
+        cos, sin = rotary_tables(spec.hidden_size // spec.num_heads, spec.side, spec.position_span)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
 
@@ -74,9 +73,9 @@ class LightningDiT(Backbone):
         return self.rotary_cos, self.rotary_sin
 
 
-def rotary_tables(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(head_dim: int, side: int, span: int | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines (side*side, head_dim) of axial 2-D rotation: the first half of a head turns with the row, the
-    second with the column, each adjacent pair at its own frequency 10000^(-2i / (head_dim/2)).
+    second with the column, each adjacent pair at its own frequency 10000^(-2i / (head_dim/2)). `span`: see `layers.grid_positions`.
 
     Raises:
         UserError: `head_dim` is not a multiple of 4.
@@ -84,6 +83,6 @@ def rotary_tables(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
     if head_dim % 4:
         raise UserError(f"rotary positions need a head dimension divisible by 4, not {head_dim}: change the number of heads")
     frequencies = 10000.0 ** (-np.arange(head_dim // 4) / (head_dim / 4))
-    angles = [np.repeat(np.outer(axis, frequencies), 2, axis=1) for axis in np.divmod(np.arange(side * side), side)]
+    angles = [np.repeat(np.outer(axis, frequencies), 2, axis=1) for axis in grid_positions(side, span)]
     table = np.concatenate(angles, axis=1)
     return torch.from_numpy(np.cos(table).astype(np.float32)), torch.from_numpy(np.sin(table).astype(np.float32))

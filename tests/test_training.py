@@ -308,7 +308,7 @@ def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path
     with pytest.raises(UserError, match="scale"):
         trainer("train", words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
     found = Checkpoint.open(teacher)
-    other = start_from(found, dataclasses.replace(found.spec, num_classes=3), seed=5)
+    other, _ = start_from(found, dataclasses.replace(found.spec, num_classes=3), seed=5)
     assert other.y_embedder.embedding_table.weight.shape == (4, 128)
     assert torch.equal(other.blocks[0].attn.qkv.weight, ema["blocks.0.attn.qkv.weight"])
     with pytest.raises(UserError, match="depth"):

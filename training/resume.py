@@ -57,8 +57,9 @@ def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: st
 
 def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision: str) -> None:
     """Network, data set and precision of `earlier` are those of `setup`."""
-    require(earlier.spec == setup.spec, f"{where}: its network is {differences(earlier.spec.to_json(), setup.spec.to_json())}; "
-                                        f"use its --model, or another --exp-name")
+    spec = dataclasses.replace(setup.spec, position_span=earlier.spec.position_span)  # that came with the weights
+    require(earlier.spec == spec, f"{where}: its network is {differences(earlier.spec.to_json(), spec.to_json())}; "
+                                  f"use its --model, or another --exp-name")
     require(earlier.config["data"]["digest"] == setup.data.digest, f"{where}: {setup.config.data_dir} is another latent set "
                                                                    f"than the one it was trained on; use another --exp-name")
     require(earlier.config["precision"] == precision, f"{where}: it was trained in {earlier.config['precision']}, not {precision}; "
@@ -116,31 +117,43 @@ def _first_difference(before: AlignOptions, after: AlignOptions, steps: int, epo
     return next((step for step in range(steps) if before.weight_at(step, epoch_steps) != after.weight_at(step, epoch_steps)), None)
 
 
-def network(setup: Setup, earlier: Checkpoint | None) -> models.Backbone:
-    """The network that training goes on with: of the run's checkpoint, of `--init-ckpt`, or fresh."""
+def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, list[str]]:
+    """The network that training goes on with: of the run's checkpoint, of `--init-ckpt`, or fresh; and what to say of it."""
+    config = setup.config
     if earlier is not None:
-        return models.build(setup.spec, weights=earlier.tensors("network"))
-    if setup.config.init_ckpt is None:
-        return models.build(setup.spec, seed=setup.config.seed)
-    source = Checkpoint.open(setup.config.init_ckpt)
+        return models.build(earlier.spec, weights=earlier.tensors("network")), []
+    if config.init_ckpt is None:
+        return models.build(setup.spec, seed=config.seed), []
+    source = Checkpoint.open(config.init_ckpt)
     difference = source.space.difference(setup.data.space)
-    require(difference is None,
-            f"--init-ckpt {source.path} was trained on other latents than {setup.config.data_dir} ({difference})")
-    return start_from(source, setup.spec, setup.config.seed)
+    require(difference is None, f"--init-ckpt {source.path} was trained on other latents than {config.data_dir} ({difference})")
+    started, changes = start_from(source, setup.spec, config.seed, config.init_weights)
+    names = source.config.get("data", {}).get("class_names")
+    if names and names != setup.data.manifest["class_names"] and len(names) == setup.data.num_classes:
+        changes += ["its classes have other names, the label table keeps its rows"]
+    said = [f"starts from the {config.init_weights} weights of {source.path} (step {source.step}): {', '.join(changes) or 'as they are'}"]
+    doubt = source.space.doubt(setup.data.space)
+    return started, said + ([f"warning: --init-ckpt {source.path}: {doubt}"] if doubt else [])
 
 
-def start_from(source: Checkpoint, spec: models.ModelSpec, seed: int) -> models.Backbone:
-    """A network with the EMA weights of `source`; the label table is fresh where the classes differ.
+def start_from(source: Checkpoint, spec: models.ModelSpec, seed: int, weights: str = "ema") -> tuple[models.Backbone, list[str]]:
+    """A network with the weights of `source`, `ema` or `raw`, and what had to change on the way.
 
+    The label table is fresh where the number of classes differs; at another latent size the positions are stretched.
     Raises UserError where anything else differs.
     """
-    same = dataclasses.replace(source.spec, num_classes=spec.num_classes)
+    resized = source.spec.sized(spec.input_size)
+    spec = dataclasses.replace(spec, position_span=resized.position_span)
+    same = dataclasses.replace(resized, num_classes=spec.num_classes)
     require(same == spec, f"--init-ckpt {source.path} does not fit: its network is {differences(same.to_json(), spec.to_json())}")
-    tensors = source.tensors("ema" if "ema.safetensors" in source.config["files"] else "network")
+    tensors, changes = source.tensors("network" if weights == "raw" else "ema"), []
     if source.spec.num_classes != spec.num_classes:
         table = "y_embedder.embedding_table.weight"
         tensors[table] = models.build(spec, seed=seed).state_dict()[table]
-    return models.build(spec, weights=tensors)
+        changes += [f"all {spec.num_classes + 1} rows of the label table are fresh (it knew {source.spec.num_classes} classes)"]
+    if source.spec.input_size != spec.input_size:
+        changes += [f"positions of its {source.spec.side}x{source.spec.side} tokens are stretched over {spec.side}x{spec.side}"]
+    return models.build(spec, weights=tensors), changes
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ class Run:
         if config.deterministic:
             launch.deterministic()
         self.setup = Setup.of(config, options, self.device)
-        self.data, self.spec, self.epoch_steps = self.setup.data, self.setup.spec, self.setup.epoch_steps
+        self.data, self.epoch_steps = self.setup.data, self.setup.epoch_steps
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
                                                 f"(processes x --gradient-accumulation-steps)")
@@ -49,7 +49,8 @@ class Run:
         self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
         """Each alignment's options and resolved choices; those of one that has ended are what they were."""
         self.step: int = self.resumed.step if self.resumed else 0
-        self.network = resume.network(self.setup, self.resumed).to(self.device).train()
+        network, self.origin = resume.network(self.setup, self.resumed)
+        self.network, self.spec = network.to(self.device).train(), network.spec
         self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
         setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
                           resume.teacher_loader(self.folder, self.resolved), self.data,
@@ -159,7 +160,8 @@ class Run:
             f"data: {len(data)} latents {data.channels}x{data.latent_size}x{data.latent_size} ({data.space.name}), "
             f"{data.num_classes} classes, {self.epoch_steps} steps per epoch",
             f"batch {config.batch_size} = {world} process(es) x {config.gradient_accumulation_steps} micro-batch(es) x {micro}; "
-            f"{config.max_train_steps} steps = {config.max_train_steps / self.epoch_steps:.1f} epochs"]
+            f"{config.max_train_steps} steps = {config.max_train_steps / self.epoch_steps:.1f} epochs",
+            *self.origin]
         for name, choices in self.resolved.items():
             lines.append(f"alignment {name}: " + ", ".join(f"{key} {value}" for key, value in choices.items() if value is not None))
             authors = published.first(method=name, variant="", model=config.model, guidance="none", samples=50_000)
