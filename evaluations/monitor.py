@@ -73,13 +73,15 @@ class Scores:
 
 
 class Previews:
-    """A grid of samples as a picture, drawn by the main process."""
+    """A grid of samples as a picture, drawn by the main process, which gets its path."""
 
     def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, folder: Path) -> None:
         self.every, self.seed, self.codec, self.folder = config.sampling_steps, config.seed, codec, folder
         self.main = accelerator.is_main_process
 
-    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:
-        if self.main:
-            preview.write(self.folder / f"{step:07d}.png", networks["ema"], self.codec, dtype, self.seed)
-        return {}
+    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, Path]:
+        if not self.main:
+            return {}
+        path = self.folder / f"{step:07d}.png"
+        preview.write(path, networks["ema"], self.codec, dtype, self.seed)
+        return {"samples": path}

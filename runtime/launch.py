@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +117,16 @@ def compile_network(network: Any, heads: Iterable[Any], wanted: str | None, devi
     ends = [network.final_layer] if getattr(network, "final_layer", None) is not None else []
     for module in [*network.blocks, *([*ends, *heads] if device.type == "cuda" else [])]:
         module.compile(options={"combo_kernels": True} if wanted == "combined" and device.type == "cuda" else None)
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty where files differ from it; None where git does not know."""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"], capture_output=True,
+                              text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
 
 
 def deterministic() -> None:

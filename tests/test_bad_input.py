@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,8 +215,3 @@ def test_non_finite_losses_stop_the_run(tmp_path: Path, words: Words) -> None:
     # between two reports as well: a checkpoint is looked at before it is written
     refused(train.main, [*argv, "--log-steps", "40", "--checkpointing-steps", "3"], "not finite")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-
-
-def test_missing_trackers_are_named(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    refused(train.main, words(tmp_path, "run", "--report-to", "wandb", "--max-train-steps", 1), "wandb", "--report-to none")

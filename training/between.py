@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,8 +20,8 @@ class Callback(Protocol):
 
     every: int
 
-    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:
-        """Act; returns values for the log, on every process.
+    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float | Path]:
+        """Act; returns numbers for the log, on every process, and pictures by their path, on the main one.
 
         `networks` are "ema" (in eval mode) and "raw" (the trained one, in training mode: nothing in it depends on the mode).
         `dtype` is that of the run's autocast, None for float32.
@@ -41,16 +42,20 @@ class Between:
         values: dict[str, float] = {}
         saves = step % config.checkpointing_steps == 0 or step == config.max_train_steps
         if step % config.log_steps == 0 or step == end or saves:
-            values = meter.report(config.batch_size)
+            values = {**meter.report(config.batch_size), "learning_rate": run.optimizer.param_groups[0]["lr"]}
             self._require_finite(name for name, value in values.items() if not math.isfinite(value))
         due = [callback for callback in self.callbacks if step % callback.every == 0]
+        pictures: dict[str, Path] = {}
         for callback in due:
-            measured = callback(step, {"ema": run.ema.network, "raw": run.network}, run.dtype)
-            if measured:
+            found = callback(step, {"ema": run.ema.network, "raw": run.network}, run.dtype)
+            pictures |= {name: value for name, value in found.items() if isinstance(value, Path)}
+            if measured := {name: value for name, value in found.items() if name not in pictures}:
                 self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
             values |= measured
         if values:
             self.log.write(step, values)
+        for name, path in pictures.items():
+            self.log.picture(step, name, path)
         if saves:
             self._require_finite(name for name, value in run.network.named_parameters() if not torch.isfinite(value).all())
             run.save()

@@ -1,4 +1,4 @@
-"""Logs: losses summed on the device, a JSON-lines file always, a progress bar, and an optional tracker."""
+"""Logs: losses summed on the device, a JSON-lines file always, a progress bar, and an optional tracker (`tracker.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from runtime import files, progress
-from runtime.errors import UserError
+from training.tracker import Tracker
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
 
@@ -81,14 +81,7 @@ class RunLog:
                  tracker: str, introduction: Sequence[str] = ()) -> None:
         self.path = folder / "log.jsonl"
         self._accelerator = accelerator
-        self._tracker = tracker != "none"
-        if self._tracker:
-            try:
-                accelerator.init_trackers("self-transcendence", _flat(settings), {"wandb": {"name": folder.name}})
-            except ImportError as error:
-                raise UserError(f"--report-to {tracker}: {error}; pip install {tracker}, or --report-to none") from error
-            except _tracker_errors(tracker) as error:
-                raise UserError(f"--report-to {tracker}: {error}; log in, set WANDB_MODE=offline, or --report-to none") from error
+        self._tracker = Tracker(accelerator, tracker, folder, start, settings)
         if accelerator.is_main_process:
             print(*introduction, sep="\n", flush=True)
         self._bar = progress.bar(total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process)
@@ -103,8 +96,7 @@ class RunLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line; also to the tracker and the bar."""
-        if self._tracker:
-            self._accelerator.log(values, step=step)
+        self._tracker.log(step, values)
         if not self._accelerator.is_main_process:
             return
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
@@ -112,6 +104,10 @@ class RunLog:
             handle.write(json.dumps(line) + "\n")
         self._bar.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in values.items()
                                if name.startswith("loss/") and " " not in name}, refresh=False)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show the picture in the file `path` to the tracker."""
+        self._tracker.picture(step, name, path)
 
     def say(self, text: str) -> None:
         """Print a line above the bar, on the main process."""
@@ -121,17 +117,7 @@ class RunLog:
     def close(self) -> None:
         """End the bar and the tracker."""
         self._bar.close()
-        if self._tracker:
-            self._accelerator.end_training()
-
-
-def _tracker_errors(tracker: str) -> tuple[type[Exception], ...]:
-    """What the tracker raises where it cannot start: no account, no network."""
-    if tracker != "wandb":
-        return ()
-    import wandb
-
-    return (wandb.errors.Error,)
+        self._tracker.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -145,7 +131,3 @@ def read(path: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return lines
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if isinstance(value, (int, float, bool)) else str(value) for key, value in settings.items()}

@@ -61,7 +61,7 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
     config = run.config
     if run.accelerator.is_main_process:
         files.write_json(run.folder / "run.json", {"train": as_dict(config), "align": run.resolved})
-    log = RunLog(run.folder, run.accelerator, run.step, config.max_train_steps, as_dict(config), config.report_to,
+    log = RunLog(run.folder, run.accelerator, run.step, config.max_train_steps, run.settings(), config.report_to,
                  run.introduction())
     try:
         between = Between(run, log, callbacks)

@@ -17,7 +17,7 @@ from models import Backbone, attention, checkpoint, published
 from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
-from training import resume
+from training import resume, tracker
 from training.batches import Batches
 from training.ema import EMA
 from training.setup import Setup
@@ -31,6 +31,7 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, options: Mapping[str, AlignOptions]) -> None:
+        tracker.require_installed(config.report_to)
         self.config = config
         self.folder = Path(config.output_dir) / config.exp_name
         self.accelerator = launch.accelerator(log_with=None if config.report_to == "none" else config.report_to,
@@ -146,6 +147,13 @@ class Run:
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
                 resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32))
         self.accelerator.wait_for_everyone()
+
+    def settings(self) -> dict[str, Any]:
+        """All that the run was told and what it came to, laid flat: for a tracker."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {**as_dict(self.config), "device": device, "processes": self.accelerator.num_processes,
+                "precision": launch.precision_name(self.dtype), "commit": launch.commit(),
+                **{f"{name}/{key}": value for name, choices in self.resolved.items() for key, value in choices.items()}}
 
     def introduction(self) -> list[str]:
         """What is about to run: everything that two runs of the same name could differ in."""

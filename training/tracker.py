@@ -1,0 +1,85 @@
+"""A tracker beside the log: Weights & Biases or TensorBoard, through Accelerate.
+
+A continued run goes on where it was: its id is kept in the run's folder (`tracker.json`), and TensorBoard drops what the
+continued steps log again. `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_TAGS`, `WANDB_MODE` and `WANDB_DIR` mean what they always do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from runtime import files
+from runtime.errors import UserError, require
+
+PROJECT = "self-transcendence"
+
+
+def require_installed(kind: str) -> None:
+    """Raise UserError where the tracker `kind` is not installed; Accelerate would go on without it."""
+    require(kind == "none" or importlib.util.find_spec(kind) is not None,
+            f"--report-to {kind}: it is not installed: pip install {kind}, or --report-to none")
+
+
+class Tracker:
+    """Values and pictures by step; does nothing for the kind `none`. Every process calls it, the main one writes."""
+
+    def __init__(self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]) -> None:
+        self._accelerator, self._kind = accelerator, kind
+        if kind == "none":
+            return
+        project = os.environ.get("WANDB_PROJECT", PROJECT) if kind == "wandb" else kind
+        options = _wandb(folder) if kind == "wandb" else {"purge_step": start + 1}
+        try:
+            accelerator.init_trackers(project, {name: _plain(value) for name, value in settings.items()},
+                                      {kind: options} if accelerator.is_main_process else {})
+        except _failures(kind) as error:
+            raise UserError(f"--report-to {kind}: {error}; log in, set WANDB_MODE=offline, or --report-to none") from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step."""
+        if self._kind != "none":
+            self._accelerator.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """The picture in the file `path`. The main process alone has it, and calls this."""
+        if self._kind != "none":
+            from PIL import Image
+
+            image = np.asarray(Image.open(path).convert("RGB"))[None]
+            layout = {"dataformats": "NHWC"} if self._kind == "tensorboard" else {}
+            self._accelerator.get_tracker(self._kind).log_images({name: image}, step=step, **layout)
+
+    def close(self) -> None:
+        """End the tracker's run."""
+        if self._kind != "none":
+            self._accelerator.end_training()
+
+
+def _wandb(folder: Path) -> dict[str, Any]:
+    """How a run is opened: under the id that it began with."""
+    kept = folder / "tracker.json"
+    if not kept.is_file():
+        files.write_json(kept, {"wandb": uuid.uuid4().hex[:8]})
+    where = {} if "WANDB_DIR" in os.environ else {"dir": str(folder)}
+    return {"name": folder.name, "id": files.read_json(kept)["wandb"], "resume": "allow", **where}
+
+
+def _failures(kind: str) -> tuple[type[Exception], ...]:
+    """What the tracker raises where it cannot start: no account, no network."""
+    if kind != "wandb":
+        return ()
+    import wandb
+
+    return (wandb.errors.Error,)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, bool)) else str(value)
