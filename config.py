@@ -8,6 +8,8 @@ This file knows nothing of tensors.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +37,7 @@ class TrainConfig:
     qk_norm: bool = option(False, help="normalise queries and keys")
     init_ckpt: str | None = option(None, help="start from this checkpoint's network: a folder, a run or RUN@STEP (the label table is "
                                               "new if the number of classes differs, positions are stretched if the latent size does)")
-    init_weights: str = option("ema", choices=("ema", "raw"), help="which of its weights")
+    init_weights: str = option("ema", help="which of its weights: ema, raw, or ema-DECAY where it has several averages")
     branch_from: str | None = option(None, help="start as a branch of a run: continue everything from its checkpoint RUN@STEP under "
                                                 "other alignment options (stop, weight, schedule)")
 
@@ -52,13 +54,17 @@ class TrainConfig:
     batch_size: int = option(256, help="samples per optimiser step over all processes", heading="optimisation")
     gradient_accumulation_steps: int = option(1, help="micro-batches per optimiser step")
     max_train_steps: int = option(400_000, help="optimiser steps in all")
-    learning_rate: float = option(1e-4, help="AdamW's constant rate")
+    learning_rate: float = option(1e-4, help="AdamW's rate, after the warm-up")
+    lr_warmup_steps: int = option(0, help="steps over which the rate rises linearly from 0")
+    lr_scheduler: str = option("constant", choices=("constant", "cosine"), help="the rate after that: as it is, or falling to 0 at "
+                                                                                "--max-train-steps along a cosine")
     adam_beta1: float = option(0.9, help="AdamW's first decay")
     adam_beta2: float = option(0.999, help="AdamW's second decay")
     adam_weight_decay: float = option(0.0, help="AdamW's weight decay")
     adam_epsilon: float = option(1e-8, help="AdamW's epsilon")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 for no clipping")
     ema_decay: float = option(0.9999, help="decay of the weights' moving average")
+    ema_extra_decays: tuple[float, ...] = option((), help="decays of further averages, kept beside the first: --weights ema-DECAY")
     ema_warmup: bool = option(False, help="shorten the average early on: min(decay, (1 + s) / (10 + s))")
 
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
@@ -75,6 +81,8 @@ class TrainConfig:
     exp_name: str = option(help="name of this run; the same command again continues it")
     seed: int = option(0, help="seed of everything")
     checkpointing_steps: int = option(50_000, help="write a checkpoint every so many steps, and at the end")
+    checkpoints_total_limit: int | None = option(None, help="keep the latest so many checkpoints (default: all)")
+    keep_every: int | None = option(None, help="with a limit: keep those of every so many steps too")
     dry_run: bool = option(False, help="print what the run would cost, and train nothing")
     images_per_second: float | None = option(None, help="with --dry-run: a rate measured at the start of such a run, for the hours")
 
@@ -113,9 +121,33 @@ class TrainConfig:
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
+        require(self.lr_warmup_steps >= 0, f"--lr-warmup-steps {self.lr_warmup_steps} must not be negative")
+        require(self.lr_scheduler == "constant" or self.lr_warmup_steps < self.max_train_steps,
+                f"--lr-warmup-steps {self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps to --lr-scheduler cosine")
+        require(all(0 <= decay < 1 and decay != self.ema_decay for decay in self.ema_extra_decays)
+                and len(set(self.ema_extra_decays)) == len(self.ema_extra_decays),
+                "--ema-extra-decays must lie in [0, 1) and differ from --ema-decay and from each other")
+        require(self.checkpoints_total_limit is None or self.checkpoints_total_limit > 0, "--checkpoints-total-limit must be at least 1")
+        require(self.keep_every is None or (self.keep_every > 0 and self.checkpoints_total_limit is not None),
+                "--keep-every is a positive number of steps and goes with --checkpoints-total-limit")
+        require_weights("--init-weights", self.init_weights)
         require_precision(self.mixed_precision, self.tf32)
         require(self.branch_from is None or self.init_ckpt is None, "give --branch-from (everything goes on) or --init-ckpt (the "
                                                                     "network alone starts anew), not both")
+
+    def learning_rate_at(self, step: int) -> float:
+        """AdamW's rate in optimiser step `step`, counted from 0."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        if self.lr_scheduler == "constant":
+            return self.learning_rate
+        progress = (step - self.lr_warmup_steps) / (self.max_train_steps - self.lr_warmup_steps)
+        return self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def require_weights(flag: str, name: str) -> None:
+    """Raise UserError unless `name` can be a checkpoint's weights: raw, ema, or ema-DECAY."""
+    require(re.fullmatch(r"raw|ema(-0\.\d+)?", name) is not None, f"{flag} {name} is neither raw nor ema nor ema-DECAY")
 
 
 def require_precision(wanted: str | None, tf32: bool | None) -> None:
@@ -150,10 +182,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 # Options that may differ when a run is continued: they move no number of the steps already taken.
-FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
-                            "output_dir", "exp_name", "vae", "eval_steps", "eval_preset", "eval_weights", "reference",
-                            "num_fid_samples", "features", "inception_weights", "feature_weights", "gradient_accumulation_steps",
-                            "compile", "activation_checkpointing", "dry_run", "images_per_second"})
+FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "keep_every",
+                            "sampling_steps", "log_steps", "report_to", "output_dir", "exp_name", "vae", "eval_steps", "eval_preset",
+                            "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights",
+                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +205,15 @@ class SamplingConfig:
     guidance_high: float = option(1.0, help="guide while t is at most this")
     guidance_channels: str = option("all", choices=("all", "first3"),
                                     help="channels that are guided (SiT's and LightningDiT's published numbers: first3)")
-    weights: str = option("ema", choices=("ema", "raw"), help="which of the checkpoint's weights", heading="samples")
+    weights: str = option("ema", help="which of the checkpoint's weights: ema, raw, or ema-DECAY where it has several averages",
+                          heading="samples")
     labels: str = option("random", choices=("random", "balanced"),
                          help="labels: drawn for each sample, or equal counts in shuffled order")
     rounding: str = option("round", choices=("round", "truncate"), help="how pixels become integers (REPA truncates)")
     seed: int = option(0, help="seed of noise and labels; sample i depends on (seed, i) alone")
 
     def __post_init__(self) -> None:
+        require_weights("--weights", self.weights)
         require(self.num_steps >= 2, f"--num-steps {self.num_steps} must be at least 2")
         require(0 <= self.guidance_low <= self.guidance_high <= 1,
                 f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")

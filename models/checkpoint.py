@@ -3,7 +3,7 @@
     0200000/
       config.json             model, latent space, data, options, step, teacher, versions, digest of every file
       network.safetensors     the trained network, published parameter names
-      ema.safetensors         its exponential moving average
+      ema.safetensors         its exponential moving average; ema-0.9995.safetensors, ...: further averages
       heads.safetensors       the alignments' heads, apart, so that sampling never meets them
       optimizer.safetensors   optimiser state by parameter name; optimizer.json holds its groups
 
@@ -29,7 +29,6 @@ from runtime import files
 from runtime.errors import UserError
 
 FORMAT = 1
-WEIGHTS = ("ema", "raw")
 
 
 class Checkpoint:
@@ -78,14 +77,19 @@ class Checkpoint:
         """SHA-256 over config.json, which itself holds the digest of every other file."""
         return files.digest(self.path / "config.json")
 
+    @property
+    def weights(self) -> list[str]:
+        """What `network` can be asked for: raw, ema, ema-DECAY."""
+        names = [name.removesuffix(".safetensors") for name in self.files]
+        return [*(["raw"] if "network" in names else []), *(name for name in names if name.split("-")[0] == "ema")]
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file (`network`, `ema`, `heads`, `optimizer`), verified against the recorded digest."""
-        file = self.path / f"{name}.safetensors"
+        """The tensors of one file (`network` or `raw`, `ema`, `ema-DECAY`, `heads`, `optimizer`), verified against the recorded digest."""
+        file = self.path / f"{'network' if name == 'raw' else name}.safetensors"
         recorded = self.files.get(file.name)
         if recorded is None:
-            weights = {"ema": "raw", "network": "ema"}.get(name)
-            remedy = f": use --weights {weights} (of a teacher --guiding-weights, of --init-ckpt --init-weights)" if weights else ""
-            raise UserError(f"{self.path} has no {file.name}{remedy}")
+            raise UserError(f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)} (--weights; of a teacher "
+                            f"--guiding-weights, of --init-ckpt --init-weights)")
         if not file.is_file():
             raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
         if files.digest(file) != recorded:
@@ -93,12 +97,12 @@ class Checkpoint:
         return files.load_tensors(file)
 
     def network(self, weights: str = "ema", depth: int | None = None) -> Backbone:
-        """The network on the CPU in eval mode. `weights` is `ema` or `raw`; `depth` keeps the first blocks alone.
+        """The network on the CPU in eval mode. `weights` is `ema`, `raw` or `ema-DECAY`; `depth` keeps the first blocks alone.
 
         Raises:
             UserError: weights that the checkpoint lacks, or that do not fit the recorded architecture.
         """
-        tensors = self.tensors("network" if weights == "raw" else "ema")
+        tensors = self.tensors(weights)
         if depth is not None:
             wanted = models.parameter_names(self.spec, depth=depth)
             tensors = {name: tensors[name] for name in wanted if name in tensors}
@@ -145,6 +149,16 @@ def latest(run: Path | str) -> Path | None:
     return next(reversed(of_run(run).values()), None)
 
 
+def prune(folder: Path, limit: int | None, every: int | None) -> None:
+    """Remove the checkpoints of a run but the latest `limit`; those whose step is a multiple of `every` stay as well."""
+    if limit is None:
+        return
+    steps = sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    for path in steps[:-limit]:
+        if every is None or int(path.name) % every:
+            files.remove(path)
+
+
 def write(
     path: Path | str,
     *,
@@ -153,15 +167,17 @@ def write(
     step: int,
     network: Mapping[str, Tensor],
     ema: Mapping[str, Tensor] | None = None,
+    averages: Mapping[str, Mapping[str, Tensor]] | None = None,
     heads: Mapping[str, Tensor] | None = None,
     optimizer: tuple[Mapping[str, Tensor], list[dict[str, Any]]] | None = None,
     **meta: Any,
 ) -> None:
     """Write a checkpoint folder in one step: it is whole or absent. `meta` joins config.json as it is.
 
-    `optimizer` is (state tensors by 'parameter/slot', groups as JSON values).
+    `averages` are further moving averages by name (`ema-0.9995`); `optimizer` is (state tensors by 'parameter/slot', groups
+    as JSON values).
     """
-    parts = {"network": network, "ema": ema, "heads": heads, "optimizer": optimizer[0] if optimizer else None}
+    parts = {"network": network, "ema": ema, **(averages or {}), "heads": heads, "optimizer": optimizer[0] if optimizer else None}
     with files.replacing(path) as folder:
         folder.mkdir()
         for name, tensors in parts.items():

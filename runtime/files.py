@@ -78,6 +78,14 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
+def remove(path: Path) -> None:
+    """Remove a folder as one step: no half of it is ever seen under its name."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        os.replace(path, doomed)
+        _remove(doomed)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -60,6 +60,8 @@ class Cost:
     recomputed: float
     """FLOPs per image that activation checkpointing adds."""
     dtype: torch.dtype | None
+    averages: int = 1
+    """Moving averages of the network."""
 
     @property
     def plain(self) -> float:
@@ -81,7 +83,7 @@ class Cost:
         are left out; compilation keeps less."""
         trained = sum(part.parameters for part in self.parts if part.trained)
         frozen = sum(part.parameters for part in self.parts if not part.trained)
-        return {"parameters, gradients, Adam": 16.0 * trained, "EMA": 4.0 * self.parts[0].parameters,
+        return {"parameters, gradients, Adam": 16.0 * trained, "EMA": 4.0 * self.averages * self.parts[0].parameters,
                 "frozen networks": (2.0 if self.dtype else 4.0) * frozen,
                 "activations": self.kept * self.micro_batch + self.casts}
 
@@ -130,7 +132,7 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
                 config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
-                recomputed, dtype)
+                recomputed, dtype, 1 + len(config.ema_extra_decays))
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:

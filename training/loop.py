@@ -49,9 +49,11 @@ def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
     """Optimiser steps up to `end` with the alignments that live now; yields the number of each when it is done."""
     learner = run.learner()
     for micros in run.batches(end):
+        run.set_rate()
         update(learner, micros, run.weights(), run.optimizer, run.config.max_grad_norm, meter)
         run.step += 1
-        run.ema.update(run.step)
+        for average in run.averages.values():
+            average.update(run.step)
         yield run.step
     run.accelerator.free_memory()  # lets go of the DDP wrapper and of its hooks
 

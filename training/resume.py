@@ -69,9 +69,10 @@ def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision:
 def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(name, saved value, value now) of each option that differs and may not; an option that is younger than `saved` had its default."""
     defaults = {option.field.name: option.field.default for option in options_of(type(options))}
+    free = FREE_ON_RESUME - (set() if getattr(options, "lr_scheduler", "constant") == "constant" else {"max_train_steps"})
     for key, value in json.loads(json.dumps(as_dict(options))).items():
         then = saved[key] if key in saved else json.loads(json.dumps(defaults.get(key, value), default=list))
-        if key not in FREE_ON_RESUME and then != value:
+        if key not in free and then != value:  # (a cosine of the rate ends at --max-train-steps)
             yield key, then, value
 
 
@@ -137,7 +138,7 @@ def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, 
 
 
 def start_from(source: Checkpoint, spec: models.ModelSpec, seed: int, weights: str = "ema") -> tuple[models.Backbone, list[str]]:
-    """A network with the weights of `source`, `ema` or `raw`, and what had to change on the way.
+    """A network with the weights of `source` (`ema`, `raw`, `ema-DECAY`), and what had to change on the way.
 
     The label table is fresh where the number of classes differs; at another latent size the positions are stretched.
     Raises UserError where anything else differs.
@@ -146,7 +147,7 @@ def start_from(source: Checkpoint, spec: models.ModelSpec, seed: int, weights: s
     spec = dataclasses.replace(spec, position_span=resized.position_span)
     same = dataclasses.replace(resized, num_classes=spec.num_classes)
     require(same == spec, f"--init-ckpt {source.path} does not fit: its network is {differences(same.to_json(), spec.to_json())}")
-    tensors, changes = source.tensors("network" if weights == "raw" else "ema"), []
+    tensors, changes = source.tensors(weights), []
     if source.spec.num_classes != spec.num_classes:
         table = "y_embedder.embedding_table.weight"
         tensors[table] = models.build(spec, seed=seed).state_dict()[table]
@@ -176,10 +177,11 @@ def teacher_loader(folder: Path, resolved: Mapping[str, Any]) -> Callable[[str],
     return load
 
 
-def restore(earlier: Checkpoint, ema: nn.Module, alignments: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer,
+def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer,
             names: Mapping[Tensor, str]) -> None:
-    """Load the checkpoint's EMA, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
-    ema.load_state_dict(earlier.tensors("ema"))
+    """Load the averages by name, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
+    for name, average in averages.items():
+        average.load_state_dict(earlier.tensors(name))
     if alignments and "heads.safetensors" in earlier.config["files"]:
         heads = earlier.tensors("heads")
         for name, alignment in alignments.items():

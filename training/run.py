@@ -53,6 +53,8 @@ class Run:
         network, self.origin = resume.network(self.setup, self.resumed)
         self.network, self.spec = network.to(self.device).train(), network.spec
         self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
+        self.averages = {"ema": self.ema} | {f"ema-{decay}": EMA(self.network, decay, config.ema_warmup)
+                                             for decay in config.ema_extra_decays}
         setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
                           resume.teacher_loader(self.folder, self.resolved), self.data,
                           micro_batch=config.batch_size // parts)
@@ -60,7 +62,8 @@ class Run:
                            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
         self.optimizer = self._optimizer()
         if self.resumed:
-            resume.restore(self.resumed, self.ema.network, self.alignments, self.optimizer, self.parameter_names())
+            resume.restore(self.resumed, {name: average.network for name, average in self.averages.items()}, self.alignments,
+                           self.optimizer, self.parameter_names())
         self.compile_note = self._compile()
         self.attention_note = self._choose_attention()
         for name, alignment in self.alignments.items():
@@ -115,6 +118,12 @@ class Run:
         """Lambda of each living alignment at the current step."""
         return {name: self.setup.options[name].weight_at(self.step, self.epoch_steps) for name in self.alignments}
 
+    def set_rate(self) -> None:
+        """Give the optimiser the rate of the current step, where it is not constant."""
+        if self.config.lr_warmup_steps or self.config.lr_scheduler != "constant":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate_at(self.step)
+
     def end_alignments(self) -> list[str]:
         """Drop the alignments that end here, with their heads and optimiser state; returns their names."""
         alive = self.setup.alive(self.step)
@@ -139,6 +148,7 @@ class Run:
             checkpoint.write(
                 self.folder / "checkpoints" / f"{self.step:07d}", spec=self.spec, space=data.space, step=self.step,
                 network=self.network.state_dict(), ema=self.ema.network.state_dict(),
+                averages={name: average.network.state_dict() for name, average in self.averages.items() if average is not self.ema},
                 heads={f"{name}.{key}": value for name, alignment in self.alignments.items()
                        for key, value in alignment.state_dict().items()},
                 optimizer=checkpoint.optimizer_state(self.optimizer, self.parameter_names()),
@@ -146,13 +156,14 @@ class Run:
                       "class_names": data.manifest["class_names"]},
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
                 resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32))
+            checkpoint.prune(self.folder / "checkpoints", self.config.checkpoints_total_limit, self.config.keep_every)
         self.accelerator.wait_for_everyone()
 
     def settings(self) -> dict[str, Any]:
         """All that the run was told and what it came to, laid flat: for a tracker."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {**as_dict(self.config), "device": device, "processes": self.accelerator.num_processes,
-                "precision": launch.precision_name(self.dtype), "commit": launch.commit(),
+                "precision": launch.precision_name(self.dtype, self.tf32), "commit": launch.commit(),
                 **{f"{name}/{key}": value for name, choices in self.resolved.items() for key, value in choices.items()}}
 
     def introduction(self) -> list[str]:
