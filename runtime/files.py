@@ -30,8 +30,11 @@ def replacing(path: Path | str) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(temporary)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask leaves of 0666; safetensors would give 0600
+            temporary.unlink()
             yield temporary
-            _flush(temporary)
+            _flush(temporary, mode)
             if temporary.is_dir():
                 require_replaceable(path)
                 _remove(path)
@@ -72,8 +75,9 @@ def writing(path: Path | str) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
 
 
-def _flush(path: Path) -> None:
+def _flush(path: Path, mode: int) -> None:
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        file.chmod(mode)
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 

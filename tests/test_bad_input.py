@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -215,3 +216,14 @@ def test_non_finite_losses_stop_the_run(tmp_path: Path, words: Words) -> None:
     # between two reports as well: a checkpoint is looked at before it is written
     refused(train.main, [*argv, "--log-steps", "40", "--checkpointing-steps", "3"], "not finite")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_files_honour_the_umask(tmp_path: Path, words: Words) -> None:
+    before = os.umask(0o027)
+    try:
+        run = train.main(words(tmp_path, "run", "--max-train-steps", 1))
+    finally:
+        os.umask(before)
+    written = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".json", ".jsonl")]
+    assert len(written) >= 6 and {path.stat().st_mode & 0o777 for path in written} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in run.rglob("*") if path.is_dir()} == {0o750}
