@@ -1,0 +1,71 @@
+"""Launching: the configurations that ship, and two nodes played by two launchers of one process each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+import train
+from models.checkpoint import Checkpoint
+from training.log import read
+
+ROOT = Path(__file__).parents[1]
+Words = Callable[..., list[str]]
+
+
+@pytest.mark.parametrize("name, machines, processes", [("one-gpu", 1, 1), ("eight-gpus", 1, 8), ("two-nodes", 2, 16)])
+def test_configurations_say_what_their_names_say(name: str, machines: int, processes: int) -> None:
+    config = load_config_from_file(str(ROOT / "configs" / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes, config.mixed_precision, config.use_cpu) == (machines, processes, "no", False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launcher(kind: str, node: int, port: int) -> list[str]:
+    if kind == "torchrun":
+        return ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node), "--master_addr",
+                "127.0.0.1", "--master_port", str(port)]
+    return ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "two-nodes.yaml"), "--num_processes", "2",
+            "--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "--machine_rank", str(node)]
+
+
+def on_two_nodes(kind: str, *words: str) -> list[str]:
+    """Run a program under two launchers, one process each; what each printed."""
+    port = free_port()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    nodes = [subprocess.Popen([sys.executable, *launcher(kind, node, port), *words], cwd=ROOT, env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in (0, 1)]
+    try:
+        told = [node.communicate(timeout=120)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
+    return told
+
+
+def test_two_nodes_train_one_run(tmp_path: Path, words: Words) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 2)
+    told = on_two_nodes("accelerate", "train.py", *argv)
+    assert "batch 16 = 2 process(es) x 1 micro-batch(es) x 8" in told[0] and "batch 16" not in told[1]  # the first node speaks
+    assert Checkpoint.open(tmp_path / "run").step == 2
+    alone = train.main([*argv, "--output-dir", str(tmp_path / "alone")])
+    for here, there in zip(read(alone / "log.jsonl"), read(tmp_path / "run" / "log.jsonl"), strict=True):
+        assert here["loss/diffusion"] == pytest.approx(there["loss/diffusion"], abs=1e-5)
+
+
+def test_torchrun_is_seen_as_well(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("from runtime.launch import accelerator\nseen = accelerator()\nprint(seen.process_index, 'of', seen.num_processes)")
+    assert [told.splitlines()[-1] for told in on_two_nodes("torchrun", str(script))] == ["0 of 2", "1 of 2"]
