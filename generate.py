@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from config import PEERS, GenerateConfig
+from config import GenerateConfig
+from models.peers import PEERS
 from runtime import errors, progress
 from runtime.options import Given, peek, read
 from sampling import presets

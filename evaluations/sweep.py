@@ -19,9 +19,10 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from config import PEERS, FeatureOptions, SamplingConfig, SourceOptions
+from config import FeatureOptions, SamplingConfig, SourceOptions
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
+from models.peers import PEERS
 from runtime import errors, files
 from runtime.errors import UserError, require
 from runtime.options import group, option, read

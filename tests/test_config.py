@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from config import PEERS, RECIPES, GenerateConfig, TrainConfig
+from config import RECIPES, GenerateConfig, TrainConfig
+from models.peers import PEERS
 from runtime.errors import UserError
 from runtime.options import as_dict, build, flags_of, group, option, options_of, parse, peek, read
 from training import command

@@ -15,7 +15,8 @@ from torch import nn
 
 import train
 from alignment import Alignment
-from config import PEERS, GenerateConfig
+from config import GenerateConfig
+from models.peers import PEERS
 from runtime.options import flags_of, options_of
 from training import command
 

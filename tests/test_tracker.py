@@ -73,7 +73,7 @@ def test_a_continued_run_is_one_wandb_run(tmp_path: Path, words: Words, monkeypa
     assert (opened.run_id, opened.project, opened.entity, list(opened.tags)) == (known, "our-project", "our-lab", ["first", "second"])
     settings = {item.key or item.nested_key[0]: json.loads(item.value_json) for record in first if record.HasField("config")
                 for item in record.config.update}
-    assert settings["latent/depth"] == 3 and settings["latent/weight"] == 0.5 and settings["learning_rate"] == 1e-3
+    assert settings["latent/depth"] == 1 and settings["latent/weight"] == 0.5 and settings["learning_rate"] == 1e-3
     assert settings["device"] == "cpu" and settings["commit"] == str(launch.commit()) and settings["precision"] == "fp32"
     rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             for part in (first, second) for record in part if record.HasField("history")]

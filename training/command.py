@@ -8,8 +8,9 @@ from pathlib import Path
 
 import models
 from alignment import Alignment, AlignOptions, find
-from config import PEERS, RECIPES, TrainConfig
+from config import RECIPES, TrainConfig
 from models.checkpoint import Checkpoint, latest
+from models.peers import PEERS
 from runtime import launch
 from runtime.errors import UserError, nearest, require
 from runtime.options import Given, build, parse, peek
