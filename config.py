@@ -251,6 +251,10 @@ class GenerateConfig:
     preset: str | None = option(None, help="settings of a published number, see --list-presets", heading="samples")
     list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
     num_fid_samples: int = option(50_000, help="how many samples")
+    classes: tuple[str, ...] = option((), help="draw these classes, names or numbers, in this order, instead of --num-fid-samples")
+    per_class: int | None = option(None, help="with --classes: samples of each (default 8)")
+    compare: tuple[str, ...] = option((), help="with --classes: further checkpoints, a row each below --ckpt's in one picture; a column "
+                                               "has one class and one noise")
     out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
     sampling: SamplingConfig = group(SamplingConfig)
     reference: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples",
@@ -261,5 +265,10 @@ class GenerateConfig:
         require(self.reference is not None or self.scores == FeatureOptions(),
                 "--features, --inception-weights and --feature-weights say how to score: add --reference REFERENCE")
         require(self.num_fid_samples > 0, f"--num-fid-samples {self.num_fid_samples} must be positive")
+        require(bool(self.classes) or (self.per_class is None and not self.compare),
+                "--per-class and --compare say how to draw chosen classes: add --classes NAME ...")
+        require(self.per_class is None or self.per_class > 0, f"--per-class {self.per_class} must be positive")
+        require(not self.classes or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
+                "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and --reference")
         require(self.reference is None or self.num_fid_samples >= 4,
                 f"{self.num_fid_samples} samples are too few for a score: at least 4")

@@ -5,19 +5,29 @@ whose steps are chosen for a whole batch).
     accelerate launch --num_processes 8 generate.py ...
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
-`grid.png`. A killed run continues where it was: finished samples are kept in `partial/`. With `--reference` the samples
-are scored as they are drawn, and `metrics.json` is all that is written.
+`grid.png`, a row a class. A killed run continues where it was: finished samples are kept in `partial/`. With `--reference`
+the samples are scored as they are drawn, and `metrics.json` is all that is written.
+
+    python generate.py --ckpt exps/stage2 --classes "golden retriever" otter 974 --per-class 6
+    python generate.py --ckpt exps/plain --compare exps/stage1 exps/stage2 --classes 207 88 --per-class 4 --out figure
+
+`--classes` draws chosen classes; with `--compare` further checkpoints have a row each in one picture, `compare.png`, in which
+a column has one class and one noise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from config import GenerateConfig
 from models.peers import PEERS
-from runtime import errors, progress
+from runtime import errors, files, progress
+from runtime.errors import require
 from runtime.options import Given, peek, read
 from sampling import presets
 
@@ -34,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         launch.require_tf32()
     config = read(GenerateConfig, words, prog="generate.py", description=__doc__, between=_preset, hints=PEERS,
                   epilog=f"presets: {', '.join(presets.PRESETS)}")
+    if config.compare:
+        return compare(config)
     return score(config) if config.reference else generate(config)
 
 
@@ -66,17 +78,23 @@ def score(config: GenerateConfig) -> Path:
 
 def generate(config: GenerateConfig) -> Path:
     """Draw `num_fid_samples` images into `config.out`; returns that folder."""
+    from sampling.classes import names_of
     from sampling.source import Source
     from sampling.store import Store, finished
 
-    count = config.num_fid_samples
     source = Source.open(config.source, config.sampling, config.preset)
-    accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
+    names = names_of(source.checkpoint)
+    chosen = labels_chosen(config, names)
+    count = config.num_fid_samples if chosen is None else len(chosen)
+    accelerator, sampler = source.accelerator, source.sampler(config.sampling, count, chosen)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
+    if chosen is not None:
+        settings |= {"labels": "chosen", "classes": chosen.tolist()}
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
     if finished(out, settings):
         accelerator.print(f"{out} already holds these samples")
         return out
+    accelerator.print(source.introduction(config.sampling, count), f"into {out}", sep="\n")
     store = Store(out, settings, count, sampler.image_shape, accelerator.is_main_process, accelerator.wait_for_everyone)
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(total=len(todo), desc=f"sampling {count} on {accelerator.num_processes} process(es)",
@@ -87,9 +105,48 @@ def generate(config: GenerateConfig) -> Path:
     store.flush()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        store.finish()
+        store.finish(names)
         print(f"wrote {out}/samples.npz, samples.json and grid.png", flush=True)
     accelerator.wait_for_everyone()
+    return out
+
+
+def labels_chosen(config: GenerateConfig, names: Sequence[str]) -> np.ndarray | None:
+    """(count,) the labels that `--classes` asks for, sample by sample; None where they are to be drawn."""
+    if not config.classes:
+        return None
+    from sampling.classes import labels_of
+
+    return np.repeat(labels_of(config.classes, names), config.per_class or 8)
+
+
+def compare(config: GenerateConfig) -> Path:
+    """Draw the chosen classes from several checkpoints, with the same noise, into one picture; returns its folder."""
+    from sampling import picture
+    from sampling.classes import names_of
+    from sampling.source import Source
+
+    rows, names, told, heads = [], [], [], []
+    out = Path(config.out) if config.out else None
+    for ckpt in (config.source.ckpt, *config.compare):
+        source = Source.open(dataclasses.replace(config.source, ckpt=ckpt), config.sampling, config.preset)
+        classes = names_of(source.checkpoint)
+        chosen = labels_chosen(config, classes)
+        sampler = source.sampler(config.sampling, len(chosen), chosen)
+        source.accelerator.print(source.introduction(config.sampling, len(chosen)))
+        require(not rows or sampler.image_shape == rows[0].shape[1:], f"{ckpt} draws images of another size than {config.source.ckpt}: "
+                                                                      f"they do not fit into one picture")
+        if source.accelerator.is_main_process:
+            rows.append(np.concatenate([sampler.images(part) for part in batches(range(len(chosen)), config.source.batch_size)]))
+        names.append(source.name)
+        told.append({**source.settings(config.sampling, len(chosen)), "labels": "chosen", "classes": chosen.tolist()})
+        heads = heads or [classes[label] for label in chosen]
+        out = out or default_folder(source.checkpoint.path, config)
+    if source.accelerator.is_main_process:
+        picture.write(out / "compare.png", rows, names, heads)
+        files.write_json(out / "compare.json", {"preset": config.preset, "rows": dict(zip(names, told))})
+        print(f"wrote {out}/compare.png and compare.json", flush=True)
+    source.accelerator.wait_for_everyone()
     return out
 
 
@@ -98,8 +155,9 @@ def default_folder(checkpoint: Path, config: GenerateConfig) -> Path:
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     sampling = config.sampling
     solver = sampling.mode if sampling.mode == "sde" else sampling.solver
+    what = config.num_fid_samples if not config.classes else f"{'-'.join(config.classes).replace(' ', '_')}x{config.per_class or 8}"
     return run / "samples" / (f"{checkpoint.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}"
-                              f"-{config.num_fid_samples}-seed{sampling.seed}")
+                              f"-{what}-seed{sampling.seed}")
 
 
 def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

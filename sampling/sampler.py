@@ -30,13 +30,15 @@ class Sampler:
         codec: decodes normalised latents to images in [-1, 1].
         count: how many samples there are in all (balanced labels are a shuffle of that many).
         dtype: bfloat16 for autocast, None for float32. Solver states are float64 either way.
+        chosen: (count,) labels, sample by sample, in place of drawn ones.
 
     Raises:
         UserError: guidance for a network without a null label (a single class has one too; label dropout made it).
     """
 
     def __init__(self, network: Backbone, codec: Codec, settings: SamplingConfig, count: int,
-                 dtype: torch.dtype | None = None) -> None:
+                 dtype: torch.dtype | None = None, chosen: np.ndarray | None = None) -> None:
+        self.chosen = chosen
         self.network, self.codec, self.settings, self.count, self.dtype = network, codec, settings, count, dtype
         self.device = next(network.parameters()).device
         spec = network.spec
@@ -62,6 +64,8 @@ class Sampler:
 
     def labels(self, indices: Sequence[int]) -> np.ndarray:
         """(n,) int64 labels of the samples at `indices`."""
+        if self.chosen is not None:
+            return self.chosen[list(indices)]
         if self.settings.labels == "balanced":
             return self._balanced[list(indices)]
         classes = self.network.spec.num_classes

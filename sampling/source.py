@@ -18,6 +18,7 @@ from sampling import presets
 from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from accelerate import Accelerator
 
@@ -65,9 +66,24 @@ class Source:
         codec = open_codec(vae, space=space, device=device, compile=compiling)
         return cls(options, accelerator, checkpoint, network, codec, dtype, launch.precision_name(dtype, tf32), vae or space.name)
 
-    def sampler(self, sampling: SamplingConfig, count: int) -> Sampler:
-        """A sampler of `count` images."""
-        return Sampler(self.network, self.codec, sampling, count, self.dtype)
+    def sampler(self, sampling: SamplingConfig, count: int, chosen: np.ndarray | None = None) -> Sampler:
+        """A sampler of `count` images, of the labels `chosen` (count,) where they are given."""
+        return Sampler(self.network, self.codec, sampling, count, self.dtype, chosen)
+
+    @property
+    def name(self) -> str:
+        """RUN@STEP, or the checkpoint folder's name."""
+        path = self.checkpoint.path
+        return f"{path.parent.parent.name}@{self.checkpoint.step}" if path.parent.name == "checkpoints" else path.name
+
+    def introduction(self, sampling: SamplingConfig, count: int) -> str:
+        """What is about to be drawn, in one line."""
+        s, each = sampling, self.sampler(sampling, count).evaluations
+        solver = f"SDE, {s.num_steps} steps" if s.mode == "sde" else f"ODE by {s.solver}"
+        guidance = f"guidance {s.cfg_scale:g} for t in {s.guidance_low:g} to {s.guidance_high:g}" if s.cfg_scale != 1 else "no guidance"
+        return (f"{count:,} samples of {self.name} ({self.checkpoint.spec.name}, {s.weights} weights): {solver}, "
+                f"{'an adaptive number of' if each is None else each} network evaluations each, {guidance}, seed {s.seed}, "
+                f"decoder {self.decoder}, {self.precision}")
 
     def settings(self, sampling: SamplingConfig, count: int) -> dict[str, Any]:
         """All that `count` samples depend on, as JSON values: the checkpoint and its VAE by digest."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtime import files
+from sampling import picture
 
 
 class Store:
@@ -70,21 +71,16 @@ class Store:
         for array in self._arrays.values():
             array.flush()
 
-    def finish(self) -> None:
-        """Write the npz, the JSON and the grid, and drop the partial files."""
-        from PIL import Image
-
-        from sampling.sampler import grid_picture
-
+    def finish(self, names: Sequence[str]) -> None:
+        """Write the npz, the JSON and the grid, whose rows are classes with their `names`, and drop the partial files."""
         images, labels = self._open("images"), self._open("labels")
         with files.replacing(self.out / "samples.npz") as temporary:
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 for name, array in (("arr_0", images), ("labels", labels)):
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # streamed: no copy in memory
                         np.lib.format.write_array(member, np.asanyarray(array))
-        shown = np.asarray(images[: min(64, self.count)])
-        with files.replacing(self.out / "grid.png") as temporary:
-            Image.fromarray(grid_picture(shown, 8, scale=max(1, 64 // shown.shape[1]))).save(temporary, format="PNG")
+        shown = picture.by_class(np.asarray(labels))
+        picture.write(self.out / "grid.png", [np.asarray(images[places]) for _, places in shown], [names[label] for label, _ in shown])
         files.write_json(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
         shutil.rmtree(self.partial)
 

@@ -112,7 +112,7 @@ def test_what_a_score_needs_is_checked_before_sampling(guided: Path, tmp_path: P
 
 
 def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "finish", lambda self: None)
+    monkeypatch.setattr(Store, "finish", lambda self, names: None)
     generate.main(["--ckpt", str(guided), "--out", str(tmp_path), "--num-fid-samples", "4", "--num-steps", "2"])
     settings = {"seed": 1}
     store = Store(tmp_path, settings, 4, (8, 8, 1), True, lambda: None)
