@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import models
-from models import Backbone, ModelSpec
+from models import Backbone, ModelSpec, hub_client
 from models.latents import LatentSpace
 from runtime import files
 from runtime.errors import UserError
@@ -110,11 +110,13 @@ class Checkpoint:
 
 
 def locate(name: Path | str) -> Path:
-    """The checkpoint folder that `name` stands for: a checkpoint folder, a run (its latest) or RUN@STEP.
+    """The checkpoint folder that `name` stands for: a checkpoint folder, a run (its latest), RUN@STEP or hub:user/name.
 
     Raises:
         UserError: there is none; says which steps a run has.
     """
+    if str(name).startswith(hub_client.PREFIX):
+        return hub_client.fetch(str(name))
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder

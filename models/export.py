@@ -1,0 +1,66 @@
+"""A checkpoint -> a weight file of REPA's or SiT's own code.
+
+    python -m models.export exps/stage2 --layout repa --out stage2.pt
+    python -m models.export exps/stage2 --layout sit --out stage2.pt
+
+The inverse of `models.convert`, for SiT networks: both hold `ema`, and `model` where the checkpoint has it, with the table
+of positions. REPA's runs in our direction of time; its projectors are not in a checkpoint (load with strict=False). SiT's
+runs the other way, so the reversal is folded into the weights, and its doubled head gets rows of zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import models
+from models import ModelSpec
+from models.checkpoint import Checkpoint
+from models.convert import reverse_time
+from runtime import errors, files
+from runtime.errors import require
+from runtime.options import option, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m models.export CKPT`."""
+
+    ckpt: str = option(help="checkpoint: a folder, a run (its latest), RUN@STEP or hub:user/name (may be given as first word)")
+    layout: str = option(choices=("repa", "sit"), help="whose code is to read it")
+    out: str = option(help="file to write (.pt)")
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the command; returns the file."""
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.export", description=__doc__, first="ckpt")
+    source = Checkpoint.open(options.ckpt)
+    require(source.spec.architecture == "sit" and source.spec.position_span is None,
+            f"{source.path} is a {source.spec.name}{'' if source.spec.position_span is None else ' with stretched positions'}: only SiT "
+            f"networks as published can be read by REPA's and SiT's code")
+    sets = {"ema": source.tensors("ema")} | ({"model": source.tensors("raw")} if "raw" in source.weights else {})
+    archive = {name: layout(weights, source.spec, options.layout) for name, weights in sets.items()}
+    with files.replacing(options.out) as temporary:
+        torch.save({**archive, "steps": source.step}, temporary)
+    print(f"written: {options.out} ({' and '.join(archive)}, {options.layout}'s layout, step {source.step})")
+    return Path(options.out)
+
+
+def layout(weights: Mapping[str, Tensor], spec: ModelSpec, kind: str) -> dict[str, Tensor]:
+    """A network's tensors as `kind`, repa or sit, names and orders them."""
+    tensors = {name: value.clone() for name, value in weights.items()} | {"pos_embed": models.build(spec, weights=weights).pos_embed}
+    if kind == "sit":
+        reverse_time(tensors)  # its own inverse
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (patch elements, channels, ...) and as many unused channels
+            rows = tensors[name].unflatten(0, (spec.patch_size**2, spec.in_channels))
+            tensors[name] = torch.cat([rows, torch.zeros_like(rows)], dim=1).flatten(0, 1)
+    return tensors
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,133 @@
+"""Checkpoints that travel: `hub:user/name` wherever a checkpoint is named, and the command that puts one there.
+
+    python -m models.hub exps/stage2@400000 --to hub:user/name --metrics samples/stage2/metrics.json
+    python -m models.hub exps/stage2 --to /shared/stage2             # the same files in a folder
+    python generate.py --ckpt hub:user/name                          # or hub:user/name@REVISION
+
+What travels: the network, its averages, `config.json`, and a model card. Heads and optimiser stay at home.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models
+from models.checkpoint import Checkpoint
+from models.hub_client import PREFIX, answered
+from runtime import errors, files
+from runtime.errors import UserError, require
+from runtime.options import option, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m models.hub CKPT`."""
+
+    ckpt: str = option(help="checkpoint: a folder, a run (its latest) or RUN@STEP (may be given as first word)")
+    to: str = option(help="hub:user/name, or a folder")
+    metrics: str | None = option(None, help="metrics.json of this checkpoint's samples, for the model card")
+    private: bool = option(False, help="make the hub's repository a private one")
+
+
+def main(argv: Sequence[str] | None = None) -> Path | str:
+    """Run the command; returns where the checkpoint lies now."""
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt")
+    source = Checkpoint.open(options.ckpt)
+    result = files.read_json(options.metrics) if options.metrics else None
+    if result is not None:
+        require_own(source, result, options.metrics)
+    if not options.to.startswith(PREFIX):
+        require(not options.private, "--private is for the hub: --to hub:user/name")
+        pack(source, Path(options.to), result)
+        print(f"written: {options.to}")
+        return Path(options.to)
+    return push(source, options, result)
+
+
+def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) -> str:
+    """Put a checkpoint on the hub; returns its address. Raises UserError where the hub cannot be reached or refuses."""
+    import tempfile
+
+    import huggingface_hub
+
+    name = options.to.removeprefix(PREFIX)
+    with tempfile.TemporaryDirectory() as folder, answered(f"push to {options.to}"):
+        packed = Path(folder) / "checkpoint"
+        pack(source, packed, result)
+        huggingface_hub.create_repo(name, private=options.private, exist_ok=True)
+        address = huggingface_hub.upload_folder(repo_id=name, folder_path=packed, commit_message=f"step {source.step}")
+    print(f"pushed: {address}")
+    return str(address)
+
+
+def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
+    """Raise UserError unless the metrics are of samples of this very checkpoint."""
+    settings = (result.get("runs", [result])[0].get("samples") or {}).get("settings") or {}
+    if settings.get("checkpoint") != source.digest:
+        raise UserError(f"{path} does not say that its samples are of {source.path}: score samples that generate.py drew from it")
+
+
+def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
+    """Write the travelling copy of a checkpoint to the folder `out`, in one step."""
+    names = [name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema")]
+    with files.replacing(out) as folder:
+        folder.mkdir()
+        for name in names:
+            source.tensors(name.removesuffix(".safetensors"))  # verified
+            shutil.copyfile(source.path / name, folder / name)
+        files.write_json(folder / "config.json", {**source.config, "files": {name: source.files[name] for name in names},
+                                                  "packed_from": source.digest})
+        (folder / "README.md").write_text(card(source, result), encoding="utf-8")
+
+
+def card(source: Checkpoint, result: dict[str, Any] | None) -> str:
+    """The model card: method, data, protocol, numbers and digests, as far as the artefacts know them."""
+    spec, space = source.spec, source.space
+    header = ["library_name: self-transcendence", "pipeline_tag: unconditional-image-generation", "tags:", "- diffusion",
+              f"- {spec.architecture}", "- arxiv:2601.07773"]
+    network = [f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width {spec.hidden_size}"
+               f"{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x{spec.input_size} of "
+               f"{space.vae or space.name}; {spec.num_classes} classes; weights: {', '.join(source.weights)}."]
+    digests = [f"- checkpoint: `{source.digest}`", *(f"- {name}: `{digest}`" for name, digest in source.files.items())]
+    use = ["```bash", "python generate.py --ckpt hub:USER/NAME --num-fid-samples 64", "```"]
+    sections = {f"# {spec.name}, step {source.step:,}": network, "## Method": _method(source.config, source.step),
+                "## Data": _data(source.config.get("data")), "## Numbers": _numbers(result), "## Files": digests, "## Use": use}
+    parts = ["\n".join(["---", *header, "---"]), *(f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _method(config: dict[str, Any], step: int) -> list[str]:
+    train = config.get("train")
+    if not train:
+        return [f"Converted from `{(config.get('source') or {}).get('file', 'unknown')}`."]
+    alignments = [f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in chosen.items() if value is not None)
+                  for name, chosen in (config.get("resolved") or {}).items()]
+    return [f"{step:,} steps of {train['batch_size']} samples, learning rate {train['learning_rate']:g}, recipe `{train['recipe']}`, seed "
+            f"{train['seed']}, {config.get('precision')}.", "", *(alignments or ["Plain flow matching, no alignment."])]
+
+
+def _data(data: dict[str, Any] | None) -> list[str]:
+    return [f"{data['count']:,} items of {len(data['class_names'])} classes; latent set `{data['digest']}`."] if data else []
+
+
+def _numbers(result: dict[str, Any] | None) -> list[str]:
+    if result is None:
+        return []
+    settings, reference = result.get("runs", [result])[0]["samples"]["settings"], result["reference"]
+    protocol = ", ".join(f"{key} {settings[key]}" for key in PROTOCOL if settings.get(key) is not None)
+    return ["| metric | value |", "| --- | ---: |", *(f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()), "",
+            f"{result['num_samples']:,} samples against `{reference['name']}` (`{reference['sha256']}`); {protocol}."]
+
+
+PROTOCOL = ("preset", "mode", "solver", "num_steps", "evaluations", "cfg_scale", "guidance_low", "guidance_high", "weights", "labels",
+            "decoder", "seed", "precision")
+"""Settings of sampling that a number is read with."""
+
+
+if __name__ == "__main__":
+    errors.run(main)
