@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config import FeatureOptions, SamplingConfig, SourceOptions
 from evaluations.reference import open_pair
@@ -27,6 +28,9 @@ from runtime import errors, files
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
 from sampling.source import Source
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Point = tuple[float, float]  # guidance scale, upper end of the interval
 Grid = list[list[float | None]]
@@ -118,8 +122,8 @@ def table(points: dict[Point, dict[str, float]], metric: str) -> str:
     return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def draw(points: dict[Point, dict[str, float]], metric: str, title: str, path: Path) -> None:
-    """The grid as a heat map, dark is good, the best point ringed."""
+def heat_map(points: dict[Point, dict[str, float]], metric: str, title: str) -> Figure:
+    """The grid as a heat map with its numbers, rows in the table's order; dark is good, the best point ringed."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -129,15 +133,18 @@ def draw(points: dict[Point, dict[str, float]], metric: str, title: str, path: P
     figure = Figure(figsize=(2.5 + 0.55 * len(scales), 1.8 + 0.45 * len(highs)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    picture = axes.imshow(image, origin="lower", aspect="auto", cmap="viridis")
+    picture = axes.imshow(image, origin="upper", aspect="auto", cmap="viridis")
     best = np.unravel_index(np.nanargmin(image), image.shape)
     axes.plot(best[1], best[0], "o", markersize=14, markerfacecolor="none", markeredgecolor="white", markeredgewidth=2)
+    middle = (np.nanmin(image) + np.nanmax(image)) / 2
+    for (row, column), value in np.ndenumerate(image):
+        if not np.isnan(value):
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white" if value <= middle else "black")
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(highs)), [f"{high:g}" for high in highs])
     axes.set(xlabel="guidance scale", ylabel="guide while t is at most", title=title)
     figure.colorbar(picture, label=metric)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    return figure
 
 
 def command(config: SweepConfig, point: Point) -> str:
@@ -175,6 +182,7 @@ def sweep(config: SweepConfig) -> Path:
     todo = [point for point in points if point not in results.points]
     if accelerator.is_main_process:
         print(cost(config, source, todo, len(points)), flush=True)
+    began = time.monotonic()
     for number, point in enumerate(todo, 1):
         scorer = Scorer(reference, extractor, accelerator=accelerator)
         add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
@@ -182,6 +190,8 @@ def sweep(config: SweepConfig) -> Path:
         results.points[point] = scorer.result()["metrics"]
         if accelerator.is_main_process:
             results.write()
+            if number == 1 and len(todo) > 1:
+                print(remaining(config, source, todo, time.monotonic() - began), flush=True)
     if accelerator.is_main_process:
         conclude(config, results, out)
     accelerator.wait_for_everyone()
@@ -203,13 +213,21 @@ def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int)
             f"network evaluations, as many images as {images / 50_000:.2g} full samplings")
 
 
+def remaining(config: SweepConfig, source: Source, todo: Sequence[Point], seconds: float) -> str:
+    """How long the points after the first will take, which took `seconds`: by their network evaluations."""
+    each = [source.sampler(config.at(point), config.num_fid_samples).evaluations or 1 for point in todo]
+    left = seconds * sum(each[1:]) / each[0]
+    return f"the first point took {seconds / 60:.1f} minutes, the other {len(todo) - 1} take about {left / 60:.1f}"
+
+
 def conclude(config: SweepConfig, results: Results, out: Path) -> None:
     """Table, picture, and the best point's command."""
     points = {point: results.points[point] for point in config.points()}
     metric = next(iter(next(iter(points.values()))))
     title = f"{metric} of {config.num_fid_samples} samples"
     best = min(points, key=lambda point: points[point][metric])
-    draw(points, metric, title, out / "sweep.png")
+    with files.replacing(out / "sweep.png") as temporary:
+        heat_map(points, metric, title).savefig(temporary, format="png", dpi=150)
     print(f"{title} (not to be compared with other counts):\n{table(points, metric)}\n"
           f"written to {out}/sweep.json and sweep.png")
     for flag in edges(config, best):

@@ -131,3 +131,19 @@ def test_spaces_without_a_digest_are_compared_by_name(tmp_path: Path, words: Wor
     assert space.doubt(space) is None
     digests = [dataclasses.replace(space, name=name, digest="a") for name in ("one", "two")]
     assert digests[0].doubt(digests[1]) is None  # equal digests leave no doubt, whatever the names
+
+
+def test_a_run_that_is_done_says_finished(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 1)
+    train.main(argv)
+    assert "finished" not in capsys.readouterr().out
+    train.main(argv)
+    told = capsys.readouterr().out
+    assert "finished: step 1 is done; for more give --max-train-steps" in told and "continuing" not in told
+
+
+def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None:
+    for steps, warned in ((112 * 3000, False), (112 * 3000 + 1, True)):
+        run = Run(*command.resolve(words(tmp_path, "run", "--max-train-steps", steps), "train.py", None))
+        assert any("a network learns so few by heart; give --batch-size 32 --max-train-steps 56000" in line
+                   for line in run.introduction()) == warned

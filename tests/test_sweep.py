@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -164,6 +165,8 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     text = capsys.readouterr().out
     # 3 SDE steps: 3 evaluations without guidance, 6 with it
     assert text.startswith("2 of 2 points to do, 24 samples each: 48 images, 216 network evaluations")
+    first, left = (float(part) for part in re.search(r"took ([\d.]+) minutes, the other 1 take about ([\d.]+)", text).groups())
+    assert left == pytest.approx(2 * first, abs=0.16)  # twice the evaluations
     result = json.loads((out / "sweep.json").read_text())
     assert [(one["cfg_scale"], one["guidance_high"]) for one in result["points"]] == [(1, 1), (3, 1)]
     generate.main(["--ckpt", str(guided), "--num-fid-samples", "24", *FAST, "--cfg-scale", "3", "--reference", str(real), "--out",
@@ -194,6 +197,15 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     assert capsys.readouterr().out.startswith("0 of 5 points")
     with pytest.raises(UserError, match="another seed .0, not 1."):
         run(guided, real, out, "--seed", "1")
+
+
+def test_the_heat_map_has_its_numbers_and_the_tables_order():
+    points = {(scale, high): {"fd": scale + 10 * high} for scale in (1.5, 2.0) for high in (0.5, 1.0)}
+    axes = sweep.heat_map(points, "fd", "title").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["6.5", "7", "11.5", "12"]
+    assert [text.get_position() for text in axes.texts] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # 0.5 above 1, as in the table
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.5", "1"]
 
 
 def test_a_best_point_at_the_end_of_its_range_says_so():

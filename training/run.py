@@ -22,6 +22,9 @@ from training.batches import Batches
 from training.ema import EMA
 from training.setup import Setup
 
+MANY_EPOCHS = 3000
+"""Beyond this a run is warned of: ImageNet's longest has 1,400."""
+
 
 class Run:
     """One run, at the step that it has reached: from scratch, or as its latest checkpoint left it.
@@ -192,4 +195,9 @@ class Run:
         if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
             lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its "
                          f"weights stay near the start: add --ema-warmup")
+        if (epochs := config.max_train_steps / self.epoch_steps) > MANY_EPOCHS:
+            lines.append(f"warning: {epochs:,.0f} epochs of {len(data):,} items: a network learns so few by heart; give --batch-size 32 "
+                         f"--max-train-steps {1000 * max(1, len(data) // 32)} or fewer (docs/data.md)")
+        if self.step >= config.max_train_steps:
+            return lines + [f"finished: step {self.step} is done; for more give --max-train-steps"]
         return lines + ([f"continuing from step {self.step}"] if self.step else [])

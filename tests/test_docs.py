@@ -1,4 +1,4 @@
-"""The README's commands parse, its code runs, its files exist."""
+"""README and docs: their commands parse, their code runs, their files, links and messages exist."""
 
 from __future__ import annotations
 
@@ -6,32 +6,55 @@ import dataclasses
 import importlib
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import generate
 import train
 from alignment import Alignment
 from config import GenerateConfig
 from models.peers import PEERS
-from runtime.options import flags_of, options_of
+from recipes import rows
+from recipes.__main__ import COMMANDS, Options
+from runtime.options import flags_of, options_of, read
 from training import command
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, page: str | None = None) -> list[str]:
+    texts = PAGES.values() if page is None else [PAGES[page]]
+    return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)]
 
 
-def commands() -> list[list[str]]:
+def commands() -> list[tuple[str, ...]]:
+    """Every command of every page, in a block or in a table, once."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python (?:-m|[a-z_]+\.py) [^`]+)`", TEXT)
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+    lines += [line for text in PAGES.values() for line in re.findall(r"`(python (?:-m|[a-z_]+\.py) [^`]+)`", text)]
+    known = [tuple(shlex.split(line, comments=True)) for line in lines if not line.startswith(("#", "make ")) and line.strip()]
+    return list(dict.fromkeys(known))
+
+
+def after_launcher(words: Sequence[str]) -> list[str]:
+    """The program and its words, once the launcher's own words have been read by the launcher's own parser."""
+    if words[0] == "python":
+        return list(words[1:])
+    if words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        known = launch_command_parser().parse_args(words[2:])
+        assert words[1] == "launch" and (ROOT / known.config_file).is_file()
+        return (["-m"] if known.module else []) + [known.training_script, *known.training_script_args]
+    from torch.distributed.run import get_args_parser
+
+    assert words[0] == "torchrun", words
+    known = get_args_parser().parse_args(words[1:])
+    return [known.training_script, *known.training_script_args]
 
 
 def flags(module: str) -> set[str]:
@@ -42,37 +65,64 @@ def flags(module: str) -> set[str]:
     return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
 
 
-@pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words], ids=" ".join)
-def test_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words and "..." not in words], ids=" ".join)
+def test_commands_parse(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "taken_over", lambda given: {})  # the checkpoints that they name are not here
-    _, *rest = words
+    rest = after_launcher(words)
     given = [word.replace("--no-", "--", 1) for word in rest if word.startswith("--")]
+    if "NAME" in rest:
+        rest[rest.index("NAME")] = "latent"
     if rest[0] in ("train.py", "train_guide.py"):
-        command.resolve([word for word in rest[1:] if word != "..."], rest[0], None, ("guided",) if "guide" in rest[0] else ())
-    elif rest[0] == "generate.py":
-        assert set(given) <= {flag for found in options_of(GenerateConfig) for flag in flags_of(found.field)}
+        command.resolve(rest[1:], rest[0], None, ("guided",) if "guide" in rest[0] else ())
+    elif rest[0] == "generate.py" and "--list-presets" not in rest:
+        read(GenerateConfig, rest[1:], prog="generate.py", between=generate._preset)
+    elif rest[:2] == ["-m", "recipes"]:
+        wanted = [word for word in rest[3:] if "/" in word]
+        assert rest[2] in COMMANDS and [rows.find(name).name for name in wanted] == wanted
+        assert set(given) <= {flag for found in options_of(Options) for flag in flags_of(found.field)}
     else:
-        assert rest[0] == "-m" and set(given) <= flags(rest[1])
+        module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py")
+        assert set(given) <= flags(module) and "--" not in rest
+
+
+def test_pages_are_short_and_none_is_lost() -> None:
+    assert PAGES["README.md"].count("\n") < 250
+    for page in PAGES:
+        assert page == "README.md" or f"({page})" in PAGES["README.md"], f"README does not lead to {page}"
+
+
+def test_links_and_pictures_exist() -> None:
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+            file = (ROOT / page).parent / target
+            assert file.exists(), f"{page} links to {target}"
+            assert file.suffix != ".png" or file.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_named_files_and_targets_exist() -> None:
-    names = [name for cell in re.findall(r"^\| (`[^|]+`) \|", TEXT, flags=re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)]
-    files = [name for name in names if name.endswith((".py", "/"))]
-    assert len(files) > 15
+    names = {name for text in PAGES.values() for name in re.findall(r"`([^`\s]+)`", text)}
+    files = [name for name in names if name.endswith((".py", "/", ".csv", ".tsv", ".yaml")) and not name.startswith(("exps/", "--"))
+             and "*" not in name and name not in ("train/", "alignment/smooth.py", "partial/")]
+    assert len(files) > 20
     for name in files:
-        assert (ROOT / name).exists(), name
+        assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")), name
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"{target}:" in makefile for target in re.findall(r"make (\w+)", TEXT))
+    assert all(f"{target}:" in makefile for text in PAGES.values() for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE))
 
 
 def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None:
     for flag, said in PEERS.items():
-        assert f"| `{flag}` | {said} |" in TEXT
+        assert f"| `{flag}` | {said} |" in PAGES["docs/coming-from-repa.md"]
 
 
-def test_pictures_exist() -> None:
-    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT)
-    assert pictures and all((ROOT / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None:
+    spoken = "".join("".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
+                     for path in ROOT.glob("**/*.py") if "tests" not in path.parts and ".venv" not in path.parts
+                     for raw in path.read_text().splitlines())
+    messages = [re.search(r"`([^`]+)`", line)[1] for line in PAGES["docs/troubleshooting.md"].splitlines() if line.startswith("| `")]
+    assert len(messages) > 15
+    for message in messages:
+        assert message in spoken, message
 
 
 def test_symbols_name_real_flags_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +131,7 @@ def test_symbols_name_real_flags_and_defaults(monkeypatch: pytest.MonkeyPatch) -
     known = {flag for field in dataclasses.fields(options["guided"]) for flag in flags_of(field, "guided", alone=True)}
     latent = command.resolve(["--data-dir", "d", "--exp-name", "e", "--align", "latent"], "train.py", None)[1]["latent"]
     known |= {flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)}
-    table = TEXT.split("## The paper's symbols")[1].split("\n## ")[0]
+    table = PAGES["docs/methods.md"].split("## The paper's symbols")[1].split("\n## ")[0]
     known |= {flag for found in options_of(type(config)) for flag in flags_of(found.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
@@ -100,13 +150,13 @@ def test_the_table_of_the_digits_is_the_measured_one() -> None:
         for key in METRICS:
             values = [rows[index][key] for rows in measured]
             cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
-        assert f"| {' | '.join(cells)} |" in TEXT
+        assert f"| {' | '.join(cells)} |" in PAGES["README.md"]
 
 
 def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[str]]) -> None:
     (code,) = [block for block in blocks("python") if "class Smooth(" in block]
     scope: dict = {"__name__": "alignment.smooth"}
-    exec(compile(code, "README.md", "exec", dont_inherit=True), scope)
+    exec(compile(code, "docs", "exec", dont_inherit=True), scope)
     try:
         run = train.main(words(tmp_path, "run", "--align", "smooth", "--smooth-depth", 4, "--align-weight", 0.1,
                                "--max-train-steps", 2))
@@ -151,7 +201,7 @@ def test_the_ten_lines_work_in_another_network() -> None:
     student, teacher = Other(8), Other(8).requires_grad_(False)
     scope = {"student": student, "teacher": teacher, "student_width": 8, "teacher_width": 8, "student_block": student.blocks[1],
              "teacher_block": teacher.blocks[2]}
-    exec(compile(code, "README.md", "exec", dont_inherit=True), scope)
+    exec(compile(code, "docs", "exec", dont_inherit=True), scope)
     xt, t, y = torch.ones(2, 5, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 2])
     student(xt, t, y)
     loss = scope["guided_loss"](xt, t, y, 10)
@@ -160,3 +210,11 @@ def test_the_ten_lines_work_in_another_network() -> None:
     torch.testing.assert_close(loss, 0.5 * ((scope["head"](feature) - (f_u + 30 * (f_c - f_u))) ** 2).mean())
     loss.backward()
     assert student.blocks[0].linear.weight.grad.abs().sum() > 0 and student.blocks[2].linear.weight.grad is None
+
+
+def test_the_hours_follow_from_the_flops_beside_them() -> None:
+    rows = re.findall(r"^\| (SiT\S+) \| [^|]+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", PAGES["docs/training.md"], flags=re.MULTILINE)
+    assert len(rows) == 10
+    for network, steps, flops, hours in rows:
+        computed = int(steps.replace(",", "")) * 256 * float(flops) * 1e9 / (8 * 0.4 * 989e12) / 3600
+        assert float(hours) == pytest.approx(computed, abs=0.06), network

@@ -1,0 +1,92 @@
+"""The newcomer's path: 300 own JPEGs, an autoencoder, both stages, pictures, a score, and the checkpoint used from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import generate
+import train
+import train_guide
+from evaluations import evaluate
+from models import hub
+from models.checkpoint import Checkpoint
+from preprocessing import encode, verify
+from runtime.errors import UserError
+from tests.image_sets import photograph, tiny_vae
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--model", "SiT-Tiny/2", "--batch-size", "32", "--max-train-steps", "9", "--ema-decay", "0.9", "--ema-warmup", "--log-steps", "3",
+        "--align-hidden", "32"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 JPEGs in two class folders, in a folder `train`."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(300):
+        place = folder / "train" / ("cats" if number % 3 else "dogs") / f"{number:03d}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        photograph(number, 40 + number % 7, 34).save(place, quality=90)
+    return folder
+
+
+def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def told() -> str:
+        return capsys.readouterr().out
+
+    vae, latents, output = tiny_vae(tmp_path / "vae"), tmp_path / "set", ["--output-dir", str(tmp_path / "exps")]
+    encoding = ["--vae", vae, "--resolution", "16", "--flip", "--keep-images", "--workers", "0", "--out", str(latents)]
+    with pytest.raises(UserError, match=f"probably {photos / 'train'} "):
+        encode.main(["--images", str(photos), *encoding])
+    encode.main(["--images", str(photos / "train"), *encoding])
+    said = told()
+    assert "300 images, 2 classes" in said and "PSNR" in said and "warning: reconstructions of" in said  # its weights are random
+    rescaled(latents)  # as if the autoencoder were a sound one
+    verify.main([str(latents)])
+    assert "300 in 1 shards" in told()
+    # both stages; the second takes its network from the first
+    train.main(["--data-dir", str(latents), *output, "--exp-name", "one", "--align", "latent", *TINY])
+    assert "warning" not in told()
+    stage2 = train_guide.main(["--data-dir", str(latents), *output, "--exp-name", "two", "--guiding-ckpt", str(tmp_path / "exps" / "one"),
+                               "--align-stop-steps", "6", *TINY[2:]])
+    said = told()
+    assert "taken over from" in said and "--model SiT-Tiny/2" in said and Checkpoint.open(stage2).step == 9
+    # a picture of chosen classes, a score
+    drawn = generate.main(["--ckpt", str(stage2), "--classes", "dogs", "cats", "--per-class", "3", "--num-steps", "3", "--cfg-scale", "2",
+                           "--out", str(tmp_path / "drawn")])
+    assert np.load(drawn / "samples.npz")["labels"].tolist() == [1, 1, 1, 0, 0, 0] and Image.open(drawn / "grid.png").size[0] > 3 * 64
+    many = generate.main(["--ckpt", str(stage2), "--num-fid-samples", "40", "--num-steps", "3", "--out", str(tmp_path / "many")])
+    evaluate.main(["--samples", str(many), "--reference", str(latents), "--features", "pixels", "--out", str(tmp_path / "metrics.json")])
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 40
+    # to a shared folder, and from there into another folder's own script, in the two lines that the README gives
+    shared = hub.main([str(stage2), "--to", str(tmp_path / "shared"), "--metrics", str(tmp_path / "metrics.json")])
+    assert "300 items of 2 classes" in (shared / "README.md").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom models.checkpoint import Checkpoint\n" \
+             f"network = Checkpoint.open({str(shared)!r}).network('ema')\nprint(network.spec.name, network.spec.num_classes)"
+    words = ["-m", "generate", "--ckpt", str(shared), "--num-fid-samples", "2", "--num-steps", "2", "--out", "drawn"]
+    for arguments, environment in ((["-c", script], {}), (words, {"PYTHONPATH": str(ROOT)})):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False,
+                              env={**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **environment})
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "elsewhere" / "drawn" / "samples.npz").is_file()
+
+
+def rescaled(latents: Path) -> None:
+    """Give a latent set the scale that brings it to a deviation of 1: random weights have one of their own."""
+    from dataset import LatentSet
+
+    found = LatentSet(latents)
+    moments = found.read(np.arange(len(found)))[0]
+    std = float(np.sqrt(moments[:, 0].var() + (moments[:, 1] ** 2).mean()))
+    manifest = json.loads((latents / "manifest.json").read_text())
+    manifest["space"]["scale"] = [1 / std]
+    (latents / "manifest.json").write_text(json.dumps(manifest))
