@@ -31,15 +31,15 @@ from runtime.options import group, option, read
 @dataclass(frozen=True, kw_only=True)
 class Options:
     samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels), a folder that "
-                                           "generate.py wrote, or a folder of PNG files; several are several seeds")
+                                           "generate.py wrote, or a folder of PNG files; several are several seeds", heading="images")
     reference: str = option(help="reference: ADM's .npz, one made by evaluations.reference, or any images")
     grey: bool = option(False, help="read image files as one channel instead of RGB, samples and reference alike")
     scores: FeatureOptions = group(FeatureOptions)
     precision_recall_mode: str | None = option(None, choices=metrics.MODES, help="distances of precision and recall "
-                                        "(default adm_fp16 for inception, as in published tables, else fp32)")
+                                        "(default adm_fp16 for inception, as in published tables, else fp32)", heading="metrics")
     shuffle: int | None = option(None, help="shuffle by this seed before the Inception Score (default: in file order)")
     batch_size: int = option(64, help="images per pass through the extractor, on each process")
-    out: str = option("metrics.json", help="where the result goes")
+    out: str = option("metrics.json", help="where the result goes", heading="output")
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")

@@ -43,12 +43,13 @@ from runtime.options import option, read
 class Options:
     """Options of `python -m models.convert SRC`."""
 
-    source: str = option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)")
+    source: str = option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)", heading="files")
     out: str = option(help="checkpoint folder to write (a diffusers folder for a VAE)")
-    num_heads: int | None = option(None, help="attention heads, where the size is not a published one")
+    num_heads: int | None = option(None, help="attention heads, where the size is not a published one", heading="network")
     noise_at: int | None = option(None, choices=(0, 1), help="time at which the file's network sees noise, where its "
                                          "family is not known by its keys (SiT, LightningDiT: 0; REPA and what derives from it: 1)")
-    vae: str | None = option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)")
+    vae: str | None = option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)",
+                                   heading="latent space")
     statistics: str | None = option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
 
 

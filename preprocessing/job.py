@@ -28,10 +28,10 @@ STOPPED = ".stopped"  # a process of the present start met an error: the others 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    images: str = option(help="folder or ZIP file of images: class folders, or a dataset.json with labels")
-    vae: str = option(help="autoencoder: hub id or local folder of diffusers, or 'pixels' for none")
+    images: str = option(help="folder or ZIP file of images: class folders, or a dataset.json with labels", heading="images")
+    vae: str = option(help="autoencoder: hub id or local folder of diffusers, or 'pixels' for none", heading="encoder")
     resolution: int = option(help="side of the square images, in pixels")
-    out: str = option(help="folder of the latent set to write")
+    out: str = option(help="folder of the latent set to write", heading="latent set")
     statistics: str | None = option(None, help="latents_stats.pt of LightningDiT: mean and std that scale the latents")
     flip: bool = option(False, help="store a second view, encoded from the mirrored image")
     keep_images: bool = option(False, help="store the cropped images too, as PNG")
@@ -41,7 +41,7 @@ class Options:
     mixed_precision: str = option("no", help="precision of the encoder", choices=("no", "bf16"))
     batch_size: int = option(32, help="images per call of the encoder")
     shard_size: int = option(4096, help="images per file")
-    workers: int | None = option(None, help="decoding processes per GPU (default: the CPU cores, shared out)")
+    workers: int | None = option(None, help="decoding processes per GPU (default: the CPU cores, shared out)", heading="work")
     skip_bad: int = option(0, help="leave out up to this many unusable images instead of stopping")
     seed: int = option(0, help="seed of the fixed samples (--no-moments)")
 

@@ -36,10 +36,10 @@ _SCALE = (0.1, 3.0)      # a latent space has a standard deviation of about 1; S
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    data_dir: str = option(help="the latent set; may be given first, without the flag")
+    data_dir: str = option(help="the latent set; may be given first, without the flag", heading="latent set")
     vae: str | None = option(None, help="autoencoder to decode with (default: the set's own, if it is on this machine)")
     images: str | None = option(None, help="the images that the set was made from, if they were not kept")
-    picture: str | None = option(None, help="where to draw the reconstructions (default: verify.png in the set)")
+    picture: str | None = option(None, help="where to draw the reconstructions (default: verify.png in the set)", heading="reconstructions")
     num_images: int = option(8, help="items to reconstruct; 0: none")
 
     def __post_init__(self) -> None:

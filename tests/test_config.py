@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 
@@ -151,3 +152,20 @@ def test_help_is_readable(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert "SiT-XL/2" in text and "LightningDiT-XL/1" in text and "layersync" in text and "token-cosine" in text
     assert "--latent-depth" in text and "--align-depth" in text and "    a command\n" in text and "(default 0.0001)" in text
+
+
+@pytest.mark.parametrize("module, headings", [
+    ("train", ["data", "network", "method", "optimisation", "precision", "run", "logging", "scores", "models", "alignments"]),
+    ("generate", ["network", "samples", "solver", "guidance", "scores"]),
+    ("evaluations.evaluate", ["images", "scores", "metrics", "output"]),
+    ("evaluations.sweep", ["network", "sweep", "guidance", "scores"]),
+    ("preprocessing.encode", ["images", "encoder", "latent set", "work"]),
+    ("models.convert", ["files", "network", "latent space"])])
+def test_help_comes_in_groups(module: str, headings: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    told = capsys.readouterr().out
+    places = [re.search(rf"^{heading}\b.*:$", told, flags=re.MULTILINE) for heading in headings]
+    assert all(places), dict(zip(headings, places))
+    if module == "train":
+        assert "SiT-XL/2" in told and "layersync" in told.split("alignments")[-1]
