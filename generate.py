@@ -21,6 +21,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.options import Given, peek, read
 from sampling import presets
+
+if TYPE_CHECKING:
+    from sampling.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -67,7 +71,7 @@ def score(config: GenerateConfig) -> Path:
     reference.require_shape("the samples", sampler.image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator)
     add_drawn(scorer, sampler, count, batch_size)
-    out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
+    out = Path(config.out) if config.out else default_folder(source, config)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
     result = scorer.result() | {"samples": {"name": out.name, "sha256": None, "settings": settings}}
     if accelerator.is_main_process:
@@ -90,7 +94,7 @@ def generate(config: GenerateConfig) -> Path:
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
     if chosen is not None:
         settings |= {"labels": "chosen", "classes": chosen.tolist()}
-    out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
+    out = Path(config.out) if config.out else default_folder(source, config)
     if finished(out, settings):
         accelerator.print(f"{out} already holds these samples")
         return out
@@ -141,7 +145,7 @@ def compare(config: GenerateConfig) -> Path:
         names.append(source.name)
         told.append({**source.settings(config.sampling, len(chosen)), "labels": "chosen", "classes": chosen.tolist()})
         heads = heads or [classes[label] for label in chosen]
-        out = out or default_folder(source.checkpoint.path, config)
+        out = out or default_folder(source, config)
     if source.accelerator.is_main_process:
         picture.write(out / "compare.png", rows, names, heads)
         files.write_json(out / "compare.json", {"preset": config.preset, "rows": dict(zip(names, told))})
@@ -150,14 +154,14 @@ def compare(config: GenerateConfig) -> Path:
     return out
 
 
-def default_folder(checkpoint: Path, config: GenerateConfig) -> Path:
+def default_folder(source: Source, config: GenerateConfig) -> Path:
     """Where samples go without --out: beside the checkpoints, named by what a reader wants to tell apart."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     sampling = config.sampling
     solver = sampling.mode if sampling.mode == "sde" else sampling.solver
     what = config.num_fid_samples if not config.classes else f"{'-'.join(config.classes).replace(' ', '_')}x{config.per_class or 8}"
-    return run / "samples" / (f"{checkpoint.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}"
-                              f"-{what}-seed{sampling.seed}")
+    name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}-{what}"
+            f"-seed{sampling.seed}")
+    return source.folder / "samples" / name
 
 
 def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -176,7 +176,7 @@ def sweep(config: SweepConfig) -> Path:
         "reference": reference.digest, "features": extractor.name, "features_weights": extractor.weights}
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
-    out = Path(config.out) if config.out else default_folder(source.checkpoint.path)
+    out = Path(config.out) if config.out else source.folder / "sweep" / source.checkpoint.path.name
     results = Results(out / "sweep.json", settings)
     accelerator.wait_for_everyone()  # all have read before one writes
     todo = [point for point in points if point not in results.points]
@@ -196,12 +196,6 @@ def sweep(config: SweepConfig) -> Path:
         conclude(config, results, out)
     accelerator.wait_for_everyone()
     return out
-
-
-def default_folder(checkpoint: Path) -> Path:
-    """`sweep/` beside the checkpoints of a run, by checkpoint."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    return run / "sweep" / checkpoint.name
 
 
 def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import SamplingConfig, SourceOptions
 from models import Backbone, attention
 from models.checkpoint import Checkpoint
+from models.hub_client import PREFIX
 from models.latents import Codec
 from models.layers import hold_in
 from models.vae import open_codec
@@ -75,6 +77,14 @@ class Source:
         """RUN@STEP, or the checkpoint folder's name."""
         path = self.checkpoint.path
         return f"{path.parent.parent.name}@{self.checkpoint.step}" if path.parent.name == "checkpoints" else path.name
+
+    @property
+    def folder(self) -> Path:
+        """Where results go without --out: the run, the checkpoint folder itself, or results/ for one from the hub."""
+        if self.options.ckpt.startswith(PREFIX):
+            return Path("results") / self.options.ckpt.removeprefix(PREFIX).replace("/", "--")
+        path = self.checkpoint.path
+        return path.parent.parent if path.parent.name == "checkpoints" else path
 
     def introduction(self, sampling: SamplingConfig, count: int) -> str:
         """What is about to be drawn, in one line."""

@@ -48,7 +48,8 @@ def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return stand_in
 
 
-def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(guided: Path, data: Path, tmp_path: Path, repositories: Hub) -> None:
+def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(guided: Path, data: Path, tmp_path: Path, repositories: Hub,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = generate.main(["--ckpt", str(guided), "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "drawn")])
     evaluate.main(["--samples", str(drawn), "--reference", str(data), "--features", "pixels", "--out", str(tmp_path / "metrics.json")])
     address = hub.main([str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "metrics.json"), "--private"])
@@ -65,6 +66,9 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(guided: Path,
         assert said in card, said
     again = generate.main(["--ckpt", "hub:lab/digits", "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "again")])
     assert np.array_equal(np.load(drawn / "samples.npz")["arr_0"], np.load(again / "samples.npz")["arr_0"])
+    monkeypatch.chdir(tmp_path)
+    place = generate.main(["--ckpt", "hub:lab/digits", "--num-fid-samples", "2", "--num-steps", "2"])
+    assert place.parent == Path("results/lab--digits/samples")  # not in the hub's cache
 
 
 def test_what_the_hub_or_the_metrics_refuse_is_one_line(guided: Path, teacher: Path, tmp_path: Path, repositories: Hub,
