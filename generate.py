@@ -18,6 +18,7 @@ a column has one class and one noise.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def score(config: GenerateConfig) -> Path:
     reference, extractor = open_pair(config.reference, config.scores, accelerator, batch_size)
     reference.require_shape("the samples", sampler.image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator)
+    accelerator.print(source.introduction(config.sampling, count))
     add_drawn(scorer, sampler, count, batch_size)
     out = Path(config.out) if config.out else default_folder(source, config)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
@@ -130,7 +132,7 @@ def compare(config: GenerateConfig) -> Path:
     from sampling.classes import names_of
     from sampling.source import Source
 
-    rows, names, told, heads = [], [], [], []
+    rows, told, heads = [], [], []
     out = Path(config.out) if config.out else None
     for ckpt in (config.source.ckpt, *config.compare):
         source = Source.open(dataclasses.replace(config.source, ckpt=ckpt), config.sampling, config.preset)
@@ -142,13 +144,12 @@ def compare(config: GenerateConfig) -> Path:
                                                                       f"they do not fit into one picture")
         if source.accelerator.is_main_process:
             rows.append(np.concatenate([sampler.images(part) for part in batches(range(len(chosen)), config.source.batch_size)]))
-        names.append(source.name)
-        told.append({**source.settings(config.sampling, len(chosen)), "labels": "chosen", "classes": chosen.tolist()})
+        told.append({"row": source.name, **source.settings(config.sampling, len(chosen)), "labels": "chosen", "classes": chosen.tolist()})
         heads = heads or [classes[label] for label in chosen]
         out = out or default_folder(source, config)
     if source.accelerator.is_main_process:
-        picture.write(out / "compare.png", rows, names, heads)
-        files.write_json(out / "compare.json", {"preset": config.preset, "rows": dict(zip(names, told))})
+        picture.write(out / "compare.png", rows, [row["row"] for row in told], heads)
+        files.write_json(out / "compare.json", {"preset": config.preset, "rows": told})
         print(f"wrote {out}/compare.png and compare.json", flush=True)
     source.accelerator.wait_for_everyone()
     return out
@@ -158,7 +159,11 @@ def default_folder(source: Source, config: GenerateConfig) -> Path:
     """Where samples go without --out: beside the checkpoints, named by what a reader wants to tell apart."""
     sampling = config.sampling
     solver = sampling.mode if sampling.mode == "sde" else sampling.solver
-    what = config.num_fid_samples if not config.classes else f"{'-'.join(config.classes).replace(' ', '_')}x{config.per_class or 8}"
+    what = str(config.num_fid_samples)
+    if config.classes:
+        words = "-".join(config.classes).replace(" ", "_").replace("/", "_")
+        many = f"{len(config.classes)}classes-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        what = f"{words if len(words) < 60 else many}x{config.per_class or 8}"
     name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}-{what}"
             f"-seed{sampling.seed}")
     return source.folder / "samples" / name

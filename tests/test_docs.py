@@ -218,3 +218,15 @@ def test_the_hours_follow_from_the_flops_beside_them() -> None:
     for network, steps, flops, hours in rows:
         computed = int(steps.replace(",", "")) * 256 * float(flops) * 1e9 / (8 * 0.4 * 989e12) / 3600
         assert float(hours) == pytest.approx(computed, abs=0.06), network
+
+
+def test_how_to_cite_and_to_contribute() -> None:
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    bibtex = PAGES["README.md"].split("```bibtex")[1]
+    assert citation["title"] in bibtex and all(author["family-names"] in bibtex for author in citation["authors"])
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([a-z_/]+\.(?:py|md)|[a-z_]+/)`", contributing) + re.findall(r"\]\(([^)]+)\)", contributing)
+    assert len(named) > 5 and all((ROOT / name).exists() for name in named), named
+    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()

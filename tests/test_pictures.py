@@ -52,13 +52,14 @@ def test_chosen_classes_come_in_order(guided: Path, tmp_path: Path, capsys: pyte
     with np.load(other / "samples.npz") as drawn:
         assert np.array_equal(drawn["arr_0"][3:], first[3:]) and not np.array_equal(drawn["arr_0"][:3], first[:3])
     assert "7-2x3" in generate.main([*sample, "--classes", "7", "2", "--per-class", "3"]).name
+    assert "40classes-" in generate.main([*sample, "--classes", *"0123456789" * 4, "--per-class", "1"]).name  # no name too long
 
 
 def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tmp_path: Path) -> None:
     words = ["--classes", "1", "3", "--per-class", "2", "--num-steps", "2"]
     out = generate.main(["--ckpt", str(teacher), "--compare", str(guided), *words, "--out", str(tmp_path / "both")])
     rows = json.loads((out / "compare.json").read_text())["rows"]
-    assert list(rows) == ["stage1@4", "stage2@4"] and rows["stage2@4"]["checkpoint"] == Checkpoint.open(guided).digest
+    assert [row["row"] for row in rows] == ["stage1@4", "stage2@4"] and rows[1]["checkpoint"] == Checkpoint.open(guided).digest
     shown = np.asarray(Image.open(out / "compare.png"))
     # the rows are the samples that each checkpoint draws alone: same noise, same classes
     for row, ckpt in enumerate((teacher, guided)):
