@@ -80,9 +80,9 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """Where results go without --out: the run, the checkpoint folder itself, or results/ for one from the hub."""
+        """Where results go without --out: the run, the checkpoint folder itself, or exps/user--name for one from the hub."""
         if self.options.ckpt.startswith(PREFIX):
-            return Path("results") / self.options.ckpt.removeprefix(PREFIX).replace("/", "--")
+            return Path("exps") / self.options.ckpt.removeprefix(PREFIX).replace("/", "--")
         path = self.checkpoint.path
         return path.parent.parent if path.parent.name == "checkpoints" else path
 

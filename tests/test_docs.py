@@ -66,8 +66,7 @@ def flags(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words and "..." not in words], ids=" ".join)
-def test_commands_parse(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "taken_over", lambda given: {})  # the checkpoints that they name are not here
+def test_commands_parse(words: tuple[str, ...]) -> None:
     rest = after_launcher(words)
     given = [word.replace("--no-", "--", 1) for word in rest if word.startswith("--")]
     if "NAME" in rest:
@@ -125,8 +124,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None
         assert message in spoken, message
 
 
-def test_symbols_name_real_flags_and_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "taken_over", lambda given: {})
+def test_symbols_name_real_flags_and_defaults() -> None:
     config, options = command.resolve(["--data-dir", "d", "--exp-name", "e", "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",))
     known = {flag for field in dataclasses.fields(options["guided"]) for flag in flags_of(field, "guided", alone=True)}
     latent = command.resolve(["--data-dir", "d", "--exp-name", "e", "--align", "latent"], "train.py", None)[1]["latent"]

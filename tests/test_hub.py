@@ -68,7 +68,7 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(guided: Path,
     assert np.array_equal(np.load(drawn / "samples.npz")["arr_0"], np.load(again / "samples.npz")["arr_0"])
     monkeypatch.chdir(tmp_path)
     place = generate.main(["--ckpt", "hub:lab/digits", "--num-fid-samples", "2", "--num-steps", "2"])
-    assert place.parent == Path("results/lab--digits/samples")  # not in the hub's cache
+    assert place.parent == Path("exps/lab--digits/samples")  # not in the hub's cache
 
 
 def test_what_the_hub_or_the_metrics_refuse_is_one_line(guided: Path, teacher: Path, tmp_path: Path, repositories: Hub,

@@ -45,8 +45,7 @@ def setting(student: models.ModelSpec, **more: object) -> Setting:
 
 
 @pytest.mark.parametrize("size", ["SiT-B/2", "SiT-L/2", "SiT-XL/2"])
-def test_the_authors_stop_after_100000_optimiser_steps_whatever_the_size(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "taken_over", lambda given: {})  # the checkpoint is not here
+def test_the_authors_stop_after_100000_optimiser_steps_whatever_the_size(size: str) -> None:
     _, options = command.resolve([*ARGV, "--guiding-ckpt", "c", "--preset", "upstream"], "train_guide.py", None, ("guided",))
     assert find("guided").resolve(options["guided"], spec(size)).stop(5004) == 100_000
     assert options["guided"].guiding_precision == "fp32"

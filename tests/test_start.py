@@ -32,7 +32,7 @@ def normed(tmp_path_factory: pytest.TempPathFactory, words: Words) -> Path:
 
 
 def resolved(argv: list[str], program: str) -> TrainConfig:
-    return command.resolve(argv, program, None, ("guided",) if program == "train_guide.py" else ())[0]
+    return command.resolve(argv, program, None, ("guided",) if program == "train_guide.py" else (), command.taken_over)[0]
 
 
 def without_recipe(argv: list[str]) -> list[str]:

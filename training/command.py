@@ -20,10 +20,12 @@ from training.run import Run
 
 
 def resolve(argv: Sequence[str], prog: str, description: str | None,
-            always: tuple[str, ...] = ()) -> tuple[TrainConfig, dict[str, AlignOptions]]:
+            always: tuple[str, ...] = (),
+            take_over: Callable[[dict[str, Given]], Given] | None = None) -> tuple[TrainConfig, dict[str, AlignOptions]]:
     """The run's options and those of each alignment: defaults < recipe < what is taken over < preset < command line.
 
-    `always` names alignments that the program adds by itself.
+    `always` names alignments that the program adds by itself. `take_over` finds what is taken over from a checkpoint that the
+    command names (`taken_over`); without it no file is opened.
 
     Raises:
         UserError: unknown flags, names or presets, contradictory values.
@@ -32,7 +34,7 @@ def resolve(argv: Sequence[str], prog: str, description: str | None,
     kinds = {name: find(name) for name in names}
     given = parse({"": TrainConfig, **{name: kind.Options for name, kind in kinds.items()}}, argv, prog=prog,
                   description=description, epilog=catalogue(), hints=PEERS)
-    taken = taken_over(given)
+    taken = take_over(given) if take_over else {}
     recipe = RECIPES[given[""].get("recipe", taken.get("recipe", "sit"))]
     preset = given[""].get("preset")
     known = {word for kind in kinds.values() for word in kind.presets}
@@ -85,7 +87,7 @@ def main(argv: Sequence[str], prog: str, description: str | None, watch: Callabl
     `watch(config, folder, spec, space, accelerator)` opens what is to be done between steps (previews and scores), before
     the first one, so that what is missing is missed then.
     """
-    config, options = resolve(argv, prog, description, always)
+    config, options = resolve(argv, prog, description, always, taken_over)
     if peek(TrainConfig, "tf32", argv):
         launch.require_tf32()
     if config.dry_run:
