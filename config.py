@@ -75,6 +75,11 @@ class TrainConfig:
     exp_name: str = option(help="name of this run; the same command again continues it")
     seed: int = option(0, help="seed of everything")
     checkpointing_steps: int = option(50_000, help="write a checkpoint every so many steps, and at the end")
+    checkpointing_minutes: float = option(60.0, help="also after so many minutes without one; of these the last two are kept; 0 for never")
+    max_hours: float | None = option(None, help="save and end, with exit code 75, before so many hours are over; the same command goes on")
+    skip_steps: tuple[int, int] | None = option(None, help="pass over the optimiser steps A to B where they break a run")
+    verify: bool = option(True, help="check the digest of every shard while training; --no-verify for who has done it")
+    timeout_minutes: float | None = option(None, help="how long a process waits for the others before it gives up (default: torch's)")
     dry_run: bool = option(False, help="print what the run would cost, and train nothing")
     images_per_second: float | None = option(None, help="with --dry-run: a rate measured at the start of such a run, for the hours")
 
@@ -94,6 +99,12 @@ class TrainConfig:
         require(self.batch_size > 0 and self.gradient_accumulation_steps > 0 and self.max_train_steps > 0,
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
+        require(self.checkpointing_minutes >= 0,
+                f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 is for never")
+        for flag, value in (("--max-hours", self.max_hours), ("--timeout-minutes", self.timeout_minutes)):
+            require(value is None or value > 0, f"{flag} {value} must be positive")
+        require(self.skip_steps is None or 0 < self.skip_steps[0] <= self.skip_steps[1],
+                f"--skip-steps {' '.join(map(str, self.skip_steps or ()))}: give the first and the last step, counted from 1")
         require((self.eval_steps > 0) == (self.reference is not None),
                 "--eval-steps and --reference go together: give both, or neither")
         require(self.eval_steps > 0 or (self.eval_preset, self.eval_weights) == (None, ("ema",)),
@@ -108,7 +119,8 @@ class TrainConfig:
         require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0,
                 "--adam-weight-decay and --max-grad-norm must not be negative")
         require(0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1, "--adam-beta1 and --adam-beta2 must lie in [0, 1)")
-        require(self.exp_name.strip("./") != "", "--exp-name must name the run")
+        require(self.exp_name.strip("./") != "" and not {"/", "\\", "\0"} & set(self.exp_name),
+                f"--exp-name {self.exp_name!r} must name the run, one folder inside --output-dir")
         require(self.uniform_from_epoch is None or self.time_sampling != "uniform",
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
@@ -153,7 +165,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "sampling_steps", "log_steps", "report_to",
                             "output_dir", "exp_name", "vae", "eval_steps", "eval_preset", "eval_weights", "reference",
                             "num_fid_samples", "features", "inception_weights", "feature_weights", "gradient_accumulation_steps",
-                            "compile", "activation_checkpointing", "dry_run", "images_per_second"})
+                            "compile", "activation_checkpointing", "dry_run", "images_per_second", "checkpointing_minutes",
+                            "max_hours", "skip_steps", "verify",
+                            "timeout_minutes", "mixed_precision", "tf32"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from runtime import schema
 from runtime.errors import UserError
 
 
@@ -35,6 +36,8 @@ class LatentSpace:
     digest: str | None = None  # SHA-256 of the encoder's weights: decoders tuned on one encoder share its space
 
     def __post_init__(self) -> None:
+        if self.channels < 1 or self.stride < 1:
+            raise UserError(f"latent space {self.name}: {self.channels} channels of stride {self.stride}; both must be at least 1")
         for name in ("shift", "scale"):
             values = getattr(self, name)
             if len(values) not in (1, self.channels) or not all(map(math.isfinite, values)):
@@ -74,7 +77,7 @@ class LatentSpace:
         wrong = sorted((known - {"vae", "digest"} - set(value)) | (set(value) - known))
         if wrong:
             raise UserError(f"the latent space's description is damaged or from another version: {', '.join(wrong)}")
-        return cls(**{**value, "shift": tuple(value["shift"]), "scale": tuple(value["scale"])})
+        return schema.checked(cls, dict(value), "the latent space's description")
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ from runtime.streams import Stream
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
@@ -54,7 +52,7 @@ def encode(source: ImageSet, options: Options) -> None:
     """
     from accelerate.utils import gather_object
 
-    from runtime.launch import accelerator
+    from runtime.launch import accelerator, on_main
 
     processes = accelerator()
     codec = _codec(options, processes.device)
@@ -63,7 +61,7 @@ def encode(source: ImageSet, options: Options) -> None:
     with ExitStack() as held:
         if processes.is_main_process:
             print(source.summary, f"encoding with {world} process(es) on {processes.device.type}", sep="\n")
-        kept = _on_main(processes, lambda: begin(job, held))
+        kept = on_main(processes, lambda: begin(job, held))
         if kept is None:
             return
         pending = [shard for shard in job.shard_numbers if shard not in kept]
@@ -79,7 +77,7 @@ def encode(source: ImageSet, options: Options) -> None:
         if messages:
             raise UserError(messages[0])
         everywhere = dict(gather_object(entries))
-        _on_main(processes, lambda: finish(job, everywhere))
+        on_main(processes, lambda: finish(job, everywhere))
 
 
 def _codec(options: Options, device: torch.device) -> Codec:
@@ -183,22 +181,6 @@ def _write(job: Job, shard: int, parts: Sequence[tuple[Batch, np.ndarray]]) -> d
     images = [image for batch, _ in parts for image in batch.pngs] if job.options.keep_images else None
     return shards.write_shard(job.folder, shard, np.concatenate([latents for _, latents in parts]), job.source.labels[indices],
                               [job.source.names[index] for index in indices], images)
-
-
-def _on_main(processes: Accelerator, action: Callable[[], T]) -> T:
-    """What `action` returns on the main process, in every process; so is a UserError that it raises."""
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None, None]
-    if processes.is_main_process:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    result, message = broadcast_object_list(outcome)
-    if message is not None:
-        raise UserError(message)
-    return result
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ The format is described in `dataset.py`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
 from runtime import files
 from runtime.errors import UserError
-
-LOCK = ".lock"
 
 
 def shard_name(number: int) -> str:
@@ -67,26 +63,11 @@ def write_manifest(folder: Path, *, space: LatentSpace, resolution: int, latent_
                    dtype: str, crop: str, class_names: Sequence[str], images: bool, shards: Sequence[dict[str, Any]],
                    source: str, skipped: Sequence[str] = ()) -> None:
     """Write `manifest.json`, which makes the folder a latent set. All shards must be on disk."""
-    files.write_json(folder / MANIFEST, {
+    files.write_sealed(folder / MANIFEST, {
         "format": FORMAT, "space": space.to_json(), "resolution": resolution, "latent_size": latent_size, "views": views,
         "parts": parts, "dtype": dtype, "crop": crop, "range": [-1, 1], "num_classes": len(class_names),
         "class_names": list(class_names), "count": sum(shard["count"] for shard in shards), "images": images,
         "shards": list(shards), "source": source, "skipped": list(skipped)})
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one writer. Raises UserError where another process is writing there."""
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / LOCK, "w")
-    with handle:
-        try:
-            # a lock of this process alone: decoding workers that outlive a killed encoder must not hold it
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another process is writing {folder}; wait for it, or choose another --out") from None
-        yield
 
 
 def names(file: Path) -> list[str]:
@@ -94,12 +75,6 @@ def names(file: Path) -> list[str]:
     shard = map_shard(file)
     text, ends = shard["name_bytes"].tobytes(), shard["name_offsets"].tolist()
     return [os.fsdecode(text[begin:end]) for begin, end in zip(ends, ends[1:])]
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left half-written. Only for the holder of the lock."""
-    for path in folder.glob(".shard-*.tmp"):
-        path.unlink()
 
 
 def require_space(folder: Path, needed: int) -> None:

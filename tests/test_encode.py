@@ -21,6 +21,7 @@ from models.vae import open_codec
 from preprocessing import digits, shards
 from preprocessing.images import ImageFiles, cropped
 from preprocessing.job import STOPPED
+from runtime import locks
 from runtime.errors import UserError
 from tests.image_sets import class_folders, photograph, tiny_vae, zipped
 from tests.locks import held_elsewhere
@@ -49,7 +50,7 @@ def encode(images: Path, vae: str, out: Path, *more: str) -> LatentSet:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (shards.LOCK, STOPPED)}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (locks.LOCK, STOPPED)}
 
 
 def crops(folder: Path) -> np.ndarray:
@@ -187,7 +188,7 @@ def test_a_folder_of_another_job_or_of_something_else_is_refused(folder, tmp_pat
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
         encode(folder, "pixels", tmp_path / "other")
-    with held_elsewhere(tmp_path / "busy" / shards.LOCK), pytest.raises(UserError, match="another process is writing"):
+    with held_elsewhere(tmp_path / "busy" / locks.LOCK), pytest.raises(UserError, match="another process is writing"):
         encode(folder, "pixels", tmp_path / "busy")
 
 

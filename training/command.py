@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import models
@@ -66,5 +67,6 @@ def main(argv: Sequence[str], prog: str, description: str | None, watch: Callabl
     if config.dry_run:
         cost.main(config, options)
         return Path(config.output_dir) / config.exp_name
-    run = Run(config, options)
-    return loop.train(run, watch(config, run.folder, run.spec, run.data.space, run.accelerator))
+    with ExitStack() as held:
+        run = Run(config, options, held)
+        return loop.train(run, watch(config, run.folder, run.spec, run.data.space, run.accelerator))
