@@ -125,6 +125,9 @@ class TrainConfig:
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
+        require(self.align == ("none",) or "none" not in self.align,
+                f"--align {' '.join(self.align)}: none is plain training, and goes with nothing else")
+        require(len(set(self.align)) == len(self.align), f"--align {' '.join(self.align)} names an alignment twice")
         require_precision(self.mixed_precision, self.tf32)
         require(self.branch_from is None or self.init_ckpt is None, "give --branch-from (everything goes on) or --init-ckpt (the "
                                                                     "network alone starts anew), not both")
@@ -194,6 +197,7 @@ class SamplingConfig:
     seed: int = option(0, help="seed of noise and labels; sample i depends on (seed, i) alone")
 
     def __post_init__(self) -> None:
+        require(self.cfg_scale >= 0, f"--cfg-scale {self.cfg_scale} must not be negative; 1 is no guidance")
         require(self.num_steps >= 2, f"--num-steps {self.num_steps} must be at least 2")
         require(0 <= self.guidance_low <= self.guidance_high <= 1,
                 f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")
@@ -232,6 +236,7 @@ class GenerateConfig:
     list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
     num_fid_samples: int = option(50_000, help="how many samples")
     out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
+    overwrite: bool = option(False, help="replace samples of other settings, or damaged ones, that lie in --out")
     sampling: SamplingConfig = group(SamplingConfig)
     reference: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples",
                                    heading="scores")

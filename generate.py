@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config import PEERS, GenerateConfig
 from runtime import errors, progress
 from runtime.options import Given, peek, read
 from sampling import presets
+
+if TYPE_CHECKING:
+    from sampling.sampler import Sampler
+    from sampling.source import Source
+    from sampling.store import Store
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -65,6 +72,8 @@ def score(config: GenerateConfig) -> Path:
 
 def generate(config: GenerateConfig) -> Path:
     """Draw `num_fid_samples` images into `config.out`; returns that folder."""
+    from runtime.launch import on_main
+    from runtime.locks import locked
     from sampling.source import Source
     from sampling.store import Store, finished
 
@@ -73,10 +82,18 @@ def generate(config: GenerateConfig) -> Path:
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path, config)
-    if finished(out, settings):
-        accelerator.print(f"{out} already holds these samples")
-        return out
-    store = Store(out, settings, count, sampler.image_shape, accelerator.is_main_process, accelerator.wait_for_everyone)
+    with ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
+        if on_main(accelerator, lambda: finished(out, settings, config.overwrite)):
+            accelerator.print(f"{out} already holds these samples")
+            return out
+        draw(source, sampler, Store(out, settings, count, sampler.image_shape, accelerator, config.overwrite), config)
+    return out
+
+
+def draw(source: Source, sampler: Sampler, store: Store, config: GenerateConfig) -> None:
+    """Draw the samples that `store` lacks, in all processes together, and finish it."""
+    accelerator, count, out = source.accelerator, config.num_fid_samples, store.out
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(total=len(todo), desc=f"sampling {count} on {accelerator.num_processes} process(es)",
                       unit="image", main=accelerator.is_main_process) as bar:
@@ -89,7 +106,6 @@ def generate(config: GenerateConfig) -> Path:
         store.finish()
         print(f"wrote {out}/samples.npz, samples.json and grid.png", flush=True)
     accelerator.wait_for_everyone()
-    return out
 
 
 def default_folder(checkpoint: Path, config: GenerateConfig) -> Path:

@@ -57,6 +57,7 @@ class AlignOptions:
                        help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
 
     def __post_init__(self) -> None:
+        require(self.weight >= 0, f"--align-weight {self.weight} must not be negative")
         require(self.stop_steps is None or self.stop_epochs is None, "give the stop in steps or in epochs, not in both")
         for name in ("stop_steps", "stop_epochs"):
             value = getattr(self, name)

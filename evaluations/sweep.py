@@ -14,16 +14,21 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from config import PEERS, FeatureOptions, SamplingConfig, SourceOptions
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
-from runtime import errors, files
+from runtime import errors, files, schema
 from runtime.errors import UserError, require
+from runtime.launch import on_main
+from runtime.locks import locked
 from runtime.options import group, option, read
 from sampling.source import Source
 
@@ -75,6 +80,21 @@ def values(flag: str, text: str) -> list[float]:
     return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
 
 
+class Scored(TypedDict):
+    """One point of `sweep.json`."""
+
+    cfg_scale: float
+    guidance_high: float
+    metrics: dict[str, float]
+
+
+class Sweep(TypedDict):
+    """`sweep.json`."""
+
+    settings: dict[str, Any]
+    points: list[Scored]
+
+
 class Results:
     """The points that are done, in `sweep.json` together with all else that they depend on."""
 
@@ -82,7 +102,7 @@ class Results:
         self.path, self.settings = path, settings
         self.points: dict[Point, dict[str, float]] = {}
         if path.is_file():
-            earlier = files.read_json(path)
+            earlier = schema.read(Sweep, path, "give another --out")
             for key, value in settings.items():
                 if earlier["settings"].get(key) != value:
                     raise UserError(f"{path} is a sweep with another {key} ({earlier['settings'].get(key)}, not "
@@ -169,21 +189,23 @@ def sweep(config: SweepConfig) -> Path:
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
     out = Path(config.out) if config.out else default_folder(source.checkpoint.path)
-    results = Results(out / "sweep.json", settings)
-    accelerator.wait_for_everyone()  # all have read before one writes
-    todo = [point for point in points if point not in results.points]
-    if accelerator.is_main_process:
-        print(cost(config, source, todo, len(points)), flush=True)
-    for number, point in enumerate(todo, 1):
-        scorer = Scorer(reference, extractor, accelerator=accelerator)
-        add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
-                  f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
-        results.points[point] = scorer.result()["metrics"]
+    with ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
+        results = Results(out / "sweep.json", settings)
+        accelerator.wait_for_everyone()  # all have read before one writes
+        todo = [point for point in points if point not in results.points]
         if accelerator.is_main_process:
-            results.write()
-    if accelerator.is_main_process:
-        conclude(config, results, out)
-    accelerator.wait_for_everyone()
+            print(cost(config, source, todo, len(points)), flush=True)
+        for number, point in enumerate(todo, 1):
+            scorer = Scorer(reference, extractor, accelerator=accelerator)
+            add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
+                      f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
+            results.points[point] = scorer.result()["metrics"]
+            if accelerator.is_main_process:
+                results.write()
+        if accelerator.is_main_process:
+            conclude(config, results, out)
+        accelerator.wait_for_everyone()
     return out
 
 

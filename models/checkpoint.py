@@ -144,6 +144,7 @@ class Checkpoint:
             UserError: weights that the checkpoint lacks, or that do not fit the recorded architecture.
         """
         tensors = self.tensors("network" if weights == "raw" else "ema")
+        models.require_finite(tensors, f"{self.path} ({weights} weights)")
         if depth is not None:
             wanted = models.parameter_names(self.spec, depth=depth)
             tensors = {name: tensors[name] for name in wanted if name in tensors}
@@ -206,6 +207,18 @@ def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a folder whose config.json says checkpoint."""
     config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
     return isinstance(config, dict) and config.get("kind") == "checkpoint"
+
+
+def is_converted(path: Path, insisted: bool = False) -> bool:
+    """Whether `path` is a checkpoint or VAE that `models.convert` wrote, or if `insisted` any, with nothing else beside it."""
+    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if not isinstance(config, dict):
+        return False
+    if config.get("kind") == "checkpoint" and isinstance(config.get("files"), dict):
+        return ("source" in config or insisted) and {file.name for file in path.iterdir()} <= {"config.json", *config["files"]}
+    names = {"config.json", "diffusion_pytorch_model.safetensors", "source.json"}
+    return config.get("_class_name") == "AutoencoderKL" and {file.name for file in path.iterdir()} <= names and \
+        ((path / "source.json").is_file() or insisted)
 
 
 def write(

@@ -140,10 +140,11 @@ def begin(job: Work, held: ExitStack) -> dict[int, int] | None:
 def _whole_shards(job: Work) -> dict[int, int]:
     kept = {}
     for shard in job.shard_numbers:
-        file = job.folder / shards.shard_name(shard)
-        if file.exists():
+        entry = shards.recorded(job.folder, shard)
+        if entry is not None and (job.folder / entry["file"]).exists():
             try:
-                kept[shard] = len(dataset.map_shard(file)["labels"])
+                dataset.require_intact(job.folder, entry)
+                kept[shard] = entry["count"]
             except UserError as error:
                 print(f"{error}: making this shard anew")
     return kept

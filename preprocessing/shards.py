@@ -16,7 +16,8 @@ import torch
 
 from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
-from runtime import files
+from models.manifest import Shard
+from runtime import files, schema
 from runtime.errors import UserError
 
 
@@ -51,7 +52,21 @@ def write_shard(folder: Path, number: int, latents: np.ndarray, labels: np.ndarr
             tensors[f"{column}_offsets"] = torch.from_numpy(np.cumsum([0] + [len(item) for item in items], dtype=np.int64))
             tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
-    return entry(folder, number, len(latents))
+    written = entry(folder, number, len(latents))
+    files.write_json(_record(folder, number), written)
+    return written
+
+
+def recorded(folder: Path, number: int) -> dict[str, Any] | None:
+    """The entry of a shard as it was when it was written; None where that is not known any more."""
+    try:
+        return schema.read(Shard, _record(folder, number))
+    except UserError:
+        return None
+
+
+def _record(folder: Path, number: int) -> Path:
+    return folder / f".{shard_name(number)}.json"
 
 
 def entry(folder: Path, number: int, count: int) -> dict[str, Any]:
@@ -68,6 +83,8 @@ def write_manifest(folder: Path, *, space: LatentSpace, resolution: int, latent_
         "parts": parts, "dtype": dtype, "crop": crop, "range": [-1, 1], "num_classes": len(class_names),
         "class_names": list(class_names), "count": sum(shard["count"] for shard in shards), "images": images,
         "shards": list(shards), "source": source, "skipped": list(skipped)})
+    for number in range(len(shards)):
+        _record(folder, number).unlink(missing_ok=True)  # the manifest holds them now
 
 
 def names(file: Path) -> list[str]:

@@ -51,12 +51,12 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
         _remove(before)
 
 
-def require_replaceable(path: Path | str, ours: Callable[[Path], bool] | None = None) -> None:
+def require_replaceable(path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place") -> None:
     """Raise UserError unless a folder may take the place of `path`: nothing, an empty folder, or one that `ours` recognises."""
     path = Path(os.path.abspath(path))
     if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (ours is not None and ours(path)))):
         return
-    raise UserError(f"{path} exists and is not what this command wrote there: choose another place")
+    raise UserError(f"{path} exists and is not what this command wrote there: {remedy}")
 
 
 def remove_leftovers(folder: Path | str) -> list[str]:

@@ -72,6 +72,8 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
         files.write_json(run.folder / "run.json", {"train": as_dict(config), "align": run.resolved})
     log = RunLog(run.folder, run.accelerator, run.step, config.max_train_steps, as_dict(config), config.report_to,
                  run.introduction())
+    if run.step >= config.max_train_steps:
+        log.say(f"{run.folder} is already at step {run.step}: nothing to do up to --max-train-steps {config.max_train_steps}")
     try:
         with signals.noted() as asked:
             _segments(run, log, Between(run, log, callbacks, asked))
