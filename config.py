@@ -126,8 +126,8 @@ class TrainConfig:
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
         require(self.align == ("none",) or "none" not in self.align,
-                f"--align {' '.join(self.align)}: none is plain training, and goes with nothing else")
-        require(len(set(self.align)) == len(self.align), f"--align {' '.join(self.align)} names an alignment twice")
+                f"--align {' '.join(self.align)}: none is plain training, leave it out")
+        require(len(set(self.align)) == len(self.align), f"--align {' '.join(self.align)} names an alignment twice; give it once")
         require_precision(self.mixed_precision, self.tf32)
         require(self.branch_from is None or self.init_ckpt is None, "give --branch-from (everything goes on) or --init-ckpt (the "
                                                                     "network alone starts anew), not both")
@@ -204,7 +204,7 @@ class SamplingConfig:
         require(0 < self.last_step < 1, f"--last-step {self.last_step} must lie between 0 and 1")
         require(self.timestep_shift > 0, f"--timestep-shift {self.timestep_shift} must be positive")
         require(self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
-                "dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
+                "--solver dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
         if self.mode == "sde":
             require(self.solver == "euler" and self.grid == "evaluations" and self.timestep_shift == 1,
                     "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode")

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.latents import LatentSpace
-from models.manifest import FORMAT, MANIFEST, read_manifest, require_intact
+from models.manifest import FORMAT, MANIFEST, read_manifest, read_space, require_intact
 from models.pixels import is_pixels, to_uint8
 from runtime import files, progress
 from runtime.errors import UserError
@@ -58,7 +57,7 @@ class LatentSet:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.digest = files.digest(self.path / MANIFEST)
-        self.space = LatentSpace.from_json(self.manifest["space"])
+        self.space = read_space(self.path, self.manifest)
         self.num_classes: int = self.manifest["num_classes"]
         self.latent_size: int = self.manifest["latent_size"]
         self.views: int = self.manifest["views"]
@@ -230,7 +229,7 @@ class LatentSet:
 def steps_per_epoch(count: int, batch: int) -> int:
     """Optimiser steps in one pass over `count` items; the incomplete last batch is dropped. Raises UserError if none."""
     if batch > count:
-        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items")
+        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items; lower it")
     return count // batch
 
 

@@ -11,6 +11,7 @@ import io
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -28,9 +29,12 @@ from runtime.options import Option, flags_of, options_of
 SCHEMAS: dict[str, type] = {"train.py": TrainConfig, "generate.py": GenerateConfig, "encode": job.Options, "verify": verify.Options,
                             "import_latents": import_latents.Options, "convert": convert.Options, "evaluate": evaluate.Options,
                             "reference": reference.Options, "sweep": sweep.SweepConfig}
-REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|copy|"
-                    r"did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|convert|known|"
-                    r"invite|expected|install|raise|lower|smaller|is lent|takes|go together|convert|whole numbers|accept|is the)\b")
+REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|"
+                    r"copy|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|known|"
+                    r"convert|expected|install|raise|lower|takes|go together|accept|check|knows?|nothing to set|belong)\b")
+
+
+BAR = re.compile(r"\d+%\||/s\]")  # of progress
 
 
 @dataclass(frozen=True)
@@ -69,19 +73,19 @@ def answer(row: Row, world: World, scratch: Path) -> tuple[Answer, tuple[str, ..
     """Run a row in this process, through the one place that catches user errors."""
     more, names = row.damage(world, scratch) if row.damage else ([], [])
     argv = [*world.words(row.command), *row.words, *more]
-    before, said, code = listing(world.root), io.StringIO(), None
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        try:
-            errors.run(lambda: MAINS[row.command](argv))
-        except SystemExit as end:
-            code = end.code
-        except Exception as error:  # noqa: BLE001 - what the table is there to find
-            code = f"{type(error).__name__}: {error}"
-    written = sorted(listing(world.root) - before)
+    before, said = listing(world.root), io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), ThreadPoolExecutor(1) as runner:
+        end = runner.submit(errors.run, lambda: MAINS[row.command](argv)).exception()  # whatever it is: that is the question
+    code = end.code if isinstance(end, SystemExit) else end and f"{type(end).__name__}: {end}"
+    return judged(code, said.getvalue(), before, world), (*row.said, *names)
+
+
+def judged(code: object, said: str, before: set[str], world: World) -> Answer:
+    """What a command that has ended made of a row; clears away what it wrote."""
+    written = sorted(name for name in listing(world.root) - before if Path(name.split(" (")[0]).name not in BEGUN)
     if world.out.exists():
         shutil.rmtree(world.out)
-    lines = [line for line in re.split(r"[\r\n]+", said.getvalue()) if line.strip() and not re.search(r"\d+%\||it/s|/s\]|\?\S*/s|s/it", line)]
-    return Answer(code, lines, written), (*row.said, *names)
+    return Answer(code, [line for line in re.split(r"[\r\n]+", said) if line.strip() and not BAR.search(line)], written)
 
 
 def listing(root: Path) -> set[str]:
@@ -119,6 +123,8 @@ def _wrong(opt: Option) -> list[str]:
     kinds = {part for part in (opt.hint, *get_args(opt.hint)) for part in (part, *get_args(part)) if get_origin(part) is None}
     if opt.field.metadata["choices"]:
         return ["nonesuch"]
+    if get_origin(opt.hint) is tuple or any(get_origin(part) is tuple for part in get_args(opt.hint)):
+        return []
     if int in kinds:
         return ["many", "1.5"]
     return ["much", "nan"] if float in kinds else []
@@ -135,27 +141,32 @@ HAND: dict[str, list[tuple[str, ...]]] = {
         ("--exp-name", "a/b"), ("--exp-name", "/abs"), ("--checkpointing-steps", "0"), ("--checkpointing-minutes", "-1"),
         ("--max-hours", "0"), ("--max-hours", "-2"), ("--timeout-minutes", "0"), ("--skip-steps", "5", "2"), ("--skip-steps", "0", "2"),
         ("--log-steps", "0"), ("--sampling-steps", "-1"), ("--eval-steps", "5"), ("--eval-steps", "-1"), ("--num-fid-samples", "2"),
-        ("--images-per-second", "5"), ("--uniform-from-epoch", "3"), ("--model", "SiT-B/3"), ("--model", "SiT-B/7"), ("--model", ""),
-        ("--align", "latnt"), ("--align", "none", "latent"), ("--align", "latent", "latent"), ("--preset", "paper"), ("--recipe", "sitt"),
-        ("--init-ckpt", "/nowhere"), ("--data-dir", "/nowhere"), ("--data-dir", "/dev/null"), ("--vae", "/nowhere", "--sampling-steps", "1"),
+        ("--images-per-second", "5"), ("--uniform-from-epoch", "3"), ("--model", "SiT-B/3"), ("--model", ""),
+        ("--align", "latnt"), ("--align", "none", "latent"), ("--align", "latent", "latent"), ("--preset", "paper"),
+        ("--recipe", "sitt"),
+        ("--init-ckpt", "/nowhere"), ("--data-dir", "/nowhere"), ("--data-dir", "/dev/null"),
+        ("--vae", "/nowhere", "--sampling-steps", "1"),
         ("--reference", "/nowhere", "--eval-steps", "1", "--features", "pixels"), ("--align-weight", "1"), ("--guide-scale", "30"),
         ("--align", "latent", "--align-interval", "0.5", "0.5"), ("--align", "latent", "--align-interval", "0.7", "0.4"),
         ("--align", "latent", "--align-interval", "-0.1", "0.4"), ("--align", "latent", "--align-weight", "-0.5"),
-        ("--align", "latent", "--align-depth", "0"), ("--align", "latent", "--align-depth", "99"), ("--align", "latent", "--align-hidden", "0"),
+        ("--align", "latent", "--align-depth", "0"), ("--align", "latent", "--align-depth", "99"),
+        ("--align", "latent", "--align-hidden", "0"),
         ("--align", "latent", "--latent-depth", "2", "--align-depth", "3"), ("--align", "latent", "--align-stop-steps", "-1"),
         ("--align", "latent", "--align-stop-epochs", "-1"), ("--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"),
         ("--align", "latent", "--align-schedule", "cosine"), ("--align", "latent", "--align-mask", "upstream"),
         ("--align", "latent", "--preset", "papr"), ("--align", "sra", "--sra-tail-length", "0"), ("--align", "sra", "--align-depth", "0"),
         ("--align", "repa", "--align-encoder", "dinov9"), ("--align", "layersync", "--align-depth", "99")],
     "train_guide.py": [
-        ("--guiding-ckpt", "/nowhere"), ("--guiding-depth", "0"), ("--guiding-depth", "7"), ("--guided-depth", "99"), ("--guide-scale", "-1"),
-        ("--align", "guided"), ("--align-hidden", "-1"), ("--align-interval", "0.5", "0.5"), ("--guiding-ckpt", "/dev/null")],
+        ("--guiding-ckpt", "/nowhere"), ("--guiding-depth", "0"), ("--guiding-depth", "7"), ("--guided-depth", "99"),
+        ("--guide-scale", "-1"),
+        ("--align-hidden", "-1"), ("--align-interval", "0.5", "0.5"), ("--guiding-ckpt", "/dev/null")],
     "generate.py": [
         ("--ckpt", "/nowhere"), ("--ckpt", "/dev/null"), ("--num-fid-samples", "0"), ("--num-fid-samples", "-1"), ("--num-steps", "1"),
         ("--num-steps", "-5"), ("--batch-size", "0"), ("--cfg-scale", "-1"), ("--guidance-low", "0.9", "--guidance-high", "0.1"),
         ("--guidance-high", "1.5"), ("--guidance-low", "-0.5"), ("--timestep-shift", "0"), ("--last-step", "0"), ("--last-step", "1"),
         ("--solver", "dopri5"), ("--mode", "sde", "--solver", "heun"), ("--mode", "sde", "--grid", "points"), ("--preset", "repa-cgf"),
-        ("--preset", "repa-cfg"), ("--features", "pixels"), ("--mixed-precision", "fp16"), ("--vae", "/nowhere"), ("--reference", "/nowhere"),
+        ("--preset", "repa-cfg"), ("--features", "pixels"), ("--mixed-precision", "fp16"), ("--vae", "/nowhere"),
+        ("--reference", "/nowhere", "--features", "pixels"),
         ("--model", "SiT-B/2"), ("--out", "/dev/null/x"), ("--out", "a" * 300), ("--num-classes", "3"), ("--per-proc-batch-size", "3")],
     "encode": [
         ("--images", "/nowhere"), ("--images", "/dev/null"), ("--vae", "/nowhere"), ("--vae", "pixels", "--statistics", "x"), ("--grey",),
@@ -165,15 +176,17 @@ HAND: dict[str, list[tuple[str, ...]]] = {
                        ("--out", "/dev/null/x"), ("--source", "/nowhere"), ("--source", "/dev/null")],
     "verify": [("--data-dir", "/nowhere"), ("--num-images", "-1"), ("--vae", "/nowhere", "--num-images", "2")],
     "convert": [("--num-heads", "0"), ("--num-heads", "-2"), ("--num-heads", "7"), ("--source", "/nowhere"), ("--source", "/dev"),
-                ("--vae", "/nowhere"), ("--statistics", "/nowhere", "--vae", "pixels"), ("--out", "/dev/null/x"), ("--out", "/")],
+                ("--vae", "/nowhere"), ("--vae", "pixels", "--statistics", "some"), ("--out", "/dev/null/x"), ("--out", "/")],
     "evaluate": [("--samples", "/nowhere"), ("--reference", "/nowhere"), ("--features", "incepton"), ("--batch-size", "0"),
                  ("--features", "timm:"), ("--inception-weights", "/nowhere", "--features", "inception"), ("--feature-weights", "/nowhere"),
                  ("--samples", "/dev/null"), ("--out", "/dev/null/x")],
     "reference": [("--images", "/nowhere"), ("--keep", "0"), ("--batch-size", "0"), ("--resolution", "0"), ("--workers", "-1"),
                   ("--num-images", "0"), ("--out", "/dev/null/x.npz"), ("--features", "nothing")],
-    "sweep": [("--ckpt", "/nowhere"), ("--cfg-scale", "2:1:0.1"), ("--cfg-scale", "1:2:0"), ("--cfg-scale", "x"), ("--cfg-scale", "-1:1:0.5"),
-              ("--cfg-scale", "1:2"), ("--guidance-high", "2"), ("--num-fid-samples", "2"), ("--num-steps", "1"), ("--reference", "/nowhere"),
-              ("--cfg-scale", "nan"), ("--guidance-low", "0.9", "--guidance-high", "0.5"), ("--batch-size", "0")],
+    "sweep": [("--ckpt", "/nowhere"), ("--cfg-scale", "2:1:0.1"), ("--cfg-scale", "1:2:0"), ("--cfg-scale", "x"),
+              ("--cfg-scale", "-1:1:0.5"),
+              ("--cfg-scale", "1:2"), ("--guidance-high", "2"), ("--num-fid-samples", "2"), ("--num-steps", "1"),
+              ("--reference", "/nowhere"), ("--cfg-scale", "nan"),
+              ("--guidance-low", "0.9", "--guidance-high", "0.5"), ("--batch-size", "0")],
     "seal": [("--file", "/nowhere"), ("--file", "/dev/null"), ("--file", "/")],
     "digits": [("--out", "/dev/null/x")],
 }
@@ -187,9 +200,15 @@ def _by_hand() -> Iterator[Row]:
 
 
 def _culprit(words: tuple[str, ...]) -> str:
-    """What the answer must name: the place where a place is wrong, else the last flag."""
-    place = next((word for word in words if word.startswith("/") and word not in ("/", "/dev")), None)
-    return place or [word for word in words if word.startswith("--")][-1].lstrip("-")
+    """What the answer must name: the place where a place is wrong, else the last flag, or what stands in for it."""
+    place = next((word for word in words if word.startswith("/") or len(word) > 200), None)
+    flag = [word for word in words if word.startswith("--")][-1].lstrip("-")
+    return {"align-depth": "-depth", "align-encoder": "dinov9", "keep-images": "--keep-images", "num-heads": "heads",
+            "feature-weights": "--feature-weights"}.get(flag) or place or flag
+
+
+BEGUN = ("log.jsonl", "run.json", "job.json", ".stopped")
+"""What a command that has begun its work leaves where it is stopped: the same command goes on from there."""
 
 
 def only(command: str | None = None, name: str | None = None) -> list[Row]:

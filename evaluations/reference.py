@@ -124,7 +124,8 @@ class Reference:
     def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """UserError unless images of (H, W, C) `shape` are of the reference's size."""
         if self.shape is not None and shape != self.shape:
-            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}")
+            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}; "
+                            f"give a reference of that size")
 
     def describe(self) -> dict[str, Any]:
         """Its part of metrics.json."""
@@ -197,7 +198,9 @@ class Options:
         require(self.batch_size > 0 and self.keep > 3, "--batch-size must be positive and --keep at least 4")
         require(self.resolution is None or self.resolution > 0, f"--resolution {self.resolution} must be positive")
         require(self.num_images is None or self.scores.features == IMAGES,
-                f"--num-images goes with --features {IMAGES}: statistics are of all images")
+                f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them")
+        require(self.num_images is None or self.num_images > 0, f"--num-images {self.num_images} must be positive")
+        require(self.workers is None or self.workers >= 0, f"--workers {self.workers} must not be negative")
 
 
 IMAGES = "none"

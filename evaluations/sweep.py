@@ -74,8 +74,9 @@ def values(flag: str, text: str) -> list[float]:
     try:
         first, last, step = (Decimal(part) for part in (text.split(":") if ":" in text else (text, text, "1")))
     except (ValueError, InvalidOperation) as error:
-        raise UserError(f"{flag} {text} is neither a number nor FIRST:LAST:STEP") from error
-    require(first.is_finite() and last.is_finite() and step.is_finite(), f"{flag} {text} holds a number that is not finite")
+        raise UserError(f"{flag} {text} is neither a number nor FIRST:LAST:STEP; give one of them") from error
+    require(first.is_finite() and last.is_finite() and step.is_finite(),
+            f"{flag} {text} holds a number that is not finite; give finite ones")
     require(step > 0 and last >= first, f"{flag} {text}: STEP must be positive and LAST at least FIRST")
     return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
 

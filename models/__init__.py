@@ -18,7 +18,7 @@ from models.layers import patchify, unpatchify
 from runtime.errors import UserError, nearest
 
 __all__ = ["QK", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
-           "parameter_count", "parameter_names", "patchify", "require_finite", "spec", "unpatchify"]
+           "parameter_count", "parameter_names", "patchify", "require_architecture", "require_finite", "spec", "unpatchify"]
 
 ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}
 SIZES = {"sit": sit.SIZES, "lightningdit": lightningdit.SIZES}
@@ -46,10 +46,16 @@ def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_n
 
 def outline(spec: ModelSpec, *, depth: int | None = None) -> Backbone:
     """The network on the meta device: names and shapes, no weights."""
-    if spec.architecture not in ARCHITECTURES:
-        raise UserError(f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}")
+    require_architecture(spec)
     with torch.device("meta"):
         return ARCHITECTURES[spec.architecture](spec, depth)
+
+
+def require_architecture(spec: ModelSpec) -> None:
+    """Raise UserError unless the architecture of `spec` is one that there is."""
+    if spec.architecture not in ARCHITECTURES:
+        raise UserError(f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}; there are "
+                        f"{', '.join(ARCHITECTURES)}")
 
 
 def build(spec: ModelSpec, *, seed: int = 0, depth: int | None = None,

@@ -32,7 +32,7 @@ def read_archive(path: Path | str) -> Any:
     try:
         open(path, "rb").close()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _require_sound(path)

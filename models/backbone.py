@@ -53,7 +53,7 @@ class ModelSpec:
         for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "
-                                f"{getattr(self, part)}")
+                                f"{getattr(self, part)}; choose one that divides it")
         if self.hidden_size % 4:
             raise UserError(f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
 

@@ -85,7 +85,11 @@ class Checkpoint:
         require(folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],
                 f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another checkpoint")
         try:
-            return cls(folder, config)
+            opened = cls(folder, config)
+            models.require_architecture(opened.spec)
+            require(opened.space.channels == opened.spec.in_channels,
+                    f"its network reads {opened.spec.in_channels} channels, its latent space has {opened.space.channels}")
+            return opened
         except UserError as error:
             raise UserError(f"{file}: {error}; use another checkpoint") from error
 

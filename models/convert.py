@@ -252,6 +252,7 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
         UserError: it cannot be told, or has other channels than the network.
     """
     if options.vae == PIXELS:
+        require(options.statistics is None, "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out")
         space = pixels(spec.in_channels)
     elif options.vae is not None:
         space = open_codec(options.vae, statistics=options.statistics).space

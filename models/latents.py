@@ -19,6 +19,8 @@ from torch import Tensor
 from runtime import schema
 from runtime.errors import UserError
 
+MOST = 65_536  # channels, pixels of stride: beyond it lies damage
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpace:
@@ -36,8 +38,9 @@ class LatentSpace:
     digest: str | None = None  # SHA-256 of the encoder's weights: decoders tuned on one encoder share its space
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.stride < 1:
-            raise UserError(f"latent space {self.name}: {self.channels} channels of stride {self.stride}; both must be at least 1")
+        if not (1 <= self.channels <= MOST and 1 <= self.stride <= MOST):
+            raise UserError(f"latent space {self.name}: {self.channels} channels of stride {self.stride}; "
+                            f"both must lie between 1 and {MOST}")
         for name in ("shift", "scale"):
             values = getattr(self, name)
             if len(values) not in (1, self.channels) or not all(map(math.isfinite, values)):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from models.latents import LatentSpace
 from runtime import files, schema
 from runtime.errors import UserError, note, require
 from runtime.mapped import map_shard
@@ -64,6 +65,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         require(Path(shard["file"]).name == shard["file"],
                 f"{file} names the shard {shard['file']} outside its folder; encode the set again")
     return manifest
+
+
+def read_space(path: Path, manifest: Mapping[str, Any]) -> LatentSpace:
+    """The latent space that the manifest of the set at `path` describes. Raises UserError."""
+    try:
+        return LatentSpace.from_json(manifest["space"])
+    except UserError as error:
+        raise UserError(f"{path / MANIFEST}: {error}; encode the set again") from error
 
 
 def require_intact(folder: Path, entry: Mapping[str, Any]) -> None:

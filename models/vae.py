@@ -38,6 +38,7 @@ class Config(TypedDict):
 
     latent_channels: Annotated[int, Field(ge=1)]
     block_out_channels: list[int]
+    norm_num_groups: Annotated[int, Field(ge=1)]
     scaling_factor: Annotated[float, Field(gt=0)]
     shift_factor: NotRequired[float | None]
     latents_mean: NotRequired[list[float] | None]
@@ -118,7 +119,7 @@ def _load(vae: str) -> AutoencoderKL:
             raise UserError(f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote")
     config = files.read_json(folder / "config.json")
     if (kind := config.get("_class_name") if isinstance(config, dict) else type(config).__name__) != "AutoencoderKL":
-        raise UserError(f"VAE {vae} is a {kind}; only AutoencoderKL is supported")
+        raise UserError(f"VAE {vae} is a {kind}; give an AutoencoderKL")
     files.load_tensors(folder / WEIGHTS)  # a damaged file is named here
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -126,8 +127,9 @@ def _load(vae: str) -> AutoencoderKL:
         model, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True,
                                                     ignore_mismatched_sizes=True, output_loading_info=True)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, OSError, ZeroDivisionError, RuntimeError, OverflowError) as error:
-        raise UserError(f"VAE {vae}: {folder / 'config.json'} describes no autoencoder that diffusers can build "
-                        f"({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"VAE {vae}: {folder / 'config.json'} describes no autoencoder that diffusers can build ({reason}); restore it"
+                        ) from error
     finally:
         logging.set_verbosity(verbosity)
     # diffusers fills a missing tensor with random numbers and drops an unknown one, with no more than a warning

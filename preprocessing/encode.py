@@ -84,11 +84,11 @@ def _codec(options: Options, device: torch.device) -> Codec:
     plain = options.vae == PIXELS
     require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" and not plain else torch.float32
-    require(not (plain and options.statistics), "--statistics scales the latents of an autoencoder; --vae pixels has none")
+    require(not (plain and options.statistics), "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out")
     codec = open_codec(options.vae, space=pixels(1 if options.grey else 3) if plain else None, statistics=options.statistics,
                        device=device, dtype=dtype)
     require(options.resolution % codec.space.stride == 0,
-                   f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}")
+            f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}; choose another")
     return codec
 
 

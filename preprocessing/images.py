@@ -76,7 +76,7 @@ class ImageFiles:
         self.names = sorted(name for name in sizes if _is_image(name))
         self.ignored = sorted(name for name in sizes if not _is_image(name) and name != LABELS)
         if not self.names:
-            raise UserError(f"{self.path} holds no image ({' '.join(SUFFIXES)})")
+            raise UserError(f"{self.path} holds no image ({' '.join(SUFFIXES)}); check the path")
         if LABELS in sizes:
             self.labels, self.class_names = _labels_of_file(self.names, self._read(LABELS), self.path / LABELS)
         else:
@@ -99,7 +99,7 @@ class ImageFiles:
 
     def _list_folder(self) -> tuple[set[str], dict[str, int]]:
         if not self.path.is_dir():
-            raise UserError(f"there is no image folder or ZIP file at {self.path}")
+            raise UserError(f"there is no image folder or ZIP file at {self.path}; check the path")
         folders, sizes = set(), {}
         seen: dict[tuple[int, int], str] = {}
         for folder, below, names in os.walk(self.path, followlinks=True):
@@ -198,7 +198,7 @@ def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
         raise UserError(f"{where} lists {twice} twice; give each file one label")
     for name, label in given.items():
         if type(label) is not int or not 0 <= label < LARGEST_LABEL:
-            raise UserError(f"{where} gives {name} the label {label!r}; labels are whole numbers from 0 to {LARGEST_LABEL - 1}")
+            raise UserError(f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}")
     return given
 
 

@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = recognised(options)
     print(f"{options.source}: {type(layout).__name__} latents, {len(layout.labels):,} items of {layout.shape}")
     classes = int(layout.labels.max()) + 1 if options.num_classes is None else options.num_classes
-    require(layout.labels.max() < classes, f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}")
+    require(layout.labels.max() < classes,
+            f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}, give at least one more")
     run(Import(options, layout), classes)
 
 
@@ -117,7 +118,8 @@ def recognised(options: Options) -> Layout:
     if any(source.glob("*.safetensors")):
         require(not options.keep_images, "--keep-images: LightningDiT's folders hold no images")
         return LightningDiT(source, options)
-    raise UserError(f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents")
+    raise UserError(f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents; "
+                    f"give one of them")
 
 
 def run(job: Import, classes: int) -> None:
@@ -157,7 +159,7 @@ class REPA:
         try:
             text = (folder / LABELS).read_bytes()
         except OSError as error:
-            raise UserError(f"{folder / LABELS} is missing: it holds the labels") from error
+            raise UserError(f"{folder / LABELS} is missing: it holds the labels; copy it there") from error
         self.labels = match_labels(self.names, text, folder / LABELS)
         self.bounds = [*range(0, len(self.names), options.shard_size), len(self.names)]
         self.fingerprint = hashlib.sha256(text).hexdigest()
@@ -183,7 +185,7 @@ class REPA:
         try:
             moments = np.load(self.folder / name)
         except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise UserError(f"{self.folder / name} cannot be read ({error})") from error
+            raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
         if moments.ndim != 3 or len(moments) % 2 or moments.dtype.kind != "f":
             raise UserError(f"{self.folder / name} is {moments.dtype} {moments.shape}, not (2C, H, W) of mean and std")
         return moments
@@ -194,7 +196,8 @@ class REPA:
         try:
             return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}, the image of {name}, cannot be read ({error.strerror})") from error
+            raise UserError(f"{file}, the image of {name}, cannot be read ({error.strerror}); "
+                            f"leave out --keep-images, or add it") from error
 
 
 class LightningDiT:
@@ -212,9 +215,10 @@ class LightningDiT:
                 raise UserError(f"{file} lacks {min(absent)}; it is not one of LightningDiT's latent files")
             for key in self.keys:
                 if arrays[key].shape != (len(arrays["labels"]), *shape) or len(shape) != 3:
-                    raise UserError(f"{file}: {key} {arrays[key].shape} does not fit {len(arrays['labels'])} labels and {shape}")
+                    raise UserError(f"{file}: {key} {arrays[key].shape} "
+                                    f"does not fit {len(arrays['labels'])} labels and {shape}; copy it again")
             require(arrays["labels"].ndim == 1 and arrays["labels"].dtype.kind in "iu",
-                    f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,)")
+                    f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,); write them anew")
         self.labels = np.concatenate([arrays["labels"] for arrays in opened]).astype(np.int64)
         require(len(self.labels) > 0, f"{folder} holds no latents")
         require(0 <= int(self.labels.min()) and int(self.labels.max()) < LARGEST_LABEL,

@@ -130,7 +130,7 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path, or restore it from a copy") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged: restore it from a copy") from error
 
@@ -170,7 +170,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
 

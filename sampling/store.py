@@ -123,7 +123,7 @@ class Store:
         shown = np.asarray(images[: min(64, self.count)])
         with files.replacing(self.out / "grid.png") as temporary:
             Image.fromarray(grid_picture(shown, 8, scale=max(1, 64 // shown.shape[1]))).save(temporary, format="PNG")
-        files.write_json(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
+        files.write_sealed(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
         remove_partial(self.partial)
 
 
@@ -143,7 +143,9 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     require(archive.is_file() and record.is_file(), f"{out} has only one of samples.npz and samples.json; {remedy}")
     saved = files.read_json(record)
     require(isinstance(saved, dict) and "samples" in saved, f"{record} was not written by generate.py; {remedy}")
-    then = {name: value for name, value in saved.items() if name != "samples"}
+    if files.SEAL in saved:
+        files.require_sealed(record, saved)
+    then = {name: value for name, value in saved.items() if name not in ("samples", files.SEAL)}
     now = json.loads(json.dumps(settings))
     if then != now and (out / PARTIAL / SETTINGS).is_file():
         return False  # an --overwrite that was interrupted; `Store` decides

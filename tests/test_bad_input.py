@@ -82,7 +82,7 @@ def test_batches_that_do_not_divide_or_fit(tmp_path: Path, words: Words) -> None
     (["--align", "latent", "--align-depth", "7"], ("7", "1 to 6")),
     (["--align", "latent", "--preset", "papr"], ("papr", "paper")),
     (["--align", "latent", "--align-interval", "0.7", "0.4"], ("0.7 0.4",)),
-    (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("steps or in epochs",)),
+    (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("give one of them",)),
     (["--guide-scale", "30"], ("--guide-scale",)),
     (["--mixed-precision", "fp16"], ("fp16", "bf16")),
     (["--mixed-precision", "fp8"], ("fp8", "bf16")),

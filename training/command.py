@@ -35,7 +35,7 @@ def resolve(argv: Sequence[str], prog: str, description: str | None,
     known = {word for kind in kinds.values() for word in kind.presets}
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {preset}{nearest(preset, known)}; "
-                        f"{' and '.join(names) or 'plain training'} has {', '.join(sorted(known)) or 'none'}")
+                        f"{' and '.join(names) or 'plain training'} has {', '.join(sorted(known)) or 'none'}: give one of these, or none")
     chosen = {name: kind.presets.get(preset, {}) for name, kind in kinds.items()}
     train = build(TrainConfig, recipe["train"], *(settings.get("train", {}) for settings in chosen.values()), given[""])
     options = {}

@@ -51,7 +51,7 @@ class Run:
         self.data, self.spec, self.epoch_steps = self.setup.data, self.setup.spec, self.setup.epoch_steps
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
-                                                f"(processes x --gradient-accumulation-steps)")
+                                                f"(processes x --gradient-accumulation-steps); choose a multiple")
         self.presence = self._hold(held) if held is not None else None
         self.resumed = resume.find(self.folder, self.setup, launch.precision_name(self.dtype, self.tf32), self.accelerator,
                                    tidy=held is not None)
