@@ -23,11 +23,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks import bad_inputs, bad_world
 from benchmarks.bad_world import World
@@ -47,12 +49,14 @@ class Options:
     steps: int = option(120, help="optimiser steps of those runs")
     flips: int = option(200, help="flipped bits, over all kinds of files")
     starts: int = option(20, help="two-process encodings on a busy machine")
+    long_steps: int = option(0, help="tiny steps of one long run, whose memory and open files must stay flat")
     inputs: str = option("all", help="bad inputs as processes: how many, evenly over the table, or all")
     seed: int = option(0, help="seed of moments and places")
     out: str | None = option(None, help="result file (JSON)")
 
     def __post_init__(self) -> None:
-        require(min(self.kills, self.flips, self.starts) >= 0, "--kills, --flips and --starts must not be negative")
+        require(min(self.kills, self.flips, self.starts, self.long_steps) >= 0,
+                "--kills, --flips, --starts and --long-steps must not be negative")
         require(self.steps > 1, f"--steps {self.steps} must be at least 2")
         require(self.inputs == "all" or self.inputs.isdigit(), f"--inputs {self.inputs}: give a number, or all")
 
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result: dict[str, Any] = {
             "command": " ".join(["python -m benchmarks.torture", *words]), "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} CPU cores, {platform.system()}", "python": platform.python_version(), "versions": versions()}
-        for name, part in (("kills", kills), ("flips", flips), ("starts", starts), ("inputs", inputs)):
+        for name, part in (("kills", kills), ("flips", flips), ("starts", starts), ("long run", long_run), ("inputs", inputs)):
             began = time.monotonic()
             result[name] = {**part(options, world, Path(place), chance), "seconds": round(time.monotonic() - began)}
             print(f"{name}: " + ", ".join(f"{value} {what}" for what, value in result[name].items() if what != "faults"), flush=True)
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"  {fault}")
     if options.out:
         files.write_json(options.out, result)
-    if any(result[name].get("faults") for name in ("kills", "flips", "starts", "inputs")):
+    if any(result[name].get("faults") for name in ("kills", "flips", "starts", "long run", "inputs")):
         raise UserError("something was lost, accepted or not answered: see above, and repair it")
 
 
@@ -236,6 +240,31 @@ def starts(options: Options, world: World, place: Path, chance: random.Random) -
             process.kill()
             process.communicate()
     return {"started": options.starts, "failed": len(faults), "faults": faults}
+
+
+# a long run
+
+
+def long_run(options: Options, world: World, place: Path, chance: random.Random) -> dict[str, Any]:
+    """Memory, open files and threads of a run of tiny steps, a fifth of the way through and at the end."""
+    if not options.long_steps:
+        return {"steps": 0}
+    argv = [*world.words("train.py"), "--align", "latent", "--align-hidden", 8, "--batch-size", 2, "--max-train-steps", options.long_steps,
+            "--checkpointing-steps", options.long_steps // 4, "--log-steps", 50, "--sampling-steps", options.long_steps // 20]
+    process = command("train.py", *argv, "--output-dir", place / "long")
+    watched, seen = psutil.Process(process.pid), []
+    while process.poll() is None:
+        with suppress(psutil.Error, OSError):
+            seen.append((watched.memory_info().rss / 2**20, watched.num_fds(), watched.num_threads()))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+    said = process.communicate()[1]
+    early, late = (np.median(seen[part], axis=0) for part in (slice(len(seen) // 5, len(seen) // 5 + 9), slice(-12, -3)))
+    faults = [] if process.returncode == 0 else [said[-300:]]
+    if late[0] > early[0] + 20 or (late[1:] > early[1:] + 1).any():
+        faults.append("memory, open files or threads grow")
+    words = [f"{early[k]:.0f} to {late[k]:.0f}" for k in range(3)]
+    return {"steps": options.long_steps, "MiB": words[0], "open files": words[1], "threads": words[2], "faults": faults}
 
 
 # inputs

@@ -340,3 +340,64 @@ def test_a_process_that_stands_still_is_named(tmp_path: Path, words: Words) -> N
     finally:
         os.kill(ranks[1], signal.SIGCONT)
         process.communicate(timeout=60)
+
+
+def test_what_would_fail_later_fails_before_the_first_step(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture) -> None:
+    from collections import namedtuple
+
+    from sampling import preview
+    from training import preflight
+
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 1_000_000))
+        with pytest.raises(UserError, match="no room for a checkpoint .* are free"):
+            train.main(words(tmp_path, "full", "--max-train-steps", 1))
+        patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 40_000_000))
+        train.main(words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1))
+    assert "3 checkpoints are to come" in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in Checkpoint.open(tmp_path / "tight").path.glob("*.safetensors"))
+    run = Run(*train.command.resolve(words(tmp_path, "tight"), "train.py", None))
+    assert preflight.checkpoint_bytes(run) == pytest.approx(size, rel=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.files.load_tensors", lambda _: {"tensor": torch.zeros(1000)})
+        with pytest.raises(UserError, match="does not keep what is written"):
+            train.main(words(tmp_path, "lossy", "--max-train-steps", 1))
+
+    def unable(*_: Any) -> None:
+        raise UserError("cannot draw; use something else")
+
+    monkeypatch.setattr(preview, "write", unable)
+    with pytest.raises(UserError, match="cannot draw"):
+        train.main(words(tmp_path, "blind", "--max-train-steps", 9, "--sampling-steps", 9))
+    assert read(tmp_path / "blind" / "log.jsonl") == []
+
+
+def test_memory_and_open_files_stay_flat(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 90 steps with reports, checkpoints and previews; `benchmarks.torture --long-steps` is the long form."""
+    import psutil
+
+    process, seen = psutil.Process(), {}
+    for step in (30, 90):
+        at_step(monkeypatch, step, lambda state: seen.update({state.run.step: (process.memory_info().rss, process.num_fds(),
+                                                                               process.num_threads())}))
+    train.main(words(tmp_path, "run", "--batch-size", 2, "--log-steps", 5, "--max-train-steps", 90, "--checkpointing-steps", 20,
+                     "--sampling-steps", 29, "--align", "latent", "--align-hidden", 8))
+    (memory, opened, threads), (memory_later, opened_later, threads_later) = seen[30], seen[90]
+    assert opened_later <= opened and threads_later <= threads and memory_later < memory + 30e6
+
+
+def test_the_page_on_long_runs_names_what_there_is() -> None:
+    import re
+
+    from benchmarks import torture
+    from config import GenerateConfig, TrainConfig
+    from runtime.options import flags_of, options_of
+
+    text = (ROOT / "docs" / "long-runs.md").read_text()
+    known = {flag for schema in (TrainConfig, GenerateConfig, torture.Options) for opt in options_of(schema) for flag in flags_of(opt.field)}
+    known |= {"--no-verify", "--align", "--num_processes", "--signal"}
+    assert set(re.findall(r"--[a-z][a-z_-]*", text)) <= known
+    assert f"| {errors.TRY_AGAIN} | ended early" in text and ENDED_EARLY in text and "`not-finite.json`" in text
+    assert "(60)" in text and next(opt for opt in options_of(TrainConfig) if opt.field.name == "checkpointing_minutes").field.default == 60

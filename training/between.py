@@ -37,6 +37,10 @@ class Callback(Protocol):
         """
         ...
 
+    def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
+        """Act at tiny size and leave nothing: called by every process before the first step."""
+        ...
+
 
 class Between:
     """Called after each step of a run.

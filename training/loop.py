@@ -18,6 +18,7 @@ from loss import Batch
 from runtime import files, signals
 from runtime.errors import LostContact, contact_lost
 from runtime.options import as_dict
+from training import preflight
 from training.between import ENDED_EARLY, Between, Callback
 from training.log import Meter, RunLog
 from training.run import Run
@@ -74,6 +75,8 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
                  run.introduction())
     if run.step >= config.max_train_steps:
         log.say(f"{run.folder} is already at step {run.step}: nothing to do up to --max-train-steps {config.max_train_steps}")
+    else:
+        preflight.check(run, callbacks)
     try:
         with signals.noted() as asked:
             _segments(run, log, Between(run, log, callbacks, asked))
