@@ -396,7 +396,8 @@ def test_the_page_on_long_runs_names_what_there_is() -> None:
     from runtime.options import flags_of, options_of
 
     text = (ROOT / "docs" / "long-runs.md").read_text()
-    known = {flag for schema in (TrainConfig, GenerateConfig, torture.Options) for opt in options_of(schema) for flag in flags_of(opt.field)}
+    schemas = (TrainConfig, GenerateConfig, torture.Options)
+    known = {flag for schema in schemas for opt in options_of(schema) for flag in flags_of(opt.field)}
     known |= {"--no-verify", "--align", "--num_processes", "--signal"}
     assert set(re.findall(r"--[a-z][a-z_-]*", text)) <= known
     assert f"| {errors.TRY_AGAIN} | ended early" in text and ENDED_EARLY in text and "`not-finite.json`" in text
