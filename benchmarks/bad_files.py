@@ -61,6 +61,10 @@ def text(file: Path) -> None:
     file.write_text("this is no such file\n" * 20)
 
 
+def text_of(file: Path) -> None:
+    file.write_text("no weights")
+
+
 def zeros(file: Path) -> None:
     file.write_bytes(bytes(len(file.read_bytes())))
 
@@ -163,6 +167,9 @@ def _of_kind(row: Callable[..., Any]) -> Iterator[Any]:
     for what, value in weights.items():
         yield row("convert", f"weights: {what}", damage=partial(made, "w.pt", "--source", lambda file, v=value: torch.save(v, file)))
     yield row("convert", "weights: not finite", damage=_not_finite)
+    for what, write in {"text": text_of, "another network": lambda file: torch.save({"a": torch.zeros(2)}, file)}.items():
+        yield row("evaluate", f"Inception weights: {what}", ("--features", "inception"),
+                  damage=partial(made, "inception.pt", "--inception-weights", write))
     for key, tensor in {"labels": torch.tensor([0.5, 1, 0, 1]), "labels of two dimensions": torch.zeros(4, 1, dtype=torch.int64),
                         "labels below 0": torch.tensor([-1, 0, 1, 0]), "labels beyond": torch.tensor([2**62, 0, 1, 0])}.items():
         yield row("import_latents", f"LightningDiT {key}", damage=partial(_lightning, "labels", tensor))

@@ -30,7 +30,7 @@ SCHEMAS: dict[str, type] = {"train.py": TrainConfig, "generate.py": GenerateConf
                             "import_latents": import_latents.Options, "convert": convert.Options, "evaluate": evaluate.Options,
                             "reference": reference.Options, "sweep": sweep.SweepConfig}
 REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|"
-                    r"copy|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|known|"
+                    r"copy|get|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|known|"
                     r"convert|expected|install|raise|lower|takes|go together|accept|check|knows?|nothing to set|belong)\b")
 
 

@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name}: " + ", ".join(f"{value} {what}" for what, value in result[name].items() if what != "faults"), flush=True)
             for fault in result[name].get("faults", []):
                 print(f"  {fault}")
-    if options.out:
-        files.write_json(options.out, result)
-    if any(result[name].get("faults") for name in ("kills", "flips", "starts", "long run", "inputs")):
+            if options.out:
+                files.write_json(options.out, result)
+    if any(isinstance(part, dict) and part.get("faults") for part in result.values()):
         raise UserError("something was lost, accepted or not answered: see above, and repair it")
 
 
@@ -88,9 +88,6 @@ def command(*words: object, **more: Any) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **more)
-
-
-# kills
 
 
 def kills(options: Options, world: World, place: Path, chance: random.Random) -> dict[str, Any]:
@@ -109,20 +106,11 @@ def kills(options: Options, world: World, place: Path, chance: random.Random) ->
         folder = place / "killed"
         for _ in range(min(8, options.kills - counts["killed"])):
             process = command("train.py", *argv, "--output-dir", folder)
-            deadline = time.monotonic() + 60
-            while not (folder / "x" / ".lock").exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            end = time.monotonic() + chance.uniform(0.0, 4.0)
-            saving = chance.random() < 0.4  # wait for a save that has begun
-            while time.monotonic() < end and process.poll() is None:
-                if saving and any((folder / "x" / "checkpoints").glob(".*.tmp")):
-                    break
-                time.sleep(0.001)
-            counts["during a save"] += any((folder / "x" / "checkpoints").glob(".*.tmp"))
-            counts["around the stop"] += (folder / "x" / "checkpoints" / f"{steps // 2:07d}").exists()
+            _wait_for(chance.choice(("set-up", "step", "step", "save", "save")), folder / "x", process, chance)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             counts["killed"] += 1
+            counts["of these during a save"] += any((folder / "x" / "checkpoints").glob(".*.tmp"))
             bar.update()
         counts["runs"] += 1
         said = run_to_end(["train.py", *argv, "--output-dir", folder])
@@ -133,6 +121,27 @@ def kills(options: Options, world: World, place: Path, chance: random.Random) ->
             faults.append(f"left behind: {left}")
         shutil.rmtree(folder)
     return {**counts, "lost": len(faults), "faults": faults}
+
+
+def _wait_for(moment: str, run: Path, process: subprocess.Popen, chance: random.Random) -> None:
+    """Wait for a moment of a run: somewhere in its set-up, among its steps, or while it saves; no longer than it lives."""
+    def until(seen: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not seen() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.0005)
+
+    until((run / ".lock").exists, 60)
+    if moment == "set-up":
+        until(lambda: False, chance.uniform(0.0, 2.0))
+        return
+    log = run / "log.jsonl"
+    begun = log.stat().st_mtime_ns if log.exists() else 0
+    until(lambda: log.exists() and log.stat().st_mtime_ns != begun and log.stat().st_size > 0, 60)
+    if moment == "step":
+        until(lambda: False, chance.uniform(0.0, 0.5))
+    else:
+        until(lambda: any((run / "checkpoints").glob(".*.tmp")), 20)
+        time.sleep(chance.uniform(0.0, 0.01))
 
 
 def run_to_end(words: Sequence[object]) -> str | None:
@@ -147,9 +156,6 @@ def tensors_of(run: Path) -> dict[str, str]:
     folder = Checkpoint.open(run).path
     log = re.sub(r', "images_per_second": [^,}]*', "", (run / "log.jsonl").read_text())
     return {**{file.name: files.digest(file) for file in folder.glob("*.safetensors")}, "log": hashlib.sha256(log.encode()).hexdigest()}
-
-
-# flips
 
 
 def flips(options: Options, world: World, place: Path, chance: random.Random) -> dict[str, Any]:
@@ -220,9 +226,6 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
-# starts
-
-
 def starts(options: Options, world: World, place: Path, chance: random.Random) -> dict[str, Any]:
     """Two-process encodings, while as many busy processes as there are cores take their share."""
     faults = []
@@ -240,9 +243,6 @@ def starts(options: Options, world: World, place: Path, chance: random.Random) -
             process.kill()
             process.communicate()
     return {"started": options.starts, "failed": len(faults), "faults": faults}
-
-
-# a long run
 
 
 def long_run(options: Options, world: World, place: Path, chance: random.Random) -> dict[str, Any]:
@@ -265,9 +265,6 @@ def long_run(options: Options, world: World, place: Path, chance: random.Random)
         faults.append("memory, open files or threads grow")
     words = [f"{early[k]:.0f} to {late[k]:.0f}" for k in range(3)]
     return {"steps": options.long_steps, "MiB": words[0], "open files": words[1], "threads": words[2], "faults": faults}
-
-
-# inputs
 
 
 def inputs(options: Options, world: World, place: Path, chance: random.Random) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Store:
         Raises UserError where something lies there that this class did not write.
         """
         mark = self.partial / SETTINGS
+        files.remove_leftovers(self.out)
         if self.partial.exists():
             require_ours(self.out)
             earlier = files.read_json(mark) if mark.is_file() else None

@@ -265,3 +265,20 @@ def test_the_digits_go_through_the_same_code(tmp_path):
     digits.main(["--out", str(tmp_path)])
     settings = json.loads((tmp_path / "job.json").read_text())
     assert settings["grey"] and settings["resolution"] == 8 and LatentSet(tmp_path).manifest["crop"] == "adm"
+
+
+def test_a_killed_decoding_process_is_one_clear_line(folder, tmp_path, monkeypatch):
+    import signal
+
+    from preprocessing import loading
+
+    parent, crop = os.getpid(), loading.cropped
+
+    def killed(*arguments):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return crop(*arguments)
+
+    monkeypatch.setattr(loading, "cropped", killed)
+    with pytest.raises(UserError, match="a decoding process was killed.*--workers"):
+        encode(folder, "pixels", tmp_path / "out", "--workers", "1")
