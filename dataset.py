@@ -29,7 +29,7 @@ from torch import Tensor
 from models.manifest import FORMAT, MANIFEST, read_manifest, read_space, require_intact
 from models.pixels import is_pixels, to_uint8
 from runtime import files, progress
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.mapped import map_shard
 from runtime.streams import Stream
 from runtime.transfer import sent
@@ -72,6 +72,8 @@ class LatentSet:
         self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in shards])
         self._check_labels()
         self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in shards]  # row = item * views + view
+        mapped = [self.path / shard["file"] for shard in self.manifest["shards"]]
+        self._mapped = [(file, file.stat().st_size) for file in mapped] if resident == "disk" else None
         if resident == "ram":
             self._rows = [_into_memory(self._rows, self.path)]
         elif resident not in ("disk", "device"):
@@ -134,6 +136,9 @@ class LatentSet:
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """(n, parts, C, H, W) in the stored type: the given rows, a row being item x views + view."""
         shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
+        for shard in np.unique(shard_of) if self._mapped else ():  # the kernel ends who touches what is not there any more
+            file, size = self._mapped[shard]
+            require(file.exists() and file.stat().st_size >= size, f"{file} was cut short while it was in use; copy or encode it again")
         latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
         for place, (shard, row) in enumerate(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist())):
             latents[place] = self._rows[shard][row]

@@ -32,7 +32,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import UserError, require
+from runtime.errors import UserError, require, shown
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 LABELS = "dataset.json"
@@ -84,7 +84,7 @@ class ImageFiles:
         lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
         self.fingerprint = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
         self.description = self.path.resolve().name
-        others = f"; {len(self.ignored):,} other files left out (first: {self.ignored[0]})" if self.ignored else ""
+        others = f"; {len(self.ignored):,} other files left out (first: {shown(self.ignored[0])})" if self.ignored else ""
         self.summary = f"{self.path}: {len(self.names):,} images, {len(self.class_names):,} classes{others}"
 
     def load(self, index: int) -> Image.Image:

@@ -239,3 +239,13 @@ def test_the_digits_are_a_latent_set_of_grey_pixels(tmp_path):
     np.testing.assert_array_equal(np.round((latents[:, 0] + 1) * 127.5), images.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(read_labels, labels)
     np.testing.assert_array_equal(np.bincount(labels), [178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
+
+
+def test_a_shard_that_is_cut_short_while_mapped_is_one_clear_line(tmp_path):
+    """Touching a page that is gone would end the process without a word (SIGBUS)."""
+    write_set(tmp_path, random_latents(), np.arange(30) % 10)
+    opened = LatentSet(tmp_path)
+    shard = tmp_path / "shard-00001.safetensors"
+    os.truncate(shard, 100)
+    with pytest.raises(UserError, match="shard-00001.safetensors was cut short"):
+        opened.read(np.arange(30))
