@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +20,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from runtime.errors import UserError, require
 
 T = TypeVar("T")
+WATCH, GRACE = 5.0, 600.0
+"""Seconds between two looks at the launcher, and those that a process has left to end by itself once it is gone."""
 
 
 def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelerator:
@@ -37,6 +42,7 @@ def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelera
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
     _note_unused_gpu()
     processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **kwargs)
+    _watch_launcher()
     atexit.unregister(end)
     atexit.register(end)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,6 +77,24 @@ def on_main(processes: Accelerator, action: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return result
+
+
+def _watch_launcher() -> None:
+    """Where a launcher started this process: end it some minutes after the launcher has gone, whatever it waits for.
+
+    Training saves and ends by itself long before that; other commands, and a process that waits for one that is gone, do not.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while not orphaned(launcher):
+            time.sleep(WATCH)
+        time.sleep(GRACE)
+        print("error: the launcher of this process is gone; the same command continues", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=watch, daemon=True, name="launcher").start()
 
 
 def orphaned(launcher: int) -> bool:

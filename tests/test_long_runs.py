@@ -329,6 +329,19 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: 
     assert "launcher is gone" in json.loads((tmp_path / "run" / ENDED_EARLY).read_text())["why"]
 
 
+def test_no_process_outlives_its_launcher_for_long() -> None:
+    """Whatever it does: here it waits for ever, as in a collective."""
+    child = ("import os, time\nfrom runtime import launch\nlaunch.WATCH = launch.GRACE = 0.1\nlaunch._watch_launcher()\n"
+             "print(os.getpid(), flush=True)\ntime.sleep(600)")
+    parent = f"import subprocess, sys, os\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nsys.stdin.read()\nos._exit(0)"
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, "LOCAL_RANK": "0"}) as process:
+        number = int(process.stdout.readline())
+        assert Path(f"/proc/{number}").exists()
+        process.stdin.close()
+        assert "launcher of this process is gone" in process.stderr.read()  # to its end: the child holds it open
+
+
 def test_a_process_that_stands_still_is_named(tmp_path: Path, words: Words) -> None:
     process, ranks = launched(tmp_path, words(tmp_path, "run", "--timeout-minutes", 0.1), 2000)
     os.kill(ranks[1], signal.SIGSTOP)
