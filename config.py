@@ -169,8 +169,7 @@ FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpoi
                             "output_dir", "exp_name", "vae", "eval_steps", "eval_preset", "eval_weights", "reference",
                             "num_fid_samples", "features", "inception_weights", "feature_weights", "gradient_accumulation_steps",
                             "compile", "activation_checkpointing", "dry_run", "images_per_second", "checkpointing_minutes",
-                            "max_hours", "skip_steps", "verify",
-                            "timeout_minutes", "mixed_precision", "tf32"})
+                            "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,15 +57,7 @@ class Sampler:
                                                                       s.guidance_high)
 
     @property
-    def _sound(indices: Sequence[int], images: Tensor, finite: Tensor) -> np.ndarray:
-    """The images (n, H, W, C) on the host. Raises UserError for the first that was not finite before it was rounded."""
-    good = finite.tolist()
-    require(all(good), f"sample {0 if all(good) else list(indices)[good.index(False)]} is not finite: use --mixed-precision no, a lower "
-                       f"--cfg-scale or other weights")
-    return images.numpy()
-
-
-def image_shape(self) -> tuple[int, ...]:
+    def image_shape(self) -> tuple[int, ...]:
         """(H, W, C) of the images, as the decoder makes them."""
         return image_shape(self.codec, self.shape, self.device)
 
@@ -147,6 +139,14 @@ def image_shape(self) -> tuple[int, ...]:
         s = self.settings
         channels = 3 if s.guidance_channels == "first3" else None
         return solvers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
+
+
+def _sound(indices: Sequence[int], images: Tensor, finite: Tensor) -> np.ndarray:
+    """The images (n, H, W, C) on the host. Raises UserError for the first that was not finite before it was rounded."""
+    good = finite.tolist()
+    require(all(good), f"sample {0 if all(good) else list(indices)[good.index(False)]} is not finite: use --mixed-precision no, a lower "
+                       f"--cfg-scale or other weights")
+    return images.numpy()
 
 
 def image_shape(codec: Codec, latent: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
