@@ -83,6 +83,11 @@ class TrainConfig:
     checkpointing_steps: int = option(50_000, help="write a checkpoint every so many steps, and at the end")
     checkpoints_total_limit: int | None = option(None, help="keep the latest so many checkpoints (default: all)")
     keep_every: int | None = option(None, help="with a limit: keep those of every so many steps too")
+    checkpointing_minutes: float = option(60.0, help="also after so many minutes without one; of these the last two are kept; 0 for never")
+    max_hours: float | None = option(None, help="save and end, with exit code 75, before so many hours are over; the same command goes on")
+    skip_steps: tuple[int, int] | None = option(None, help="pass over the optimiser steps A to B where they break a run")
+    verify: bool = option(True, help="check the digest of every shard while training; --no-verify for who has done it")
+    timeout_minutes: float | None = option(None, help="how long a process waits for the others before it gives up (default: torch's)")
     dry_run: bool = option(False, help="print what the run would cost, and train nothing")
     images_per_second: float | None = option(None, help="with --dry-run: a rate measured at the start of such a run, for the hours")
 
@@ -102,6 +107,12 @@ class TrainConfig:
         require(self.batch_size > 0 and self.gradient_accumulation_steps > 0 and self.max_train_steps > 0,
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
+        require(self.checkpointing_minutes >= 0,
+                f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 is for never")
+        for flag, value in (("--max-hours", self.max_hours), ("--timeout-minutes", self.timeout_minutes)):
+            require(value is None or value > 0, f"{flag} {value} must be positive")
+        require(self.skip_steps is None or 0 < self.skip_steps[0] <= self.skip_steps[1],
+                f"--skip-steps {' '.join(map(str, self.skip_steps or ()))}: give the first and the last step, counted from 1")
         require((self.eval_steps > 0) == (self.reference is not None),
                 "--eval-steps and --reference go together: give both, or neither")
         require(self.eval_steps > 0 or (self.eval_preset, self.eval_weights) == (None, ("ema",)),
@@ -116,7 +127,8 @@ class TrainConfig:
         require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0,
                 "--adam-weight-decay and --max-grad-norm must not be negative")
         require(0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1, "--adam-beta1 and --adam-beta2 must lie in [0, 1)")
-        require(self.exp_name.strip("./") != "", "--exp-name must name the run")
+        require(self.exp_name.strip("./") != "" and not {"/", "\\", "\0"} & set(self.exp_name),
+                f"--exp-name {self.exp_name!r} must name the run, one folder inside --output-dir")
         require(self.uniform_from_epoch is None or self.time_sampling != "uniform",
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
@@ -131,6 +143,9 @@ class TrainConfig:
         require(self.keep_every is None or (self.keep_every > 0 and self.checkpoints_total_limit is not None),
                 "--keep-every is a positive number of steps and goes with --checkpoints-total-limit")
         require_weights("--init-weights", self.init_weights)
+        require(self.align == ("none",) or "none" not in self.align,
+                f"--align {' '.join(self.align)}: none is plain training, leave it out")
+        require(len(set(self.align)) == len(self.align), f"--align {' '.join(self.align)} names an alignment twice; give it once")
         require_precision(self.mixed_precision, self.tf32)
         require(self.branch_from is None or self.init_ckpt is None, "give --branch-from (everything goes on) or --init-ckpt (the "
                                                                     "network alone starts anew), not both")
@@ -185,7 +200,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "keep_every",
                             "sampling_steps", "log_steps", "report_to", "output_dir", "exp_name", "vae", "eval_steps", "eval_preset",
                             "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights",
-                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second"})
+                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second",
+                            "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,13 +230,14 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_weights("--weights", self.weights)
+        require(self.cfg_scale >= 0, f"--cfg-scale {self.cfg_scale} must not be negative; 1 is no guidance")
         require(self.num_steps >= 2, f"--num-steps {self.num_steps} must be at least 2")
         require(0 <= self.guidance_low <= self.guidance_high <= 1,
                 f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")
         require(0 < self.last_step < 1, f"--last-step {self.last_step} must lie between 0 and 1")
         require(self.timestep_shift > 0, f"--timestep-shift {self.timestep_shift} must be positive")
         require(self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
-                "dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
+                "--solver dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
         if self.mode == "sde":
             require(self.solver == "euler" and self.grid == "evaluations" and self.timestep_shift == 1,
                     "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode")
@@ -256,6 +273,7 @@ class GenerateConfig:
     compare: tuple[str, ...] = option((), help="with --classes: further checkpoints, a row each below --ckpt's in one picture; a column "
                                                "has one class and one noise")
     out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
+    overwrite: bool = option(False, help="replace samples of other settings, or damaged ones, that lie in --out")
     sampling: SamplingConfig = group(SamplingConfig)
     reference: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples",
                                    heading="scores")

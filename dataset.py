@@ -17,29 +17,24 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.latents import LatentSpace
+from models.manifest import FORMAT, MANIFEST, read_manifest, read_space, require_intact
 from models.pixels import is_pixels, to_uint8
 from runtime import files, progress
-from runtime.errors import UserError
+from runtime.errors import UserError, require
+from runtime.mapped import map_shard
 from runtime.streams import Stream
 from runtime.transfer import sent
 
-FORMAT = 1
-_COUNTS = ("resolution", "latent_size", "views", "parts", "num_classes", "count")
-MANIFEST = "manifest.json"
-_DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
-_KEYS = ("space", "resolution", "latent_size", "views", "parts", "dtype", "num_classes", "class_names", "count", "images",
-         "shards")
+__all__ = ["FORMAT", "MANIFEST", "LatentSet", "flips", "map_shard", "order", "read_manifest", "require_intact", "steps_per_epoch"]
 
 
 class LatentSet:
@@ -62,7 +57,7 @@ class LatentSet:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.digest = files.digest(self.path / MANIFEST)
-        self.space = LatentSpace.from_json(self.manifest["space"])
+        self.space = read_space(self.path, self.manifest)
         self.num_classes: int = self.manifest["num_classes"]
         self.latent_size: int = self.manifest["latent_size"]
         self.views: int = self.manifest["views"]
@@ -77,6 +72,8 @@ class LatentSet:
         self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in shards])
         self._check_labels()
         self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in shards]  # row = item * views + view
+        mapped = [self.path / shard["file"] for shard in self.manifest["shards"]]
+        self._mapped = [(file, file.stat().st_size) for file in mapped] if resident == "disk" else None
         if resident == "ram":
             self._rows = [_into_memory(self._rows, self.path)]
         elif resident not in ("disk", "device"):
@@ -84,8 +81,32 @@ class LatentSet:
         self._bounds = np.cumsum([0] + [len(rows) for rows in self._rows])
         self._on_device = self._copied_to(device) if resident == "device" else None
 
+        self._checking: threading.Thread | None = None
+        self._fault: str | None = None
+
     def __len__(self) -> int:
         return self.count
+
+    def check_digests(self, rank: int = 0, world: int = 1) -> None:
+        """Compare the shards with the manifest's digests in the background; every `world`th of them, beginning with `rank`."""
+        def check() -> None:
+            try:
+                for entry in self.manifest["shards"][rank::world]:
+                    require_intact(self.path, entry)
+            except UserError as error:
+                self._fault = str(error)
+
+        if self._checking is not None:
+            return
+        self._checking = threading.Thread(target=check, daemon=True, name="digests")
+        self._checking.start()
+
+    def require_intact(self, wait: float | None = 0.0) -> None:
+        """Raise UserError where `check_digests` has met a damaged shard; waits up to `wait` seconds (None: to the end) for it."""
+        if self._checking is not None and self._checking.is_alive() and wait != 0:
+            self._checking.join(wait)
+        if self._fault is not None:
+            raise UserError(self._fault)
 
     def rows(self, indices: np.ndarray, views: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """The raw latents and labels of `indices` (n,), each in view `views` (n,) (0 where None).
@@ -115,6 +136,9 @@ class LatentSet:
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """(n, parts, C, H, W) in the stored type: the given rows, a row being item x views + view."""
         shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
+        for shard in np.unique(shard_of) if self._mapped else ():  # the kernel ends who touches what is not there any more
+            file, size = self._mapped[shard]
+            require(file.exists() and file.stat().st_size >= size, f"{file} was cut short while it was in use; copy or encode it again")
         latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
         for place, (shard, row) in enumerate(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist())):
             latents[place] = self._rows[shard][row]
@@ -210,7 +234,7 @@ class LatentSet:
 def steps_per_epoch(count: int, batch: int) -> int:
     """Optimiser steps in one pass over `count` items; the incomplete last batch is dropped. Raises UserError if none."""
     if batch > count:
-        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items")
+        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items; lower it")
     return count // batch
 
 
@@ -228,63 +252,6 @@ def _epoch(seed: int, epoch: int, count: int) -> np.ndarray:
 def flips(seed: int, step: int, batch: int, views: int) -> np.ndarray:
     """(batch,) int64: which view each item of global step `step` is read in; all 0 where there is one view."""
     return np.zeros(batch, np.int64) if views == 1 else Stream(seed, "flip", step).integers(views, batch)
-
-
-def map_shard(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of one safetensors file, memory-mapped read-only.
-
-    Raises:
-        UserError: the file is missing, truncated or not a safetensors file.
-    """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if length > size - 8:
-                raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes); copy or encode it again")
-            header = json.loads(handle.read(length))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; copy or encode it again") from error
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: its header is not JSON; copy or encode it again") from error
-    try:
-        return _arrays(file, size, length, header)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: its header does not fit ({error}); copy or encode it again") from error
-
-
-def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays that a header of `length` bytes describes."""
-    header.pop("__metadata__", None)
-    expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-    if size != expected:
-        raise UserError(f"{file} is truncated: {size} of {expected} bytes; copy or encode it again")
-    payload = np.memmap(file, np.uint8, "r").view(np.ndarray)
-    arrays = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{file} holds {name} as {entry['dtype']}; known are {', '.join(_DTYPES)}")
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        arrays[name] = payload[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the set at `path`. Raises UserError where it is missing, of another format or incomplete."""
-    if not path.is_dir():
-        raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
-    if not (path / MANIFEST).exists():
-        begun = "is unfinished: run its preprocessing command again" if any(path.glob("shard-*")) else "is not a latent set"
-        raise UserError(f"{path} {begun} ({MANIFEST} is missing)")
-    manifest = files.read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST} is not of format {FORMAT}; encode the set again with this version")
-    if absent := [key for key in _KEYS if key not in manifest]:
-        raise UserError(f"{path / MANIFEST} lacks {absent[0]!r}; encode the set again")
-    for key, kind in (("space", dict), ("shards", list), *((key, int) for key in _COUNTS)):
-        if not isinstance(manifest[key], kind):
-            raise UserError(f"{path / MANIFEST} is damaged: its {key} is {manifest[key]!r}; encode the set again")
-    return manifest
 
 
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:

@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,9 @@ from runtime.options import Given, peek, read
 from sampling import presets
 
 if TYPE_CHECKING:
+    from sampling.sampler import Sampler
     from sampling.source import Source
+    from sampling.store import Store
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -84,6 +87,8 @@ def score(config: GenerateConfig) -> Path:
 
 def generate(config: GenerateConfig) -> Path:
     """Draw `num_fid_samples` images into `config.out`; returns that folder."""
+    from runtime.launch import on_main
+    from runtime.locks import locked
     from sampling.classes import names_of
     from sampling.source import Source
     from sampling.store import Store, finished
@@ -97,15 +102,24 @@ def generate(config: GenerateConfig) -> Path:
     if chosen is not None:
         settings |= {"labels": "chosen", "classes": chosen.tolist()}
     out = Path(config.out) if config.out else default_folder(source, config)
-    if finished(out, settings):
-        accelerator.print(f"{out} already holds these samples")
-        return out
-    accelerator.print(source.introduction(config.sampling, count), f"into {out}", sep="\n")
-    store = Store(out, settings, count, sampler.image_shape, accelerator.is_main_process, accelerator.wait_for_everyone)
+    with ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
+        if on_main(accelerator, lambda: finished(out, settings, config.overwrite)):
+            accelerator.print(f"{out} already holds these samples")
+            return out
+        accelerator.print(source.introduction(config.sampling, count), f"into {out}", sep="\n")
+        store = Store(out, settings, count, sampler.image_shape, accelerator, config.overwrite)
+        draw(source, sampler, store, config.source.batch_size, names)
+    return out
+
+
+def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names: Sequence[str]) -> None:
+    """Draw the samples that `store` lacks, in all processes together, and finish it; `names` are those of the classes."""
+    accelerator, count, out = source.accelerator, store.count, store.out
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(total=len(todo), desc=f"sampling {count} on {accelerator.num_processes} process(es)",
                       unit="image", main=accelerator.is_main_process) as bar:
-        for indices, images in sampler.stream(batches(todo, config.source.batch_size)):
+        for indices, images in sampler.stream(batches(todo, batch_size)):
             store.put(indices, images, sampler.labels(indices))
             bar.update(len(indices))
     store.flush()
@@ -114,7 +128,6 @@ def generate(config: GenerateConfig) -> Path:
         store.finish(names)
         print(f"wrote {out}/samples.npz, samples.json and grid.png", flush=True)
     accelerator.wait_for_everyone()
-    return out
 
 
 def labels_chosen(config: GenerateConfig, names: Sequence[str]) -> np.ndarray | None:

@@ -57,7 +57,9 @@ class AlignOptions:
                        help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
 
     def __post_init__(self) -> None:
-        require(self.stop_steps is None or self.stop_epochs is None, "give the stop in steps or in epochs, not in both")
+        require(self.weight >= 0, f"--align-weight {self.weight} must not be negative")
+        require(self.stop_steps is None or self.stop_epochs is None,
+                "--align-stop-steps and --align-stop-epochs say the same: give one of them")
         for name in ("stop_steps", "stop_epochs"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 is for never")
@@ -71,7 +73,7 @@ class AlignOptions:
         else:
             stop = max(1, math.floor(self.stop_epochs * epoch_steps + 0.5)) if self.stop_epochs else None
         require(stop is not None or self.schedule not in ("cosine", "linear"),
-                f"a {self.schedule} schedule falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs")
+                f"--align-schedule {self.schedule} falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs")
         return stop
 
     def weight_at(self, step: int, epoch_steps: int) -> float:

@@ -49,6 +49,10 @@ class GuidedOptions(AlignOptions):
     guide_scale: float | None = option(None, help="omega (default: 30 for SiT, 10 for LightningDiT)", flag="guide-scale")
     hidden: int = option(2048, help="width of the head's hidden layers")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.guide_scale is None or self.guide_scale >= 0, f"--guide-scale {self.guide_scale} must not be negative")
+
 
 class Guided(Alignment):
     """Mean squared error between a head on the guided block and the guided feature, one value per sample."""

@@ -34,7 +34,7 @@ def check(interval: Interval | None, mask: str) -> None:
     require(interval is not None or mask == "select", "--align-mask upstream weighs by an interval: add --align-interval")
     if interval is not None:
         low, high = interval
-        require(0 <= low <= high <= 1, f"the interval {low} {high} must satisfy 0 <= a <= b <= 1")
+        require(0 <= low < high <= 1, f"--align-interval {low} {high} must satisfy 0 <= a < b <= 1")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") 
     if options.inception_weights and name != "inception":
         raise UserError(f"--inception-weights does not go with --features {name}")
     if options.feature_weights and not name.startswith("timm:"):
-        raise UserError(f"--feature-weights goes with --features timm:NAME, not {name}")
+        raise UserError(f"--feature-weights goes with --features timm:NAME, not {name}; leave it out")
     if name == "pixels":
         return Pixels(device)
     if name == "inception":

@@ -97,7 +97,7 @@ def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UserError(f"timm has no model {name}{nearest(name, timm.list_models())}")
+        raise UserError(f"--features timm:{name}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()")
     if weights is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0)
@@ -108,13 +108,13 @@ def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
         return timm.create_model(name, pretrained=True, num_classes=0,
                                  pretrained_cfg_overlay={"state_dict": read_weights(weights)})
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]}); give its own") from error
 
 
 def checked_digest(path: Path) -> str:
     """SHA-256 of a weights file; UserError where it differs from the eight hexadecimal digits in the file's name."""
     if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
+        raise UserError(f"there is no weights file {path}; check the path")
     digest = files.digest(path)
     named = re.search(r"-([0-9a-f]{8})\.[^.]+$", path.name)
     if named and not digest.startswith(named[1]):

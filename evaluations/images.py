@@ -148,6 +148,7 @@ class LatentSetImages:
 
     def __init__(self, path: Path | str) -> None:
         self._set, self.name = LatentSet(path), Path(path).name
+        self._set.check_digests()
         require(self._set.has_images, f"{path} holds latents without their images; encode it with --keep-images, or give the images")
         self.labels: np.ndarray | None = self._set.labels
         self.shape = self._set.images(np.arange(1)).shape[1:]
@@ -161,6 +162,7 @@ class LatentSetImages:
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
         for part in pieces(indices, size):
             yield self._set.images(np.array(part))
+        self._set.require_intact(wait=None)
 
 
 def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -211,9 +213,9 @@ class NpzArchive:
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise UserError(f"{self.path} is truncated, damaged or not an .npz file ({error}); copy it again") from error
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
         except ValueError as error:  # NumPy's word for a broken header, or for objects that only pickle could read
-            raise UserError(f"{self.path} holds no plain array where one belongs ({error})") from error
+            raise UserError(f"{self.path} holds no plain array where one belongs ({error}); save plain numbers") from error
 
     @contextmanager
     def stream(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
@@ -242,12 +244,12 @@ def check(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype != np.uint8:
         raise UserError(f"{name}: images are {dtype}, not uint8; write values 0..255 as uint8 (N, H, W, C)")
     if len(shape) != 4:
-        raise UserError(f"{name}: images have shape {tuple(shape)}, not (N, H, W, C)")
+        raise UserError(f"{name}: images have shape {tuple(shape)}; give (N, H, W, C)")
     if shape[3] not in (1, 3):
-        remedy = "; it looks like (N, C, H, W), transpose it" if shape[1] in (1, 3) else ""
+        remedy = "; it looks like (N, C, H, W), transpose it" if shape[1] in (1, 3) else "; give grey or RGB"
         raise UserError(f"{name}: images have shape {tuple(shape)}, whose last axis is not 1 or 3 channels{remedy}")
     if shape[0] == 0:
-        raise UserError(f"{name} holds no images")
+        raise UserError(f"{name} holds no images; give some")
 
 
 def _checked_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:

@@ -63,13 +63,21 @@ class Scores:
         """
         values = {}
         for weights in self.weights:
-            scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator)
             sampler = Sampler(networks[weights], self.codec, self.settings, self.count, None if self.preset else dtype)
             with launch.tf32_inside(self.accelerator.device) if self.preset else nullcontext():
-                add_drawn(scorer, sampler, self.count, BATCH, f"evaluation of {weights} weights: sampling")
+                measured = self._score(sampler, f"evaluation of {weights} weights: sampling")
             place = "/".join(["eval", *([self.preset] if self.preset else []), *(["raw"] if weights == "raw" else [])])
-            values |= {f"{place}/{name}@{self.count}": value for name, value in scorer.result()["metrics"].items()}
+            values |= {f"{place}/{name}@{self.count}": value for name, value in measured.items()}
         return values
+
+    def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
+        """Score a few samples of two steps, so that what cannot be scored is known before the first step of training."""
+        self._score(Sampler(network, self.codec, preview.REHEARSAL, 8, dtype), "rehearsal: sampling")
+
+    def _score(self, sampler: Sampler, title: str) -> dict[str, float]:
+        scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator)
+        add_drawn(scorer, sampler, sampler.count, BATCH, title)
+        return scorer.result()["metrics"]
 
 
 class Previews:
@@ -85,3 +93,10 @@ class Previews:
         path = self.folder / f"{step:07d}.png"
         preview.write(path, networks["ema"], self.codec, dtype, self.seed)
         return {"samples": path}
+
+    def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
+        """Draw a grid of two steps, and drop it: what cannot be drawn is known before the first step of training."""
+        if self.main:
+            picture = self.folder / "rehearsal.png"
+            preview.write(picture, network, self.codec, dtype, self.seed, preview.REHEARSAL)
+            picture.unlink()

@@ -124,9 +124,9 @@ class Reference:
     def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """UserError unless images of (H, W, C) `shape` are of the reference's size."""
         if self.shape is not None and shape != self.shape:
-            channels = ("; one channel against three: image files are read as RGB, with --grey (of evaluations.evaluate and "
-                        "evaluations.reference) as grey" if shape[:2] == self.shape[:2] else "")
-            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}{channels}")
+            remedy = ("one channel against three: image files are read as RGB, with --grey (of evaluations.evaluate and "
+                      "evaluations.reference) as grey" if shape[:2] == self.shape[:2] else "give a reference of that size")
+            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}; {remedy}")
 
     def describe(self) -> dict[str, Any]:
         """Its part of metrics.json."""
@@ -200,7 +200,9 @@ class Options:
         require(self.batch_size > 0 and self.keep > 3, "--batch-size must be positive and --keep at least 4")
         require(self.resolution is None or self.resolution > 0, f"--resolution {self.resolution} must be positive")
         require(self.num_images is None or self.scores.features == IMAGES,
-                f"--num-images goes with --features {IMAGES}: statistics are of all images")
+                f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them")
+        require(self.num_images is None or self.num_images > 0, f"--num-images {self.num_images} must be positive")
+        require(self.workers is None or self.workers >= 0, f"--workers {self.workers} must not be negative")
 
 
 IMAGES = "none"

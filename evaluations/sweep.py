@@ -15,17 +15,22 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from config import FeatureOptions, SamplingConfig, SourceOptions
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
 from models.peers import PEERS
-from runtime import errors, files
+from runtime import errors, files, schema
 from runtime.errors import UserError, require
+from runtime.launch import on_main
+from runtime.locks import locked
 from runtime.options import group, option, read
 from sampling.source import Source
 
@@ -74,10 +79,26 @@ def values(flag: str, text: str) -> list[float]:
     try:
         first, last, step = (Decimal(part) for part in (text.split(":") if ":" in text else (text, text, "1")))
     except (ValueError, InvalidOperation) as error:
-        raise UserError(f"{flag} {text} is neither a number nor FIRST:LAST:STEP") from error
-    require(first.is_finite() and last.is_finite() and step.is_finite(), f"{flag} {text} holds a number that is not finite")
+        raise UserError(f"{flag} {text} is neither a number nor FIRST:LAST:STEP; give one of them") from error
+    require(first.is_finite() and last.is_finite() and step.is_finite(),
+            f"{flag} {text} holds a number that is not finite; give finite ones")
     require(step > 0 and last >= first, f"{flag} {text}: STEP must be positive and LAST at least FIRST")
     return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
+
+
+class Scored(TypedDict):
+    """One point of `sweep.json`."""
+
+    cfg_scale: float
+    guidance_high: float
+    metrics: dict[str, float]
+
+
+class Sweep(TypedDict):
+    """`sweep.json`."""
+
+    settings: dict[str, Any]
+    points: list[Scored]
 
 
 class Results:
@@ -87,7 +108,7 @@ class Results:
         self.path, self.settings = path, settings
         self.points: dict[Point, dict[str, float]] = {}
         if path.is_file():
-            earlier = files.read_json(path)
+            earlier = schema.read(Sweep, path, "give another --out")
             for key, value in settings.items():
                 if earlier["settings"].get(key) != value:
                     raise UserError(f"{path} is a sweep with another {key} ({earlier['settings'].get(key)}, not "
@@ -177,24 +198,28 @@ def sweep(config: SweepConfig) -> Path:
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
     out = Path(config.out) if config.out else source.folder / "sweep" / source.checkpoint.path.name
-    results = Results(out / "sweep.json", settings)
-    accelerator.wait_for_everyone()  # all have read before one writes
-    todo = [point for point in points if point not in results.points]
-    if accelerator.is_main_process:
-        print(cost(config, source, todo, len(points)), flush=True)
-    began = time.monotonic()
-    for number, point in enumerate(todo, 1):
-        scorer = Scorer(reference, extractor, accelerator=accelerator)
-        add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
-                  f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
-        results.points[point] = scorer.result()["metrics"]
+    with ExitStack() as held:
+        on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
+        results = Results(out / "sweep.json", settings)
         if accelerator.is_main_process:
-            results.write()
-            if number == 1 and len(todo) > 1:
-                print(remaining(config, source, todo, time.monotonic() - began), flush=True)
-    if accelerator.is_main_process:
-        conclude(config, results, out)
-    accelerator.wait_for_everyone()
+            files.remove_leftovers(out)
+        accelerator.wait_for_everyone()  # all have read before one writes
+        todo = [point for point in points if point not in results.points]
+        if accelerator.is_main_process:
+            print(cost(config, source, todo, len(points)), flush=True)
+        began = time.monotonic()
+        for number, point in enumerate(todo, 1):
+            scorer = Scorer(reference, extractor, accelerator=accelerator)
+            add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
+                      f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
+            results.points[point] = scorer.result()["metrics"]
+            if accelerator.is_main_process:
+                results.write()
+                if number == 1 and len(todo) > 1:
+                    print(remaining(config, source, todo, time.monotonic() - began), flush=True)
+        if accelerator.is_main_process:
+            conclude(config, results, out)
+        accelerator.wait_for_everyone()
     return out
 
 

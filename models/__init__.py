@@ -18,7 +18,7 @@ from models.layers import patchify, unpatchify
 from runtime.errors import UserError, nearest
 
 __all__ = ["QK", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
-           "parameter_count", "parameter_names", "patchify", "spec", "unpatchify"]
+           "parameter_count", "parameter_names", "patchify", "require_architecture", "require_finite", "spec", "unpatchify"]
 
 ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}
 SIZES = {"sit": sit.SIZES, "lightningdit": lightningdit.SIZES}
@@ -46,10 +46,16 @@ def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_n
 
 def outline(spec: ModelSpec, *, depth: int | None = None) -> Backbone:
     """The network on the meta device: names and shapes, no weights."""
-    if spec.architecture not in ARCHITECTURES:
-        raise UserError(f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}")
+    require_architecture(spec)
     with torch.device("meta"):
         return ARCHITECTURES[spec.architecture](spec, depth)
+
+
+def require_architecture(spec: ModelSpec) -> None:
+    """Raise UserError unless the architecture of `spec` is one that there is."""
+    if spec.architecture not in ARCHITECTURES:
+        raise UserError(f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}; there are "
+                        f"{', '.join(ARCHITECTURES)}")
 
 
 def build(spec: ModelSpec, *, seed: int = 0, depth: int | None = None,
@@ -73,3 +79,10 @@ def build(spec: ModelSpec, *, seed: int = 0, depth: int | None = None,
 def parameter_names(spec: ModelSpec, *, depth: int | None = None) -> list[str]:
     """The state-dict keys of the network, or of its first `depth` blocks: what to read from a checkpoint."""
     return list(outline(spec, depth=depth).state_dict())
+
+
+def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
+    """Raise UserError where a weight is not a finite number; names the first such tensor."""
+    bad = next((name for name, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise UserError(f"{where} holds numbers that are not finite, first in {bad}: such a network draws nothing; use another checkpoint")

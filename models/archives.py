@@ -32,18 +32,41 @@ def read_archive(path: Path | str) -> Any:
     try:
         open(path, "rb").close()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _require_sound(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is None:
             raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
         raise UserError(f"{path} asks to run {asked[1]} from outside torch, which is refused; save its state dict alone, "
                         "as safetensors, where you trust it") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
+
+
+def _require_sound(path: Path) -> None:
+    """Raise UserError unless a ZIP archive is what torch writes: nothing compressed or overlapping, every CRC as recorded.
+
+    Looked at before anything in it is interpreted; torch itself maps the file and looks at none of it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            bounds = [*(entry.header_offset for entry in entries[1:]), path.stat().st_size]
+            sound = all(entry.header_offset + entry.file_size < end for entry, end in zip(entries, bounds, strict=True))
+            damaged = archive.testzip() if sound and packed is None else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
+    if packed is not None or not sound:
+        raise UserError(f"{path} is not an archive as torch writes them ({packed or 'its entries overlap'}); save the state dict anew")
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} in it does not fit; restore it from a copy")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:

@@ -22,8 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify
+from runtime import schema
 from runtime.errors import UserError
 from runtime.streams import Stream
+
+_MOST = {"depth": 1000, "hidden_size": 65_536, "input_size": 4096, "in_channels": 65_536}  # beyond: a damaged description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,12 @@ class ModelSpec:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "input_size", "num_classes"):
             if getattr(self, name) < 1:
                 raise UserError(f"model {self.name}: {name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) > _MOST.get(name, 1_000_000):
+                raise UserError(f"model {self.name}: {name} {getattr(self, name)} is beyond {_MOST.get(name, 1_000_000)}")
         for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "
-                                f"{getattr(self, part)}")
+                                f"{getattr(self, part)}; choose one that divides it")
         if self.hidden_size % 4:
             raise UserError(f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
 
@@ -79,7 +84,7 @@ class ModelSpec:
         if not required <= set(value) <= known:
             wrong = sorted((required - set(value)) | (set(value) - known))
             raise UserError(f"the model's description is damaged or from another version: {', '.join(wrong)}")
-        return cls(**value)
+        return schema.checked(cls, dict(value), "the model's description")
 
 
 class QK(NamedTuple):

@@ -1,7 +1,8 @@
 """Checkpoints that describe themselves: a folder of plain tensors and one readable JSON.
 
     0200000/
-      config.json             model, latent space, data, options, step, teacher, versions, digest of every file
+      config.json             model, latent space, data, options, step, teacher, versions, digest of every file, and a seal
+                              over its own content
       network.safetensors     the trained network, published parameter names
       ema.safetensors         its exponential moving average; ema-0.9995.safetensors, ...: further averages
       heads.safetensors       the alignments' heads, apart, so that sampling never meets them
@@ -14,21 +15,41 @@ the network.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 import models
 from models import Backbone, ModelSpec, hub_client
 from models.latents import LatentSpace
-from runtime import files
-from runtime.errors import UserError
+from runtime import files, schema
+from runtime.errors import UserError, note, require
 
-FORMAT = 1
+FORMAT = 2
+"""2 seals config.json (`runtime.files.seal`); 1 had no seal, and is read with a note."""
+
+
+class Config(TypedDict):
+    """What every config.json holds; a run's own adds its data, options and resolved choices."""
+
+    format: int
+    kind: str
+    model: dict[str, Any]
+    space: dict[str, Any]
+    step: Annotated[int, Field(ge=0)]
+    files: dict[str, str]
+    train: NotRequired[dict[str, Any]]
+    align: NotRequired[dict[str, dict[str, Any]]]
+    resolved: NotRequired[dict[str, dict[str, Any]]]
+    data: NotRequired[dict[str, Any]]
+    precision: NotRequired[str]
+    kept: NotRequired[bool]
 
 
 class Checkpoint:
@@ -39,6 +60,7 @@ class Checkpoint:
         self.config = config
         self.step: int = config["step"]
         self.files: dict[str, str] = config["files"]
+        self._intact: set[str] = set()
         self.spec = ModelSpec.from_json(config["model"])
         self.space = LatentSpace.from_json(config["space"])
 
@@ -50,13 +72,43 @@ class Checkpoint:
             UserError: nothing there, or a folder that is not a checkpoint.
         """
         folder = locate(path)
-        config = files.read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") != FORMAT:
-            raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise")
+        file = folder / "config.json"
+        config = files.read_json(file)
+        if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") not in (1, FORMAT):
+            raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint")
+        if config["format"] == FORMAT:
+            files.require_sealed(file, config)
+        else:
+            note(f"{folder} is of format 1: its config.json has no seal, so that damage in it would not be seen")
+        schema.checked(Config, config, file, "use another checkpoint")
+        require(folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],
+                f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another checkpoint")
         try:
-            return cls(folder, config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder}/config.json is damaged ({error}); use another checkpoint") from error
+            opened = cls(folder, config)
+            models.require_architecture(opened.spec)
+            require(opened.space.channels == opened.spec.in_channels,
+                    f"its network reads {opened.spec.in_channels} channels, its latent space has {opened.space.channels}")
+            return opened
+        except UserError as error:
+            raise UserError(f"{file}: {error}; use another checkpoint") from error
+
+    def require_whole(self) -> None:
+        """Raise UserError unless every file of the checkpoint is the one that was written."""
+        for name in self.files:
+            self.require_intact(name)
+
+    def require_intact(self, name: str) -> None:
+        """Raise UserError unless the file `name` has the recorded digest; looked at once."""
+        file = self.path / name
+        if name in self._intact:
+            return
+        if Path(name).name != name:
+            raise UserError(f"{self.path / 'config.json'} is damaged: it names the file {name} outside its folder; use another checkpoint")
+        if not file.is_file():
+            raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
+        if files.digest(file) != self.files[name]:
+            raise UserError(f"{file} is damaged: its digest differs from config.json; use another checkpoint")
+        self._intact.add(name)
 
     @property
     def has_null(self) -> bool:
@@ -84,16 +136,12 @@ class Checkpoint:
         return [*(["raw"] if "network" in names else []), *(name for name in names if name.split("-")[0] == "ema")]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file (`network` or `raw`, `ema`, `ema-DECAY`, `heads`, `optimizer`), verified against the recorded digest."""
+        """The tensors of one file (`raw`, `ema`, `ema-DECAY`, `heads`, `optimizer`), verified against the recorded digest."""
         file = self.path / f"{'network' if name == 'raw' else name}.safetensors"
         recorded = self.files.get(file.name)
         if recorded is None:
-            raise UserError(f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)} (--weights; of a teacher "
-                            f"--guiding-weights, of --init-ckpt --init-weights)")
-        if not file.is_file():
-            raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
-        if files.digest(file) != recorded:
-            raise UserError(f"{file} is damaged: its digest differs from config.json; use another checkpoint")
+            raise UserError(f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)} (--weights and its like)")
+        self.require_intact(file.name)
         return files.load_tensors(file)
 
     def network(self, weights: str = "ema", depth: int | None = None) -> Backbone:
@@ -103,6 +151,7 @@ class Checkpoint:
             UserError: weights that the checkpoint lacks, or that do not fit the recorded architecture.
         """
         tensors = self.tensors(weights)
+        models.require_finite(tensors, f"{self.path} ({weights} weights)")
         if depth is not None:
             wanted = models.parameter_names(self.spec, depth=depth)
             tensors = {name: tensors[name] for name in wanted if name in tensors}
@@ -125,7 +174,7 @@ def locate(name: Path | str) -> Path:
                         f"published weights")
     run, at, step = str(name).rpartition("@")
     if at and step.isdigit() and not folder.exists():
-        steps = of_run(run)
+        steps = {int(path.name): path for path in reversed(saved(run))}
         if int(step) not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{name}: run {run} has no checkpoint of step {int(step)}; its steps are {known}")
@@ -136,29 +185,52 @@ def locate(name: Path | str) -> Path:
     return newest
 
 
-def of_run(run: Path | str) -> dict[int, Path]:
-    """The checkpoints in `run/checkpoints` or `run` by step, ascending; the step is the number in a checkpoint's name."""
+def saved(run: Path | str) -> list[Path]:
+    """The checkpoint folders in `run` or `run/checkpoints`, the newest first, by the number in their names."""
     for folder in (Path(run) / "checkpoints", Path(run)):
-        steps = {int(p.name): p for p in folder.glob("*") if p.name.isdigit() and (p / "config.json").is_file()} \
-            if folder.is_dir() else {}
+        steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
         if steps:
-            return dict(sorted(steps.items()))
-    return {}
+            return sorted(steps, key=lambda p: int(p.name), reverse=True)
+    return []
 
 
 def latest(run: Path | str) -> Path | None:
-    """The checkpoint of `run` with the highest step, None where there is none."""
-    return next(reversed(of_run(run).values()), None)
+    """The newest checkpoint of `run`, None where there is none. Raises UserError where it has lost its config.json."""
+    newest = next(iter(saved(run)), None)
+    require(newest is None or (newest / "config.json").is_file(),
+            f"{newest}, the newest checkpoint of {run}, is damaged: its config.json is missing; name an older one")
+    return newest
 
 
-def prune(folder: Path, limit: int | None, every: int | None) -> None:
-    """Remove the checkpoints of a run but the latest `limit`; those whose step is a multiple of `every` stay as well."""
-    if limit is None:
-        return
-    steps = sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-    for path in steps[:-limit]:
-        if every is None or int(path.name) % every:
-            files.remove(path)
+def newest_whole(run: Path | str) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of `run` whose files are all as they were written, and what is wrong with each newer one."""
+    faults: dict[Path, str] = {}
+    for folder in saved(run):
+        try:
+            require((folder / "config.json").is_file(), f"{folder} has no config.json")
+            Checkpoint.open(folder).require_whole()
+            return folder, faults
+        except UserError as error:
+            faults[folder] = str(error)
+    return None, faults
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder whose config.json says checkpoint."""
+    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
+    return isinstance(config, dict) and config.get("kind") == "checkpoint"
+
+
+def is_converted(path: Path, insisted: bool = False) -> bool:
+    """Whether `path` is a checkpoint or VAE that `models.convert` wrote, or if `insisted` any, with nothing else beside it."""
+    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if not isinstance(config, dict):
+        return False
+    if config.get("kind") == "checkpoint" and isinstance(config.get("files"), dict):
+        return ("source" in config or insisted) and {file.name for file in path.iterdir()} <= {"config.json", *config["files"]}
+    names = {"config.json", "diffusion_pytorch_model.safetensors", "source.json"}
+    return config.get("_class_name") == "AutoencoderKL" and {file.name for file in path.iterdir()} <= names and \
+        ((path / "source.json").is_file() or insisted)
 
 
 def write(
@@ -172,15 +244,16 @@ def write(
     averages: Mapping[str, Mapping[str, Tensor]] | None = None,
     heads: Mapping[str, Tensor] | None = None,
     optimizer: tuple[Mapping[str, Tensor], list[dict[str, Any]]] | None = None,
+    ours: Callable[[Path], bool] = is_checkpoint,
     **meta: Any,
 ) -> None:
     """Write a checkpoint folder in one step: it is whole or absent. `meta` joins config.json as it is.
 
-    `averages` are further moving averages by name (`ema-0.9995`); `optimizer` is (state tensors by 'parameter/slot', groups
-    as JSON values).
+    `averages` are further moving averages by name (`ema-0.9995`); `ours` says what may be replaced; `optimizer` is (state
+    tensors by 'parameter/slot', groups as JSON values).
     """
     parts = {"network": network, "ema": ema, **(averages or {}), "heads": heads, "optimizer": optimizer[0] if optimizer else None}
-    with files.replacing(path) as folder:
+    with files.replacing(path, ours) as folder:
         folder.mkdir()
         for name, tensors in parts.items():
             if tensors:
@@ -188,7 +261,7 @@ def write(
         if optimizer:
             files.write_json(folder / "optimizer.json", optimizer[1])
         digests = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
-        files.write_json(folder / "config.json", {
+        files.write_sealed(folder / "config.json", {
             "format": FORMAT, "kind": "checkpoint", "model": spec.to_json(), "space": space.to_json(),
             "step": step, **meta, "versions": versions(), "files": digests})
 

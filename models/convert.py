@@ -15,6 +15,7 @@ other way, the reversal is folded into its weights (`reverse_time`), so that no 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -35,7 +36,7 @@ from models.layers import TimeEmbedder
 from models.pixels import PIXELS, pixels
 from models.vae import open_codec, read_statistics
 from runtime import errors, files
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.options import option, read
 
 
@@ -45,12 +46,16 @@ class Options:
 
     source: str = option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)", heading="files")
     out: str = option(help="checkpoint folder to write (a diffusers folder for a VAE)")
+    overwrite: bool = option(False, help="replace any checkpoint or VAE at --out, not only what this command wrote there")
     num_heads: int | None = option(None, help="attention heads, where the size is not a published one", heading="network")
     noise_at: int | None = option(None, choices=(0, 1), help="time at which the file's network sees noise, where its "
                                          "family is not known by its keys (SiT, LightningDiT: 0; REPA and what derives from it: 1)")
     vae: str | None = option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)",
                                    heading="latent space")
     statistics: str | None = option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
+
+    def __post_init__(self) -> None:
+        require(self.num_heads is None or self.num_heads > 0, f"--num-heads {self.num_heads} must be at least 1")
 
 
 SD_VAE = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema")
@@ -74,9 +79,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.convert", description=__doc__,
                    first="source")
     source = Path(options.source)
-    files.require_replaceable(options.out)
+    ours = functools.partial(checkpoint.is_converted, insisted=options.overwrite)
+    files.require_replaceable(options.out, ours, "choose another place, or add --overwrite to replace a checkpoint or VAE")
     archive = read_archive(source)
     sets, ignored = weight_sets(archive, source)
+    for weights in sets.values():
+        models.require_finite(weights, source)
     origin: dict[str, Any] = {"file": source.name, "digest": files.digest(source)}
     if vavae.recognises(next(iter(sets.values()))):
         return convert_vae(sets, ignored, origin, options)
@@ -87,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     checkpoint.write(
         options.out, spec=first.spec, space=space, step=step_of(archive, source),
         network=converted["model"].weights if "model" in converted else {}, ema=converted["ema"].weights,
-        source={**origin, "layout": first.layout, "ignored": ignored})
+        source={**origin, "layout": first.layout, "ignored": ignored}, ours=ours)
     print(f"{source.name}: {describe(first)}")
     return _done(options.out, ignored)
 
@@ -245,6 +253,7 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
         UserError: it cannot be told, or has other channels than the network.
     """
     if options.vae == PIXELS:
+        require(options.statistics is None, "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out")
         space = pixels(spec.in_channels)
     elif options.vae is not None:
         space = open_codec(options.vae, statistics=options.statistics).space
@@ -276,7 +285,7 @@ def convert_vae(sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: 
         raise UserError(f"{options.source} is a VAE: of the options, only --out and --statistics apply to it")
     statistics = read_statistics(options.statistics) if options.statistics else None
     model, left_out = vavae.build(sets["ema"], options.source, statistics)
-    with files.replacing(options.out) as folder:
+    with files.replacing(options.out, functools.partial(checkpoint.is_converted, insisted=options.overwrite)) as folder:
         model.save_pretrained(folder)
         files.write_json(folder / "source.json", {**origin, "ignored": ignored + left_out})
     print(f"{Path(options.source).name}: VA-VAE, {model.config.latent_channels} channels, stride "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.hub_client import PREFIX, answered
 from runtime import errors, files
@@ -75,13 +76,13 @@ def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
     """Write the travelling copy of a checkpoint to the folder `out`, in one step."""
     names = [name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema")]
-    with files.replacing(out) as folder:
+    with files.replacing(out, checkpoint.is_checkpoint) as folder:
         folder.mkdir()
         for name in names:
             source.tensors(name.removesuffix(".safetensors"))  # verified
             shutil.copyfile(source.path / name, folder / name)
-        files.write_json(folder / "config.json", {**source.config, "files": {name: source.files[name] for name in names},
-                                                  "packed_from": source.digest})
+        files.write_sealed(folder / "config.json", {**source.config, "files": {name: source.files[name] for name in names},
+                                                    "packed_from": source.digest})
         (folder / "README.md").write_text(card(source, result), encoding="utf-8")
 
 

@@ -16,7 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from runtime import schema
 from runtime.errors import UserError
+
+MOST = 65_536  # channels, pixels of stride: beyond it lies damage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class LatentSpace:
     digest: str | None = None  # SHA-256 of the encoder's weights: decoders tuned on one encoder share its space
 
     def __post_init__(self) -> None:
+        if not (1 <= self.channels <= MOST and 1 <= self.stride <= MOST):
+            raise UserError(f"latent space {self.name}: {self.channels} channels of stride {self.stride}; "
+                            f"both must lie between 1 and {MOST}")
         for name in ("shift", "scale"):
             values = getattr(self, name)
             if len(values) not in (1, self.channels) or not all(map(math.isfinite, values)):
@@ -80,7 +86,7 @@ class LatentSpace:
         wrong = sorted((known - {"vae", "digest"} - set(value)) | (set(value) - known))
         if wrong:
             raise UserError(f"the latent space's description is damaged or from another version: {', '.join(wrong)}")
-        return cls(**{**value, "shift": tuple(value["shift"]), "scale": tuple(value["scale"])})
+        return schema.checked(cls, dict(value), "the latent space's description")
 
 
 @functools.lru_cache(maxsize=16)

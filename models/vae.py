@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from models.archives import read_weights
 from models.latents import Codec, LatentSpace
 from models.pixels import PIXELS, PixelCodec, is_pixels, pixels
-from runtime import files
-from runtime.errors import UserError
+from runtime import files, schema
+from runtime.errors import UserError, require
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -28,6 +31,18 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 CHUNK = 32 * 256**2
 """Pixels decoded at once: the widest tensor of SD-VAE's decoder takes 1 KiB for each, 2 GiB in all."""
+
+
+class Config(TypedDict):
+    """What is read of a diffusers `AutoencoderKL`'s config.json."""
+
+    latent_channels: Annotated[int, Field(ge=1)]
+    block_out_channels: list[int]
+    norm_num_groups: Annotated[int, Field(ge=1)]
+    scaling_factor: Annotated[float, Field(gt=0)]
+    shift_factor: NotRequired[float | None]
+    latents_mean: NotRequired[list[float] | None]
+    latents_std: NotRequired[list[float] | None]
 
 
 class VaeCodec:
@@ -102,14 +117,19 @@ def _load(vae: str) -> AutoencoderKL:
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote")
-    if (kind := files.read_json(folder / "config.json").get("_class_name")) != "AutoencoderKL":
-        raise UserError(f"VAE {vae} is a {kind}; only AutoencoderKL is supported")
+    config = files.read_json(folder / "config.json")
+    if (kind := config.get("_class_name") if isinstance(config, dict) else type(config).__name__) != "AutoencoderKL":
+        raise UserError(f"VAE {vae} is a {kind}; give an AutoencoderKL")
     files.load_tensors(folder / WEIGHTS)  # a damaged file is named here
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         model, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True,
                                                     ignore_mismatched_sizes=True, output_loading_info=True)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OSError, ZeroDivisionError, RuntimeError, OverflowError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"VAE {vae}: {folder / 'config.json'} describes no autoencoder that diffusers can build ({reason}); restore it"
+                        ) from error
     finally:
         logging.set_verbosity(verbosity)
     # diffusers fills a missing tensor with random numbers and drops an unknown one, with no more than a warning
@@ -139,19 +159,20 @@ def _folder(vae: str) -> Path:
 
 def _space_of(vae: str, model: AutoencoderKL, statistics: Path | str | None) -> LatentSpace:
     """The space that a VAE's config describes: diffusers decodes x * latents_std / scaling_factor + latents_mean."""
-    config = model.config
+    config = schema.checked(Config, json.loads(model.to_json_string()), f"VAE {vae}: its config.json")
     if statistics is not None:
         shift, scale = read_statistics(statistics)
     elif config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        shift = tuple(config.latents_mean)
-        scale = tuple(config.scaling_factor / std for std in config.latents_std)
+        require(all(config["latents_std"]), f"VAE {vae}: its config.json has a latents_std of 0")
+        shift = tuple(config["latents_mean"])
+        scale = tuple(config["scaling_factor"] / std for std in config["latents_std"])
     else:
-        shift, scale = (float(config.get("shift_factor") or 0.0),), (float(config.scaling_factor),)
+        shift, scale = (config.get("shift_factor") or 0.0,), (config["scaling_factor"],)
     name = Path(vae).name
     for family in ("sd-vae", "va-vae"):
         if name.lower().replace("vavae", "va-vae").startswith(family):
             name = family
-    return LatentSpace(name=name, channels=config.latent_channels, stride=2 ** (len(config.block_out_channels) - 1),
+    return LatentSpace(name=name, channels=config["latent_channels"], stride=2 ** (len(config["block_out_channels"]) - 1),
                        shift=shift, scale=scale, vae=vae, digest=_encoder_digest(model))
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,8 +37,6 @@ from runtime.streams import Stream
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
@@ -55,7 +53,7 @@ def encode(source: ImageSet, options: Options) -> None:
     """
     from accelerate.utils import gather_object
 
-    from runtime.launch import accelerator
+    from runtime.launch import accelerator, on_main
 
     processes = accelerator()
     codec = _codec(options, processes.device)
@@ -64,7 +62,7 @@ def encode(source: ImageSet, options: Options) -> None:
     with ExitStack() as held:
         if processes.is_main_process:
             print(source.summary, f"encoding with {world} process(es) on {processes.device.type}", sep="\n")
-        kept = _on_main(processes, lambda: begin(job, held))
+        kept = on_main(processes, lambda: begin(job, held))
         if kept is None:
             return
         pending = [shard for shard in job.shard_numbers if shard not in kept]
@@ -80,7 +78,7 @@ def encode(source: ImageSet, options: Options) -> None:
         if messages:
             raise UserError(messages[0])
         everywhere = dict(gather_object(entries))
-        _on_main(processes, lambda: _conclude(job, everywhere, codec))
+        on_main(processes, lambda: _conclude(job, everywhere, codec))
 
 
 def _conclude(job: Job, entries: dict[int, dict[str, Any]], codec: Codec) -> None:
@@ -92,11 +90,11 @@ def _codec(options: Options, device: torch.device) -> Codec:
     plain = options.vae == PIXELS
     require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" and not plain else torch.float32
-    require(not (plain and options.statistics), "--statistics scales the latents of an autoencoder; --vae pixels has none")
+    require(not (plain and options.statistics), "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out")
     codec = open_codec(options.vae, space=pixels(1 if options.grey else 3) if plain else None, statistics=options.statistics,
                        device=device, dtype=dtype)
     require(options.resolution % codec.space.stride == 0,
-                   f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}")
+            f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}; choose another")
     return codec
 
 
@@ -189,22 +187,6 @@ def _write(job: Job, shard: int, parts: Sequence[tuple[Batch, np.ndarray]]) -> d
     images = [image for batch, _ in parts for image in batch.pngs] if job.options.keep_images else None
     return shards.write_shard(job.folder, shard, np.concatenate([latents for _, latents in parts]), job.source.labels[indices],
                               [job.source.names[index] for index in indices], images)
-
-
-def _on_main(processes: Accelerator, action: Callable[[], T]) -> T:
-    """What `action` returns on the main process, in every process; so is a UserError that it raises."""
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None, None]
-    if processes.is_main_process:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    result, message = broadcast_object_list(outcome)
-    if message is not None:
-        raise UserError(message)
-    return result
 
 
 if __name__ == "__main__":

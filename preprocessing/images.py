@@ -34,10 +34,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import UserError
+from runtime.errors import UserError, require, shown
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 LABELS = "dataset.json"
+LARGEST_LABEL = 1_000_000  # classes; beyond it a number is no label
+LARGEST_SCALED = 1 << 28   # pixels of a picture whose shorter side is scaled to the resolution: 0.8 GB
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
            Image.DecompressionBombError)
 
@@ -76,7 +78,7 @@ class ImageFiles:
         self.names = sorted(name for name in sizes if _is_image(name))
         self.ignored = sorted(name for name in sizes if not _is_image(name) and name != LABELS)
         if not self.names:
-            raise UserError(f"{self.path} holds no image ({' '.join(SUFFIXES)})")
+            raise UserError(f"{self.path} holds no image ({' '.join(SUFFIXES)}); check the path")
         if LABELS in sizes:
             self.labels, self.class_names = _labels_of_file(self.names, self._read(LABELS), self.path / LABELS)
         else:
@@ -84,7 +86,7 @@ class ImageFiles:
         lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
         self.fingerprint = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
         self.description = self.path.resolve().name
-        others = f"; {len(self.ignored):,} other files left out (first: {self.ignored[0]})" if self.ignored else ""
+        others = f"; {len(self.ignored):,} other files left out (first: {shown(self.ignored[0])})" if self.ignored else ""
         self.summary = f"{self.path}: {len(self.names):,} images, {len(self.class_names):,} classes{others}"
 
     def load(self, index: int) -> Image.Image:
@@ -99,9 +101,13 @@ class ImageFiles:
 
     def _list_folder(self) -> tuple[set[str], dict[str, int]]:
         if not self.path.is_dir():
-            raise UserError(f"there is no image folder or ZIP file at {self.path}")
+            raise UserError(f"there is no image folder or ZIP file at {self.path}; check the path")
         folders, sizes = set(), {}
+        seen: dict[tuple[int, int], str] = {}
         for folder, below, names in os.walk(self.path, followlinks=True):
+            about = os.stat(folder)
+            earlier = seen.setdefault((about.st_dev, about.st_ino), folder)
+            require(earlier == folder, f"{folder} is a link to {earlier}, whose images would be counted twice; remove the link")
             relative = Path(folder).relative_to(self.path)
             if relative == Path("."):
                 folders = {name for name in below if not name.startswith(".")}
@@ -193,13 +199,13 @@ def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
     try:
         pairs = json.loads(text)["labels"]
         given = {name: label for name, label in pairs}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it') from error
     if twice := _first_twice(name for name, _ in pairs):
         raise UserError(f"{where} lists {twice} twice; give each file one label")
     for name, label in given.items():
-        if type(label) is not int or label < 0:
-            raise UserError(f"{where} gives {name} the label {label!r}; labels are whole numbers from 0")
+        if type(label) is not int or not 0 <= label < LARGEST_LABEL:
+            raise UserError(f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}")
     return given
 
 
@@ -248,7 +254,11 @@ def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resamplin
 
 def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.ndarray:
     """Item `index` of `source` as uint8 (size, size, 3), or (size, size, 1) for `grey`. Raises BadImage."""
-    picture = center_crop(source.load(index).convert("L" if grey else "RGB"), size)
+    picture = source.load(index).convert("L" if grey else "RGB")
+    longer, shorter = max(picture.size), min(picture.size)
+    if longer * size / shorter * size > LARGEST_SCALED:
+        raise BadImage(f"{source.names[index]} has {picture.width} x {picture.height} pixels: too narrow to be scaled to {size}; crop it")
+    picture = center_crop(picture, size)
     array = np.asarray(picture)
     return array[..., None] if grey else array
 

@@ -32,7 +32,7 @@ import dataset
 from models.latents import LatentSpace
 from models.vae import open_codec, read_statistics
 from preprocessing import shards
-from preprocessing.images import LABELS, match_labels
+from preprocessing.images import LABELS, LARGEST_LABEL, match_labels
 from preprocessing.job import begin
 from runtime import errors, progress
 from runtime.errors import UserError, require
@@ -51,6 +51,10 @@ class Options:
     dtype: str = option("float16", help="type of the stored latents", choices=("float16", "float32"))
     shard_size: int = option(4096, help="items per file (REPA; LightningDiT's files stay as they are)")
     num_classes: int | None = option(None, help="number of classes (default: the largest label + 1)")
+
+    def __post_init__(self) -> None:
+        require(self.shard_size > 0, f"--shard-size {self.shard_size} must be at least 1")
+        require(self.num_classes is None or self.num_classes > 0, f"--num-classes {self.num_classes} must be at least 1")
 
 
 class Layout(Protocol):
@@ -98,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                    description=__doc__, first="source")
     layout = recognised(options)
     print(f"{options.source}: {type(layout).__name__} latents, {len(layout.labels):,} items of {layout.shape}")
-    classes = options.num_classes or int(layout.labels.max()) + 1
-    require(layout.labels.max() < classes, f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}")
+    classes = int(layout.labels.max()) + 1 if options.num_classes is None else options.num_classes
+    require(layout.labels.max() < classes,
+            f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}, give at least one more")
     run(Import(options, layout), classes)
 
 
@@ -113,7 +118,8 @@ def recognised(options: Options) -> Layout:
     if any(source.glob("*.safetensors")):
         require(not options.keep_images, "--keep-images: LightningDiT's folders hold no images")
         return LightningDiT(source, options)
-    raise UserError(f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents")
+    raise UserError(f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents; "
+                    f"give one of them")
 
 
 def run(job: Import, classes: int) -> None:
@@ -153,7 +159,7 @@ class REPA:
         try:
             text = (folder / LABELS).read_bytes()
         except OSError as error:
-            raise UserError(f"{folder / LABELS} is missing: it holds the labels") from error
+            raise UserError(f"{folder / LABELS} is missing: it holds the labels; copy it there") from error
         self.labels = match_labels(self.names, text, folder / LABELS)
         self.bounds = [*range(0, len(self.names), options.shard_size), len(self.names)]
         self.fingerprint = hashlib.sha256(text).hexdigest()
@@ -178,8 +184,8 @@ class REPA:
     def _load(self, name: str) -> np.ndarray:
         try:
             moments = np.load(self.folder / name)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.folder / name} cannot be read ({error})") from error
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
         if moments.ndim != 3 or len(moments) % 2 or moments.dtype.kind != "f":
             raise UserError(f"{self.folder / name} is {moments.dtype} {moments.shape}, not (2C, H, W) of mean and std")
         return moments
@@ -190,7 +196,8 @@ class REPA:
         try:
             return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}, the image of {name}, cannot be read ({error.strerror})") from error
+            raise UserError(f"{file}, the image of {name}, cannot be read ({error.strerror}); "
+                            f"leave out --keep-images, or add it") from error
 
 
 class LightningDiT:
@@ -208,9 +215,14 @@ class LightningDiT:
                 raise UserError(f"{file} lacks {min(absent)}; it is not one of LightningDiT's latent files")
             for key in self.keys:
                 if arrays[key].shape != (len(arrays["labels"]), *shape) or len(shape) != 3:
-                    raise UserError(f"{file}: {key} {arrays[key].shape} does not fit {len(arrays['labels'])} labels and {shape}")
+                    raise UserError(f"{file}: {key} {arrays[key].shape} "
+                                    f"does not fit {len(arrays['labels'])} labels and {shape}; copy it again")
+            require(arrays["labels"].ndim == 1 and arrays["labels"].dtype.kind in "iu",
+                    f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,); write them anew")
         self.labels = np.concatenate([arrays["labels"] for arrays in opened]).astype(np.int64)
-        require(int(self.labels.min()) >= 0, f"{folder} has a negative label")
+        require(len(self.labels) > 0, f"{folder} holds no latents")
+        require(0 <= int(self.labels.min()) and int(self.labels.max()) < LARGEST_LABEL,
+                f"{folder} has labels from {self.labels.min()} to {self.labels.max()}; they count from 0 and end below {LARGEST_LABEL}")
         self.bounds = np.cumsum([0] + [len(arrays["labels"]) for arrays in opened]).tolist()
         stat = [[file.name, os.path.getsize(file)] for file in self.files]
         self.fingerprint = hashlib.sha256(json.dumps(stat).encode() + self.labels.tobytes()).hexdigest()

@@ -18,7 +18,7 @@ import dataset
 from models.latents import LatentSpace
 from preprocessing import shards
 from preprocessing.images import ImageSet
-from runtime import files
+from runtime import files, locks
 from runtime.errors import UserError, require
 from runtime.options import option
 
@@ -115,19 +115,19 @@ def begin(job: Work, held: ExitStack) -> dict[int, int] | None:
         UserError: another process writes there, the folder holds something else, the disk is too small.
     """
     folder = job.folder
-    held.enter_context(shards.locked(folder))
+    held.enter_context(locks.locked(folder, "wait for it, or choose another --out"))
     settings, resumed = job.settings(), (folder / JOB).exists()
     if resumed:
         known = files.read_json(folder / JOB)
         if differing := [key for key in settings if known.get(key) != settings[key]]:
             raise UserError(f"{folder} holds the set of another job (it differs in {', '.join(differing)}); "
                             "choose another --out, or delete the folder")
-    elif any(path.name not in (shards.LOCK, STOPPED) for path in folder.iterdir()):
+    elif any(path.name not in (locks.LOCK, locks.CLAIM, STOPPED) for path in folder.iterdir()):
         raise UserError(f"{folder} holds something else already (no {JOB}); choose another --out")
     if (folder / dataset.MANIFEST).exists():
         print(f"{folder} is finished already: {len(dataset.LatentSet(folder)):,} items")
         return None
-    shards.remove_temporaries(folder)
+    files.remove_leftovers(folder)
     (folder / STOPPED).unlink(missing_ok=True)
     kept = _whole_shards(job) if resumed else {}
     shards.require_space(folder, job.bytes_needed(list(kept)))
@@ -140,10 +140,11 @@ def begin(job: Work, held: ExitStack) -> dict[int, int] | None:
 def _whole_shards(job: Work) -> dict[int, int]:
     kept = {}
     for shard in job.shard_numbers:
-        file = job.folder / shards.shard_name(shard)
-        if file.exists():
+        entry = shards.recorded(job.folder, shard)
+        if entry is not None and (job.folder / entry["file"]).exists():
             try:
-                kept[shard] = len(dataset.map_shard(file)["labels"])
+                dataset.require_intact(job.folder, entry)
+                kept[shard] = entry["count"]
             except UserError as error:
                 print(f"{error}: making this shard anew")
     return kept

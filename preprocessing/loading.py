@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from preprocessing.images import BadImage, ImageSet, cropped, png
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,5 +52,12 @@ def batches(source: ImageSet, plan: Sequence[list[int]], *, resolution: int, gre
     """The crops of the items of `plan`, batch by batch, decoded by `workers` processes (None: the cores, shared out)."""
     if workers is None:
         workers = max(1, len(os.sched_getaffinity(0)) // processes)
-    yield from DataLoader(_Crops(source, resolution, grey, keep), batch_sampler=plan, num_workers=min(workers, len(plan)),
+    loader = DataLoader(_Crops(source, resolution, grey, keep), batch_sampler=plan, num_workers=min(workers, len(plan)),
                           collate_fn=_collate, pin_memory=pin, prefetch_factor=4 if min(workers, len(plan)) else None)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError("a decoding process was killed, perhaps for want of memory; the same command continues, with fewer --workers "
+                        "where it happens again") from error

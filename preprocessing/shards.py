@@ -5,11 +5,9 @@ The format is described in `dataset.py`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ import torch
 
 from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
-from runtime import files
+from models.manifest import Shard
+from runtime import files, schema
 from runtime.errors import UserError
-
-LOCK = ".lock"
 
 
 def shard_name(number: int) -> str:
@@ -55,7 +52,21 @@ def write_shard(folder: Path, number: int, latents: np.ndarray, labels: np.ndarr
             tensors[f"{column}_offsets"] = torch.from_numpy(np.cumsum([0] + [len(item) for item in items], dtype=np.int64))
             tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
-    return entry(folder, number, len(latents))
+    written = entry(folder, number, len(latents))
+    files.write_json(_record(folder, number), written)
+    return written
+
+
+def recorded(folder: Path, number: int) -> dict[str, Any] | None:
+    """The entry of a shard as it was when it was written; None where that is not known any more."""
+    try:
+        return schema.read(Shard, _record(folder, number))
+    except UserError:
+        return None
+
+
+def _record(folder: Path, number: int) -> Path:
+    return folder / f".{shard_name(number)}.json"
 
 
 def entry(folder: Path, number: int, count: int) -> dict[str, Any]:
@@ -67,26 +78,13 @@ def write_manifest(folder: Path, *, space: LatentSpace, resolution: int, latent_
                    dtype: str, crop: str, class_names: Sequence[str], images: bool, shards: Sequence[dict[str, Any]],
                    source: str, skipped: Sequence[str] = ()) -> None:
     """Write `manifest.json`, which makes the folder a latent set. All shards must be on disk."""
-    files.write_json(folder / MANIFEST, {
+    files.write_sealed(folder / MANIFEST, {
         "format": FORMAT, "space": space.to_json(), "resolution": resolution, "latent_size": latent_size, "views": views,
         "parts": parts, "dtype": dtype, "crop": crop, "range": [-1, 1], "num_classes": len(class_names),
         "class_names": list(class_names), "count": sum(shard["count"] for shard in shards), "images": images,
         "shards": list(shards), "source": source, "skipped": list(skipped)})
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one writer. Raises UserError where another process is writing there."""
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / LOCK, "w")
-    with handle:
-        try:
-            # a lock of this process alone: decoding workers that outlive a killed encoder must not hold it
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"another process is writing {folder}; wait for it, or choose another --out") from None
-        yield
+    for number in range(len(shards)):
+        _record(folder, number).unlink(missing_ok=True)  # the manifest holds them now
 
 
 def names(file: Path) -> list[str]:
@@ -94,12 +92,6 @@ def names(file: Path) -> list[str]:
     shard = map_shard(file)
     text, ends = shard["name_bytes"].tobytes(), shard["name_offsets"].tolist()
     return [os.fsdecode(text[begin:end]) for begin, end in zip(ends, ends[1:])]
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left half-written. Only for the holder of the lock."""
-    for path in folder.glob(".shard-*.tmp"):
-        path.unlink()
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -71,10 +71,7 @@ def _line(what: str, result: str) -> None:
 def check_digests(folder: Path) -> None:
     """Raise UserError at the first shard whose bytes are not those that the manifest promises."""
     for entry in progress.bar(dataset.read_manifest(folder)["shards"], desc="checksums", unit="shard"):
-        file = folder / entry["file"]
-        dataset.map_shard(file)  # says 'missing' and 'truncated' in those words
-        if files.digest(file) != entry["sha256"]:
-            raise UserError(f"{file} is damaged: its checksum is not the manifest's; copy or encode it again")
+        dataset.require_intact(folder, entry)
 
 
 def check_classes(latents: LatentSet) -> None:

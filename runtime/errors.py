@@ -2,24 +2,45 @@
 
 A `UserError` is a sentence that says what is wrong and what to do about it. Whatever detects the mistake raises it;
 `run` turns it into one line on standard error and exit code 2. Everything else is a bug and keeps its traceback.
+
+Exit codes: 0 done, 2 a mistake that the user can correct, 75 asked to end early with everything saved (the same command
+continues), 130 interrupted, 1 a bug or a lost process.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+_PLACES = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP)
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what schedulers may be told to requeue
 
 
 class UserError(Exception):
     """A mistake that the user can correct: one line, naming the culprit and the remedy."""
 
 
+class EndedEarly(Exception):
+    """The program was asked to end and has saved its work; the same command continues it."""
+
+
+class LostContact(Exception):
+    """Another process of this launch has ended or stands still."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def note(text: str) -> None:
+    """Say something that is no error, on the main process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {shown(text)}", flush=True)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -34,19 +55,42 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _exit(str(error))
+    except EndedEarly as end:
+        _exit(str(end), TRY_AGAIN, "ended early")
+    except LostContact as error:
+        _exit(str(error), code=1)
     except KeyboardInterrupt:
         _exit("interrupted", code=130)
-    except MemoryError:
-        _exit("out of memory: lower --batch-size, or raise --gradient-accumulation-steps")
+    except MemoryError as error:
+        _exit(f"out of memory{f' ({error})' if str(error) else ''}: free some, or lower what is held at once (--batch-size, "
+              f"--workers, --resident disk, --num-fid-samples)")
+    except OSError as error:
+        if error.errno not in _PLACES:
+            raise
+        _exit(f"cannot use {error.filename or 'a file'}: {error.strerror}; choose another place")
     except RuntimeError as error:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
             _exit("CUDA out of memory: lower --batch-size, or raise --gradient-accumulation-steps")
+        if contact_lost(error):
+            _exit("lost contact with another process of this launch; its own message says why it ended", code=1)
         raise
 
 
-def _exit(message: str, code: int = 2) -> None:
+def contact_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended or stood still."""
+    text = str(error).lower()
+    return any(words in text for words in ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe",
+                                           "remote process exited", "application timeout caused pair closure"))
+
+
+def shown(text: object) -> str:
+    """Text that came from a file or the command line, fit for a terminal: control characters are written out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _exit(message: str, code: int = 2, word: str = "error") -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
-    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{word}{where}: {' '.join(shown(message).split())}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,21 @@ from runtime.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+SEAL = "seal"
+
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path` in one step, on failure it is gone.
 
-    The block may write a file or make a folder there. Raises UserError where the place cannot be written (a path under
-    a file, no permission, a full disk, a size limit), naming the path.
+    The block may write a file or make a folder there. A folder takes the place of nothing, of an empty folder, or of one
+    that `ours` recognises. Raises UserError where the place cannot be written (a path under a file, no permission, a full
+    disk, a size limit), naming the path.
     """
     path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    before = path.with_name(f".{path.name}.before.{os.getpid()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,30 +42,35 @@ def replacing(path: Path | str) -> Iterator[Path]:
             yield temporary
             _flush(temporary, mode)
             if temporary.is_dir():
-                require_replaceable(path)
-                _remove(path)
+                require_replaceable(path, ours)
+                if path.exists():
+                    os.replace(path, before)
             os.replace(temporary, path)
+            _flush_names(path.parent)
     finally:
         _remove(temporary)
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        _remove(before)
 
 
-def require_replaceable(path: Path | str) -> None:
-    """Raise UserError unless a folder of ours may take the place of `path`: nothing, an empty folder, or one like it.
-
-    A folder like it holds a config.json that says checkpoint or names a VAE; whatever else lies there is the user's.
-    """
+def require_replaceable(path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place") -> None:
+    """Raise UserError unless a folder may take the place of `path`: nothing, an empty folder, or one that `ours` recognises."""
     path = Path(os.path.abspath(path))
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (ours is not None and ours(path)))):
         return
-    config = path / "config.json"
-    if path.is_dir() and (not any(path.iterdir()) or (config.is_file() and _is_ours(config))):
-        return
-    raise UserError(f"{path} exists and is not a checkpoint to replace: choose another place")
+    raise UserError(f"{path} exists and is not what this command wrote there: {remedy}")
 
 
-def _is_ours(config: Path) -> bool:
-    content = read_json(config)
-    return isinstance(content, dict) and (content.get("kind") == "checkpoint" or content.get("_class_name") == "AutoencoderKL")
+def remove_leftovers(folder: Path | str) -> list[str]:
+    """Remove what killed writers left half-written in `folder`, by the names that `replacing` gives; returns the names.
+
+    Only for who holds the folder (`runtime.locks`): a writer at work has such files too.
+    """
+    left = [path for path in Path(folder).glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+    for path in left:
+        _remove(path)
+    return sorted(path.name for path in left)
 
 
 @contextmanager
@@ -97,6 +108,16 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def _flush_names(folder: Path) -> None:
+    """Push a folder's entries to disk, so that a new name outlives a power cut; not every file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def digest(path: Path | str) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as handle:
@@ -121,9 +142,28 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it may be damaged") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path, or restore it from a copy") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be damaged: restore it from a copy") from error
+
+
+def seal(value: dict[str, Any]) -> str:
+    """SHA-256 over the content of a JSON object without its own seal, whatever its layout on disk."""
+    content = {key: part for key, part in value.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_sealed(path: Path | str, value: dict[str, Any]) -> None:
+    """Write a JSON object together with its seal, so that a change of any value is seen when it is read."""
+    plain = json.loads(json.dumps(value))
+    write_json(path, {**plain, SEAL: seal(plain)})
+
+
+def require_sealed(path: Path | str, value: dict[str, Any]) -> None:
+    """Raise UserError unless `value`, read from `path`, is what was written there."""
+    if value.get(SEAL) != seal(value):
+        raise UserError(f"{path} was damaged or edited since it was written: its seal does not fit its content; restore it, or "
+                        f"accept an edit with: python -m runtime.seal {path}")
 
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
@@ -142,7 +182,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy") from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
 

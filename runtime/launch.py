@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from runtime.errors import UserError, require
 
+T = TypeVar("T")
+WATCH, GRACE = 5.0, 600.0
+"""Seconds between two looks at the launcher, and those that a process has left to end by itself once it is gone."""
 
-def accelerator(**kwargs: Any) -> Accelerator:
+
+def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelerator:
     """The Accelerator of this process, with mixed precision off: autocast sits inside the learner.
+
+    `timeout_minutes` is how long a process waits for the others before it gives up; None for torch's own default.
 
     Raises:
         UserError: a launcher configuration that these programs do not support, or processes that Accelerate does not see.
@@ -28,12 +39,69 @@ def accelerator(**kwargs: Any) -> Accelerator:
                 f"the accelerate configuration asks for {word}, which is not supported: run accelerate config for plain DDP")
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     require(dynamo == "no", f"the accelerate configuration asks for dynamo ({dynamo}): use --compile on instead")
-    processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)], **kwargs)
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if timeout_minutes is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
+    _note_unused_gpu()
+    processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **kwargs)
+    _watch_launcher()
+    atexit.unregister(end)
+    atexit.register(end)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     require(processes.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {processes.num_processes} process takes part: launch "
                                            f"with accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
     return processes
+
+
+def end() -> None:
+    """End the process group, if there is one: its threads must not outlive the interpreter. Runs on every way out."""
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
+
+
+def _note_unused_gpu() -> None:
+    """One line where a GPU is there but the installed torch cannot use it."""
+    if not torch.cuda.is_available() and os.path.exists("/proc/driver/nvidia/version") and os.environ.get("RANK", "0") == "0" \
+            and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+        print(f"note: this machine has an NVIDIA driver, but torch {torch.__version__} cannot use it (built for CUDA "
+              f"{torch.version.cuda or 'none'}): install the torch that fits the driver, see https://pytorch.org", flush=True)
+
+
+def on_main(processes: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` returns on the main process, in every process; so is a UserError that it raises."""
+    outcome: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def _watch_launcher() -> None:
+    """Where a launcher started this process: end it some minutes after the launcher has gone, whatever it waits for.
+
+    Training saves and ends by itself long before that; other commands, and a process that waits for one that is gone, do not.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while not orphaned(launcher):
+            time.sleep(WATCH)
+        time.sleep(GRACE)
+        print("error: the launcher of this process is gone; the same command continues", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
+def orphaned(launcher: int) -> bool:
+    """Whether `launcher`, the parent that this process began under, is gone; never where nothing launched it."""
+    return "LOCAL_RANK" in os.environ and os.getppid() != launcher
 
 
 def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:

@@ -149,6 +149,18 @@ def flags_of(field: dataclasses.Field, section: str = "", alone: bool = False) -
     return [f"--{section}-{word}"] + ([f"--align-{word}"] if alone else [])
 
 
+class _Store(argparse.Action):
+    """Stores a value; two flags of one option that disagree are refused, while a flag given twice means its last value."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        earlier = getattr(self, "flag", None) if hasattr(namespace, self.dest) else None
+        if earlier not in (None, option_string) and getattr(namespace, self.dest) != values:
+            parser.error(f"{earlier} and {option_string} are one option with two values: give one of them")
+        self.flag = option_string
+        setattr(namespace, self.dest, values)
+
+
 def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     field = opt.field
     kind, count = _kind(opt.hint)
@@ -164,7 +176,8 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     else:
         choices = field.metadata["choices"]
         metavar = None if choices else kind.__name__.upper()
-        parser.add_argument(*flags, type=finite if kind is float else kind, nargs=count, choices=choices, metavar=metavar, **arguments)
+        parser.add_argument(*flags, action=_Store, type=finite if kind is float else kind, nargs=count, choices=choices,
+                            metavar=metavar, **arguments)
 
 
 def finite(word: str) -> float:

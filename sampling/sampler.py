@@ -18,6 +18,7 @@ from config import SamplingConfig
 from models import Backbone
 from models.latents import Codec
 from models.pixels import to_uint8
+from runtime.errors import require
 from runtime.streams import Stream
 from runtime.transfer import sent
 from sampling import solvers
@@ -117,13 +118,14 @@ class Sampler:
 
     def _drawn(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Callable[[], np.ndarray]:
         """Queue the samples at `indices` on the device; the function returned waits for their images."""
-        images = to_uint8(self.codec.decode(self.latents(indices, labels).float()), self.settings.rounding)
-        if images.device.type != "cuda":
-            return images.numpy
-        host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images, non_blocking=True)
+        decoded = self.codec.decode(self.latents(indices, labels).float())
+        parts = to_uint8(decoded, self.settings.rounding), decoded.isfinite().flatten(1).all(1)
+        if decoded.device.type != "cuda":
+            return lambda: _sound(indices, *parts)
+        host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in parts]
         copied = torch.cuda.Event()
         copied.record()
-        return lambda: (copied.synchronize(), host.numpy())[1]
+        return lambda: (copied.synchronize(), _sound(indices, *host))[1]
 
     def _velocity(self, y: Tensor) -> solvers.Velocity:
         null = torch.full_like(y, self.network.spec.num_classes)
@@ -141,6 +143,14 @@ class Sampler:
         s = self.settings
         channels = 3 if s.guidance_channels == "first3" else None
         return solvers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
+
+
+def _sound(indices: Sequence[int], images: Tensor, finite: Tensor) -> np.ndarray:
+    """The images (n, H, W, C) on the host. Raises UserError for the first that was not finite before it was rounded."""
+    good = finite.tolist()
+    require(all(good), f"sample {0 if all(good) else list(indices)[good.index(False)]} is not finite: use --mixed-precision no, a lower "
+                       f"--cfg-scale or other weights")
+    return images.numpy()
 
 
 def image_shape(codec: Codec, latent: tuple[int, ...], device: torch.device) -> tuple[int, ...]:

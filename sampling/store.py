@@ -7,46 +7,85 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 
-from runtime import files
+from runtime import files, launch
+from runtime.errors import note, require
 from sampling import picture
+
+PARTIAL = "partial"
+SETTINGS = "settings.json"
+FILES = (SETTINGS, "checks.npy", "labels.npy", "images.npy")
 
 
 class Store:
-    """The growing set of samples on disk: memory-mapped images, labels and a flag for each sample.
+    """The growing set of samples on disk: memory-mapped images, labels and a checksum for each sample.
 
     All processes write their own rows of one file, which the main process makes before the others look; a restart under
-    the same settings keeps the finished rows. `shape` is (H, W, C) of an image.
+    the same settings keeps the rows whose checksum fits. `shape` is (H, W, C) of an image. The caller holds `out`
+    (`runtime.locks`).
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], count: int, shape: tuple[int, ...], main: bool,
-                 barrier: Callable[[], None]) -> None:
-        self.out, self.settings, self.count, self.shape, self.barrier, self.main = out, settings, count, shape, barrier, main
-        self.partial = out / "partial"
-        if main:
-            self._prepare()
-        barrier()
+    def __init__(self, out: Path, settings: dict[str, Any], count: int, shape: tuple[int, ...], processes: Accelerator,
+                 overwrite: bool = False) -> None:
+        self.out, self.settings, self.count, self.shape = out, json.loads(json.dumps(settings)), count, shape
+        self.processes = processes
+        self.partial = out / PARTIAL
+        self.layout = {"checks": (np.uint32, (count,)), "labels": (np.int64, (count,)), "images": (np.uint8, (count, *shape))}
+        launch.on_main(processes, lambda: self._prepare(overwrite))
         self._arrays: dict[str, np.ndarray] = {}
 
-    def _prepare(self) -> None:
-        """Keep an earlier attempt under the same settings, drop any other."""
-        mark = self.partial / "settings.json"
-        if mark.is_file() and files.read_json(mark) == self.settings:
-            return
+    def _prepare(self, overwrite: bool) -> None:
+        """Keep an earlier attempt under the same settings; drop another one only where that is asked for.
+
+        Raises UserError where something lies there that this class did not write.
+        """
+        mark = self.partial / SETTINGS
+        files.remove_leftovers(self.out)
+        if self.partial.exists():
+            require_ours(self.out)
+            earlier = files.read_json(mark) if mark.is_file() else None
+            same = earlier == self.settings
+            require(same or earlier is None or overwrite,
+                    f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose another "
+                    f"--out, or add --overwrite")
+            if same and all(self._whole(name) for name in self.layout):
+                self._forget_damaged()
+                return
+            remove_partial(self.partial)
         with files.writing(self.out):
-            shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-            _allocate(self.partial / "done.npy", np.uint8, (self.count,))
-            _allocate(self.partial / "labels.npy", np.int64, (self.count,))
-            _allocate(self.partial / "images.npy", np.uint8, (self.count, *self.shape))
+            for name, (dtype, shape) in self.layout.items():
+                _allocate(self.partial / f"{name}.npy", dtype, shape)
         files.write_json(mark, self.settings)
+
+    def _whole(self, name: str) -> bool:
+        """Whether the file of an earlier attempt has the size and layout that it should have."""
+        dtype, shape = self.layout[name]
+        try:
+            array = np.load(self.partial / f"{name}.npy", mmap_mode="r")
+        except (OSError, ValueError):
+            note(f"{self.partial / name}.npy is damaged: its samples are drawn again")
+            return False
+        return array.dtype == dtype and array.shape == shape
+
+    def _forget_damaged(self) -> None:
+        """Mark samples whose checksum does not fit as missing."""
+        images, labels, checks = (np.load(self.partial / f"{name}.npy", mmap_mode="r+") for name in ("images", "labels", "checks"))
+        there = np.flatnonzero(checks)
+        bad = [index for index in there if checks[index] != checksum(images[index], labels[index])]
+        if bad:
+            note(f"{len(bad)} of {len(there)} unfinished samples in {self.partial} are damaged, and drawn again")
+            checks[bad] = 0
+            checks.flush()
 
     def _open(self, name: str) -> np.ndarray:
         if name not in self._arrays:
@@ -55,8 +94,8 @@ class Store:
 
     def missing(self, rank: int, world: int) -> list[int]:
         """This process's share of the samples that are not there yet."""
-        left = np.flatnonzero(self._open("done") == 0)
-        self.barrier()
+        left = np.flatnonzero(self._open("checks") == 0)
+        self.processes.wait_for_everyone()
         return left[rank * len(left) // world : (rank + 1) * len(left) // world].tolist()
 
     def put(self, indices: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
@@ -64,7 +103,7 @@ class Store:
         with files.writing(self.partial):
             self._open("images")[indices] = images
             self._open("labels")[indices] = labels
-            self._open("done")[indices] = 1
+            self._open("checks")[indices] = [checksum(image, label) for image, label in zip(images, labels, strict=True)]
 
     def flush(self) -> None:
         """Push this process's rows to disk."""
@@ -81,16 +120,62 @@ class Store:
                         np.lib.format.write_array(member, np.asanyarray(array))
         shown = picture.by_class(np.asarray(labels))
         picture.write(self.out / "grid.png", [np.asarray(images[places]) for _, places in shown], [names[label] for label, _ in shown])
-        files.write_json(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
-        shutil.rmtree(self.partial)
+        files.write_sealed(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
+        remove_partial(self.partial)
 
 
-def finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds all samples of these settings."""
-    if not ((out / "samples.json").is_file() and (out / "samples.npz").is_file()):
+def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bool:
+    """Whether `out` holds all samples of these settings, undamaged.
+
+    Raises:
+        UserError: it holds samples of other settings, or damaged ones, or a samples.npz of unknown origin, and `overwrite` is
+            not given.
+    """
+    archive, record = out / "samples.npz", out / "samples.json"
+    if overwrite or not (archive.exists() or record.exists()):
         return False
-    saved = files.read_json(out / "samples.json")
-    return {name: value for name, value in saved.items() if name != "samples"} == json.loads(json.dumps(settings))
+    if not archive.exists() and (out / PARTIAL / SETTINGS).is_file():
+        return False
+    remedy = "choose another --out, or add --overwrite to replace them"
+    require(archive.is_file() and record.is_file(), f"{out} has only one of samples.npz and samples.json; {remedy}")
+    saved = files.read_json(record)
+    require(isinstance(saved, dict) and "samples" in saved, f"{record} was not written by generate.py; {remedy}")
+    if files.SEAL in saved:
+        files.require_sealed(record, saved)
+    then = {name: value for name, value in saved.items() if name not in ("samples", files.SEAL)}
+    now = json.loads(json.dumps(settings))
+    if then != now and (out / PARTIAL / SETTINGS).is_file():
+        return False  # an --overwrite that was interrupted; `Store` decides
+    require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
+    require(files.digest(archive) == saved["samples"], f"{archive} is damaged: its digest differs from samples.json; {remedy}")
+    return True
+
+
+def difference(then: Any, now: dict[str, Any]) -> str:
+    """'seed 0, not 1' for the first setting that differs."""
+    then = then if isinstance(then, dict) else {}
+    return next((f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
+                f"{', '.join(then.keys() - now.keys())} besides")
+
+
+def require_ours(out: Path) -> None:
+    """Raise UserError where the folder of unfinished samples holds anything that this class did not write."""
+    partial = out / PARTIAL
+    others = [path.name for path in partial.iterdir() if path.name not in FILES] if partial.is_dir() else [PARTIAL]
+    require(not others, f"{partial} holds {', '.join(sorted(others)[:3])}, which generate.py did not write; choose another --out")
+
+
+def remove_partial(partial: Path) -> None:
+    """Remove the folder of unfinished samples: our files by name, and the folder if nothing else is left."""
+    for name in FILES:
+        (partial / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        partial.rmdir()
+
+
+def checksum(image: np.ndarray, label: int) -> int:
+    """CRC-32 of one sample, never 0: that stands for a sample that is missing."""
+    return zlib.crc32(np.ascontiguousarray(image), int(label) & 0xFFFFFFFF) or 1
 
 
 def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import generate
 import train
 import train_guide
-from runtime import errors
+from runtime import errors, files
 from runtime.errors import UserError
 
 Words = Callable[..., list[str]]
@@ -66,7 +66,7 @@ def test_damaged_shards_and_manifests(tmp_path: Path, words: Words, data: Path) 
 def test_labels_out_of_range(tmp_path: Path, words: Words, data: Path) -> None:
     folder = damaged(data, tmp_path / "labels")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "num_classes": 5, "class_names": list("01234")}))
+    files.write_sealed(folder / "manifest.json", {**manifest, "num_classes": 5, "class_names": list("01234")})
     refused(train.main, [*words(tmp_path, "x"), "--data-dir", folder], "label", "5")
 
 
@@ -82,7 +82,7 @@ def test_batches_that_do_not_divide_or_fit(tmp_path: Path, words: Words) -> None
     (["--align", "latent", "--align-depth", "7"], ("7", "1 to 6")),
     (["--align", "latent", "--preset", "papr"], ("papr", "paper")),
     (["--align", "latent", "--align-interval", "0.7", "0.4"], ("0.7 0.4",)),
-    (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("steps or in epochs",)),
+    (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("give one of them",)),
     (["--guide-scale", "30"], ("--guide-scale",)),
     (["--mixed-precision", "fp16"], ("fp16", "bf16")),
     (["--mixed-precision", "fp8"], ("fp8", "bf16")),
@@ -129,7 +129,7 @@ def test_continuing_a_run_that_is_another(tmp_path: Path, words: Words, data: Pa
         refused(train.main, [*words(tmp_path, "run"), *argv], "cannot be continued", said)
     other = damaged(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "source": "elsewhere"}))
+    files.write_sealed(other / "manifest.json", {**manifest, "source": "elsewhere"})
     refused(train.main, [*words(tmp_path, "run"), "--data-dir", other], "another latent set")
 
 
@@ -156,7 +156,7 @@ def test_a_teacher_that_does_not_fit(tmp_path: Path, words: Words, teacher: Path
     folder = damaged(data, tmp_path / "scaled")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["space"]["scale"] = [2.0]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    files.write_sealed(folder / "manifest.json", manifest)
     refused(train_guide.main, [*words(tmp_path, "x"), "--data-dir", folder, "--guiding-ckpt", teacher], "teacher", "scale")
     refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", tmp_path / "nowhere"], "nowhere")
     refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", teacher, "--guiding-depth", "7"], "--guiding-depth 7")

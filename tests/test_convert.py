@@ -15,6 +15,7 @@ from models import convert
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
+from tests.image_sets import tiny_vae
 from tests.networks import inputs, parity, perturbed
 
 
@@ -233,3 +234,35 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path):
         with pytest.raises(UserError, match="choose another place"):
             convert.main([str(source), "--out", str(out), "--num-heads", "4", "--vae", "pixels"])
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and source.stat().st_size > 1000
+
+
+def test_what_another_command_wrote_is_replaced_only_on_request(tmp_path, guided):
+    import shutil
+
+    from models.checkpoint import Checkpoint
+
+    source = save(tmp_path / "a.pt", parity("repa_sit")[0])
+    run = tmp_path / "run" / "checkpoints" / "0000004"
+    shutil.copytree(Checkpoint.open(guided).path, run)
+    vae = Path(tiny_vae(tmp_path / "vae"))
+    argv = [str(source), "--num-heads", "4", "--vae", "pixels", "--out"]
+    for out in (run, vae):
+        before = {file.name: file.read_bytes() for file in out.iterdir()}
+        with pytest.raises(UserError, match="not what this command wrote there: .* --overwrite"):
+            convert.main([*argv, str(out)])
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+        (out / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match="not what this command wrote"):
+            convert.main([*argv, str(out), "--overwrite"])
+        (out / "notes.txt").unlink()
+        convert.main([*argv, str(out), "--overwrite"])
+        convert.main([*argv, str(out)])  # now it is this command's
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    tensors = parity("repa_sit")[0]
+    name = next(iter(tensors))
+    save(tmp_path / "nan.safetensors", {**tensors, name: torch.full_like(tensors[name], float("nan"))})
+    with pytest.raises(UserError, match=f"nan.safetensors holds numbers that are not finite, first in {name}"):
+        convert.main([str(tmp_path / "nan.safetensors"), "--num-heads", "4", "--vae", "pixels", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

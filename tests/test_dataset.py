@@ -20,6 +20,7 @@ import dataset
 from dataset import LatentSet
 from models.latents import LatentSpace
 from preprocessing import digits, shards
+from runtime import files, locks
 from runtime.errors import UserError
 from tests.locks import held_elsewhere
 
@@ -147,7 +148,7 @@ def damage(folder: Path, how: str) -> None:
         key, changed = {"count": ("count", 31), "label": ("num_classes", 9), "views": ("views", 1), "format": ("format", 9),
                         "key": ("spare", 0), "images": ("images", True)}[how]
         value = {k: v for k, v in value.items() if k != "parts"} if how == "key" else value
-        manifest.write_text(json.dumps(value | {key: changed}))
+        files.write_sealed(manifest, value | {key: changed})
 
 
 @pytest.mark.parametrize(("how", "message"), [
@@ -155,7 +156,7 @@ def damage(folder: Path, how: str) -> None:
     ("empty", "shard-00002"), ("shard missing", "cannot read .*shard-00002"), ("no manifest", "is unfinished"),
     ("manifest", "manifest.json is not valid JSON"), ("count", "says 31 items but its shards hold 30"),
     ("label", "item 9 .* label 9, outside 0..8"), ("views", "shard-00000.safetensors holds latents"),
-    ("format", "not of format 1"), ("key", "lacks 'parts'"), ("images", "lacks image_")])
+    ("format", "not of format 2"), ("key", "parts: field required"), ("images", "lacks image_")])
 def test_damage_is_one_clear_line(tmp_path, how, message):
     write_set(tmp_path, random_latents(), np.arange(30) % 10)
     damage(tmp_path, how)
@@ -188,22 +189,22 @@ def test_a_latent_beyond_float16_is_refused(tmp_path):
 
 
 def test_two_writers_on_one_folder_are_refused(tmp_path):
-    with held_elsewhere(tmp_path / shards.LOCK):
-        with pytest.raises(UserError, match="another process is writing"), shards.locked(tmp_path):
+    with held_elsewhere(tmp_path / locks.LOCK):
+        with pytest.raises(UserError, match="another process is writing"), locks.locked(tmp_path, "wait"):
             pass
-    with shards.locked(tmp_path):
+    with locks.locked(tmp_path, "wait"):
         pass
 
 
 def test_a_worker_that_outlives_a_killed_writer_holds_no_lock(tmp_path):
     """Decoding workers are forked while the lock is held; a POSIX lock stays with the parent."""
-    with shards.locked(tmp_path):
+    with locks.locked(tmp_path, "wait"):
         child = os.fork()
         if child == 0:
             time.sleep(60)
             os._exit(0)
     try:
-        with shards.locked(tmp_path):
+        with locks.locked(tmp_path, "wait"):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -223,7 +224,7 @@ def test_a_damaged_header_is_named(tmp_path, change):
     with pytest.raises(UserError, match="shard-00000"):
         LatentSet(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "num_classes": "ten"}))
+    files.write_sealed(tmp_path / "manifest.json", {**manifest, "num_classes": "ten"})
     with pytest.raises(UserError, match="num_classes"):
         LatentSet(tmp_path)
 
@@ -238,3 +239,13 @@ def test_the_digits_are_a_latent_set_of_grey_pixels(tmp_path):
     np.testing.assert_array_equal(np.round((latents[:, 0] + 1) * 127.5), images.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(read_labels, labels)
     np.testing.assert_array_equal(np.bincount(labels), [178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
+
+
+def test_a_shard_that_is_cut_short_while_mapped_is_one_clear_line(tmp_path):
+    """Touching a page that is gone would end the process without a word (SIGBUS)."""
+    write_set(tmp_path, random_latents(), np.arange(30) % 10)
+    opened = LatentSet(tmp_path)
+    shard = tmp_path / "shard-00001.safetensors"
+    os.truncate(shard, 100)
+    with pytest.raises(UserError, match="shard-00001.safetensors was cut short"):
+        opened.read(np.arange(30))

@@ -36,7 +36,8 @@ def commands() -> list[tuple[str, ...]]:
     """Every command of every page, in a block or in a table, once."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     lines += [line for text in PAGES.values() for line in re.findall(r"`(python (?:-m|[a-z_]+\.py) [^`]+)`", text)]
-    known = [tuple(shlex.split(line, comments=True)) for line in lines if not line.startswith(("#", "make ")) and line.strip()]
+    launched = ("python ", "accelerate launch --config_file ", "torchrun ")
+    known = [tuple(shlex.split(line, comments=True)) for line in lines if line.startswith(launched)]
     return list(dict.fromkeys(known))
 
 

@@ -21,6 +21,7 @@ from models.vae import open_codec
 from preprocessing import digits, shards
 from preprocessing.images import ImageFiles, cropped
 from preprocessing.job import STOPPED
+from runtime import files, locks
 from runtime.errors import UserError
 from tests.image_sets import class_folders, photograph, tiny_vae, zipped
 from tests.locks import held_elsewhere
@@ -49,7 +50,7 @@ def encode(images: Path, vae: str, out: Path, *more: str) -> LatentSet:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (shards.LOCK, STOPPED)}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (locks.LOCK, STOPPED)}
 
 
 def crops(folder: Path) -> np.ndarray:
@@ -133,14 +134,17 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
     monkeypatch.setattr(shards, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
-    assert sorted(contents(tmp_path / "again")) == [".shard-00002.safetensors.1.tmp", "job.json", "shard-00000.safetensors",
-                                                    "shard-00001.safetensors"]
+    assert sorted(contents(tmp_path / "again")) == [
+        ".shard-00000.safetensors.json", ".shard-00001.safetensors.json", ".shard-00002.safetensors.1.tmp", "job.json",
+        "shard-00000.safetensors", "shard-00001.safetensors"]
     with pytest.raises(UserError, match="is unfinished"):
         LatentSet(tmp_path / "again")
     first = tmp_path / "again" / "shard-00000.safetensors"
-    first.write_bytes(first.read_bytes()[:-9])
+    content = bytearray(first.read_bytes())
+    content[-9] ^= 1  # a shard that is kept is read again, and compared with what was written
+    first.write_bytes(content)
     encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
-    assert calls[3:] == [0, 2, 3] and "truncated" in capsys.readouterr().out
+    assert calls[3:] == [0, 2, 3] and "shard-00000.safetensors is damaged" in capsys.readouterr().out
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
     encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
     assert len(calls) == 6 and "finished already" in capsys.readouterr().out
@@ -166,6 +170,7 @@ def test_two_processes_finish_what_one_began_with_the_bytes_of_one(folder, vae, 
     (tmp_path / "two").mkdir()
     for name in ("job.json", "shard-00002.safetensors"):
         shutil.copy(tmp_path / "whole" / name, tmp_path / "two")
+    files.write_json(tmp_path / "two" / ".shard-00002.safetensors.json", shards.entry(tmp_path / "two", 2, 4))
     images = class_folders(tmp_path / "bad")
     (images / "n01" / "3.png").write_bytes(b"")  # in shard 2, which the first process encodes
     (tmp_path / "probe.py").write_text(PROBE)
@@ -187,7 +192,7 @@ def test_a_folder_of_another_job_or_of_something_else_is_refused(folder, tmp_pat
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
         encode(folder, "pixels", tmp_path / "other")
-    with held_elsewhere(tmp_path / "busy" / shards.LOCK), pytest.raises(UserError, match="another process is writing"):
+    with held_elsewhere(tmp_path / "busy" / locks.LOCK), pytest.raises(UserError, match="another process is writing"):
         encode(folder, "pixels", tmp_path / "busy")
 
 
@@ -260,3 +265,20 @@ def test_the_digits_go_through_the_same_code(tmp_path):
     digits.main(["--out", str(tmp_path)])
     settings = json.loads((tmp_path / "job.json").read_text())
     assert settings["grey"] and settings["resolution"] == 8 and LatentSet(tmp_path).manifest["crop"] == "adm"
+
+
+def test_a_killed_decoding_process_is_one_clear_line(folder, tmp_path, monkeypatch):
+    import signal
+
+    from preprocessing import loading
+
+    parent, crop = os.getpid(), loading.cropped
+
+    def killed(*arguments):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return crop(*arguments)
+
+    monkeypatch.setattr(loading, "cropped", killed)
+    with pytest.raises(UserError, match="a decoding process was killed.*--workers"):
+        encode(folder, "pixels", tmp_path / "out", "--workers", "1")

@@ -15,9 +15,11 @@ from config import GenerateConfig, SamplingConfig
 from models.checkpoint import Checkpoint
 from models.pixels import PixelCodec, pixels, to_uint8
 from runtime.errors import UserError
+from runtime.locks import LOCK
 from runtime.options import build
 from sampling.sampler import Sampler, grid_picture
 from sampling.store import Store
+from tests.locks import held_elsewhere
 
 
 def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -98,7 +100,7 @@ def test_finished_samples_are_not_drawn_again(guided: Path, tmp_path: Path, monk
     again = draw(guided, tmp_path / "a")
     assert np.array_equal(first[0], again[0])
     with pytest.raises(TypeError):
-        draw(guided, tmp_path / "a", "--seed", 5)
+        draw(guided, tmp_path / "a", "--overwrite")
 
 
 def test_what_a_score_needs_is_checked_before_sampling(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +113,77 @@ def test_what_a_score_needs_is_checked_before_sampling(guided: Path, tmp_path: P
         generate.main([*words, "--num-fid-samples", "3"])
 
 
-def test_other_settings_do_not_continue_a_killed_run(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Store, "finish", lambda self, names: None)
-    generate.main(["--ckpt", str(guided), "--out", str(tmp_path), "--num-fid-samples", "4", "--num-steps", "2"])
-    settings = {"seed": 1}
-    store = Store(tmp_path, settings, 4, (8, 8, 1), True, lambda: None)
-    assert store.missing(0, 1) == [0, 1, 2, 3]
+def begun(guided: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples in `out` that were all drawn, but not finished."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "finish", lambda self, names: None)
+        draw_words = ["--ckpt", str(guided), "--out", str(out), "--num-fid-samples", "20", "--num-steps", "4"]
+        generate.main(draw_words)
+
+
+def test_other_settings_replace_nothing_unasked(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(guided, tmp_path / "begun", monkeypatch)
+    first = draw(guided, tmp_path / "whole")
+    for place, what in (("begun", "unfinished samples"), ("whole", "holds samples")):
+        with pytest.raises(UserError, match=rf"{what} of other settings \(seed 0, not 1\).*--overwrite"):
+            draw(guided, tmp_path / place, "--seed", 1)
+        again = draw(guided, tmp_path / place, "--seed", 1, "--overwrite")
+        assert again[2]["seed"] == 1 and not np.array_equal(first[0], again[0])
+    assert np.array_equal(again[0], draw(guided, tmp_path / "other", "--seed", 1)[0])
+
+
+def test_only_what_was_written_here_is_removed(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(guided, tmp_path, monkeypatch)
+    (tmp_path / "partial" / "thesis.tex").write_text("mine")
+    (tmp_path / ".samples.npz.123.tmp").write_bytes(b"left by a killed process")
+    for more in ((), ("--seed", 1, "--overwrite")):
+        with pytest.raises(UserError, match="thesis.tex, which generate.py did not write"):
+            draw(guided, tmp_path, *more)
+    assert not (tmp_path / ".samples.npz.123.tmp").exists()
+    (tmp_path / "other" / "samples.npz").parent.mkdir()
+    (tmp_path / "other" / "samples.npz").write_text("mine")
+    with pytest.raises(UserError, match="only one of samples.npz and samples.json"):
+        draw(guided, tmp_path / "other")
+    assert (tmp_path / "partial" / "thesis.tex").read_text() == (tmp_path / "other" / "samples.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["truncated images", "truncated checks", "flipped image", "flipped label", "missing"])
+def test_damaged_unfinished_samples_are_drawn_again(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture, how: str) -> None:
+    whole = draw(guided, tmp_path / "whole")
+    begun(guided, tmp_path / "cut", monkeypatch)
+    file = tmp_path / "cut" / "partial" / {"truncated checks": "checks.npy", "flipped label": "labels.npy"}.get(how, "images.npy")
+    content = bytearray(file.read_bytes())
+    content[-70] ^= 1
+    file.write_bytes(content if "flipped" in how else content[:-70])
+    if how == "missing":
+        file.unlink()
+    again = draw(guided, tmp_path / "cut")
+    assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_damaged_finished_samples_are_not_taken_for_whole(guided: Path, tmp_path: Path) -> None:
+    draw(guided, tmp_path)
+    file = tmp_path / "samples.npz"
+    content = bytearray(file.read_bytes())
+    content[300] ^= 1
+    for damaged in (content, content[:-9]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="samples.npz is damaged.*--overwrite"):
+            draw(guided, tmp_path)
+    draw(guided, tmp_path, "--overwrite")
+
+
+def test_two_at_once_in_one_place_are_refused(guided: Path, tmp_path: Path) -> None:
+    with held_elsewhere(tmp_path / LOCK), pytest.raises(UserError, match="another process is writing"):
+        draw(guided, tmp_path)
+
+
+def test_networks_that_are_not_finite_draw_nothing(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PixelCodec, "decode", lambda self, x: x * torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="sample 0 is not finite"):
+        sampler(guided).images(range(2))
 
 
 def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -102,7 +102,7 @@ def test_a_folder_takes_a_checkpoint_as_well(guided: Path, tmp_path: Path) -> No
     assert Checkpoint.open(folder).network("ema") is not None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(UserError, match="not a checkpoint to replace"):
+    with pytest.raises(UserError, match="not what this command wrote there"):
         hub.main([str(guided), "--to", str(tmp_path / "mine")])
 
 

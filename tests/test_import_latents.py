@@ -136,7 +136,7 @@ def rewritten(folder: Path, **changed: torch.Tensor | None) -> None:
     (lambda f: rewritten(f, labels=torch.zeros(3).long()), "does not fit 3 labels"),
     (lambda f: rewritten(f, latents=torch.zeros(2, 5, 4, 4)), "does not fit"),
     (lambda f: rewritten(f, latents=torch.zeros(2, 6, 4, 4).bfloat16()), "as BF16"),
-    (lambda f: rewritten(f, labels=torch.full((2,), -1)), "negative label"),
+    (lambda f: rewritten(f, labels=torch.full((2,), -1)), "labels from -"),
     (lambda f: (f / "latents_rank01_shard000.safetensors").write_bytes(b"x" * 99), "truncated or not")])
 def test_damaged_lightningdit_folders_are_one_clear_line(tmp_path, spoil, message):
     lightningdit(tmp_path / "peer")

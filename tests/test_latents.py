@@ -167,7 +167,7 @@ def test_a_vae_that_is_absent_or_damaged_is_one_line(vae, tmp_path, monkeypatch)
     assert f"{folder / WEIGHTS} is damaged" in refusal(folder)
     (folder / WEIGHTS).unlink()
     assert f"{folder / WEIGHTS} is missing" in refusal(folder)
-    assert "only AutoencoderKL" in refusal(edited(vae, tmp_path, _class_name="AutoencoderTiny"))
+    assert "give an AutoencoderKL" in refusal(edited(vae, tmp_path, _class_name="AutoencoderTiny"))
 
 
 def test_a_hub_id_is_read_from_the_cache_without_a_network(vae, tmp_path, monkeypatch):

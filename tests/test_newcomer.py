@@ -19,6 +19,7 @@ from evaluations import evaluate
 from models import hub
 from models.checkpoint import Checkpoint
 from preprocessing import encode, verify
+from runtime import files
 from runtime.errors import UserError
 from tests.image_sets import photograph, tiny_vae
 
@@ -88,4 +89,4 @@ def rescaled(latents: Path) -> None:
     std = float(np.sqrt(moments[:, 0].var() + (moments[:, 1] ** 2).mean()))
     manifest = json.loads((latents / "manifest.json").read_text())
     manifest["space"]["scale"] = [1 / std]
-    (latents / "manifest.json").write_text(json.dumps(manifest))
+    files.write_sealed(latents / "manifest.json", manifest)

@@ -16,6 +16,7 @@ import train_guide
 from config import TrainConfig
 from models.checkpoint import Checkpoint
 from preprocessing import encode
+from runtime import seal
 from runtime.errors import UserError
 from tests.image_sets import class_folders
 from training import command
@@ -71,6 +72,7 @@ def test_a_preset_wins_over_the_teacher_and_a_size_of_no_name_asks(tmp_path: Pat
     config = Checkpoint.open(teacher).path / "config.json"
     shutil.copytree(config.parent, tmp_path / "custom")
     (tmp_path / "custom" / "config.json").write_text(config.read_text().replace('"SiT-Tiny/2"', '"custom"'))
+    seal.main([str(tmp_path / "custom" / "config.json")])
     argv = words(tmp_path, "run", "--guiding-ckpt", tmp_path / "custom")
     with pytest.raises(UserError, match="no registered size: say --model"):
         resolved(argv, "train_guide.py")
@@ -122,6 +124,7 @@ def test_spaces_without_a_digest_are_compared_by_name(tmp_path: Path, words: Wor
     shutil.copytree(Checkpoint.open(teacher).path, tmp_path / "other")
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace('"name": "pixels"', '"name": "sd-vae"'))
+    seal.main([str(config)])
     run = Run(*command.resolve(words(tmp_path, "run", "--init-ckpt", tmp_path / "other"), "train.py", None))
     assert any("warning" in line and "latents of sd-vae against pixels" in line for line in run.introduction())
     argv = words(tmp_path, "guided", "--guiding-ckpt", tmp_path / "other", "--align-hidden", 16)

@@ -23,6 +23,7 @@ import train
 import train_guide
 from alignment.guided import Guided
 from models.checkpoint import Checkpoint
+from runtime import files
 from runtime.errors import UserError
 from training import command, loop
 from training.log import read
@@ -304,7 +305,7 @@ def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path
     assert all(torch.equal(value, ema[name]) for name, value in run.network.state_dict().items())
     config = json.loads((Checkpoint.open(teacher).path / "config.json").read_text())
     shutil.copytree(Checkpoint.open(teacher).path, tmp_path / "scaled")
-    (tmp_path / "scaled" / "config.json").write_text(json.dumps({**config, "space": {**config["space"], "scale": [2.0]}}))
+    files.write_sealed(tmp_path / "scaled" / "config.json", {**config, "space": {**config["space"], "scale": [2.0]}})
     with pytest.raises(UserError, match="scale"):
         trainer("train", words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
     found = Checkpoint.open(teacher)

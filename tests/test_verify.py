@@ -80,7 +80,7 @@ def reseal(folder: Path, shard: str) -> None:
     for entry in manifest["shards"]:
         if entry["file"] == shard:
             entry["sha256"] = files.digest(folder / shard)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    files.write_sealed(folder / "manifest.json", manifest)
 
 
 def test_a_changed_bit_is_found(tmp_path):

@@ -73,6 +73,8 @@ class Batches:
         share = config.batch_size // world
         self.share = slice(rank * share, (rank + 1) * share)
         self.micro = share // config.gradient_accumulation_steps
+        if config.verify:
+            data.check_digests(rank, world)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
     def steps(self, start: int, stop: int, alignments: dict[str, Alignment]) -> Iterator[list[Batch]]:
@@ -86,6 +88,7 @@ class Batches:
 
     def _read(self, step: int, columns: set[str]) -> tuple[Plan, dict[str, Tensor]]:
         """Host draws of the step, and this process's rows in (pinned) host memory or where the data set keeps them."""
+        self.data.require_intact()
         drawn = plan(self.config, self.data, step)
         index, view = drawn.index[self.share], drawn.view[self.share]
         latents, labels = self.data.rows(index, view)

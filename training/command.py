@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import models
@@ -40,7 +41,7 @@ def resolve(argv: Sequence[str], prog: str, description: str | None,
     known = {word for kind in kinds.values() for word in kind.presets}
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {preset}{nearest(preset, known)}; "
-                        f"{' and '.join(names) or 'plain training'} has {', '.join(sorted(known)) or 'none'}")
+                        f"{' and '.join(names) or 'plain training'} has {', '.join(sorted(known)) or 'none'}: give one of these, or none")
     chosen = {name: kind.presets.get(preset, {}) for name, kind in kinds.items()}
     train = build(TrainConfig, recipe["train"], taken, *(settings.get("train", {}) for settings in chosen.values()), given[""])
     options = {}
@@ -93,5 +94,6 @@ def main(argv: Sequence[str], prog: str, description: str | None, watch: Callabl
     if config.dry_run:
         cost.main(config, options)
         return Path(config.output_dir) / config.exp_name
-    run = Run(config, options)
-    return loop.train(run, watch(config, run.folder, run.spec, run.data.space, run.accelerator))
+    with ExitStack() as held:
+        run = Run(config, options, held)
+        return loop.train(run, watch(config, run.folder, run.spec, run.data.space, run.accelerator))

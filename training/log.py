@@ -21,49 +21,73 @@ QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
 class Meter:
     """Sums losses over steps on the device, and reads them once per report.
 
-    The flow-matching loss is kept by quarter of t as well (t = 1 is noise).
+    The flow-matching loss is kept by quarter of t as well (t = 1 is noise). A step whose gradient is not finite was not
+    taken: its losses are left out, and it is counted.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self._now: dict[str, Tensor] = {}
+        self._quarters_now = torch.zeros(2, 4, device=accelerator.device)
         self._sums: dict[str, Tensor] = {}
-        self._quarters = torch.zeros(2, 4, device=accelerator.device)
+        self._quarters = torch.zeros_like(self._quarters_now)
+        # steps taken, steps skipped; skipped in a row: until now, at most; steps since that was so
+        self._counts = torch.zeros(5, device=accelerator.device)
+        self._carried = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device)  # over a report: the row that goes on
         self._steps = 0
         self._seconds = 0.0
         self._start = time.perf_counter()
+        self.streak = self.longest = self.ago = 0
+        """As of the last report: steps skipped in a row at its end; in a row at most, and how many steps ago these ended."""
 
     def add(self, losses: dict[str, Tensor], t: Tensor, parts: int) -> None:
         """One micro-batch out of `parts`: `diffusion` (N,) per sample, the others scalars; t (N,)."""
         diffusion = losses["diffusion"].detach()
         index = (t * 4).long().clamp_(max=3)
-        self._quarters[0].index_add_(0, index, diffusion)
-        self._quarters[1].index_add_(0, index, torch.ones_like(diffusion))
+        self._quarters_now[0].index_add_(0, index, diffusion)
+        self._quarters_now[1].index_add_(0, index, torch.ones_like(diffusion))
         for name, value in losses.items():
-            self._add(f"loss/{name}", value.detach().mean() / parts)
+            value = value.detach().mean().float() / parts
+            self._now[f"loss/{name}"] = self._now[f"loss/{name}"] + value if f"loss/{name}" in self._now else value
 
-    def step(self, grad_norm: Tensor | None) -> None:
+    def step(self, grad_norm: Tensor) -> None:
         """The end of an optimiser step."""
         self._steps += 1
         self._seconds += time.perf_counter() - self._start
         self._start = time.perf_counter()
-        if grad_norm is not None:
-            self._add("grad_norm", grad_norm.detach())
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
+        taken = grad_norm.detach().isfinite()
+        for name, value in {**self._now, "grad_norm": grad_norm.detach().float()}.items():
+            value = value.where(taken, 0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._quarters += self._quarters_now.where(taken, 0)
+        self._now = {}
+        self._quarters_now.zero_()
+        good = taken.float()
+        _, _, streak, longest, ago = self._counts
+        streak = (streak + 1) * (1 - good)
+        ago = (ago + 1).where(taken | (streak < longest), 0)
+        self._counts = torch.stack([self._counts[0] + good, self._counts[1] + 1 - good, streak, longest.maximum(streak), ago])
 
     def report(self, batch_size: int) -> dict[str, float]:
         """Means since the last report over all processes; the only place where the host waits for the device."""
         names = list(self._sums)
-        packed = torch.cat([torch.stack([self._sums[name] for name in names]) / self._steps, self._quarters.flatten()])
-        packed = self._accelerator.reduce(packed, "sum")
-        means, quarters = packed[: len(names)] / self._accelerator.num_processes, packed[len(names):].view(2, 4)
-        values = dict(zip(names, means.tolist(), strict=True))
+        if not names:
+            return {}
+        sums = torch.stack([self._sums[name] for name in names])
+        packed = self._accelerator.reduce(torch.cat([sums, self._counts, self._quarters.flatten()]), "sum")
+        own, quarters = packed[:-8] / self._accelerator.num_processes, packed[-8:].view(2, 4)
+        *totals, taken, skipped, streak, longest, ago = own.tolist()
+        self.streak, self.longest, self.ago = round(streak), round(longest), round(ago)
+        values = dict(zip(names, (total / taken for total in totals), strict=True)) if taken else {}
         for name, total, count in zip(QUARTERS, *quarters.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
+        if skipped:
+            values["skipped_steps"] = round(skipped)
         values["images_per_second"] = self._steps * batch_size / (self._seconds + time.perf_counter() - self._start)
-        self._sums, self._quarters, self._steps, self._seconds = {}, torch.zeros_like(self._quarters), 0, 0.0
+        self._sums, self._steps, self._seconds = {}, 0, 0.0
+        self._quarters.zero_()
+        self._counts = self._counts * self._carried
         return values
 
     def restart_clock(self) -> None:
@@ -125,9 +149,11 @@ def read(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except ValueError:
             continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
     return lines

@@ -15,18 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from loss import Batch
-from runtime import files
+from runtime import files, signals
+from runtime.errors import LostContact, contact_lost
 from runtime.options import as_dict
-from training.between import Between, Callback
+from training import preflight
+from training.between import ENDED_EARLY, Between, Callback
 from training.log import Meter, RunLog
 from training.run import Run
 
 
 def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], optimizer: torch.optim.Optimizer,
-           max_grad_norm: float, meter: Meter | None = None) -> Tensor | None:
+           max_grad_norm: float, meter: Meter | None = None) -> Tensor:
     """One optimiser step: L = L_diff + sum over alignments of weight x loss, averaged over the micro-batches.
 
-    Returns the gradient norm before clipping, None without clipping. Nothing here waits for the device.
+    Returns the gradient norm before clipping. Where it is not finite, the step is not taken, by any process: they share the
+    gradient. Nothing here waits for the device.
     """
     for number, batch in enumerate(micros, start=1):
         last = number == len(micros)
@@ -37,8 +40,13 @@ def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], o
         if meter is not None:
             meter.add(losses, batch.t, len(micros))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm) if max_grad_norm else None
-    optimizer.step()
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_grad_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    if norm.is_cuda:
+        optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel looks at it, so that the host need not
+    if norm.is_cuda or norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if meter is not None:
         meter.step(norm)
@@ -49,11 +57,12 @@ def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
     """Optimiser steps up to `end` with the alignments that live now; yields the number of each when it is done."""
     learner = run.learner()
     for micros in run.batches(end):
-        run.set_rate()
-        update(learner, micros, run.weights(), run.optimizer, run.config.max_grad_norm, meter)
+        if not run.passes_over(run.step + 1):
+            run.set_rate()
+            update(learner, micros, run.weights(), run.optimizer, run.config.max_grad_norm, meter)
+            for average in run.averages.values():
+                average.update(run.step + 1)
         run.step += 1
-        for average in run.averages.values():
-            average.update(run.step)
         yield run.step
     run.accelerator.free_memory()  # lets go of the DDP wrapper and of its hooks
 
@@ -62,19 +71,32 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
     """Train to the last step; returns the run's folder. `callbacks` act between steps (previews, scores)."""
     config = run.config
     if run.accelerator.is_main_process:
+        (run.folder / ENDED_EARLY).unlink(missing_ok=True)
         files.write_json(run.folder / "run.json", {"train": as_dict(config), "align": run.resolved})
     log = RunLog(run.folder, run.accelerator, run.step, config.max_train_steps, run.settings(), config.report_to,
                  run.introduction())
+    if run.step < config.max_train_steps:
+        preflight.check(run, callbacks)
     try:
-        between = Between(run, log, callbacks)
-        while run.step < config.max_train_steps:
-            stops = [run.setup.stops[name] for name in run.alignments if run.setup.stops[name] is not None]
-            end = min([config.max_train_steps, *stops])
-            meter = Meter(run.accelerator)
-            for _ in steps(run, end, meter):
-                between(meter, end)
-            for name in run.end_alignments():
-                log.say(f"step {run.step}: alignment {name} has ended, plain training from here")
+        with signals.noted() as asked:
+            _segments(run, log, Between(run, log, callbacks, asked))
+    except RuntimeError as error:
+        if contact_lost(error):
+            raise LostContact(run.lost_contact()) from error
+        raise
     finally:
         log.close()
     return run.folder
+
+
+def _segments(run: Run, log: RunLog, between: Between) -> None:
+    """Train to the last step, cut where alignments end."""
+    config = run.config
+    while run.step < config.max_train_steps:
+        stops = [run.setup.stops[name] for name in run.alignments if run.setup.stops[name] is not None]
+        end = min([config.max_train_steps, *stops])
+        meter = Meter(run.accelerator)
+        for _ in steps(run, end, meter):
+            between(meter, end)
+        for name in run.end_alignments():
+            log.say(f"step {run.step}: alignment {name} has ended, plain training from here")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 import models
@@ -20,30 +22,62 @@ from alignment import AlignOptions
 from config import FREE_ON_RESUME
 from models import checkpoint
 from models.checkpoint import Checkpoint
-from runtime import launch
-from runtime.errors import UserError, require
+from runtime import files, launch
+from runtime.errors import UserError, note, require
 from runtime.options import as_dict, build, options_of
 from training.setup import Setup
 
 
-def find(folder: Path, setup: Setup, precision: str) -> Checkpoint | None:
-    """The latest checkpoint of the run in `folder`; where there is none yet, the one that it branches from, or None.
+def find(folder: Path, setup: Setup, precision: str, accelerator: Accelerator, tidy: bool) -> Checkpoint | None:
+    """The newest whole checkpoint of the run in `folder`; where there is none yet, the one that it branches from, or None.
+
+    The same in every process. With `tidy`, for who holds the folder, newer checkpoints that are damaged are set aside under
+    another name, and what killed saves left is removed.
 
     Raises:
-        UserError: it is of another network, data set, precision or options.
+        UserError: there are checkpoints but none is whole; it is of another network, data set, precision or options.
     """
-    latest = checkpoint.latest(folder)
-    if latest is None:
+    newest = launch.on_main(accelerator, lambda: _newest(folder, tidy))
+    if newest is None:
         return None if setup.config.branch_from is None else branch(setup, precision)
-    earlier = Checkpoint.open(latest)
+    earlier = Checkpoint.open(newest)
     _require_same(folder, earlier, setup, precision)
     return earlier
+
+
+def _newest(folder: Path, tidy: bool) -> Path | None:
+    newest, faults = checkpoint.newest_whole(folder)
+    for damaged, fault in faults.items():
+        require(newest is not None, f"no checkpoint of {folder} is whole, the newest: {fault}; use another --exp-name")
+        aside = damaged.with_name(f"{damaged.name}.damaged")
+        note(f"{fault}: continuing from {newest.name}, the newest whole one" + (f"; {damaged.name} is now {aside.name}" if tidy else ""))
+        if tidy:
+            with files.writing(aside):
+                damaged.rename(aside if not aside.exists() else damaged.with_name(f"{aside.name}-{time.time_ns()}"))
+    if tidy:
+        left = files.remove_leftovers(folder) + files.remove_leftovers(folder / "checkpoints")
+        if left:
+            note(f"removed what a killed save left in {folder}: {', '.join(left)}")
+    return newest
+
+
+def prune(folder: Path, limit: int | None = None, every: int | None = None) -> None:
+    """Remove what need not stay of a run's checkpoints.
+
+    Of those that the clock or a signal asked for, the last two are kept. With `limit` only the latest so many are kept of all,
+    and those whose step is a multiple of `every`.
+    """
+    saved = [path for path in checkpoint.saved(folder) if checkpoint.is_checkpoint(path)]  # the latest first
+    passing = [path for path in saved if files.read_json(path / "config.json").get("kept") is False]
+    surplus = [] if limit is None else [path for path in saved[limit:] if every is None or int(path.name) % every]
+    for path in dict.fromkeys([*passing[2:], *surplus]):
+        files.remove(path)
 
 
 def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: str) -> None:
     """Refuse to continue a run under options, data or an architecture that are not its own."""
     where, config = f"{folder} cannot be continued", setup.config
-    _require_same_base(where, earlier, setup, precision)
+    _require_same_base(where, earlier, setup, precision, changeable=config.mixed_precision is not None)
     for key, then, now in changes(config, earlier.config["train"]):
         raise UserError(f"{where}: its {key.replace('_', '-')} is {then}, not {now}; use the same options, or another --exp-name")
     saved = earlier.config["align"]
@@ -55,15 +89,17 @@ def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: st
                             f"--exp-name")
 
 
-def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision: str) -> None:
-    """Network, data set and precision of `earlier` are those of `setup`."""
+def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision: str, changeable: bool = False) -> None:
+    """Network and data set of `earlier` are those of `setup`; so is the precision, unless it may be changed, which is said."""
     spec = dataclasses.replace(setup.spec, position_span=earlier.spec.position_span)  # that came with the weights
     require(earlier.spec == spec, f"{where}: its network is {differences(earlier.spec.to_json(), spec.to_json())}; "
                                   f"use its --model, or another --exp-name")
     require(earlier.config["data"]["digest"] == setup.data.digest, f"{where}: {setup.config.data_dir} is another latent set "
                                                                    f"than the one it was trained on; use another --exp-name")
-    require(earlier.config["precision"] == precision, f"{where}: it was trained in {earlier.config['precision']}, not {precision}; "
-                                                      f"say {launch.PRECISIONS[earlier.config['precision']]}")
+    before = earlier.config["precision"]
+    require(before == precision or changeable, f"{where}: it was trained in {before}, not {precision}; say {launch.PRECISIONS.get(before)}")
+    if before != precision:
+        note(f"{earlier.path} was trained in {before}; from step {earlier.step} on this run goes on in {precision}")
 
 
 def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -182,11 +218,15 @@ def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: 
     """Load the averages by name, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
     for name, average in averages.items():
         average.load_state_dict(earlier.tensors(name))
-    if alignments and "heads.safetensors" in earlier.config["files"]:
+    needed = {f"{name}.{key}" for name, alignment in alignments.items() for key in alignment.state_dict()}
+    if needed:
         heads = earlier.tensors("heads")
+        lost = min(needed - heads.keys(), default=None)
+        require(lost is None, f"{earlier.path} lacks {lost} among its heads; use another checkpoint")
         for name, alignment in alignments.items():
             alignment.load_state_dict({key.removeprefix(f"{name}."): value for key, value in heads.items()
                                        if key.startswith(f"{name}.")})
+    earlier.require_intact("optimizer.json")
     living = ("network.", *(f"{name}." for name in alignments))
     state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(living)}
     checkpoint.restore_optimizer(optimizer, state, names)

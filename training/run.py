@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from alignment import AlignOptions, Setting
 from config import TrainConfig
 from loss import Batch
 from models import Backbone, attention, checkpoint, published
-from runtime import launch
+from runtime import launch, locks, presence
 from runtime.errors import require
 from runtime.options import as_dict
+from runtime.presence import Presence
 from training import resume, tracker
 from training.batches import Batches
 from training.ema import EMA
@@ -29,15 +32,19 @@ MANY_EPOCHS = 3000
 class Run:
     """One run, at the step that it has reached: from scratch, or as its latest checkpoint left it.
 
+    Args:
+        held: keeps the run's folder for this run alone until it closes; without it nobody is kept out, and nothing tidied.
+
     Raises:
-        UserError: options, data, teacher or an earlier checkpoint that do not fit each other.
+        UserError: options, data, teacher or an earlier checkpoint that do not fit each other; another process writes there.
     """
 
-    def __init__(self, config: TrainConfig, options: Mapping[str, AlignOptions]) -> None:
+    def __init__(self, config: TrainConfig, options: Mapping[str, AlignOptions], held: ExitStack | None = None) -> None:
         tracker.require_installed(config.report_to)
         self.config = config
+        self.began = time.monotonic()
         self.folder = Path(config.output_dir) / config.exp_name
-        self.accelerator = launch.accelerator(log_with=None if config.report_to == "none" else config.report_to,
+        self.accelerator = launch.accelerator(config.timeout_minutes, log_with=None if config.report_to == "none" else config.report_to,
                                               project_dir=str(self.folder))
         self.device = self.accelerator.device
         self.dtype = launch.precision(config.mixed_precision, self.device)
@@ -48,8 +55,10 @@ class Run:
         self.data, self.epoch_steps = self.setup.data, self.setup.epoch_steps
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
-                                                f"(processes x --gradient-accumulation-steps)")
-        self.resumed = resume.find(self.folder, self.setup, launch.precision_name(self.dtype, self.tf32))
+                                                f"(processes x --gradient-accumulation-steps); choose a multiple")
+        self.presence = self._hold(held) if held is not None else None
+        self.resumed = resume.find(self.folder, self.setup, launch.precision_name(self.dtype, self.tf32), self.accelerator,
+                                   tidy=held is not None)
         self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
         """Each alignment's options and resolved choices; those of one that has ended are what they were."""
         self.step: int = self.resumed.step if self.resumed else 0
@@ -71,6 +80,36 @@ class Run:
         self.attention_note = self._choose_attention()
         for name, alignment in self.alignments.items():
             self.resolved[name] = {**as_dict(self.setup.options[name]), "stop": self.setup.stops[name], **alignment.describe()}
+
+    def _hold(self, held: ExitStack) -> Presence | None:
+        """Take the folder for the processes of this launch; returns their signs of life, where there are several."""
+        signs = self.folder / ".processes"
+
+        def take() -> None:
+            held.enter_context(locks.locked(self.folder, "wait for it, or give another --exp-name"))
+            presence.clear(signs)
+
+        launch.on_main(self.accelerator, take)
+        if self.accelerator.num_processes == 1:
+            return None
+        own = Presence(signs, self.accelerator.process_index)
+        held.callback(own.end)
+        return own
+
+    def seen(self, step: int) -> None:
+        """Let the other processes know how far this one is."""
+        if self.presence is not None:
+            self.presence.step = step
+
+    def lost_contact(self) -> str:
+        """What to say when a process does not answer any more."""
+        about = self.presence.missing() if self.presence is not None else "its own message says why it ended"
+        return f"lost contact with another process near step {self.step}: {about}; the same command continues from the last checkpoint"
+
+    def passes_over(self, step: int) -> bool:
+        """Whether --skip-steps leaves out optimiser step `step`, counted from 1."""
+        skipped = self.config.skip_steps
+        return skipped is not None and skipped[0] <= step <= skipped[1]
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -158,8 +197,9 @@ class Run:
                 data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
                       "class_names": data.manifest["class_names"]},
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
-                resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32))
-            checkpoint.prune(self.folder / "checkpoints", self.config.checkpoints_total_limit, self.config.keep_every)
+                resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32),
+                kept=self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps)
+            resume.prune(self.folder, self.config.checkpoints_total_limit, self.config.keep_every)
         self.accelerator.wait_for_everyone()
 
     def settings(self) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""Accept an edit of a sealed JSON file (a checkpoint's config.json, a latent set's manifest.json).
+
+    python -m runtime.seal exps/plain/checkpoints/0400000/config.json
+
+These files hold a digest of their own content, so that damage is seen. After an edit on purpose this writes it anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime import errors, files
+from runtime.errors import require
+from runtime.options import option, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    file: str = option(help="the edited file; may be given first, without the flag")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Seal the file as it is now."""
+    file = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m runtime.seal", description=__doc__, first="file").file
+    value = files.read_json(file)
+    require(isinstance(value, dict) and files.SEAL in value, f"{file} is no sealed file: it has no {files.SEAL}")
+    if value[files.SEAL] == files.seal(value):
+        print(f"{file}: nothing to do, its seal fits")
+        return
+    files.write_sealed(file, value)
+    print(f"{file}: sealed")
+
+
+if __name__ == "__main__":
+    errors.run(main)

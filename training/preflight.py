@@ -1,0 +1,67 @@
+"""Before the first step: what would fail hours later fails now. Disk is counted, a file written and read back, callbacks tried."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import models
+from runtime import files, launch
+from runtime.errors import UserError, note, require
+from training.between import Callback
+from training.run import Run
+
+
+def check(run: Run, callbacks: Sequence[Callback]) -> None:
+    """Try everything that the run will do besides training, at tiny size, and leave nothing behind.
+
+    Raises:
+        UserError: too little disk for one checkpoint, a folder that does not keep what is written, a preview or a score that
+            cannot be made.
+    """
+    launch.on_main(run.accelerator, lambda: _disk(run))
+    launch.on_main(run.accelerator, lambda: _written_is_read(run.folder))
+    for callback in callbacks:
+        callback.rehearse(run.ema.network, run.dtype)
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Bytes of one checkpoint: network, average and AdamW's two moments, heads with theirs, all in float32."""
+    heads = sum(p.numel() for alignment in run.alignments.values() for p in alignment.parameters())
+    return 4 * (4 * models.parameter_count(run.network) + 3 * heads)
+
+
+def _disk(run: Run) -> None:
+    """Free disk against what is still to be written."""
+    config, size = run.config, checkpoint_bytes(run)
+    last, every = config.max_train_steps, config.checkpointing_steps
+    to_come = max(0, -(-last // every) - run.step // every)
+    passing = 2 if config.checkpointing_minutes else 0
+    free = shutil.disk_usage(_existing(run.folder)).free
+    shown = f"{size / 2**30:.2f} GiB each, {free / 2**30:.1f} GiB are free"
+    require(free > 1.05 * size or not to_come,
+            f"{run.folder} has no room for a checkpoint ({shown}); free some space or choose another --output-dir")
+    if free < 1.05 * size * (to_come + passing):
+        note(f"{to_come} checkpoints are to come at --checkpointing-steps {every}, and {passing} more by the clock, {shown}: they do not "
+             f"all fit")
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+def _written_is_read(folder: Path) -> None:
+    """Write a small file the way checkpoints are written, and read it back."""
+    file = folder / ".preflight.safetensors"
+    tensor = torch.arange(1000, dtype=torch.float32)
+    files.save_tensors(file, {"tensor": tensor})
+    try:
+        same = torch.equal(files.load_tensors(file)["tensor"], tensor)
+    except UserError as error:
+        raise UserError(f"{folder} does not keep what is written there ({error}); choose another --output-dir") from error
+    finally:
+        file.unlink(missing_ok=True)
+    require(same, f"{folder} does not keep what is written there; choose another --output-dir")

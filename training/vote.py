@@ -1,0 +1,52 @@
+"""What the processes of a run agree on between steps: to end, to save. Nobody waits for another or for the device."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+EVERY = 4
+"""Steps between two votes. A wish is agreed on at most two votes after it arose, by every process at the same step."""
+
+
+class Vote:
+    """Any process may wish for something; all see it at the same step.
+
+    Alone, a process has its wish at once. Among several, the wishes are summed over the processes at every fourth step, and the
+    sum is read at the vote after: by then it has long been there, so that reading it does not hold the device up.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sum: Tensor | None = None
+        self._ready: torch.cuda.Event | None = None
+
+    def __call__(self, step: int, **wishes: bool) -> set[str]:
+        """The names of the wishes that are granted at `step`."""
+        if self._accelerator.num_processes == 1:
+            return {name for name, wished in wishes.items() if wished}
+        if step % EVERY:
+            return set()
+        granted = self._read(list(wishes))
+        self._send([float(wished) for wished in wishes.values()])
+        return granted
+
+    def _send(self, wishes: list[float]) -> None:
+        cuda = self._accelerator.device.type == "cuda"
+        own = torch.tensor(wishes, pin_memory=cuda).to(self._accelerator.device, non_blocking=True)
+        total = self._accelerator.reduce(own, "sum")
+        if cuda:
+            host = torch.empty(len(wishes), pin_memory=True)
+            host.copy_(total, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+            total = host
+        self._sum = total
+
+    def _read(self, names: list[str]) -> set[str]:
+        if self._sum is None:
+            return set()
+        if self._ready is not None:
+            self._ready.synchronize()
+        return {name for name, wished in zip(names, self._sum.tolist(), strict=True) if wished}
