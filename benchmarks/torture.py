@@ -205,7 +205,7 @@ def _latents(folder: Path) -> Any:
 
 
 def _samples(folder: Path) -> Any:
-    settings = {key: value for key, value in files.read_json(folder / "samples.json").items() if key not in ("samples", files.SEAL)}
+    settings = {key: value for key, value in store.read_record(folder / "samples.json").items() if key != "samples"}
     require(store.finished(folder, settings), "the samples are not finished")
     with np.load(folder / "samples.npz") as archive:
         return settings, archive["arr_0"], archive["labels"]

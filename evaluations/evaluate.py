@@ -26,6 +26,7 @@ from evaluations.score import Scorer
 from runtime import errors, files, launch
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
+from sampling import store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def about(path: str, samples: Images) -> dict[str, Any]:
     """What a result says of its samples: name, digest and the settings in the JSON beside them."""
     sidecar = Path(path).with_suffix(".json")
     return {"name": samples.name, "sha256": samples.digest(),
-            "settings": files.read_json(sidecar) if sidecar.is_file() else None}
+            "settings": store.read_record(sidecar) if sidecar.is_file() else None}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from runtime import files, launch
 from runtime.errors import note, require
 from sampling import picture
 
+FORMAT = 2
 PARTIAL = "partial"
 SETTINGS = "settings.json"
 FILES = (SETTINGS, "checks.npy", "labels.npy", "images.npy")
@@ -120,7 +121,8 @@ class Store:
                         np.lib.format.write_array(member, np.asanyarray(array))
         shown = picture.by_class(np.asarray(labels))
         picture.write(self.out / "grid.png", [np.asarray(images[places]) for _, places in shown], [names[label] for label, _ in shown])
-        files.write_sealed(self.out / "samples.json", {**self.settings, "samples": files.digest(self.out / "samples.npz")})
+        files.write_sealed(self.out / "samples.json", {
+            "format": FORMAT, **self.settings, "samples": files.digest(self.out / "samples.npz")})
         remove_partial(self.partial)
 
 
@@ -138,17 +140,28 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
         return False
     remedy = "choose another --out, or add --overwrite to replace them"
     require(archive.is_file() and record.is_file(), f"{out} has only one of samples.npz and samples.json; {remedy}")
-    saved = files.read_json(record)
+    saved = read_record(record)
     require(isinstance(saved, dict) and "samples" in saved, f"{record} was not written by generate.py; {remedy}")
-    if files.SEAL in saved:
-        files.require_sealed(record, saved)
-    then = {name: value for name, value in saved.items() if name not in ("samples", files.SEAL)}
+    then = {name: value for name, value in saved.items() if name != "samples"}
     now = json.loads(json.dumps(settings))
     if then != now and (out / PARTIAL / SETTINGS).is_file():
         return False  # an --overwrite that was interrupted; `Store` decides
     require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
     require(files.digest(archive) == saved["samples"], f"{archive} is damaged: its digest differs from samples.json; {remedy}")
     return True
+
+
+def read_record(path: Path) -> Any:
+    """What a samples.json says: settings and digest, without format and seal. Raises UserError where it is damaged.
+
+    One of the first versions has neither; from then on the one demands the other, so that no flip can hide the seal.
+    """
+    value = files.read_json(path)
+    if not isinstance(value, dict):
+        return value
+    if files.SEAL in value or "format" in value:
+        files.require_sealed(path, value)
+    return {name: part for name, part in value.items() if name not in ("format", files.SEAL)}
 
 
 def difference(then: Any, now: dict[str, Any]) -> str:

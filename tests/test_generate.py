@@ -175,6 +175,17 @@ def test_damaged_finished_samples_are_not_taken_for_whole(guided: Path, tmp_path
     draw(guided, tmp_path, "--overwrite")
 
 
+def test_a_record_of_samples_cannot_lose_its_seal(guided: Path, tmp_path: Path) -> None:
+    draw(guided, tmp_path)
+    record = tmp_path / "samples.json"
+    for flipped in ('"seal"', '"format"', '"seed"'):
+        whole = record.read_text()
+        record.write_text(whole.replace(flipped, '"x' + flipped[2:]))
+        with pytest.raises(UserError, match="samples.json was damaged or edited"):
+            draw(guided, tmp_path)
+        record.write_text(whole)
+
+
 def test_two_at_once_in_one_place_are_refused(guided: Path, tmp_path: Path) -> None:
     with held_elsewhere(tmp_path / LOCK), pytest.raises(UserError, match="another process is writing"):
         draw(guided, tmp_path)

@@ -55,15 +55,19 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Betwee
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture, name: str) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 3)
-    before = signal.getsignal(getattr(signal, name))
-    with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda _: os.kill(os.getpid(), getattr(signal, name)))
-        with pytest.raises(SystemExit) as caught:
-            errors.run(lambda: train.main(argv))
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # a suite that runs in the background was told to ignore some of them
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 2, lambda _: os.kill(os.getpid(), number))
+            with pytest.raises(SystemExit) as caught:
+                errors.run(lambda: train.main(argv))
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert caught.value.code == 75
     said = capsys.readouterr().err.splitlines()[-1]  # after the bar's
     assert said.startswith(f"ended early: asked to end by {name}: step 2 of 3 is saved")
-    assert signal.getsignal(getattr(signal, name)) is before
     assert Checkpoint.open(tmp_path / "run").step == 2 and (tmp_path / "run" / ENDED_EARLY).is_file()
     if name == "SIGTERM":
         train.main(argv)

@@ -21,7 +21,7 @@ from config import RECIPES
 from models import published
 from models.checkpoint import Checkpoint
 from models.pixels import pixels
-from runtime import launch
+from runtime import files, launch
 from runtime.errors import UserError
 from runtime.streams import Stream
 from tests.networks import perturbed
@@ -296,7 +296,7 @@ def test_a_branch_of_another_method_or_without_its_head_is_refused(trunk: Path, 
     shutil.copytree(trunk / "checkpoints" / "0000005", bare)
     config = json.loads((bare / "config.json").read_text())
     config["files"].pop("heads.safetensors")
-    (bare / "config.json").write_text(json.dumps(config))
+    files.write_sealed(bare / "config.json", config)
     with pytest.raises(UserError, match="its head is gone"):
         train_guide.main(words(tmp_path, "branch", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 8,
                                "--branch-from", bare, "--max-train-steps", 8))
