@@ -31,7 +31,7 @@ class TrainConfig:
     """Options of `train.py` and `train_guide.py`. Batch sizes are global, steps are optimiser updates."""
 
     data_dir: str = option(help="latent set (folder with manifest.json)", heading="data")
-    resident: str = option("disk", choices=("disk", "ram", "device"), help="where the latents stay: mapped, in memory, on the device")
+    resident: str = option("disk", choices=("disk", "ram", "device"), help="where latents are kept: memory-mapped, in RAM, on the device")
 
     model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2 (all names below)", heading="network")
     qk_norm: bool = option(False, help="normalise queries and keys")
@@ -45,7 +45,7 @@ class TrainConfig:
                                                     "training", heading="method")
     preset: str | None = option(None, help="named settings of the alignment: paper, upstream, ...")
     recipe: str = option("sit", choices=("sit", "sit-400ep", "lightningdit", "lightningdit-400ep", "lightningdit-800ep", "digits"),
-                         help="optimiser, batch, EMA and times of a family")
+                         help="optimiser, batch, EMA and t sampling of a model family")
     cfg_prob: float = option(0.1, help="share of labels replaced by the null label")
     time_sampling: str = option("uniform", choices=("uniform", "logit-normal"), help="distribution of t")
     uniform_from_epoch: float | None = option(None, help="draw t uniformly from this epoch on")
@@ -58,8 +58,8 @@ class TrainConfig:
     lr_warmup_steps: int = option(0, help="steps over which the rate rises linearly from 0")
     lr_scheduler: str = option("constant", choices=("constant", "cosine"), help="the rate after that: as it is, or falling to 0 at "
                                                                                 "--max-train-steps along a cosine")
-    adam_beta1: float = option(0.9, help="AdamW's first decay")
-    adam_beta2: float = option(0.999, help="AdamW's second decay")
+    adam_beta1: float = option(0.9, help="AdamW's beta1")
+    adam_beta2: float = option(0.999, help="AdamW's beta2")
     adam_weight_decay: float = option(0.0, help="AdamW's weight decay")
     adam_epsilon: float = option(1e-8, help="AdamW's epsilon")
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 for no clipping")
@@ -68,33 +68,33 @@ class TrainConfig:
     ema_warmup: bool = option(False, help="shorten the average early on: min(decay, (1 + s) / (10 + s))")
 
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
-    tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no; default: off, unless a "
+    tf32: bool | None = option(None, help="float32 matmuls in TF32 (with --mixed-precision no; default: off, unless a "
                                           "preset's authors have it on)")
     compile: str | None = option(None, choices=("on", "combined", "off"),
                                  help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch")
     deterministic: bool = option(False, help="bitwise reproducible kernels on CUDA")
 
     activation_checkpointing: str = option("none", choices=("none", "selective", "full"), heading="memory",
-                                           help="what the backward pass computes again: nothing, all but products, whole blocks")
+                                           help="what the backward pass recomputes: nothing, all but matmuls, whole blocks")
 
     output_dir: str = option("exps", help="folder of all runs", heading="run")
     exp_name: str = option(help="name of this run; the same command again continues it")
     seed: int = option(0, help="seed of everything")
-    checkpointing_steps: int = option(50_000, help="write a checkpoint every so many steps, and at the end")
+    checkpointing_steps: int = option(50_000, help="write a checkpoint every N steps, and at the end")
     checkpoints_total_limit: int | None = option(None, help="keep the latest so many checkpoints (default: all)")
-    keep_every: int | None = option(None, help="with a limit: keep those of every so many steps too")
-    checkpointing_minutes: float = option(60.0, help="also after so many minutes without one; of these the last two are kept; 0 for never")
-    max_hours: float | None = option(None, help="save and end, with exit code 75, before so many hours are over; the same command goes on")
-    skip_steps: tuple[int, int] | None = option(None, help="pass over the optimiser steps A to B where they break a run")
-    verify: bool = option(True, help="check the digest of every shard while training; --no-verify for who has done it")
+    keep_every: int | None = option(None, help="with a limit: keep those of every N steps too")
+    checkpointing_minutes: float = option(60.0, help="also after this many minutes without one; the last two of these are kept; 0: never")
+    max_hours: float | None = option(None, help="save and exit with code 75 before this many hours; the same command resumes")
+    skip_steps: tuple[int, int] | None = option(None, help="skip optimiser steps A to B, if they break a run")
+    verify: bool = option(True, help="check the digest of every shard while training; --no-verify if already checked")
     timeout_minutes: float | None = option(None, help="how long a process waits for the others before it gives up (default: torch's)")
     dry_run: bool = option(False, help="print what the run would cost, and train nothing")
-    images_per_second: float | None = option(None, help="with --dry-run: a rate measured at the start of such a run, for the hours")
+    images_per_second: float | None = option(None, help="with --dry-run: measured training rate, to estimate hours")
 
-    log_steps: int = option(100, help="log every so many steps", heading="logging")
+    log_steps: int = option(100, help="log every N steps", heading="logging")
     report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
-    sampling_steps: int = option(0, help="write a grid of samples every so many steps; 0 for never")
-    eval_steps: int = option(0, help="score samples every so many steps; 0 for never")
+    sampling_steps: int = option(0, help="write a grid of samples every N steps; 0: never")
+    eval_steps: int = option(0, help="score samples every N steps; 0: never")
     eval_preset: str | None = option(None, help="sampling preset of the scores (generate.py --list-presets; default: the ODE by Heun "
                                                 "in 25 steps)")
     eval_weights: tuple[str, ...] = option(("ema",), help="score the ema weights, the raw ones, or both: ema raw")
@@ -108,7 +108,7 @@ class TrainConfig:
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
         require(self.checkpointing_minutes >= 0,
-                f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 is for never")
+                f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 means never")
         for flag, value in (("--max-hours", self.max_hours), ("--timeout-minutes", self.timeout_minutes)):
             require(value is None or value > 0, f"{flag} {value} must be positive")
         require(self.skip_steps is None or 0 < self.skip_steps[0] <= self.skip_steps[1],
@@ -122,7 +122,7 @@ class TrainConfig:
         require(self.num_fid_samples > 3, f"--num-fid-samples {self.num_fid_samples} must be at least 4")
         require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
                 "--images-per-second is a positive rate and belongs to --dry-run")
-        require(self.sampling_steps >= 0 and self.eval_steps >= 0, "--sampling-steps and --eval-steps must not be negative; 0 is for never")
+        require(self.sampling_steps >= 0 and self.eval_steps >= 0, "--sampling-steps and --eval-steps must not be negative; 0 means never")
         require(self.learning_rate > 0 and self.adam_epsilon > 0, "--learning-rate and --adam-epsilon must be positive")
         require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0,
                 "--adam-weight-decay and --max-grad-norm must not be negative")

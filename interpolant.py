@@ -5,8 +5,8 @@ Time runs from data to noise: t = 0 is data, t = 1 is noise. With clean latent x
     x_t   = alpha(t) x0 + sigma(t) eps,       alpha = 1 - t,  sigma = t                                     (1)
     v     = d x_t / d t = alpha'(t) x0 + sigma'(t) eps = eps - x0                                           (2)
 
-The network predicts v. From (1) and (2) every other quantity follows without a division by alpha or sigma, except the
-score, which has sigma in its denominator by nature:
+The network predicts v. From (1) and (2) every other quantity follows without dividing by alpha or sigma, except the
+score, which has sigma in its denominator:
 
     x0    = x_t - t v                                                                                       (3)
     eps   = x_t + (1 - t) v                                                                                 (4)

@@ -1,7 +1,7 @@
 """The flow-matching loss, and the `Learner`: a network and its alignments as one function from draws to named losses.
 
-The learner draws nothing: data, noise, times and dropped labels come in, so every objective sees the same ones and the
-whole is testable with hand-made tensors. It is the one module that is wrapped by DDP and differentiated.
+The learner draws nothing: data, noise, times and dropped labels come in, so every objective sees the same ones and it
+can be tested with hand-made tensors. It is the only module that DDP wraps and that is differentiated.
 """
 
 from __future__ import annotations

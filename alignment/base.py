@@ -1,7 +1,7 @@
 """The contract of an alignment: an auxiliary objective on what the network computes inside.
 
-An alignment is one file with one class. Naming it registers it; its `Options` dataclass is its command line; the loop
-never learns its name. It says what it reads and returns one loss per sample:
+An alignment is one file with one class. Setting `name` registers it; its `Options` dataclass is its command line; the loop
+has no code specific to it. It declares what it reads and returns one loss per sample:
 
     name      word after --align, key in logs and checkpoints
     Options   frozen dataclass of its options, a child of `AlignOptions`
@@ -49,9 +49,9 @@ class AlignOptions:
 
     weight: float = option(0.5, help="lambda, the weight of this loss beside the flow-matching loss")
     schedule: str = option("constant", choices=("constant", "cosine", "linear"),
-                           help="lambda until the stop: as it is, or falling to 0 there")
-    stop_steps: int | None = option(None, help="drop this loss after so many optimiser steps; 0 for never")
-    stop_epochs: float | None = option(None, help="drop this loss after so many epochs; 0 for never")
+                           help="lambda until the stop: constant, or decaying to 0 there")
+    stop_steps: int | None = option(None, help="drop this loss after this many optimiser steps; 0: never")
+    stop_epochs: float | None = option(None, help="drop this loss after this many epochs; 0: never")
     interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
     mask: str = option("select", choices=intervals.MASKS,
                        help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
@@ -62,7 +62,7 @@ class AlignOptions:
                 "--align-stop-steps and --align-stop-epochs say the same: give one of them")
         for name in ("stop_steps", "stop_epochs"):
             value = getattr(self, name)
-            require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 is for never")
+            require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 means never")
         require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         intervals.check(self.interval, self.mask)
 

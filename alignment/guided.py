@@ -1,7 +1,7 @@
 """Stage 2, self-guided representation (paper section 3.3, equations 3 and 4).
 
 The stage-1 network, frozen, sees the same (x_t, t) with and without its label. Its features at the guiding block are
-combined far beyond the conditional ones, and a head on the student's guided block regresses the result:
+extrapolated far beyond the conditional ones, and a head on the student's guided block regresses the result:
 
     f_g     = f_u + omega (f_c - f_u)
     L_guide = mean (MLP(f_n) - f_g)^2
@@ -136,5 +136,5 @@ def _require_compatible(checkpoint: Any, setting: Setting, options: GuidedOption
     require(checkpoint.has_null or options.guide_scale == 1,
             f"the teacher {source} was trained without label dropout (--cfg-prob 0), so it has no null class for --guide-scale "
             f"{options.guide_scale:g}: use another teacher, or scale 1")
-    require(teacher.num_classes == student.num_classes, f"the teacher {source} knows {teacher.num_classes} classes, the data "
+    require(teacher.num_classes == student.num_classes, f"the teacher {source} has {teacher.num_classes} classes, the data "
                                                         f"has {student.num_classes}: they must agree")

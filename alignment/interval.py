@@ -4,7 +4,7 @@ With `--align-interval a b` an alignment is kept to the times a <= t <= b, in on
 
     select     the samples in range alone; their sum is divided by the full micro-batch, so that the rest counts as zero:
                L = (1 / N) sum over i in range of l_i. Teacher and head run on the samples in range only.
-    upstream   all samples, the mean weighed by the share in range of the global batch (the authors' code):
+    upstream   all samples, the mean weighted by the global batch's share in range (the authors' code):
                L = share x (1 / N) sum over all i of l_i
 
 Without an interval L is the plain mean. Which samples are in range is known on the host, where times are drawn, so no

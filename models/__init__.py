@@ -85,4 +85,4 @@ def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
     """Raise UserError where a weight is not a finite number; names the first such tensor."""
     bad = next((name for name, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()), None)
     if bad is not None:
-        raise UserError(f"{where} holds numbers that are not finite, first in {bad}: such a network draws nothing; use another checkpoint")
+        raise UserError(f"{where} holds numbers that are not finite, first in {bad}; use another checkpoint")

@@ -1,7 +1,7 @@
 """Frozen external encoders: vision transformers of timm that own their preprocessing.
 
 An encoder takes images as they are stored and returns patch tokens on the student's token grid: pixels are scaled and
-normalised as the encoder was trained (ImageNet's mean and deviation for DINOv2), resized bicubically to grid x patch
+normalised as the encoder was trained (ImageNet's mean and std for DINOv2), resized bicubically to grid x patch
 pixels (16 x 14 = 224 for images of 256 pixels and DINOv2), and the absolute positions are resampled to that grid, all in
 REPA's order.
 """
@@ -121,7 +121,7 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{name}"
-        raise UserError(f"the weights of encoder {name} are neither here nor to be had from the hub ({reason}); where there is a "
+        raise UserError(f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
                         f"network, run: hf download {hub}; or give its file by --align-encoder-weights") from error
     if not isinstance(model, VisionTransformer):
         raise UserError(f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model")

@@ -16,7 +16,7 @@ PEERS: dict[str, str] = {
     "--enc-type": "write --align repa --align-encoder NAME (dinov2-vit-b is the default); this project's method needs no encoder",
     "--encoder-depth": "write --align-depth N with --align repa (or latent); a checkpoint knows its own when sampling",
     "--proj-coeff": "write --align-weight W",
-    "--projector-embed-dims": "nothing to set: heads stay apart from the network, sampling never meets them",
+    "--projector-embed-dims": "nothing to set: heads are stored separately and never loaded for sampling",
     "--path-type": "the interpolant is the linear one; REPA's cosine path is not offered",
     "--prediction": "networks predict the velocity; there is no other prediction",
     "--weighting": "the loss is weighted uniformly over t; for other times see --time-sampling (logit-normal)",
@@ -28,7 +28,7 @@ PEERS: dict[str, str] = {
     "--global-batch-size": "write --batch-size N: it is global here",
     "--allow-tf32": "write --mixed-precision no --tf32; bf16 is the default where the hardware has it",
     "--lr": "write --learning-rate",
-    "--use-8bit-adam": "AdamW in float32 is the one optimiser; 8-bit states are not offered",
+    "--use-8bit-adam": "AdamW in float32 is the only optimiser; 8-bit states are not offered",
     # run and log
     "--logging-dir": "logs go into the run's folder, OUTPUT_DIR/EXP_NAME/log.jsonl",
     "--results-dir": "write --output-dir",

@@ -1,4 +1,4 @@
-"""Whether a latent set is sound.
+"""Check a latent set for damage.
 
     python -m preprocessing.verify DIR [--vae ID|DIR] [--images DIR|ZIP]
 

@@ -5,7 +5,7 @@
     python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
     python -m recipes table 1                  published | ours | difference | verdict
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
-    python -m recipes check [RECORD ...]       recomputes what records say of themselves (default: all)
+    python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
     python -m recipes check curves             losses of 200 steps against the committed ones
 
 `--scale tiny` runs the same chain on the embedded digits. `run ROW --slurm [--nodes 2]` prints an sbatch file instead.
@@ -137,7 +137,7 @@ def check(names: Sequence[str], options: Options) -> None:
     for folder, found in faults.items():
         print(f"{folder.name}: {'; '.join(found) or 'holds'}")
     wrong = [folder.name for folder, found in faults.items() if found]
-    require(not wrong, f"{len(wrong)} of {len(folders)} records do not hold: {', '.join(wrong[:3])}")
+    require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}")
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], bool]] = {

@@ -172,7 +172,7 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
 
 
 def verdict(results: dict[int, list[dict[str, Any]]], steps: int = FULL) -> str:
-    """One sentence that says what the table shows, whichever way it falls.
+    """One sentence that states what the table shows, whatever the result.
 
     Over several seeds two networks are level where the mean of their paired differences is within two standard errors.
     """

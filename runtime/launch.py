@@ -136,7 +136,7 @@ def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -
     if wanted is not None and device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
         torch.backends.cudnn.allow_tf32 = on
-    return on, f"note: TF32, which the published setting uses, is not to be had on this {device.type}: running in float32" \
+    return on, f"note: TF32, which the published setting uses, is not available on this {device.type}: running in float32" \
         if wanted and not able else ""
 
 

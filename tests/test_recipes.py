@@ -125,7 +125,7 @@ def test_a_record_that_was_touched_is_named(change: object, said: str, place: Pa
     source = next((place / "results" / "records").glob("*table4*"))
     shutil.copytree(source, tmp_path / "records" / source.name)
     change(tmp_path / "records" / source.name)
-    with pytest.raises(UserError, match="1 of 1 records do not hold"):
+    with pytest.raises(UserError, match="1 of 1 records failed the check"):
         recipes.main(["check", "--results", str(tmp_path)])
     assert said in capsys.readouterr().out
 

@@ -133,7 +133,7 @@ class Between:
         """Stop the run if anything is not finite; names the first."""
         bad = next(iter(not_finite), None)
         if bad is not None:
-            raise UserError(f"{bad} is not finite near step {self.run.step}: the run stops before a checkpoint takes it in; "
+            raise UserError(f"{bad} is not finite near step {self.run.step}: the run stops before saving it to a checkpoint; "
                             f"{health.remedy(self.run, self.run.step, self.run.step)}")
 
 

@@ -37,7 +37,7 @@ def require_healthy(run: Run, meter: Meter, last: bool) -> None:
         files.write_json(run.folder / FILE, {"steps": [first, final], "items": {step: index.tolist() for step, index in items.items()}})
     because = f"{run.data.name(culprits[0])} of {run.data.path} is not finite itself (run preprocessing.verify)" if culprits else \
         f"no latent of step {first} is itself at fault; the items of the steps are in {run.folder / FILE}"
-    raise UserError(f"the gradient of the steps {first} to {final} is not finite, none of them was taken: {because}; "
+    raise UserError(f"the gradient of steps {first} to {final} is not finite, so they were skipped: {because}; "
                     f"{remedy(run, first, final)}")
 
 

@@ -48,7 +48,7 @@ def find(folder: Path, setup: Setup, precision: str, accelerator: Accelerator, t
 def _newest(folder: Path, tidy: bool) -> Path | None:
     newest, faults = checkpoint.newest_whole(folder)
     for damaged, fault in faults.items():
-        require(newest is not None, f"no checkpoint of {folder} is whole, the newest: {fault}; use another --exp-name")
+        require(newest is not None, f"no checkpoint of {folder} is intact; the newest: {fault}; use another --exp-name")
         aside = damaged.with_name(f"{damaged.name}.damaged")
         note(f"{fault}: continuing from {newest.name}, the newest whole one" + (f"; {damaged.name} is now {aside.name}" if tidy else ""))
         if tidy:

@@ -1,4 +1,4 @@
-"""A run at its current step: network, EMA, living alignments and optimiser, on this process's device."""
+"""A run at its current step: network, EMA, active alignments and optimiser, on this process's device."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Run:
         self.setup = Setup.of(config, options, self.device)
         self.data, self.epoch_steps = self.setup.data, self.setup.epoch_steps
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
-        require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} does not divide among {parts} parts "
+        require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} is not divisible into {parts} parts "
                                                 f"(processes x --gradient-accumulation-steps); choose a multiple")
         self.presence = self._hold(held) if held is not None else None
         self.resumed = resume.find(self.folder, self.setup, launch.precision_name(self.dtype, self.tf32), self.accelerator,
@@ -233,8 +233,8 @@ class Run:
         lines += [note for alignment in self.alignments.values() for note in alignment.notes()]
         lines += [self.tf32_note] if self.tf32_note else []
         if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
-            lines.append(f"warning: {config.max_train_steps} steps are short for an average of decay {config.ema_decay}; its "
-                         f"weights stay near the start: add --ema-warmup")
+            lines.append(f"warning: {config.max_train_steps} steps are few for EMA decay {config.ema_decay}; EMA "
+                         f"weights stay near initialisation: add --ema-warmup")
         if (epochs := config.max_train_steps / self.epoch_steps) > MANY_EPOCHS:
             lines.append(f"warning: {epochs:,.0f} epochs of {len(data):,} items: a network learns so few by heart; give --batch-size 32 "
                          f"--max-train-steps {1000 * max(1, len(data) // 32)} or fewer (docs/data.md)")
