@@ -38,7 +38,7 @@ class GuidedOptions(AlignOptions):
     """Options of the stage-2 alignment; `guiding` is the teacher, `guided` the student."""
 
     guiding_ckpt: str = option(help="the stage-1 checkpoint: a folder, a run (its latest) or RUN@STEP", flag="guiding-ckpt")
-    guiding_weights: str = option("raw", help="which of its weights: raw, ema, or ema-DECAY", flag="guiding-weights")
+    guiding_weights: str = option("raw", help="which of the teacher's weights: raw, ema, or ema-DECAY", flag="guiding-weights")
     guiding_labels: str = option("true", choices=("true", "dropped", "skip"), flag="guiding-labels",
                                  help="labels the teacher sees: the true ones, those after the student's dropout, or (skip) the true "
                                       "ones without a guide loss on samples whose label was dropped")

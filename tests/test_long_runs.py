@@ -185,7 +185,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path: Path, wor
 def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path, words: Words) -> None:
     run = train.main(words(tmp_path, "run", "--max-train-steps", 1))
     (run / "checkpoints" / "0000001" / "ema.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .*run is whole.*ema.safetensors is missing"):
+    with pytest.raises(UserError, match=r"no checkpoint of .*run is intact.*ema.safetensors is missing"):
         train.main(words(tmp_path, "run", "--max-train-steps", 2))
 
 
