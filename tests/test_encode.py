@@ -161,7 +161,7 @@ except errors.UserError as error:
     print("refused", error, flush=True)
 preprocessing.encode.main(arguments)
 assert accelerate.PartialState().num_processes == 2
-print("two", flush=True)
+sys.stdout.write("two\\n")  # one write: processes share the pipe
 """
 
 

@@ -98,7 +98,7 @@ UINT8 = np.zeros((9, 6, 6, 1), np.uint8)
     ({"images": UINT8}, "no arr_0.*images"),
     ({"arr_0": UINT8 / 255}, "float64, not uint8"),
     ({"arr_0": UINT8.transpose(0, 3, 1, 2)}, "looks like .N, C, H, W."),
-    ({"arr_0": UINT8[0]}, "not .N, H, W, C."),
+    ({"arr_0": UINT8[0]}, "give .N, H, W, C."),
     ({"arr_0": UINT8[:0]}, "holds no images"),
     ({"arr_0": UINT8[:3]}, "at least 4 samples, got 3"),
     ({"arr_0": UINT8[:, :4, :4]}, "images are 4 x 4 x 1, those of reference.npz are 6 x 6 x 1"),

@@ -301,15 +301,17 @@ def operators_of_a_step(run: Run) -> collections.Counter[str]:
 
 
 @pytest.mark.parametrize("method, more, bound", [
-    ("none", (), 730), ("latent", ("--align", "latent"), 785), ("guided", ("--align-interval", 0.2, 0.8), 980),
-    ("sra", ("--align", "sra"), 980), ("dispersive", ("--align", "dispersive"), 765)])
+    ("none", (), 750), ("latent", ("--align", "latent"), 805), ("guided", ("--align-interval", 0.2, 0.8), 980),
+    ("sra", ("--align", "sra"), 980), ("dispersive", ("--align", "dispersive"), 790)])
 def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(tmp_path: Path, words: Words, teacher: Path, method: str,
                                                                          more: tuple, bound: int):
     """No operator whose result the host has to wait for; and, views aside, six blocks of SiT run eagerly take so many in all."""
     words_of = words(tmp_path, "run", "--mixed-precision", "bf16", *(("--guiding-ckpt", teacher) if method == "guided" else ()), *more)
     calls = operators_of_a_step(opened(words_of, "train_guide" if method == "guided" else "train"))
-    waiting = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2", "item"}
+    waiting = {"nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2", "item"}
     assert not waiting & calls.keys(), waiting & calls.keys()
+    # on a CPU, where reading is free, the host looks at the norm itself; on CUDA the optimiser's kernel does
+    assert calls["_local_scalar_dense"] == 1
     kernels = sum(count for name, count in calls.items() if name not in VIEWS)
     assert 0.9 * bound < kernels <= bound, kernels
     assert calls["_fused_adamw_"] == (1 if method in ("none", "dispersive") else 2) and calls["_foreach_lerp_"] == 1
