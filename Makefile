@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. PYTHON picks the interpreter of the environment.
 PYTHON ?= python3
 VENV   := .venv
+# Processes that run the tests; each takes one core.
+WORKERS ?= 2
 
 .PHONY: setup quickstart test
 
@@ -16,4 +18,4 @@ quickstart: setup
 	$(VENV)/bin/python -m recipes.quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile

@@ -105,7 +105,7 @@ def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="not a plain vision transformer but a ResNet"):
         open_encoder("resnet10t", grid=2, pretrained=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="weights of encoder vit_small_patch14_dinov2.lvd142m are neither here") as error:
+    with pytest.raises(UserError, match="weights of encoder vit_small_patch14_dinov2.lvd142m are neither local") as error:
         open_encoder(SMALL_DINO, grid=2)
     assert "hf download timm/vit_small_patch14_dinov2.lvd142m" in str(error.value) and "\n" not in str(error.value)
 

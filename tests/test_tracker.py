@@ -59,6 +59,9 @@ def whole(file: Path) -> list[Any]:
 
 
 def test_a_continued_run_is_one_wandb_run(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    wandb.teardown()  # it reads the environment once a process
     environment = {"MODE": "offline", "PROJECT": "our-project", "ENTITY": "our-lab", "TAGS": "first,second", "SILENT": "true"}
     for name, value in environment.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
