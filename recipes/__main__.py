@@ -62,7 +62,7 @@ def list_rows(names: Sequence[str], options: Options) -> None:
     lines = [["row", "published", "sampling", "records"]]
     for row in chosen:
         number = row.published.metrics["fid"] if row.published else None
-        count = sum(one["row"] == row.name for one in records)
+        count = sum(entry["row"] == row.name for entry in records)
         lines.append([row.name, "" if number is None else f"{number:.2f}", " ".join(row.presets), str(count or "")])
     print(table.aligned(lines))
 

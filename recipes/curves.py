@@ -72,13 +72,13 @@ def measure(method: str, steps: int, work: Path, more: Sequence[str] = ()) -> di
             train.main([*words, *hidden, "--exp-name", "teacher", "--align", "latent", "--align-depth", "3", "--max-train-steps", "20"])
         if method in ("repa", "haste") and not (encoder / "accuracy.json").is_file():
             train_encoder(encoder, epochs=1)
-        mine = [*words, "--exp-name", method, "--max-train-steps", str(steps), *METHODS[method], *more]
-        mine += hidden if method.startswith(("latent", "guided", "repa", "haste")) else []
-        mine += ["--align-encoder", str(encoder)] if method in ("repa", "haste") else []
+        argv = [*words, "--exp-name", method, "--max-train-steps", str(steps), *METHODS[method], *more]
+        argv += hidden if method.startswith(("latent", "guided", "repa", "haste")) else []
+        argv += ["--align-encoder", str(encoder)] if method in ("repa", "haste") else []
         if method.startswith("guided"):
-            run = train_guide.main([*mine, "--guiding-ckpt", str(exps / "teacher")])
+            run = train_guide.main([*argv, "--guiding-ckpt", str(exps / "teacher")])
         else:
-            run = train.main(mine)
+            run = train.main(argv)
     lines = read_log(run / "log.jsonl")
     names = [name for name in lines[0] if name in ("grad_norm", "loss/diffusion") or (name.startswith("loss/") and " " not in name)]
     return {name: [line[name] for line in lines if name in line] for name in names}

@@ -58,9 +58,9 @@ class Row:
     def published(self) -> Published | None:
         """The paper's own row, None where it prints none."""
         number = self.table.removeprefix("table")
-        found = [row for row in published.find(method=self.method, model=self.model, epochs=int(self.epochs), resolution=self.resolution,
+        printed = [row for row in published.find(method=self.method, model=self.model, epochs=int(self.epochs), resolution=self.resolution,
                                                variant=self.variant, status="published") if f"Table {number}" in row.source]
-        return found[0] if found and self.table.startswith("table") else None
+        return printed[0] if printed and self.table.startswith("table") else None
 
 
 def _row(table: str, model: str, method: str, epochs: float, key: str = "", **more) -> Row:

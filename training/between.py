@@ -75,9 +75,9 @@ class Between:
         due = [callback for callback in self.callbacks if step % callback.every == 0]
         pictures: dict[str, Path] = {}
         for callback in due:
-            found = callback(step, {"ema": run.ema.network, "raw": run.network}, run.dtype)
-            pictures |= {name: value for name, value in found.items() if isinstance(value, Path)}
-            if measured := {name: value for name, value in found.items() if name not in pictures}:
+            returned = callback(step, {"ema": run.ema.network, "raw": run.network}, run.dtype)
+            pictures |= {name: value for name, value in returned.items() if isinstance(value, Path)}
+            if measured := {name: value for name, value in returned.items() if name not in pictures}:
                 self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
             values |= measured
         if values:

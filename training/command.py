@@ -60,14 +60,14 @@ def taken_over(given: dict[str, Given]) -> Given:
     place = plain.get("branch_from") or plain.get("init_ckpt") or given.get("guided", {}).get("guiding_ckpt")
     if place is None or "exp_name" not in plain or not {"model", "qk_norm", "recipe"} - plain.keys():
         return {}
-    own = latest(Path(plain.get("output_dir", TrainConfig.output_dir)) / plain["exp_name"])
-    source = Checkpoint.open(own or place)
+    resumed = latest(Path(plain.get("output_dir", TrainConfig.output_dir)) / plain["exp_name"])
+    source = Checkpoint.open(resumed or place)
     trained = source.config.get("train") or {}
     family = trained.get("recipe", "lightningdit" if source.spec.architecture == "lightningdit" else "sit")
     known = {"model": source.spec.name, "qk_norm": source.spec.qk_norm, "recipe": family}
     taken = {key: value for key, value in known.items() if key not in plain}
     require(taken.get("model", "") != "custom", f"{place} is of no registered size: say --model, one of {', '.join(models.names())}")
-    if own is None and os.environ.get("RANK", "0") == "0":
+    if resumed is None and os.environ.get("RANK", "0") == "0":
         print(f"taken over from {source.path}: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in taken.items()))
     return taken
 

@@ -75,8 +75,8 @@ class Meter:
             return {}
         sums = torch.stack([self._sums[name] for name in names])
         packed = self._accelerator.reduce(torch.cat([sums, self._counts, self._quarters.flatten()]), "sum")
-        own, quarters = packed[:-8] / self._accelerator.num_processes, packed[-8:].view(2, 4)
-        *totals, taken, skipped, streak, longest, ago = own.tolist()
+        sums, quarters = packed[:-8] / self._accelerator.num_processes, packed[-8:].view(2, 4)
+        *totals, taken, skipped, streak, longest, ago = sums.tolist()
         self.streak, self.longest, self.ago = round(streak), round(longest), round(ago)
         values = dict(zip(names, (total / taken for total in totals), strict=True)) if taken else {}
         for name, total, count in zip(QUARTERS, *quarters.tolist(), strict=True):

@@ -92,9 +92,9 @@ class Run:
         launch.on_main(self.accelerator, take)
         if self.accelerator.num_processes == 1:
             return None
-        own = Presence(signs, self.accelerator.process_index)
-        held.callback(own.end)
-        return own
+        watch = Presence(signs, self.accelerator.process_index)
+        held.callback(watch.end)
+        return watch
 
     def seen(self, step: int) -> None:
         """Let the other processes know how far this one is."""

@@ -34,8 +34,8 @@ class Vote:
 
     def _send(self, wishes: list[float]) -> None:
         cuda = self._accelerator.device.type == "cuda"
-        own = torch.tensor(wishes, pin_memory=cuda).to(self._accelerator.device, non_blocking=True)
-        total = self._accelerator.reduce(own, "sum")
+        wished = torch.tensor(wishes, pin_memory=cuda).to(self._accelerator.device, non_blocking=True)
+        total = self._accelerator.reduce(wished, "sum")
         if cuda:
             host = torch.empty(len(wishes), pin_memory=True)
             host.copy_(total, non_blocking=True)
