@@ -10,7 +10,6 @@ import datetime
 import io
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from models.latents import LatentSpace
 from preprocessing import shards
-from runtime import files
+from runtime import files, launch
 from runtime.streams import Stream
 
 PEAKS = {"H100": 990e12, "H200": 990e12, "H800": 990e12, "A100": 312e12, "A800": 312e12}
@@ -32,12 +31,7 @@ Call = Callable[[], Any]
 
 def environment(command: str) -> dict[str, Any]:
     """What a result depends on besides its row."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                                check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {"date": datetime.date.today().isoformat(), "command": command, "device": device_name(), "commit": commit,
+    return {"date": datetime.date.today().isoformat(), "command": command, "device": device_name(), "commit": launch.commit() or "unknown",
             "threads": torch.get_num_threads(), "load": load(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 

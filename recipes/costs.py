@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 
 import models
-from models import Backbone
 from models.latents import LatentSpace
 from recipes import chain
 from recipes.rows import Row
@@ -64,20 +63,16 @@ def sketch(row: Row, scale: Scale) -> Sketch:
 
 def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
     """A teacher's checkpoint as far as its shapes go."""
-    def network(weights: str, depth: int | None = None) -> Backbone:
-        hollow = models.outline(spec, depth=depth)
-        hollow.load_state_dict({name: torch.empty(value.shape) for name, value in hollow.state_dict().items()}, assign=True)
-        return hollow
-
-    return SimpleNamespace(spec=spec, space=space, has_null=True, network=network, path="sketch", digest="", step=0, epochs=None)
+    return SimpleNamespace(spec=spec, space=space, has_null=True, path="sketch", digest="", step=0, epochs=None,
+                           network=lambda weights, depth=None: cost.hollow(spec, depth))
 
 
 def training_cost(row: Row, scale: Scale) -> cost.Cost:
     """The account of the row's training command (not of its teacher's)."""
-    plan = chain.build(row, scale, 0, chain.Path("work"))
+    plan = chain.build(row, scale, 0, Path("work"))
     link = next(link for link in reversed(plan.links) if link.name == "train")
     guided = link.words[0] == "train_guide.py"
-    words = [word for word in link.words[1:]]
+    words = list(link.words[1:])
     if "--align-encoder" in words:  # the tiny encoder is made by the chain; its cost is that of a network of its shape
         place = words.index("--align-encoder")
         words[place + 1] = "test_vit"
@@ -93,6 +88,6 @@ def flops(row: Row, scale: Scale) -> float:
     account = training_cost(row, scale)
     total = account.plain * account.mean_ratio() * account.steps * account.batch_size
     if row.teacher is not None:
-        total += flops(chain.replace(row, method=row.teacher.method, epochs=row.teacher.epochs, teacher=None, words=(), stop=None,
+        total += flops(replace(row, method=row.teacher.method, epochs=row.teacher.epochs, teacher=None, words=(), stop=None,
                                      trunk=None, at=()), scale)
     return total

@@ -18,7 +18,6 @@ import io
 import json
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 
 from models.checkpoint import Checkpoint, versions
 from recipes.chain import Chain
-from runtime import files
+from runtime import files, launch
 from runtime.errors import UserError
 from training.log import read
 
@@ -57,7 +56,7 @@ def write(chain: Chain, *, scale: str, seed: int, commands: list[str], processes
         made.mkdir()
         summary: dict[str, Any] = {
             "row": chain.row.name, "table": chain.row.table, "scale": scale, "seed": seed, "date": today,
-            "status": "failed" if failure else "finished", "failure": failure, "commands": commands, "commit": commit(),
+            "status": "failed" if failure else "finished", "failure": failure, "commands": commands, "commit": launch.commit(),
             "versions": {"python": platform.python_version(), **versions()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
             "processes": processes}
@@ -109,16 +108,6 @@ def spent(run: Path, batch_size: int, step: int) -> tuple[float, float]:
             seconds += (line["step"] - before) * batch_size / line["images_per_second"]
             before = line["step"]
     return seconds / 3600, before * batch_size / seconds if seconds else 0.0
-
-
-def commit() -> str | None:
-    """The commit of the working tree, marked + where it has changes; None outside git."""
-    try:
-        head, changes = (subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
-                         for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+" if changes.strip() else "")
 
 
 def load(results: Path) -> list[dict[str, Any]]:

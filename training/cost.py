@@ -179,7 +179,7 @@ class _Probe:
 
     def __init__(self, setup: Setup, dtype: torch.dtype | None, image: tuple[int, ...]) -> None:
         self.setup, self.dtype, self.latent, self.image = setup, dtype, setup.data.shape[1:], image
-        self.network, self.ema = _hollow(setup.spec), _hollow(setup.spec)
+        self.network, self.ema = hollow(setup.spec), hollow(setup.spec)
         self._known: dict[tuple, tuple[float, float, float]] = {}
 
     def run(self, alignments: dict[str, Alignment], count: int = 2, mode: str = "none") -> tuple[float, float, float]:
@@ -231,9 +231,9 @@ class _Probe:
         return Batch(x, x.clone(), t, labels, labels, columns, draws)
 
 
-def _hollow(spec: models.ModelSpec) -> Backbone:
-    """A network whose parameters are never touched, so that they take no memory."""
-    network = models.outline(spec)
+def hollow(spec: models.ModelSpec, depth: int | None = None) -> Backbone:
+    """A network (or its first `depth` blocks) whose parameters are never touched, so that they take no memory."""
+    network = models.outline(spec, depth=depth)
     network.load_state_dict({name: torch.empty(value.shape) for name, value in network.state_dict().items()}, assign=True)
     return network
 
