@@ -59,8 +59,9 @@ def test_two_nodes_train_one_run(tmp_path: Path, words: Words) -> None:
 
 def test_torchrun_is_seen_as_well(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from runtime.launch import accelerator\nseen = accelerator()\nprint(seen.process_index, 'of', seen.num_processes)")
+    script.write_text("from pathlib import Path\nfrom runtime.launch import accelerator\nseen = accelerator()\n"
+                      "Path(__file__).with_name(f'rank-{seen.process_index}').write_text(f'of {seen.num_processes}')")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
                            str(script)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if " of " in line) == ["0 of 2", "1 of 2"]
+    assert {told.name: told.read_text() for told in tmp_path.glob("rank-*")} == {"rank-0": "of 2", "rank-1": "of 2"}
