@@ -211,16 +211,6 @@ class Frozen:
             return self.network(*args, **kwargs)
 
 
-def block_number(depth: int, share: float, chosen: int | None, what: str) -> int:
-    """The number of a block: `chosen`, else `share` of the depth rounded to the nearest (halves up), at least 1.
-
-    Raises UserError, naming the option `what`, where it lies beyond the depth.
-    """
-    number = chosen if chosen is not None else max(1, math.floor(depth * share + 0.5))
-    require(1 <= number <= depth, f"{what} {number} is beyond the network's depth: blocks count from 1 to {depth}")
-    return number
-
-
 def given_or(value: int | None, default: int | None) -> int | None:
     """`value` where the user gave one, 0 included, else `default`."""
     return default if value is None else value

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Setting, block_number
+from alignment.base import Alignment, AlignOptions, Context, Setting
 from models import ModelSpec
+from models.backbone import block_number
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import require
 from runtime.options import option

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, block_number, squared_error
+from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, squared_error
 from models import Backbone, ModelSpec
+from models.backbone import block_number
 from models.heads import mlp
 from runtime.errors import require
 from runtime.options import option

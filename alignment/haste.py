@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Setting, block_number, cosine, given_or
+from alignment.base import Alignment, Context, Setting, cosine, given_or
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
+from models.backbone import block_number
 from models.heads import mlp
 from runtime.errors import require
 from runtime.options import option

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Setting, block_number, given_or, smooth_l1, squared_error
+from alignment.base import Alignment, AlignOptions, Context, Setting, given_or, smooth_l1, squared_error
 from models import ModelSpec, patchify
+from models.backbone import block_number
 from models.heads import linear, mlp
 from runtime.errors import require
 from runtime.options import option

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Setting, block_number, cosine, given_or
+from alignment.base import Alignment, AlignOptions, Context, Setting, cosine, given_or
 from models import ModelSpec
+from models.backbone import block_number
 from runtime.errors import require
 from runtime.options import option
 

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Setting, block_number, cosine, given_or
+from alignment.base import Alignment, Context, Setting, cosine, given_or
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
+from models.backbone import block_number
 from models.heads import mlp
 from runtime.streams import Stream
 

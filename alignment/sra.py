@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Setting, block_number, cosine, given_or, smooth_l1
+from alignment.base import Alignment, AlignOptions, Context, Setting, cosine, given_or, smooth_l1
 from models import ModelSpec
+from models.backbone import block_number
 from models.heads import linear
 from runtime.errors import require
 from runtime.options import option

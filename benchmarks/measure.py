@@ -22,6 +22,7 @@ from models.latents import LatentSpace
 from preprocessing import shards
 from runtime import files, launch
 from runtime.streams import Stream
+from runtime.text import aligned
 
 PEAKS = {"H100": 990e12, "H200": 990e12, "H800": 990e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 operations a second, as the vendor states them; MFU is in these units whatever the precision."""
@@ -179,5 +180,4 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[
             return ""
 
     lines = [["", *columns], *([name, *(cell(column, row) for column in columns.values())] for name, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return aligned(lines, rule=False)

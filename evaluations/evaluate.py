@@ -26,6 +26,7 @@ from evaluations.score import Scorer
 from runtime import errors, files, launch
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
+from runtime.text import aligned
 from sampling import store
 
 
@@ -99,8 +100,7 @@ def table(result: dict[str, Any]) -> str:
     if len(runs) > 1:
         rows += [("mean", result["num_samples"], result["metrics"]), ("std", "", result["std"])]
     lines += [(name, str(count), *(f"{value:.4f}" for value in values.values())) for name, count, values in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
+    return aligned(lines, rule=False)
 
 
 def report(result: dict[str, Any], path: Path | str) -> None:

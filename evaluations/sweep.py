@@ -32,6 +32,7 @@ from runtime.errors import UserError, require
 from runtime.launch import on_main
 from runtime.locks import locked
 from runtime.options import group, option, read
+from runtime.text import aligned
 from sampling.source import Source
 
 if TYPE_CHECKING:
@@ -139,8 +140,7 @@ def table(points: dict[Point, dict[str, float]], metric: str) -> str:
     lines = [["high \\ scale", *(f"{scale:g}" for scale in scales)]]
     lines += [[f"{high:g}", *("-" if value is None else f"{value:.3f}" for value in line)]
               for high, line in zip(highs, grid, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+    return aligned(lines, left=(), rule=False)
 
 
 def heat_map(points: dict[Point, dict[str, float]], metric: str, title: str) -> Figure:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.layers import Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify
 from runtime import schema
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.streams import Stream
 
 _MOST = {"depth": 1000, "hidden_size": 65_536, "input_size": 4096, "in_channels": 65_536}  # beyond: a damaged description
@@ -224,6 +224,16 @@ class Backbone(nn.Module):
                 features[number] = tokens
         velocity = None if exit_early else unpatchify(self.final_layer(tokens, c), self.spec.patch_size)
         return Output(velocity, features)
+
+
+def block_number(depth: int, share: float, chosen: int | None, what: str) -> int:
+    """The number of a block: `chosen`, else `share` of the depth rounded to the nearest (halves up), at least 1.
+
+    Raises UserError, naming the option `what`, where it lies beyond the depth.
+    """
+    number = chosen if chosen is not None else max(1, math.floor(depth * share + 0.5))
+    require(1 <= number <= depth, f"{what} {number} is beyond the network's depth: blocks count from 1 to {depth}")
+    return number
 
 
 def initial_weights(network: Backbone, seed: int) -> dict[str, Tensor]:

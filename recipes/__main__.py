@@ -22,6 +22,7 @@ from recipes import chain, rows, scale
 from runtime import errors
 from runtime.errors import UserError, nearest, require
 from runtime.options import option, read
+from runtime.text import aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Options:
 
 def list_rows(names: Sequence[str], options: Options) -> None:
     """Rows with their published number and how many records they have."""
-    from recipes import record, table
+    from recipes import record
 
     records = record.load(Path(options.results))
     chosen = [row for name in (names or rows.TABLES) for row in rows.of_table(name)]
@@ -64,7 +65,7 @@ def list_rows(names: Sequence[str], options: Options) -> None:
         number = row.published.metrics["fid"] if row.published else None
         count = sum(entry["row"] == row.name for entry in records)
         lines.append([row.name, "" if number is None else f"{number:.2f}", " ".join(row.presets), str(count or "")])
-    print(table.aligned(lines))
+    print(aligned(lines))
 
 
 def show(names: Sequence[str], options: Options) -> None:

@@ -24,6 +24,7 @@ from recipes.encoder import train_encoder
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
+from runtime.text import aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +153,7 @@ def table(rows: Sequence[Row], names: dict[str, str], results: dict[str, dict[in
         plain = results.get("plain", {})
         paired = [metrics["fd"] - plain[seed]["fd"] for seed, metrics in values.items() if seed in plain]
         lines.append([*cells, _spread(paired) if paired and row.key != "plain" else ""])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rendered = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
+    return aligned(lines)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -23,6 +23,7 @@ from config import require_precision
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
+from runtime.text import aligned
 
 MODEL = "SiT-Tiny/2"
 TEACHER, HALF, FULL = 400, 400, 800
@@ -156,8 +157,7 @@ def _call(command: Any, name: str, *words: Any) -> None:
 
 def table(results: dict[int, list[dict[str, Any]]]) -> str:
     """The aligned table: means over seeds, with standard deviations where there are several."""
-    header = ["network", "steps", "total steps", *METRICS.values()]
-    lines = [header]
+    lines = [["network", "steps", "total steps", *METRICS.values()]]
     for index, row in enumerate(next(iter(results.values()))):
         cells = [row["name"], str(row["step"]), str(row["total"])]
         for key in METRICS:
@@ -165,10 +165,7 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         lines.append(cells)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    rendered = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                          for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
-    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
+    return aligned(lines)
 
 
 def verdict(results: dict[int, list[dict[str, Any]]], steps: int = FULL) -> str:

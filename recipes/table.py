@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes.rows import Row
+from runtime.text import aligned
 
 SPREAD = 0.013
 """Relative spread of an FID over training seeds (arXiv 2606.20536)."""
@@ -29,13 +30,6 @@ def verdict(published: float | None, ours: Sequence[float]) -> str:
         return "inconclusive"
     tolerance = max(SPREAD * published, 2 * statistics.stdev(ours) / math.sqrt(len(ours)))
     return "reproduced" if abs(statistics.mean(ours) - published) <= tolerance else "differs"
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text, the first column to the left, the others to the right, a rule below the head."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
 def columns(records: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from models import published
 from models.latents import LatentSpace
 from runtime.errors import UserError, nearest
 from runtime.options import Given
+from runtime.text import aligned
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 FREE = ("seed",)
@@ -136,6 +137,4 @@ def table() -> str:
         note = f"  ({preset.note})" if preset.note else ""
         fid = "" if preset.published is None else f"{preset.published:.2f}"
         lines.append((name, fid, preset.network, said + " --mixed-precision no --tf32" + decoder + note))
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join("  ".join([name.ljust(widths[0]), fid.rjust(widths[1]), network.ljust(widths[2]), said])
-                     for name, fid, network, said in lines)
+    return aligned(lines, left=(0, 2, 3), rule=False)

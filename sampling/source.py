@@ -74,9 +74,8 @@ class Source:
 
     @property
     def name(self) -> str:
-        """RUN@STEP, or the checkpoint folder's name."""
-        path = self.checkpoint.path
-        return f"{path.parent.parent.name}@{self.checkpoint.step}" if path.parent.name == "checkpoints" else path.name
+        """What the checkpoint is called: see `name_of`."""
+        return name_of(self.checkpoint)
 
     @property
     def folder(self) -> Path:
@@ -104,3 +103,9 @@ class Source:
             "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
             "space": self.checkpoint.space.to_json(),
             "decoder": self.decoder}
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """RUN@STEP, or the checkpoint folder's name."""
+    path = checkpoint.path
+    return f"{path.parent.parent.name}@{checkpoint.step}" if path.parent.name == "checkpoints" else path.name

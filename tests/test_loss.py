@@ -103,7 +103,7 @@ def test_upstream_preset_of_stage_1() -> None:
 
 @pytest.mark.parametrize(("name", "block", "thirds", "sixth"), [("SiT-B/2", 6, 8, 2), ("SiT-L/2", 12, 16, 4), ("SiT-XL/2", 14, 19, 5)])
 def test_layers_of_the_published_sizes(name: str, block: int, thirds: int, sixth: int) -> None:
-    from alignment.base import block_number
+    from models.backbone import block_number
 
     spec = models.spec(name, in_channels=4, input_size=32, num_classes=1000)
     guided = find("guided")

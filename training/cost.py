@@ -28,6 +28,7 @@ from models.checkpoint import Checkpoint
 from models.recompute import recompute
 from runtime import launch
 from runtime.streams import Stream
+from runtime.text import aligned
 from training.setup import Setup
 
 
@@ -256,8 +257,7 @@ def report(cost: Cost, rate: float | None = None) -> str:
     for stop in sorted({part.stop for part in cost.parts if part.stop is not None and part.stop < cost.steps}):
         lines.append([f"from step {stop} on", "", f"{cost.ratio(stop) * cost.plain / 1e9:.2f}", f"{cost.ratio(stop):.4f}"])
     lines.append(["mean over the run", "", f"{cost.mean_ratio() * cost.plain / 1e9:.2f}", f"{cost.mean_ratio():.4f}"])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    text = [aligned(lines, rule=False)]
     memory = cost.memory()
     text += [f"steps: {cost.epoch_steps} per epoch, {cost.steps} in all = {cost.steps / cost.epoch_steps:.1f} epochs",
              f"memory per process, {launch.precision_name(cost.dtype)}, {cost.micro_batch} images at once: "

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from runtime import files, progress
+from runtime.jsonlines import read
 from training.tracker import Tracker
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
@@ -142,18 +143,3 @@ class RunLog:
         """End the bar and the tracker."""
         self._bar.close()
         self._tracker.close()
-
-
-def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a log, [] where there is none; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines.append(values)
-    return lines

@@ -1,0 +1,16 @@
+"""Tables as text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = True) -> str:
+    """Lines of cells in columns: those numbered in `left` to the left, the others to the right.
+
+    The first line is the head; `rule` draws a line below it.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) if column in left else cell.rjust(width)
+                      for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]] if rule else text)
