@@ -1,0 +1,82 @@
+"""Figures as PNG and SVG, legible in black and white: lines differ by dashes and markers, not by colour alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STYLES: tuple[dict[str, Any], ...] = tuple(
+    {"linestyle": line, "marker": marker, "color": colour} for line, marker, colour in (
+        ("-", "o", "#000000"), ("--", "s", "#0072b2"), (":", "^", "#d55e00"), ("-.", "D", "#009e73"), ((0, (5, 1)), "v", "#cc79a7"),
+        ((0, (1, 1)), "x", "#56b4e9"), ((0, (3, 1, 1, 1)), "+", "#e69f00"), ((0, (8, 3)), "*", "#666666")))
+"""Line, marker and colour (Okabe and Ito's) of each curve, in order."""
+
+
+def style(number: int) -> dict[str, Any]:
+    """That of the curve `number`, from 0; after the last they begin again."""
+    return STYLES[number % len(STYLES)]
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `figure` as stem.png and stem.svg, each at once; returns both. The same figure gives the same bytes."""
+    import matplotlib
+
+    written = []
+    with matplotlib.rc_context({"svg.hashsalt": stem.name}):
+        for kind, about in (("png", {}), ("svg", {"Date": None})):
+            path = stem.with_name(f"{stem.name}.{kind}")
+            with files.replacing(path) as temporary:
+                figure.savefig(temporary, format=kind, dpi=150, metadata=about)
+            written.append(path)
+    return written
+
+
+def curves(axes: Axes, points: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
+    """Draw curve name -> x -> values over seeds: their mean, and where there are several their standard deviation as a bar."""
+    for number, (name, values) in enumerate(points.items()):
+        at = sorted(values)
+        spread = [statistics.stdev(values[x]) if len(values[x]) > 1 else 0.0 for x in at]
+        axes.errorbar(at, [statistics.mean(values[x]) for x in at], spread, capsize=3, label=name, **style(number))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def tiles(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], heads: Sequence[str] = (), size: float = 1.0) -> Figure:
+    """Rows of images (H, W), (H, W, 1) or (H, W, 3), uint8 or in [0, 1], as squares of `size` inches; None leaves a gap.
+
+    `names` stand left of the rows, `heads` above the columns.
+    """
+    columns = max(map(len, rows))
+    figure = canvas(size * columns + 0.09 * max(map(len, names), default=0), size * len(rows) + (0.3 if heads else 0.1))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+        for column, axes in enumerate(grid[number]):
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            image = row[column] if column < len(row) else None
+            if image is not None:
+                image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest")
+        grid[number, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for axes, head in zip(grid[0], heads):
+        axes.set_title(head, fontsize=8)
+    return figure

@@ -1,0 +1,308 @@
+"""Which guiding block, guided block and omega suit your data: what each block knows of the class and of the mask, as numbers.
+
+    python -m evaluations.probe --ckpt exps/stage1 --data-dir data/photos --out probes/stage1
+    python -m evaluations.probe --ckpt exps/plain@1000 exps/stage1@1000 --data-dir data/scenes --masks masks.npz \\
+        --t 0.3 0.5 0.7 --omega 3 10 30 --out probes/both
+
+For each checkpoint, block and time (1 is noise): f_u (null label), f_c (label) and f_g = f_u + omega (f_c - f_u), beside the clean
+latents and, with --encoder, an external encoder. `accuracy`: logistic regression of the class on mean-pooled tokens; `knn`: their
+nearest neighbours; `miou`: the mask of a token's patch by ridge regression on that token, over foreground and background;
+`cknna`: alignment with classes, clean latents and encoder. All on held-out images; definitions in `evaluations.representation`.
+f_c and f_g have been told the label: their accuracy says how plainly they pass it on. --labels shuffled tells the label of
+another image instead, and what is then found of the image's own class was seen, not told.
+
+Writes probe.json, probe.png and probe.svg; the last line printed is what to give to train_guide.py, by a heuristic: the block and
+omega of f_g with the largest sqrt(accuracy x miou), mean over the times given (accuracy alone without masks); among those within
+`TIE` of it the smallest omega, then the shallowest block, which costs least. The guided block is half the depth, as in the
+paper, but at least one below the guiding block: a probe of the teacher cannot tell where its student learns best.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import interpolant
+import models
+from evaluations import drawing, representation
+from evaluations.representation import CLASS_PROBES, Moments
+from evaluations.taps import Items, Probed, chunks, encoded
+from models.backbone import block_number
+from models.checkpoint import versions
+from models.encoders import Encoder, open_encoder
+from runtime import errors, files, progress
+from runtime.errors import require
+from runtime.locks import locked
+from runtime.options import as_dict, option, read
+from runtime.text import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("u", "c", "g", "latents")
+TIE = 0.005
+"""Difference of the score below which two settings are level."""
+ALIGNED = 1000
+"""Images that CKNNA compares with each other, the first of those drawn."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Options of the command."""
+
+    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at")
+    data_dir: str = option(help="latent set with the images")
+    out: str = option(help="folder of the result")
+    masks: str | None = option(None, help=".npz with masks (N, H, H) of 0 and 1 in the order of the set, and perhaps groups (N,)")
+    weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
+    blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
+    t: tuple[float, ...] = option((0.3, 0.5, 0.7), help="times, 1 is noise")
+    omega: tuple[float, ...] = option((3.0, 10.0, 30.0), help="guidance scales of f_g")
+    features: tuple[str, ...] = option(KINDS, help=f"which features: {', '.join(KINDS)}")
+    encoder: str | None = option(None, help="an external encoder too: a vision transformer of timm, or a folder of one")
+    encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
+    labels: str = option("true", choices=("true", "shuffled"), help="what the network is told: the images' labels, or other images'")
+    items: int = option(2000, help="images, drawn by the seed")
+    seed: int = option(0, help="of the images drawn, their noise and their split")
+    batch_size: int = option(64, help="images per pass through the network", heading="how")
+
+    def __post_init__(self) -> None:
+        require(all(0 <= t <= 1 for t in self.t), f"--t {' '.join(map(str, self.t))} must lie between 0 and 1")
+        wrong = sorted(set(self.features) - set(KINDS))
+        require(not wrong, f"--features has no {wrong[0] if wrong else ''}{errors.nearest(wrong[0], KINDS) if wrong else ''}; "
+                           f"there are {', '.join(KINDS)}")
+        require(self.items > 0 and self.batch_size > 0, "--items and --batch-size must be positive")
+
+    def kinds(self) -> list[tuple[str, float | None]]:
+        """The features of blocks, each with its omega: ("g", 10.0)."""
+        plain = [(kind, None) for kind in ("u", "c") if kind in self.features]
+        return plain + ([("g", omega) for omega in self.omega] if "g" in self.features else [])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tokens from one place: a function of images, and which linear maps of them are the features to be measured."""
+
+    read: Callable[[np.ndarray], dict[int | None, Tensor]]
+    """Places of n images -> block (None: no block) -> tokens (n, T, A) float64."""
+    maps: Callable[[int], dict[tuple[str, float | None], Tensor]]
+    """A -> feature -> its map (A, D)."""
+
+
+def of_blocks(probed: Probed, items: Items, t: float, kinds: Sequence[tuple[str, float | None]]) -> Reading:
+    """f_u and f_c - f_u of each token side by side, of which every f_g is a linear map."""
+    both = any(kind != "c" for kind, _ in kinds)
+
+    def tokens(places: np.ndarray) -> dict[int | None, Tensor]:
+        pairs = probed.pairs(items, places, t, unconditional=both)
+        return {block: torch.cat([u, c - u], -1) if both else c for block, (u, c) in pairs.items()}
+
+    def maps(size: int) -> dict[tuple[str, float | None], Tensor]:
+        one = torch.eye(size, dtype=torch.float64, device=probed.device)
+        if not both:
+            return {("c", None): one}
+        u, c = one[:, : size // 2], one[:, : size // 2] + one[:, size // 2 :]
+        known = {"u": u, "c": c}
+        return {(kind, omega): known[kind] if omega is None else interpolant.guide(u, c, omega) for kind, omega in kinds}
+
+    return Reading(tokens, maps)
+
+
+def as_they_are(kind: str, tokens: Callable[[np.ndarray], Tensor]) -> Reading:
+    """A reading of one feature that has no block."""
+    def maps(size: int) -> dict[tuple[str, float | None], Tensor]:
+        return {(kind, None): torch.eye(size, dtype=torch.float64)}
+
+    return Reading(lambda places: {None: tokens(places)}, maps)
+
+
+def measure(reading: Reading, items: Items, side: int, references: dict[str, tuple[Tensor, Tensor]], batch: int,
+            bar: Any) -> list[Row]:
+    """One row a block and feature. Tokens of one batch are held at a time: what stays is their pooled means and `Moments`.
+
+    Every image goes through the network once, those held out last, when the mask probes are there to be asked.
+    """
+    pooled: dict[int | None, list[Tensor]] = {}
+    moments: dict[int | None, list[Moments | None]] = {}
+    probes: dict[int | None, Tensor] = {}
+    biases: dict[int | None, Tensor] = {}
+    counts: dict[tuple[int | None, int], Tensor] = {}
+    for part, places in enumerate(items.parts):
+        if part == 2 and items.masks is not None:
+            for block, (fit, validate) in moments.items():
+                found = [(by, representation.mask_probe(fit.mapped(by), validate.mapped(by))) for by in reading.maps(len(fit.z)).values()]
+                probes[block] = torch.cat([by @ probe.weight for by, probe in found], 1)  # all features in one product
+                biases[block] = torch.cat([probe.bias for _, probe in found])
+        for chunk in chunks(places, batch):
+            patches = None if items.masks is None else items.patches(chunk, side)
+            for block, tokens in reading.read(chunk).items():
+                pooled.setdefault(block, []).append(tokens.mean(1).cpu())
+                if patches is None:
+                    continue
+                z, y = tokens.flatten(0, 1), patches.flatten(0, 1).to(tokens.device)
+                if part < 2:
+                    sums = moments.setdefault(block, [None, None])
+                    sums[part] = Moments.of(z, y) if sums[part] is None else sums[part] + Moments.of(z, y)
+                else:
+                    answers = (z @ probes[block] + biases[block]).chunk(probes[block].shape[1] // y.shape[1], dim=1)
+                    for number, answer in enumerate(answers):
+                        seen = representation.confusion(answer > 0.5, y > 0.5)
+                        counts[block, number] = counts.get((block, number), 0) + seen
+            bar.update(len(chunk))
+    order = torch.from_numpy(np.argsort(np.concatenate(items.parts)))
+    return [row for block, means in pooled.items()
+            for row in _rows(block, torch.cat(means)[order], reading, items, references,
+                             [counts[block, n] for n in range(len(counts) // len(pooled))])]
+
+
+def _rows(block: int | None, pooled: Tensor, reading: Reading, items: Items, references: dict[str, tuple[Tensor, Tensor]],
+          counts: Sequence[Tensor]) -> list[Row]:
+    """The rows of one block from its pooled tokens (N, A) and the pixel counts of each of its features."""
+    rows = []
+    parts = [torch.from_numpy(part) for part in items.parts]
+    for number, ((kind, omega), by) in enumerate(reading.maps(pooled.shape[1]).items()):
+        x = pooled @ by.cpu()
+        row: Row = {"features": kind, "omega": omega, "block": block}
+        row |= {name: probe(x, items.labels, parts, items.data.num_classes) for name, probe in CLASS_PROBES.items()}
+        if counts:
+            row["miou"] = representation.iou(counts[number])
+        own = representation.kernel(representation.standardise(x, x)[:ALIGNED])
+        rows.append(row | {f"cknna {name}": representation.cknna(own, other) for name, other in references.items()})
+    return rows
+
+
+def compared(items: Items, encoder: Encoder | None, batch: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """What CKNNA is taken against: kernels of the classes (one-hot), of the clean latents (all their elements) and of the encoder."""
+    places = np.arange(len(items))[:ALIGNED]
+    features = {"class": torch.nn.functional.one_hot(items.labels[:ALIGNED], items.data.num_classes).double()}
+    features["latents"] = items.clean(places).flatten(1).double()
+    if encoder is not None:
+        features["encoder"] = torch.cat([encoded(encoder, items, chunk, device).mean(1).cpu() for chunk in chunks(places, batch)])
+    return {name: representation.kernel(x if name == "class" else representation.standardise(x, x)) for name, x in features.items()}
+
+
+def recommend(rows: Sequence[Row], depths: dict[str, int]) -> str | None:
+    """The flags for train_guide.py by the heuristic at the head of this file; None where no f_g was measured.
+
+    `depths`: checkpoint -> its number of blocks; with several, the best of them is named too.
+    """
+    scores: dict[tuple[str, float, int], list[float]] = {}
+    for row in rows:
+        if row["features"] == "g":
+            scores.setdefault((row["checkpoint"], row["omega"], row["block"]), []).append(math.sqrt(
+                row["accuracy"] * row.get("miou", row["accuracy"])))
+    if not scores:
+        return None
+    means = {key: sum(values) / len(values) for key, values in scores.items()}
+    level = [key for key, value in means.items() if value >= max(means.values()) - TIE]
+    name, omega, guiding = min(level, key=lambda key: (key[1], key[2]))
+    guided = max(1, min(block_number(depths[name], 1 / 2, None, ""), guiding - 1))
+    source = f"--guiding-ckpt {name} " if len(depths) > 1 else ""
+    return f"{source}--guiding-depth {guiding} --guided-depth {guided} --guide-scale {omega:g}"
+
+
+def label(row: Row) -> str:
+    """What a feature is called: f_u, f_c, f_g 10, latents."""
+    omega = "" if row["omega"] is None else f" {row['omega']:g}"
+    return f"f_{row['features']}{omega}" if row["features"] in ("u", "c", "g") else row["features"]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows as aligned text."""
+    metrics = [name for name in rows[0] if name not in ("checkpoint", "t", "features", "omega", "block")]
+    lines = [["checkpoint", "features", "t", "block", *metrics]]
+    for row in rows:
+        lines.append([row["checkpoint"] or "-", label(row), "-" if row["t"] is None else f"{row['t']:g}",
+                      str(row["block"] or "-"), *(f"{row[name]:.3f}" for name in metrics)])
+    return aligned(lines, left=(0, 1))
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Accuracy and mIoU against the block, a column for each time, one line a feature; what has no block is a level line."""
+    names = list(dict.fromkeys(row["checkpoint"] for row in rows if row["checkpoint"]))
+    times = sorted({row["t"] for row in rows if row["t"] is not None})
+    metrics = [metric for metric in ("accuracy", "miou") if metric in rows[0]]
+    labels = list(dict.fromkeys(map(label, rows)))
+    figure = drawing.canvas(3.2 * len(times) + 1.4, 2.4 * len(names) * len(metrics) + 0.6)
+    grid = figure.subplots(len(names) * len(metrics), len(times), squeeze=False, sharey="row", sharex=True)
+    for place, axes in np.ndenumerate(grid):
+        name, metric, t = names[place[0] // len(metrics)], metrics[place[0] % len(metrics)], times[place[1]]
+        for number, said in enumerate(labels):
+            found = [row for row in rows if label(row) == said]
+            level = next((row[metric] for row in found if row["block"] is None), None)
+            if level is not None:
+                axes.axhline(level, label=said, **{**drawing.style(number), "marker": None})
+                continue
+            points = sorted((row["block"], row[metric]) for row in found if row["checkpoint"] == name and row["t"] == t)
+            axes.plot(*zip(*points), label=said, markersize=4, **drawing.style(number))
+        axes.set(title=f"{name}, t = {t:g}", ylabel="mIoU" if metric == "miou" else metric)
+        axes.grid(alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlabel("block")
+        axes.locator_params(axis="x", integer=True)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Measure all that `config` asks for; returns what probe.json holds."""
+    items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
+    probed = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
+    kinds, side = config.kinds(), probed[0].checkpoint.spec.side
+    for one in probed:
+        require(one.checkpoint.spec.side == side, f"{one.name} and {probed[0].name} have other token grids: probe them one by one")
+        if any(kind != "c" for kind, _ in kinds):
+            one.require_null()
+    device = probed[0].device
+    encoder = None if config.encoder is None else \
+        open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
+    references = compared(items, encoder, config.batch_size, device)
+    patch = items.data.latent_size // side
+    readings = [(None, None, as_they_are("latents", lambda places: models.patchify(items.clean(places), patch).double()))] \
+        if "latents" in config.features else []
+    if encoder is not None:
+        readings.append((None, None, as_they_are("encoder", lambda places: encoded(encoder, items, places, device).cpu())))
+    readings += [(one, t, of_blocks(one, items, t, kinds)) for one in probed if kinds for t in config.t]
+    rows: list[Row] = []
+    with progress.bar(total=len(readings) * len(items), desc="probing", unit="image") as bar:
+        for one, t, reading in readings:
+            found = measure(reading, items, side, references, config.batch_size, bar)
+            rows += [{"checkpoint": one and one.name, "t": t, **row} for row in found]
+    require(bool(rows), "--features and --encoder leave nothing to measure: give some of u, c, g and latents")
+    protocol = {**{key: value for key, value in as_dict(config).items() if key not in ("ckpt", "data_dir", "out", "masks", "batch_size")},
+                "items": len(items), "held_out": len(items.parts.test), "data": items.data.digest,
+                "masks": config.masks and files.digest(config.masks), "encoder_digest": encoder and encoder.digest(),
+                "penalties": list(representation.PENALTIES), "versions": versions()}
+    return {"protocol": protocol, "checkpoints": {one.name: {"digest": one.checkpoint.digest, "step": one.checkpoint.step,
+            "model": one.checkpoint.spec.name} for one in probed}, "rows": rows,
+            "recommended": recommend(rows, {one.name: one.checkpoint.spec.depth for one in probed})}
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run the command; returns the result's folder."""
+    config = read(ProbeConfig, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.probe", description=__doc__)
+    out = Path(config.out)
+    with locked(out, "wait for it, or choose another --out"):
+        result = probe(config)
+        files.write_json(out / "probe.json", result)
+        print(table(result["rows"]))
+        written = [out / "probe.json"]
+        if any(row["block"] for row in result["rows"]):
+            written += drawing.save(plot(result["rows"]), out / "probe")
+    print(f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
+          f"{', '.join(map(str, written))}")
+    print(result["recommended"] or "no recommendation: it needs --features g", flush=True)
+    return out
+
+
+if __name__ == "__main__":
+    errors.run(main)
