@@ -47,7 +47,7 @@ class Linear:
         return x @ self.weight + self.bias
 
 
-def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Linear | None = None) -> Linear:
+def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Linear | None = None, tolerance: float = 1e-5) -> Linear:
     """Multinomial logistic regression: the minimum of mean cross-entropy + penalty/2 |W|^2 (the bias is free).
 
     x (N, D), labels (N,) int64. L-BFGS over all of x, in the coordinates of its principal axes scaled by an upper bound of the
@@ -61,8 +61,8 @@ def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Lin
     bias = x.new_zeros(classes) if start is None else start.bias.clone()
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     target = torch.nn.functional.one_hot(labels, classes).to(x)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-10, history_size=10,
-                               line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-12,
+                               history_size=20, line_search_fn="strong_wolfe")
 
     @torch.no_grad()
     def closure() -> Tensor:
@@ -85,18 +85,19 @@ def class_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor], classes: 
     """
     fit, validate, test = parts
 
-    def error_of(probe: Linear) -> float:
-        return torch.nn.functional.cross_entropy(probe(standardise(x[validate], x[fit])), labels[validate]).item()
-
-    path: list[tuple[float, float, Linear]] = []
+    inside, outside = standardise(x[fit], x[fit]), standardise(x[validate], x[fit])
+    probe, chosen, least = None, PENALTIES[-1], math.inf
     for penalty in sorted(PENALTIES, reverse=True):  # each begins where a stronger penalty ended
-        probe = logistic(standardise(x[fit], x[fit]), labels[fit], classes, penalty, path[-1][2] if path else None)
-        path.append((error_of(probe), penalty, probe))
-        if path[-1][0] > min(error for error, _, _ in path):
-            break  # weaker penalties overfit more
-    _, penalty, start = min(path, key=lambda one: one[0])
+        probe = logistic(inside, labels[fit], classes, penalty, probe)
+        answers = probe(outside)
+        error = torch.nn.functional.cross_entropy(answers, labels[validate]).item()
+        if error >= least:
+            break  # weaker penalties overfit
+        chosen, least = penalty, error
+        if (answers.argmax(1) == labels[validate]).all():
+            break  # weaker ones could only be surer of it
     train = torch.cat([fit, validate])
-    probe = logistic(standardise(x[train], x[train]), labels[train], classes, penalty, start)
+    probe = logistic(standardise(x[train], x[train]), labels[train], classes, chosen, probe)
     return (probe(standardise(x[test], x[train])).argmax(1) == labels[test]).double().mean().item()
 
 
