@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from config import FeatureOptions
-from evaluations.features import Extractor, Pixels, Timm
+from evaluations.features import SCENES, Extractor, Pixels, Timm
 from evaluations.inception import Inception
 from runtime.errors import UserError, nearest
 
 
 def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor that `options` names (inception, pixels or timm:NAME) on `device`, with weights from a file if one is given.
+    """The extractor that `options` names (inception, pixels, scenes or timm:NAME) on `device`, with weights from a file if one is given.
 
     Raises UserError for an unknown name, or weights that belong to another extractor.
     """
@@ -24,7 +24,7 @@ def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") 
         return Pixels(device)
     if name == "inception":
         return Inception(options.inception_weights, device)
-    if name.startswith("timm:"):
+    if name == SCENES or name.startswith("timm:"):
         return Timm(name, options.feature_weights, device)
-    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; "
-                    f"use inception, pixels or timm:NAME")
+    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels', SCENES])}; "
+                    f"use inception, pixels, scenes or timm:NAME")

@@ -14,6 +14,7 @@ from runtime import files
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
 
+SCENES = "scenes"
 MAX_PIXELS = 4096  # the covariance of D features takes 8 D^2 bytes
 
 
@@ -59,6 +60,8 @@ class Pixels:
 class Timm:
     """Pooled features of a timm model: `timm:NAME` or `timm:NAME@SIDE` (images scaled to SIDE, else to its own size).
 
+    NAME may be a folder that timm's `save_for_hf` wrote; `scenes` is the one of this package that knows the scenes.
+
     `timm:vit_large_patch14_dinov2.lvd142m@224` gives the features of FD-DINOv2 (Stein et al., 2023). The whole image is
     scaled, bicubic and antialiased, without a crop.
 
@@ -73,8 +76,9 @@ class Timm:
 
     def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
-        self.weights = checked_digest(Path(weights)) if weights else None
-        model_name, _, side = name.removeprefix("timm:").partition("@")
+        model_name, _, side = (name.removeprefix("timm:") if name != SCENES else str(Path(__file__).with_name(SCENES))).partition("@")
+        kept = Path(model_name) / "model.safetensors"
+        self.weights = checked_digest(Path(weights)) if weights else files.digest(kept) if kept.is_file() else None
         if side and not side.isdecimal():
             raise UserError(f"--features {name}: {side} is not a size in pixels; write timm:NAME@224")
         self._model = _timm_model(model_name, weights).eval().requires_grad_(False).to(self.device)
@@ -96,6 +100,8 @@ class Timm:
 def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
     import timm
 
+    if (Path(name) / "config.json").is_file():
+        return timm.create_model(f"local-dir:{name}", pretrained=True, num_classes=0)
     if not timm.is_model(name):
         raise UserError(f"--features timm:{name}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()")
     if weights is None:

@@ -16,7 +16,7 @@ SIZES = {
     f"SiT-{size}/{patch}": (*shape, patch)
     for size, shape in {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items()
     for patch in (2, 4, 8)
-} | {"SiT-Tiny/2": (6, 128, 4, 2)}
+} | {f"SiT-Tiny/{patch}": (6, 128, 4, patch) for patch in (2, 4)}
 
 
 class SiT(Backbone):

@@ -4,11 +4,13 @@
     python -m recipes show ROW                 the exact chain of commands, FLOPs, hours at a measured rate, disk
     python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
     python -m recipes table 1                  published | ours | difference | verdict
+    python -m recipes table study --scale study --target 5    ... and the epochs that each row took to that distance
+    python -m recipes claims --scale study     what the paper says, each with a paired test over seeds
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
     python -m recipes check curves             losses of 200 steps against the committed ones
 
-`--scale tiny` runs the same chain on the embedded digits. `run ROW --slurm [--nodes 2]` prints an sbatch file instead.
+`--scale study` runs the same chain on scenes, `--scale tiny` on the embedded digits. `run ROW --slurm [--nodes 2]` prints an sbatch file instead.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from runtime.text import aligned
 class Options:
     """Options of all subcommands."""
 
-    scale: str = option("paper", choices=tuple(scale.SCALES), help="the paper's size, or tiny: the digits on a CPU")
+    scale: str = option("paper", choices=tuple(scale.SCALES), help="the paper's size; study: scenes, some minutes a row; or tiny: "
+                        "the digits, a few steps")
     seeds: str = option("0", help="one seed, or FIRST:END (0:5 is 0 to 4)")
     work: str = option("work", help="folder of data, runs and samples")
     results: str = option("results", help="folder of records, ledger, tables and figures")
     processes: int | None = option(None, help="processes per node (default: 8 at the paper's scale, 1 tiny)")
     nodes: int = option(1, help="nodes")
     images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
+    target: float | None = option(None, help="a Frechet distance: print the epochs that each row took to it (table)")
     slurm: bool = option(False, help="print an sbatch file instead of running")
     hours: float = option(24.0, help="time limit in the sbatch file")
 
@@ -113,8 +117,18 @@ def print_table(names: Sequence[str], options: Options) -> None:
     from recipes import record, table
 
     for name in names:
-        chosen = rows.of_table(name if name.startswith("table") else f"table{name}")
-        print(table.render(chosen, record.load(Path(options.results)), options.scale))
+        chosen = rows.of_table(f"table{name}" if name.isdecimal() else name)
+        records = record.load(Path(options.results))
+        print(table.render(chosen, records, options.scale))
+        if options.target is not None:
+            print("\n" + table.epochs_to(chosen, records, options.scale, options.target))
+
+
+def print_claims(names: Sequence[str], options: Options) -> None:
+    """The paper's claims, tested on the records of the study's rows."""
+    from recipes import claims, record
+
+    print(claims.report(claims.test(record.load(Path(options.results)), options.scale)))
 
 
 def draw_figure(names: Sequence[str], options: Options) -> None:
@@ -143,7 +157,7 @@ def check(names: Sequence[str], options: Options) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], bool]] = {
     "list": (list_rows, False), "show": (show, True), "run": (run, True), "table": (print_table, True), "figure": (draw_figure, True),
-    "check": (check, False)}
+    "claims": (print_claims, False), "check": (check, False)}
 """Subcommand -> what it does, and whether it needs a name."""
 
 

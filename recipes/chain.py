@@ -11,8 +11,8 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipes.rows import Row, Teacher
-from recipes.scale import Scale
+from recipes.rows import Row
+from recipes.scale import ENCODED, Scale
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,13 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     """The chain of `row`; everything lies in the folder `work`."""
     data = work / "data" / scale.data(row)
     links = [Link("latents", scale.data_words(scale.data(row), data), data / "manifest.json", scale.name == "paper")]
-    if scale.name == "tiny" and "repa" in (row.method, row.teacher.method if row.teacher else ""):
+    if scale.encoder_command and {row.method, row.teacher.method if row.teacher else ""} & set(ENCODED):
         encoder = work / "encoder"
-        links.append(Link("encoder", ("-m", "recipes.encoder", "--out", str(encoder), "--epochs", "2"), encoder / "accuracy.json", False))
+        links.append(Link("encoder", (*scale.encoder_command, "--out", str(encoder)), encoder / "accuracy.json", False))
     teacher = None
     if row.teacher is not None:
-        training, run, step = _teacher(row, row.teacher, scale, seed, work, data)
+        training, run, step = _training(row.of_teacher(), scale, seed, work, data, None)
+        training = replace(training, name=f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)")
         links.append(training)
         teacher = (run, step)
     training, run, step = _training(row, scale, seed, work, data, teacher)
@@ -90,47 +91,35 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     links.append(training)
     scores = []
     for epochs in row.at or (row.epochs,):
-        for preset in row.presets:
+        for preset, preset_words in scale.presets(row):
             point = scale.steps(row, epochs)
             out = run / "scores" / f"{preset}-{point:07d}"
-            count = () if scale.samples is None else ("--num-fid-samples", str(scale.samples))
-            if scale.samples is not None and preset == "fid10k":
-                preset_words, count = ("--preset", "table1-sde"), count  # the same settings; its count is not that of this scale
-            else:
-                preset_words = ("--preset", preset)
-            words = ("generate.py", "--ckpt", f"{run}@{point}", *preset_words, *count, *scale.score_words(row, work), "--seed",
-                     str(seed), "--out", str(out))
+            words = ("generate.py", "--ckpt", f"{run}@{point}", *preset_words, *scale.score_words(row, work), "--seed", str(seed),
+                     "--out", str(out))
             scores.append(Score(preset, epochs, point, Link(f"score {preset}" + (f" at step {point}" if row.at else ""), words,
                                                             out / "metrics.json", True)))
     return Chain(row, [*links, *(score.link for score in scores)], run, step, scores, teacher)
 
 
-def _teacher(row: Row, teacher: Teacher, scale: Scale, seed: int, work: Path, data: Path) -> tuple[Link, Path, int]:
-    """The guiding model's training: the same run whatever row asks for it, kept up to the oldest age that a row has."""
-    link, run, step = _training(replace(row, method=teacher.method, epochs=teacher.epochs, teacher=None, words=(), stop=None, trunk=None,
-                                        at=()), scale, seed, work, data, None)
-    return replace(link, name=f"teacher ({teacher.method}, {teacher.epochs:g} epochs)"), run, step
-
-
 def _training(row: Row, scale: Scale, seed: int, work: Path, data: Path, teacher: tuple[Path, int] | None) -> tuple[Link, Path, int]:
     """The training link of a row, the run's folder, and its last step."""
     steps = scale.steps(row, row.epochs)
-    words = [*scale.train_words(row), "--data-dir", str(data), "--seed", str(seed), *row.words]
+    words = [*scale.train_words(row), "--data-dir", str(data), "--seed", str(seed), *scale.row_words(row)]
     if row.method not in ("none", "guided"):
-        words += ["--align", row.method, *scale.encoder_words(row.method, work / "encoder")]
+        words += ["--align", row.method, *(scale.encoder_words(work) if row.method in ENCODED else ())]
         words += ["--preset", "paper"] if row.method in ("dispersive", "layersync") else []
     if teacher is not None:
         words += ["--guiding-ckpt", f"{teacher[0]}@{teacher[1]}"]
     if row.stop is not None:
         words += ["--align-stop-steps", str(scale.steps(row, row.stop) if row.stop else 0)]
-    elif scale.name == "tiny" and row.method == "guided":
-        words += ["--align-stop-steps", str(scale.steps(row, 20))]
+    else:
+        words += scale.stop_words(row)
     program = "train_guide.py" if row.method == "guided" else "train.py"
     # a run is named by all that its first steps depend on, so that rows of other lengths share it
     digest = hashlib.sha256(shlex.join([program, *words, str(row.trunk)]).encode()).hexdigest()[:8]
     name = f"{row.method}-{scale.model(row).replace('/', '-')}-{digest}"
     exps = work / "exps" / f"seed{seed}"
-    every = 1 if scale.name == "tiny" else 50_000 if row.family == "sit" else 10_000
-    words += ["--output-dir", str(exps), "--exp-name", name, "--max-train-steps", str(steps), "--checkpointing-steps", str(every)]
+    words += ["--output-dir", str(exps), "--exp-name", name, "--max-train-steps", str(steps), "--checkpointing-steps",
+              str(scale.checkpointing_steps(row))]
     run = exps / name
     return Link("train", (program, *words), run / "checkpoints" / f"{steps:07d}" / "config.json", True), run, steps

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from training import command, cost
 
 IMAGENET = 1_281_167
 DIGITS = 1_797
+SCENES = 8_000
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,15 @@ class Sketch:
     @property
     def bytes(self) -> int:
         """On disk, in float16 (float32 for pixels), without kept images."""
-        return self.count * self.views * int(np.prod(self.shape)) * (4 if self.channels == 1 else 2)
+        return self.count * self.views * int(np.prod(self.shape)) * (4 if self.channels in (1, 3) else 2)
 
 
 def sketch(row: Row, scale: Scale) -> Sketch:
     """The latent set of a row at a scale."""
     if scale.name == "tiny":
         return Sketch(1, 8, 10, DIGITS, 8, 1, 1)
+    if scale.name == "study":
+        return Sketch(3, 16, 10, SCENES, 16, 1, 1)
     if row.family == "lightningdit":
         return Sketch(32, 16, 1000, IMAGENET, 256, 2, 1)
     return Sketch(4, row.resolution // 8, 1000, IMAGENET, row.resolution, 2 if "flips" in scale.data(row) else 1, 2)
@@ -83,11 +87,11 @@ def training_cost(row: Row, scale: Scale) -> cost.Cost:
     return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space))
 
 
+@functools.cache
 def flops(row: Row, scale: Scale) -> float:
     """FLOPs of the row's training, its teacher's counted."""
     account = training_cost(row, scale)
     total = account.plain * account.mean_ratio() * account.steps * account.batch_size
     if row.teacher is not None:
-        total += flops(replace(row, method=row.teacher.method, epochs=row.teacher.epochs, teacher=None, words=(), stop=None,
-                                     trunk=None, at=()), scale)
+        total += flops(row.of_teacher(), scale)
     return total

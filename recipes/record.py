@@ -3,7 +3,8 @@
     results/records/DATE-ROW-SCALE-sSEED/
       record.json    row, scale, seed, status, commands, commit, versions, device, digests, steps, hours, rate, digest of each file
       config.json    the run's options and resolved choices, from its checkpoint
-      metrics.json   each score: preset, epochs, metrics, and the protocol under which it was made
+      metrics.json   each score: preset, epochs, metrics, the protocol under which it was made, and what it took: device hours,
+                     and FLOPs of training with stage 1 counted
       log.jsonl      the run's log
 
 `results/ledger.csv` is generated from the folders. Two scores belong in one column only if their protocol keys are equal.
@@ -18,13 +19,16 @@ import io
 import json
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.checkpoint import Checkpoint, versions
+from recipes import costs
 from recipes.chain import Chain
+from recipes.scale import Scale
 from runtime import files, launch
 from runtime.errors import UserError
 from training.log import read
@@ -47,21 +51,21 @@ def key(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def write(chain: Chain, *, scale: str, seed: int, commands: list[str], processes: int, results: Path,
+def write(chain: Chain, *, size: Scale, seed: int, commands: list[str], processes: int, results: Path,
           failure: str | None = None) -> Path:
     """Write the record of a chain that has run, or that failed with `failure`; returns its folder."""
     today = datetime.date.today().isoformat()
-    folder = _free(results / "records" / f"{today}-{chain.row.name.replace('/', '-')}-{scale}-s{seed}")
+    folder = _free(results / "records" / f"{today}-{chain.row.name.replace('/', '-')}-{size.name}-s{seed}")
     with files.replacing(folder) as made:
         made.mkdir()
         summary: dict[str, Any] = {
-            "row": chain.row.name, "table": chain.row.table, "scale": scale, "seed": seed, "date": today,
+            "row": chain.row.name, "table": chain.row.table, "scale": size.name, "seed": seed, "date": today,
             "status": "failed" if failure else "finished", "failure": failure, "commands": commands, "commit": launch.commit(),
             "versions": {"python": platform.python_version(), **versions()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
             "processes": processes}
         if failure is None:
-            summary |= _results(chain, made, processes)
+            summary |= _results(chain, size, made, processes)
         summary["files"] = {file.name: files.digest(file) for file in sorted(made.iterdir())}
         files.write_json(made / "record.json", summary)
     write_ledger(results)
@@ -76,24 +80,26 @@ def _free(folder: Path) -> Path:
     return chosen
 
 
-def _results(chain: Chain, folder: Path, processes: int) -> dict[str, Any]:
+def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[str, Any]:
     checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}")
     told = ("model", "train", "align", "resolved", "precision")
     files.write_json(folder / "config.json", {name: checkpoint.config[name] for name in told})
     shutil.copy(chain.run / "log.jsonl", folder / "log.jsonl")
-    scores = []
-    for score in chain.scores:
-        metrics = files.read_json(score.link.makes)
-        about = protocol(metrics)
-        scores.append({"preset": score.preset, "epochs": score.epochs, "step": score.step, "metrics": metrics["metrics"],
-                       "num_samples": metrics["num_samples"], "key": key(about), "protocol": about})
-    files.write_json(folder / "metrics.json", {"scores": scores})
     batch = checkpoint.config["train"]["batch_size"]
     hours, rate = spent(chain.run, batch, chain.step)
     stage1 = 0.0
     if chain.teacher is not None:
         run, step = chain.teacher
         stage1, _ = spent(run, Checkpoint.open(f"{run}@{step}").config["train"]["batch_size"], step)
+    scores = []
+    for score in chain.scores:
+        metrics = files.read_json(score.link.makes)
+        about = protocol(metrics)
+        scores.append({"preset": score.preset, "epochs": score.epochs, "step": score.step, "metrics": metrics["metrics"],
+                       "num_samples": metrics["num_samples"], "key": key(about), "protocol": about,
+                       "device_hours": {"training": spent(chain.run, batch, score.step)[0] * processes, "stage 1": stage1 * processes},
+                       "flops": costs.flops(replace(chain.row, epochs=score.epochs), size)})
+    files.write_json(folder / "metrics.json", {"scores": scores})
     return {"digests": {"data": checkpoint.config["data"]["digest"], "checkpoint": checkpoint.digest,
                         "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest")},
             "step": chain.step, "device_hours": {"training": hours * processes, "stage 1": stage1 * processes},
@@ -152,10 +158,14 @@ def check(folder: Path) -> list[str]:
         faults.append(f"its folder should be called after {summary['date']}, {summary['row']}, {summary['scale']} and {summary['seed']}")
     if summary["status"] != "finished" or faults:
         return faults
+    train = files.read_json(folder / "config.json")["train"]
     for score in files.read_json(folder / "metrics.json")["scores"]:
         if key(score["protocol"]) != score["key"]:
             faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
-    log, train = read(folder / "log.jsonl"), files.read_json(folder / "config.json")["train"]
+        hours = spent(folder, train["batch_size"], score["step"])[0] * summary["processes"]
+        if abs(hours - score["device_hours"]["training"]) > 1e-6 * hours:
+            faults.append(f"its log gives {hours:.6g} device hours up to step {score['step']}, not {score['device_hours']['training']:.6g}")
+    log = read(folder / "log.jsonl")
     if not log or max(line["step"] for line in log) < summary["step"]:
         faults.append(f"its log ends before step {summary['step']}")
     _, rate = spent(folder, train["batch_size"], summary["step"])

@@ -21,6 +21,8 @@ class Teacher:
 
     method: str = "latent"
     epochs: float = 40
+    words: tuple[str, ...] = ()
+    """Further options of its training command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,12 @@ class Row:
     def family(self) -> str:
         """sit or lightningdit."""
         return "lightningdit" if self.model.startswith("LightningDiT") else "sit"
+
+    def of_teacher(self) -> Row:
+        """The training of its guiding model: the same run whatever row asks for it, as far as this one needs it."""
+        assert self.teacher is not None
+        return replace(self, method=self.teacher.method, epochs=self.teacher.epochs, words=self.teacher.words, teacher=None, stop=None,
+                       trunk=None, at=())
 
     @property
     def published(self) -> Published | None:
@@ -144,8 +152,30 @@ def figure8() -> Iterator[Row]:
             yield replace(trunk, name=f"figure8/SiT-XL-2/{method}-stop-{stop * 5}K", epochs=stop + 20, stop=stop, trunk=stop, at=())
 
 
+STUDY_TOTAL = 130
+"""Epochs of plain training that cost what 80 of stage 2 do, its teacher's 40 and the teacher's passes up to the stop counted."""
+
+
+def study() -> Iterator[Row]:
+    """What `--scale study` has records of: Table 4 at equal steps and equal compute, and one dial of the method at a time."""
+    def row(key: str, method: str, *words: object, epochs: float = 80, **more: object) -> Row:
+        return _row("study", "SiT-B/2", method, epochs, key, words=tuple(map(str, words)), presets=("fid10k",), **more)
+
+    yield row("plain", "none", epochs=STUDY_TOTAL, at=(40, 80, STUDY_TOTAL))
+    yield row("stage1", "latent", epochs=STUDY_TOTAL, at=(40, 80, STUDY_TOTAL))
+    yield row("plain-teacher", "guided", teacher=Teacher(method="none"))
+    yield row("full", "guided", at=(40, 80))
+    yield from (row(f"omega-{omega}", "guided", "--guide-scale", omega) for omega in (1, 10))
+    yield row("young-teacher", "guided", teacher=Teacher(epochs=20))
+    yield row("late-stop", "guided", stop=40)
+    for share in (3, 2):  # the default is n/6; SiT-B has twelve blocks
+        words = ("--align-depth", str(12 // share))
+        yield row(f"stage1-block-n-{share}", "latent", *words)
+        yield row(f"full-block-n-{share}", "guided", teacher=Teacher(words=words))
+
+
 TABLES = {"table1": table1, "table2": table2, "table3": table3, "table4": table4, "table5": table5, "figure4": figure4,
-          "figure8": figure8}
+          "figure8": figure8, "study": study}
 
 
 @functools.cache

@@ -37,10 +37,10 @@ def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes:
             if not link.done:
                 raise UserError(f"{link.name} ended without {link.makes}; run it by hand to see why: {command}")
     except UserError as error:
-        record.write(plan, scale=scale.name, seed=seed, commands=commands, processes=processes * nodes, results=results,
+        record.write(plan, size=scale, seed=seed, commands=commands, processes=processes * nodes, results=results,
                      failure=str(error))
         raise
-    return record.write(plan, scale=scale.name, seed=seed, commands=commands, processes=processes * nodes, results=results)
+    return record.write(plan, size=scale, seed=seed, commands=commands, processes=processes * nodes, results=results)
 
 
 def _start(link: Link, command: str, processes: int) -> None:

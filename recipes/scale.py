@@ -1,17 +1,26 @@
-"""At which size a row is run: as the paper has it, or tiny, the same chain on the embedded digits in minutes on a CPU."""
+"""At which size a row is run: as the paper has it; as a study on scenes, an hour of a CPU for each seed; or tiny, in a minute.
+
+A scale says what the paper's networks, epochs, data and samples become. The chain of commands is the same at each.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import models
 from recipes.rows import Row
 from runtime.errors import UserError, nearest
 
+ENCODED = ("repa", "haste")
+"""Methods with an external encoder."""
+BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
+"""Options that number a block."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Scale:
-    """Steps, networks, data and samples of one size. Paths are relative to the folder of all work."""
+    """The paper's own size. Paths are relative to the folder of all work."""
 
     name: str
     epoch_steps: dict[str, float]
@@ -19,8 +28,8 @@ class Scale:
     batch_size: dict[str, int]
     processes: int
     """Of the launcher; 1 is plain python."""
-    samples: int | None
-    """Per score, in place of the preset's own count; None keeps that."""
+    encoder_command: tuple[str, ...] = ()
+    """The command that makes the encoder of REPA and HASTE, to which --out is added; empty where there is one."""
 
     def steps(self, row: Row, epochs: float) -> int:
         """Optimiser steps of so many epochs; at least 1."""
@@ -28,20 +37,24 @@ class Scale:
 
     def model(self, row: Row) -> str:
         """The network that is trained."""
-        return row.model if self.name == "paper" else {"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"}[row.family]
+        return row.model
+
+    def checkpointing_steps(self, row: Row) -> int:
+        """Steps between checkpoints: a divisor of every step at which something branches or is scored."""
+        return 50_000 if row.family == "sit" else 10_000
+
+    def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Sampling presets of a row, each with the words that say so and how many samples to draw."""
+        return tuple((preset, ("--preset", preset)) for preset in row.presets)
 
     def data(self, row: Row) -> str:
         """The latent set, by name."""
-        if self.name == "tiny":
-            return "digits"
-        images = "-images" if row.method in ("repa", "haste") or (row.teacher and row.teacher.method == "repa") else ""
+        images = "-images" if _encoded(row) else ""
         flips = "-flips" if row.method in ("dispersive", "layersync") else ""
         return "vavae256" + images if row.family == "lightningdit" else f"imagenet{row.resolution}{images}{flips}"
 
     def data_words(self, data: str, folder: Path) -> tuple[str, ...]:
         """The command that makes the latent set `data`, without the interpreter."""
-        if data == "digits":
-            return ("-m", "preprocessing.digits", "--out", str(folder))
         resolution = "512" if "512" in data else "256"
         kept = ("--keep-images",) if "images" in data else ()
         if data.startswith("vavae"):
@@ -52,29 +65,110 @@ class Scale:
 
     def train_words(self, row: Row) -> tuple[str, ...]:
         """Options that the size brings to a training command."""
-        if self.name == "paper":
-            return ("--recipe", row.family, "--model", row.model)
-        small = ("--align-hidden", "32") if row.method in ("latent", "guided", "repa", "haste") else ()
-        return ("--recipe", "digits", "--model", self.model(row), "--batch-size", "16", "--log-steps", "1", *small,
-                *(("--velocity-loss", "mse+cosine", "--time-sampling", "logit-normal") if row.family == "lightningdit" else ()))
+        return ("--recipe", row.family, "--model", row.model)
 
-    def encoder_words(self, method: str, encoder: Path) -> tuple[str, ...]:
+    def row_words(self, row: Row) -> tuple[str, ...]:
+        """The options that the row itself brings."""
+        return row.words
+
+    def encoder_words(self, work: Path) -> tuple[str, ...]:
         """Options of a method with an external encoder."""
-        return ("--align-encoder", str(encoder)) if self.name == "tiny" and method in ("repa", "haste") else ()
+        return ()
+
+    def stop_words(self, row: Row) -> tuple[str, ...]:
+        """When the alignment ends, where its own rule does not fit the size."""
+        return ()
 
     def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
         """What the samples are compared with."""
-        if self.name == "tiny":
-            return ("--reference", str(work / "data" / "digits"), "--features", "pixels")
         return ("--reference", f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
                 "--features", "inception")
 
 
+class _Small(Scale):
+    """What the two sizes for a CPU share: a network of six blocks, embedded data in pixels."""
+
+    def train_words(self, row: Row) -> tuple[str, ...]:
+        loss = ("--velocity-loss", "mse+cosine", "--time-sampling", "logit-normal") if row.family == "lightningdit" else ()
+        return ("--recipe", "digits", "--model", self.model(row), "--batch-size", str(self.batch_size[row.family]), *loss)
+
+    def row_words(self, row: Row) -> tuple[str, ...]:
+        """Blocks are the same shares of the depth as in the paper's network."""
+        paper, small = (models.SIZES[row.family][name][0] for name in (row.model, self.model(row)))
+        return tuple(str(int(word) * small // paper) if flag in BLOCKS else word for flag, word in zip(("", *row.words), row.words))
+
+    def stop_words(self, row: Row) -> tuple[str, ...]:
+        return ("--align-stop-steps", str(self.steps(row, 20))) if row.method == "guided" else ()  # epochs of small sets are longer
+
+
+class _Study(_Small):
+    """Scenes of 16 x 16 pixels, 16 tokens: see docs/study.md."""
+
+    def model(self, row: Row) -> str:
+        return {"sit": "SiT-Tiny/4", "lightningdit": "LightningDiT-Tiny/1"}[row.family]
+
+    def checkpointing_steps(self, row: Row) -> int:
+        return self.steps(row, 10)
+
+    def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return (("study", ("--preset", "study", "--batch-size", "250")),)
+
+    def data(self, row: Row) -> str:
+        return "scenes"
+
+    def data_words(self, data: str, folder: Path) -> tuple[str, ...]:
+        return ("-m", "preprocessing.scenes", "--out", str(folder))
+
+    def train_words(self, row: Row) -> tuple[str, ...]:
+        return (*super().train_words(row), "--mixed-precision", "bf16", "--log-steps", "50")
+
+    def encoder_words(self, work: Path) -> tuple[str, ...]:
+        return ("--align-encoder", "evaluations/scenes", "--align-cache")
+
+    def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
+        return ("--reference", str(work / "data" / "scenes"), "--features", "scenes")
+
+
+class _Tiny(_Small):
+    """Some steps on the digits: whether the chain of a row runs, not what it gives."""
+
+    def model(self, row: Row) -> str:
+        return {"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"}[row.family]
+
+    def checkpointing_steps(self, row: Row) -> int:
+        return 1
+
+    def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        same = {"fid10k": "table1-sde"}  # the same settings; its count is not that of this scale
+        return tuple((preset, ("--preset", same.get(preset, preset), "--num-fid-samples", "4")) for preset in row.presets)
+
+    def data(self, row: Row) -> str:
+        return "digits"
+
+    def data_words(self, data: str, folder: Path) -> tuple[str, ...]:
+        return ("-m", "preprocessing.digits", "--out", str(folder))
+
+    def train_words(self, row: Row) -> tuple[str, ...]:
+        small = ("--align-hidden", "32") if row.method in ("latent", "guided", *ENCODED) else ()
+        return (*super().train_words(row), "--log-steps", "1", *small)
+
+    def encoder_words(self, work: Path) -> tuple[str, ...]:
+        return ("--align-encoder", str(work / "encoder"))
+
+    def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
+        return ("--reference", str(work / "data" / "digits"), "--features", "pixels")
+
+
+def _encoded(row: Row) -> bool:
+    return row.method in ENCODED or (row.teacher is not None and row.teacher.method in ENCODED)
+
+
 SCALES = {
     "paper": Scale(name="paper", epoch_steps={"sit": 5000, "lightningdit": 1250}, batch_size={"sit": 256, "lightningdit": 1024},
-                   processes=8, samples=None),
-    "tiny": Scale(name="tiny", epoch_steps={"sit": 0.05, "lightningdit": 0.05}, batch_size={"sit": 16, "lightningdit": 16},
-                  processes=1, samples=4),
+                   processes=8),
+    "study": _Study(name="study", epoch_steps={"sit": 20, "lightningdit": 20}, batch_size={"sit": 32, "lightningdit": 32}, processes=1),
+    "tiny": _Tiny(name="tiny", epoch_steps={"sit": 0.05, "lightningdit": 0.05}, batch_size={"sit": 16, "lightningdit": 16}, processes=1,
+                  encoder_command=("-m", "recipes.encoder", "--epochs", "2")),
 }
 
 

@@ -48,26 +48,63 @@ def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -
     shown = [record for row in rows for record in by_row[row.name]]
     blocks = []
     for key, title in columns(shown).items() or {"": "no record yet"}.items():
-        lines = [["row", "published", "ours", "difference", "verdict", "device hours", "with stage 1", "images/s"]]
-        lines += [_line(row, by_row[row.name], key, scale) for row in rows]
-        blocks.append(f"{title}\n{aligned(lines)}")
+        lines = [["row", "epochs", "published", "ours", "difference", "verdict", "class accuracy", "device hours", "with stage 1", "images/s",
+                  "PFLOPs"]]
+        lines += [line for row in rows for line in _lines(row, by_row[row.name], key, scale)]
+        kept = [place for place, column in enumerate(zip(*lines, strict=True)) if any(column[1:]) or column[0] != "class accuracy"]
+        blocks.append(f"{title}\n{aligned([[line[place] for place in kept] for line in lines])}")
     return "\n\n".join(blocks)
 
 
-def _line(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) -> list[str]:
-    scores = [score for record in records for score in record["scores"] if score["key"] == key]
-    last = max((score["epochs"] for score in scores), default=0)
-    ours = [next(score["metrics"][name] for name in METRICS if name in score["metrics"]) for score in scores if score["epochs"] == last]
-    number = row.published.metrics["fid"] if row.published and scale == "paper" else None
-    spread = f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else ""
-    hours = [record["device_hours"] for record in records if record["scores"]]
-    rates = [record["images_per_second"] for record in records if record["scores"]]
-    return [row.name.split("/", 1)[1], "" if number is None else f"{number:.2f}",
-            f"{statistics.mean(ours):.2f}{spread} ({len(ours)})" if ours else "",
-            f"{statistics.mean(ours) - number:+.2f}" if ours and number is not None else "", verdict(number, ours),
-            f"{statistics.mean(h['training'] for h in hours):.3g}" if hours and ours else "",
-            f"{statistics.mean(h['training'] + h['stage 1'] for h in hours):.3g}" if hours and ours else "",
-            f"{statistics.mean(rates):.3g}" if rates and ours else ""]
+def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) -> list[list[str]]:
+    """One line for each number of epochs at which the row is scored; published is what stands at its end."""
+    name = row.name.split("/", 1)[1]
+    published = row.published.metrics["fid"] if row.published and scale == "paper" else None
+    shown = "" if published is None else f"{published:.2f}"
+    scored: dict[float, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for record in records:
+        for score in record["scores"]:
+            if score["key"] == key:
+                scored.setdefault(score["epochs"], []).append((record, score))
+    if not scored:
+        return [[name, f"{row.epochs:g}", shown, "", "", verdict(published, []), *[""] * 5]]
+    lines = []
+    for epochs, found in sorted(scored.items()):
+        number = published if epochs == row.epochs else None
+        ours = [quality(score) for _, score in found]
+        classes = [score["metrics"]["class_accuracy"] for _, score in found if "class_accuracy" in score["metrics"]]
+        hours = [score["device_hours"] for _, score in found]
+        lines.append([name, f"{epochs:g}", "" if number is None else shown, f"{spread(ours)} ({len(ours)})",
+                      "" if number is None else f"{statistics.mean(ours) - number:+.2f}", verdict(number, ours), spread(classes),
+                      f"{statistics.mean(h['training'] for h in hours):.3g}",
+                      f"{statistics.mean(h['training'] + h['stage 1'] for h in hours):.3g}",
+                      f"{statistics.mean(record['images_per_second'] for record, _ in found):.3g}",
+                      f"{statistics.mean(score['flops'] for _, score in found) / 1e15:.3g}"])
+    return lines
+
+
+def quality(score: dict[str, Any]) -> float:
+    """The Frechet distance of a score."""
+    return next(score["metrics"][name] for name in METRICS if name in score["metrics"])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds; empty for no value."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str, target: float) -> str:
+    """For each row that is scored along the way, the first epochs at which its mean is at most `target`, a table for each protocol."""
+    blocks = []
+    for key, curves in figure_points(rows, records, scale).items():
+        lines = [["row", f"epochs to {target:g}"]]
+        for row, points in curves.items():
+            reached = [epochs for epochs, values in sorted(points.items()) if statistics.mean(values) <= target]
+            lines.append([row.split("/", 1)[1], f"{reached[0]:g}" if reached else f"not by {max(points):g}"])
+        blocks.append(f"[{key}]\n{aligned(lines)}")
+    return "\n\n".join(blocks)
 
 
 def figure_points(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> dict[str, dict[str, dict[float, list[float]]]]:
@@ -77,6 +114,5 @@ def figure_points(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale:
         for record in records:
             if record["row"] == row.name and record["scale"] == scale:
                 for score in record["scores"]:
-                    value = next(score["metrics"][name] for name in METRICS if name in score["metrics"])
-                    points.setdefault(score["key"], {}).setdefault(row.name, {}).setdefault(score["epochs"], []).append(value)
+                    points.setdefault(score["key"], {}).setdefault(row.name, {}).setdefault(score["epochs"], []).append(quality(score))
     return points

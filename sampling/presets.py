@@ -80,6 +80,9 @@ PRESETS: dict[str, Preset] = {
     "dispersive-nocfg": Preset("Dispersive SiT-B/2, 80 epochs", _DOPRI, _of("dispersive", "SiT-B/2", 80, variant="", status="reported")),
     "dispersive-cfg": Preset("Dispersive SiT-XL/2, 80 epochs", {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
                              _of("dispersive", _XL, 80, "cfg 1.5, 3 channels", variant="")),
+    # ours: equal counts of every class, so that class accuracy means the same of every run
+    "study": Preset("rows of recipes --scale study", {"mode": "ode", "solver": "heun", "num_steps": 12, "labels": "balanced"}, vae=None,
+                    samples=1000),
     # LightningDiT
     "lightningdit-64ep-nocfg": Preset("LightningDiT-XL/1, 64 epochs", _LIGHTNING, _of("none", "LightningDiT-XL/1", 64, status="reported"),
                                       vae=None, note="whether the shift was used without guidance is not stated"),

@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_row_of_the_tables_is_listed_with_its_published_number(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert {name: len(rows.of_table(name)) for name in rows.TABLES} == {
-        "table1": 28, "table2": 8, "table3": 4, "table4": 4, "table5": 18, "figure4": 3, "figure8": 10}
+        "table1": 28, "table2": 8, "table3": 4, "table4": 4, "table5": 18, "figure4": 3, "figure8": 10, "study": 12}
     assert all(row.published is not None for row in rows.rows().values() if row.table.startswith("table"))
     fids = {name: rows.find(name).published.metrics["fid"] for name in (
         "table1/SiT-XL-2/guided-80", "table2/SiT-XL-2/guided-400", "table3/SiT-XL-2/guided-200", "table4/SiT-B-2/plain-teacher",
@@ -170,7 +170,8 @@ def test_verdicts() -> None:
 def fake(row: str, seed: int, key: str, fid: float, size: str = "paper") -> dict:
     return {"row": row, "scale": size, "seed": seed, "status": "finished", "images_per_second": 1.0,
             "device_hours": {"training": 8.0, "stage 1": 2.0},
-            "scores": [{"preset": "fid10k", "epochs": 80, "step": 1, "key": key, "metrics": {"fid": fid}}]}
+            "scores": [{"preset": "fid10k", "epochs": 80, "step": 1, "key": key, "metrics": {"fid": fid}, "flops": 3e18,
+                        "device_hours": {"training": 8.0, "stage 1": 2.0}}]}
 
 
 def test_a_table_never_mixes_protocols_or_scales() -> None:

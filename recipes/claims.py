@@ -1,0 +1,127 @@
+"""What the paper says, as differences between rows that a paired test over seeds can decide.
+
+Every comparison pairs runs of one seed, which share initial weights, data order and noise. A claim `holds` or is `reversed`
+where a paired t-test gives p < 0.05 after Holm's correction for the number of claims, else it is `undecided`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recipes import rows
+from runtime.tables import aligned
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` has the lower Frechet distance: a row of the study and its epochs, against another's."""
+
+    said: str
+    better: tuple[str, float]
+    worse: tuple[str, float]
+
+
+_TOTAL = rows.STUDY_TOTAL
+CLAIMS = (
+    Claim("stage 1 improves on plain training, at equal steps", ("stage1", 80), ("plain", 80)),
+    Claim("stage 2 improves on plain training, at equal steps", ("full", 80), ("plain", 80)),
+    Claim("stage 2 improves on stage 1, at equal steps", ("full", 80), ("stage1", 80)),
+    Claim("stage 2 improves on plain training, at equal compute", ("full", 80), ("plain", _TOTAL)),
+    Claim("stage 2 improves on stage 1, at equal compute", ("full", 80), ("stage1", _TOTAL)),
+    Claim("stage 1 improves on plain training, at equal compute", ("stage1", _TOTAL), ("plain", _TOTAL)),
+    Claim("a stage-1 teacher is better than a plain one", ("full", 80), ("plain-teacher", 80)),
+    Claim("omega 30 is better than 1", ("full", 80), ("omega-1", 80)),
+    Claim("omega 30 is better than 10", ("full", 80), ("omega-10", 80)),
+    Claim("an older teacher is better (40 epochs, 20)", ("full", 80), ("young-teacher", 80)),
+    Claim("an early stop is better than a late one (20 epochs, 40)", ("full", 80), ("late-stop", 80)),
+    Claim("stage 1 is better at block n/6 than at n/3", ("stage1", 80), ("stage1-block-n-3", 80)),
+    Claim("stage 1 is better at block n/6 than at n/2", ("stage1", 80), ("stage1-block-n-2", 80)),
+    Claim("a teacher of block n/6 is better than of n/3", ("full", 80), ("full-block-n-3", 80)),
+    Claim("a teacher of block n/6 is better than of n/2", ("full", 80), ("full-block-n-2", 80)),
+)
+
+
+def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[tuple[str, float], dict[int, float]]:
+    """(row without table and model, epochs) -> seed -> metric, of the study's rows; the newest record of a seed counts."""
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    keys = {score["key"] for record in _chosen(records, scale) for score in record["scores"]}
+    if len(keys) > 1:
+        raise ValueError(f"the study's records are of {len(keys)} protocols")
+    for record in _chosen(records, scale):
+        for score in record["scores"]:
+            found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
+    return found
+
+
+def _chosen(records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
+    return [record for record in records if record["table"] == "study" and record["scale"] == scale and record["status"] == "finished"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim after its test."""
+
+    claim: Claim
+    differences: tuple[float, ...]
+    """Better minus worse, one for each seed that both have."""
+    p: float
+    """Of the paired t-test, two-sided, uncorrected; NaN below two seeds."""
+    corrected: float
+    """The same after Holm's correction."""
+
+    @property
+    def verdict(self) -> str:
+        """holds, reversed, undecided or not run."""
+        if len(self.differences) < 2:
+            return "not run"
+        if not self.corrected < LEVEL:
+            return "undecided"
+        return "holds" if statistics.mean(self.differences) < 0 else "reversed"
+
+    @property
+    def interval(self) -> float:
+        """Half the width of the mean difference's 95 % confidence interval."""
+        from scipy.stats import t
+
+        n = len(self.differences)
+        return float(t.ppf(0.975, n - 1)) * statistics.stdev(self.differences) / math.sqrt(n)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the k-th smallest of m values times m - k + 1, kept from falling, at most 1. NaN stays."""
+    known = sorted((value, place) for place, value in enumerate(p) if not math.isnan(value))
+    corrected, largest = list(p), 0.0
+    for rank, (value, place) in enumerate(known):
+        largest = max(largest, min(1.0, value * (len(known) - rank)))
+        corrected[place] = largest
+    return corrected
+
+
+def test(records: Sequence[dict[str, Any]], scale: str = "study", metric: str = "fd") -> list[Finding]:
+    """Every claim with its paired differences over the seeds that both rows have."""
+    from scipy.stats import ttest_rel
+
+    found, paired = values(records, scale, metric), []
+    for claim in CLAIMS:
+        better, worse = found.get(claim.better, {}), found.get(claim.worse, {})
+        seeds = sorted(better.keys() & worse.keys())
+        paired.append(([better[seed] for seed in seeds], [worse[seed] for seed in seeds]))
+    p = [float(ttest_rel(ours, other).pvalue) if len(ours) > 1 else math.nan for ours, other in paired]
+    return [Finding(claim, tuple(a - b for a, b in zip(ours, other, strict=True)), one, all_together)
+            for claim, (ours, other), one, all_together in zip(CLAIMS, paired, p, holm(p), strict=True)]
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """The findings as an aligned table."""
+    lines = [["claim", "seeds", "difference in Frechet distance", "p", "Holm's p", "verdict"]]
+    for one in findings:
+        n = len(one.differences)
+        lines.append([one.claim.said, str(n), f"{statistics.mean(one.differences):+.2f} ± {one.interval:.2f}" if n > 1 else "",
+                      f"{one.p:.4f}" if n > 1 else "", f"{one.corrected:.4f}" if n > 1 else "", one.verdict])
+    return aligned(lines)
