@@ -92,6 +92,8 @@ class TrainConfig:
     images_per_second: float | None = option(None, help="with --dry-run: measured training rate, to estimate hours")
 
     log_steps: int = option(100, help="log every N steps", heading="logging")
+    grad_ratio_steps: int = option(1000, help="compare the gradient norms of alignments and denoising every N steps (each time costs "
+                                              "about two steps); 0: never")
     report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
     sampling_steps: int = option(0, help="write a grid of samples every N steps; 0: never")
     eval_steps: int = option(0, help="score samples every N steps; 0: never")
@@ -122,7 +124,8 @@ class TrainConfig:
         require(self.num_fid_samples > 3, f"--num-fid-samples {self.num_fid_samples} must be at least 4")
         require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
                 "--images-per-second is a positive rate and belongs to --dry-run")
-        require(self.sampling_steps >= 0 and self.eval_steps >= 0, "--sampling-steps and --eval-steps must not be negative; 0 means never")
+        require(min(self.sampling_steps, self.eval_steps, self.grad_ratio_steps) >= 0,
+                "--sampling-steps, --eval-steps and --grad-ratio-steps must not be negative; 0 means never")
         require(self.learning_rate > 0 and self.adam_epsilon > 0, "--learning-rate and --adam-epsilon must be positive")
         require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0,
                 "--adam-weight-decay and --max-grad-norm must not be negative")
@@ -200,7 +203,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "keep_every",
                             "sampling_steps", "log_steps", "report_to", "output_dir", "exp_name", "vae", "eval_steps", "eval_preset",
                             "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights",
-                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second",
+                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second", "grad_ratio_steps",
                             "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32"})
 
 

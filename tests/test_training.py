@@ -99,6 +99,8 @@ def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict
     loop.train(run)
     logged = losses(run.folder)
     kept["losses"] = torch.tensor([logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64)
+    kept["ratios"] = torch.tensor([line["grad_norm_ratio/guided"] for line in read(run.folder / "log.jsonl")
+                                   if "grad_norm_ratio/guided" in line], dtype=torch.float64)
     kept |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
     kept |= {f"weight/ema/{name}": value for name, value in run.ema.network.state_dict().items()}
     return kept
@@ -123,7 +125,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path, 
 
     def argv(name: str, *more: object) -> list[str]:
         return words(folder, name, "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 10,
-                     "--align-interval", 0.3, 0.6, "--max-train-steps", 20, *more)
+                     "--align-interval", 0.3, 0.6, "--max-train-steps", 20, "--grad-ratio-steps", 5, *more)
 
     job = {"folder": str(folder), "argv": argv("two"),
            "sampling": ["--ckpt", str(guided), "--num-fid-samples", "13", "--num-steps", "4", "--batch-size", "3", "--cfg-scale", "2",
@@ -139,6 +141,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path, 
 def test_one_process_equals_two_and_accumulation_equals_one_batch(pair: tuple[Path, Callable[..., list[str]]]) -> None:
     folder, argv = pair
     one = sgd_steps(argv("one"), 20)
+    assert len(one["ratios"]) == 2 and (one["ratios"] > 0).all()
     accumulated = sgd_steps(argv("accumulated", "--gradient-accumulation-steps", 4), 20)
     for other in (load_file(folder / "found.safetensors"), accumulated):
         assert other.keys() == one.keys()

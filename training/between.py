@@ -15,7 +15,7 @@ from models import Backbone
 from runtime import files, launch
 from runtime.errors import EndedEarly, UserError
 from runtime.signals import Asked
-from training import health
+from training import balance, health
 from training.log import Meter, RunLog
 from training.run import Run
 from training.vote import Vote
@@ -53,6 +53,7 @@ class Between:
     def __init__(self, run: Run, log: RunLog, callbacks: Sequence[Callback], asked: Asked) -> None:
         self.run, self.log, self.callbacks, self.asked = run, log, callbacks, asked
         self.vote = Vote(run.accelerator)
+        self.watch = balance.Watch()
         self.launcher = os.getppid()
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0  # of the longest save so far
@@ -72,6 +73,8 @@ class Between:
             values = {**meter.report(config.batch_size), "learning_rate": run.optimizer.param_groups[0]["lr"]}
             health.require_healthy(run, meter, last)
             self._require_finite(name for name, value in values.items() if not math.isfinite(value))
+        for warning in self.watch(values):
+            self.log.say(warning)
         due = [callback for callback in self.callbacks if step % callback.every == 0]
         pictures: dict[str, Path] = {}
         for callback in due:

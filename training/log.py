@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from runtime import files, progress
 from runtime.jsonlines import read
+from training import balance
 from training.tracker import Tracker
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
@@ -35,6 +37,8 @@ class Meter:
         # steps taken, steps skipped; skipped in a row: until now, at most; steps since that was so
         self._counts = torch.zeros(5, device=accelerator.device)
         self._carried = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device)  # over a report: the row that goes on
+        self.ratios: dict[str, Tensor] = {}
+        """Gradient-norm ratio of each alignment, where it has been measured since the last report (`training.balance`)."""
         self._steps = 0
         self._seconds = 0.0
         self._start = time.perf_counter()
@@ -83,6 +87,9 @@ class Meter:
         for name, total, count in zip(QUARTERS, *quarters.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
+        measured = {f"{balance.PREFIX}{name}": ratio.item() for name, ratio in self.ratios.items()}
+        values |= {name: ratio for name, ratio in measured.items() if math.isfinite(ratio)}  # at initialisation it divides by 0
+        self.ratios = {}
         if skipped:
             values["skipped_steps"] = round(skipped)
         values["images_per_second"] = self._steps * batch_size / (self._seconds + time.perf_counter() - self._start)

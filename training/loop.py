@@ -18,7 +18,7 @@ from loss import Batch
 from runtime import files, signals
 from runtime.errors import LostContact, contact_lost
 from runtime.options import as_dict
-from training import preflight
+from training import balance, preflight
 from training.between import ENDED_EARLY, Between, Callback
 from training.log import Meter, RunLog
 from training.run import Run
@@ -59,6 +59,8 @@ def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
     for micros in run.batches(end):
         if not run.passes_over(run.step + 1):
             run.set_rate()
+            if meter is not None and run.alignments and run.compares_at(run.step + 1):
+                meter.ratios = balance.ratios(learner, micros, run.weights(), run.accelerator)
             update(learner, micros, run.weights(), run.optimizer, run.config.max_grad_norm, meter)
             for average in run.averages.values():
                 average.update(run.step + 1)

@@ -111,6 +111,10 @@ class Run:
         skipped = self.config.skip_steps
         return skipped is not None and skipped[0] <= step <= skipped[1]
 
+    def compares_at(self, step: int) -> bool:
+        """Whether gradient norms of alignments and denoising are compared in optimiser step `step`, counted from 1."""
+        return bool(self.config.grad_ratio_steps) and step % self.config.grad_ratio_steps == 0
+
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         groups = [{"name": "network", "params": list(self.network.parameters())}]
