@@ -203,8 +203,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "keep_every",
                             "sampling_steps", "log_steps", "report_to", "output_dir", "exp_name", "vae", "eval_steps", "eval_preset",
                             "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights",
-                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second", "grad_ratio_steps",
-                            "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32"})
+                            "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second",
+                            "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32",
+                            "grad_ratio_steps"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ def test_batches_that_do_not_divide_or_fit(tmp_path: Path, words: Words) -> None
     (["--learning-rate", "nan"], ("--learning-rate", "nan")),
     (["--adam-beta1", "2"], ("--adam-beta1",)),
     (["--sampling-steps", "-1"], ("--sampling-steps",)),
+    (["--grad-ratio-steps", "-1"], ("--grad-ratio-steps",)),
     (["--exp-name", ""], ("--exp-name",)),
     (["--uniform-from-epoch", "3"], ("--time-sampling",)),
     (["--align", "latent", "--align-stop-steps", "-5"], ("--align-stop-steps -5",)),

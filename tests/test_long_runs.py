@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,20 +238,57 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path: Path, words: Wo
 
 
 def test_many_such_steps_end_the_run_and_its_remedies_work(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = words(tmp_path, "run", "--checkpointing-steps", 2, "--log-steps", 40, "--mixed-precision", "bf16")
-    with monkeypatch.context() as patch:
-        broken_steps(patch, *range(4, 40))
+    """The run goes back to its last good checkpoint; what the message says, word for word, leads on from there."""
+    argv = words(tmp_path / "a", "run", "--checkpointing-steps", 2, "--log-steps", 40, "--mixed-precision", "bf16")
+    run = tmp_path / "a" / "run"
+
+    def stopped(*more: str) -> str:
         with pytest.raises(UserError) as caught:
-            train.main([*argv, "--max-train-steps", "30"])
-    assert "--skip-steps 4 13" in str(caught.value) and "--mixed-precision no" in str(caught.value)
-    record = files.read_json(tmp_path / "run" / "not-finite.json")
-    assert record["steps"] == [4, 13] and len(record["items"]["4"]) == 16
-    assert Checkpoint.open(tmp_path / "run").step == 2  # no checkpoint while gradients are not finite
-    train.main([*argv[:-2], "--mixed-precision", "no", "--skip-steps", "4", "13", "--max-train-steps", "14"])
-    assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
+            train.main([*argv, "--max-train-steps", "30", *more])
+        return str(caught.value)
+
+    with monkeypatch.context() as patch:
+        broken_steps(patch, *range(4, 18))
+        said = stopped()
+        assert "\n" not in said and "gradient of steps 4 to 13 is not finite" in said
+        assert f"goes back to {run}@2, the last good checkpoint" in said and "--mixed-precision no" in said and "--qk-norm" in said
+        record = files.read_json(run / "not-finite.json")
+        assert record["steps"] == [4, 13] and len(record["items"]["4"]) == 16
+        assert f"items {', '.join(map(str, record['items']['4'][:4]))}, ..." in said
+        before = Checkpoint.open(run)
+        assert before.step == 2  # no checkpoint while gradients are not finite
+        assert stopped() == said  # without the remedy it meets them again
+        words_of = re.search(r"--skip-steps \d+ \d+", said)[0].split()
+        assert words_of == ["--skip-steps", "4", "13"]
+        train.main([*argv, "--max-train-steps", "20", *words_of])
+        at_once = train.main([*words(tmp_path / "b", "run"), *argv[-6:], "--max-train-steps", "20", *words_of])
+    assert sum(line.get("skipped_steps", 0) for line in read(run / "log.jsonl")) == 4  # 14 to 17: not yet too many
+    assert Checkpoint.open(run).step == 20
+    assert_same_bits(run, at_once)
     with pytest.raises(UserError, match="say --mixed-precision"):
-        monkeypatch.setattr("runtime.launch.precision", lambda *_: torch.bfloat16)
-        train.main([*argv[:-2], "--max-train-steps", "15"])
+        monkeypatch.setattr("runtime.launch.precision", lambda *_: None)
+        train.main([*argv[:-2], "--max-train-steps", "21"])
+
+
+def test_steps_that_are_skipped_already_stay_so_in_the_next_remedy(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 30, "--log-steps", 11)
+    broken_steps(monkeypatch, *range(2, 22))
+    with pytest.raises(UserError, match="begins anew, as there is no checkpoint yet, with --skip-steps 2 11 past") as caught:
+        train.main(argv)
+    assert "--mixed-precision no" not in str(caught.value)  # that it is already
+    with pytest.raises(UserError, match="steps 12 to 21 is not finite.* with --skip-steps 2 21 past"):
+        train.main([*argv, "--skip-steps", "2", "11", "--qk-norm"])
+    train.main([*argv, "--skip-steps", "2", "21", "--exp-name", "on"])
+
+
+def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = words(tmp_path, "run", "--checkpointing-steps", 2, "--log-steps", 40, "--max-train-steps", 16)
+    with monkeypatch.context() as patch:
+        broken_steps(patch, *range(4, 17))
+        with pytest.raises(UserError, match="--mixed-precision no"):
+            train.main([*argv, "--mixed-precision", "bf16"])
+    train.main([*argv, "--mixed-precision", "no"])  # there, we take it, gradients are finite
+    assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
 
 
 def test_averaged_weights_are_looked_at_before_they_are_saved(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,8 +444,6 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, words: Words, monkeypat
 
 
 def test_the_page_on_long_runs_names_what_there_is() -> None:
-    import re
-
     from benchmarks import torture
     from config import GenerateConfig, TrainConfig
     from runtime.options import flags_of, options_of
