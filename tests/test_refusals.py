@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dataset
-from benchmarks import bad_inputs, bad_world, torture
+from benchmarks import bad_inputs, bad_world, flips, torture
 from benchmarks.bad_world import World
 from evaluations.images import open_images
 from models.archives import read_archive
@@ -178,9 +179,36 @@ def test_any_log_is_read(tmp_path: Path, lines: list[bytes]) -> None:
 
 
 def test_a_short_torture_loses_nothing(tmp_path: Path) -> None:
-    """Kills, flips and two-process starts as real processes: the short form; the long one is run by hand."""
+    """Kills and flips as real processes: the short form; the long one is run by hand."""
     short = ["--kills", "1", "--steps", "16", "--flips", "22", "--starts", "0", "--inputs", "0", "--out", str(tmp_path / "torture.json")]
     done = subprocess.run([sys.executable, "-m", "benchmarks.torture", *short], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = files.read_json(tmp_path / "torture.json")
-    assert found["kills"]["lost"] == 0 and found["flips"]["accepted with another meaning"] == 0
+    assert found["kills"]["done"] == found["kills"]["counts"]["runs with the same bits"] == 1 and not found["kills"]["faults"]
+    assert found["flips"]["done"] == sum(found["flips"]["counts"].values()) == 22 and not found["flips"]["faults"]
+
+
+def test_a_torture_goes_on_where_it_was_cut_off(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same flips as in one go, none twice; other settings are refused."""
+    monkeypatch.setattr(bad_world, "build", lambda _: world)
+    tried: list[int] = []
+    monkeypatch.setattr(torture, "bit_flips", lambda world, place, chances: ((str(chance.randrange(2)), tried.append(number))
+                                                                             for number, chance in chances))
+
+    def flipped(count: int, name: str, *more: object) -> dict:
+        rest = ["--kills", 0, "--starts", 0, "--inputs", 0, "--out", tmp_path / name, *more]
+        torture.main([str(word) for word in ["--flips", count, *rest]])
+        return files.read_json(tmp_path / name)["flips"]
+
+    assert flipped(3, "parts")["done"] == 3 and flipped(9, "parts")["done"] == 9 and flipped(9, "parts")["done"] == 9
+    assert tried == list(range(9))
+    assert files.read_json(tmp_path / "parts")["flips"]["counts"] == flipped(9, "whole")["counts"]
+    with pytest.raises(UserError, match=r"holds results of .*'seed': 0.* use the same, or another file"):
+        flipped(9, "parts", "--seed", 1)
+
+
+def test_a_flip_that_changes_the_meaning_is_a_fault(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flips.Checkpoint, "require_whole", lambda _: None)
+    monkeypatch.setattr(flips.Checkpoint, "require_intact", lambda *_: None)
+    found = list(flips.flips(world, tmp_path, [(1, random.Random(seed)) for seed in range(12)]))
+    assert any(fault and came_to == "accepted with another meaning" for came_to, fault in found)
