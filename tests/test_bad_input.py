@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import generate
 import train
 import train_guide
-from runtime import errors, files
+from models.checkpoint import Checkpoint
+from runtime import errors, files, launch
 from runtime.errors import UserError
 
 Words = Callable[..., list[str]]
@@ -208,6 +212,57 @@ def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> 
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         errors.run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(), "out of memory: free some, or lower what is held at once (--batch-size"),
+    (MemoryError("an array of 9 TiB"), "out of memory (an array of 9 TiB): free some"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), "CUDA out of memory: lower --batch-size, or raise --gradient-accu"),
+    (OSError(errno.EROFS, "Read-only file system", "/x/y"), "cannot use /x/y: Read-only file system; choose another place")])
+def test_resources_that_run_out_are_one_line_too(capsys: pytest.CaptureFixture, error: Exception, said: str) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    answer = capsys.readouterr().err
+    assert caught.value.code == 2 and answer.startswith(f"error: {said}") and answer.count("\n") == 1
+
+
+def test_files_outside_their_folder_are_refused(tmp_path: Path, words: Words, data: Path, guided: Path) -> None:
+    manifest = damaged(data, tmp_path / "set") / "manifest.json"
+    value = files.read_json(manifest)
+    shutil.copy(tmp_path / "set" / value["shards"][0]["file"], tmp_path / "shard")
+    value["shards"][0]["file"] = "../shard"
+    files.write_sealed(manifest, value)
+    refused(train.main, [*words(tmp_path, "x"), "--data-dir", tmp_path / "set"], "manifest.json", "../shard outside its folder")
+    config = damaged(guided, tmp_path / "run") / "checkpoints" / "0000004" / "config.json"
+    value = files.read_json(config)
+    value["files"] = {name.replace("ema.", "../ema."): digest for name, digest in value["files"].items()}
+    files.write_sealed(config, value)
+    with pytest.raises(UserError, match=r"config.json is damaged: it names the file \.\./ema.safetensors outside its folder"):
+        Checkpoint.open(config.parent).require_whole()
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_noted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def noted(driver: bool, usable: bool, visible: str = "0") -> str:
+        monkeypatch.setattr("os.path.exists", lambda path: driver and path == "/proc/driver/nvidia/version")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        launch._note_unused_gpu()
+        return capsys.readouterr().out
+
+    said = noted(driver=True, usable=False)
+    assert said.count("\n") == 1 and torch.__version__ in said and "install the torch that fits the driver" in said
+    assert not noted(driver=True, usable=True) and not noted(driver=False, usable=False)
+    assert not noted(driver=True, usable=False, visible="")  # hidden on purpose
+
+
+def test_the_required_torch_is_beyond_the_known_flaws_of_loading() -> None:
+    """CVE-2025-32434 below 2.6, CVE-2026-24747 below 2.10."""
+    text = (Path(__file__).parents[1] / "requirements.txt").read_text()
+    bounds = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", text, flags=re.MULTILINE))
+    assert [tuple(map(int, bounds[name].split("."))) for name in ("torch", "torchvision")] >= [(2, 10), (0, 25)]
 
 
 def test_non_finite_losses_stop_the_run(tmp_path: Path, words: Words) -> None:

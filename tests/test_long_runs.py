@@ -206,6 +206,15 @@ def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, words: Word
     files.write_sealed(config, {**sound, "files": {k: v for k, v in sound["files"].items() if not k.startswith("heads")}})
     with pytest.raises(UserError, match="heads.safetensors"):
         train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 2))
+    heads = files.load_tensors(folder / "heads.safetensors")
+    whole = (folder / "heads.safetensors").read_bytes()
+    lost = sorted(heads)[0]
+    files.save_tensors(folder / "heads.safetensors", {name: value for name, value in heads.items() if name != lost})
+    digests = {**sound["files"], "heads.safetensors": files.digest(folder / "heads.safetensors")}
+    files.write_sealed(config, {**sound, "files": digests})
+    with pytest.raises(UserError, match=f"lacks {lost} among its heads"):
+        train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 2))
+    (folder / "heads.safetensors").write_bytes(whole)
     files.write_json(config, {k: v for k, v in {**sound, "format": 1}.items() if k != files.SEAL})
     capsys.readouterr()
     assert Checkpoint.open(run).step == 1 and "of format 1" in capsys.readouterr().out

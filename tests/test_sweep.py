@@ -22,7 +22,9 @@ from evaluations import evaluate, reference, sweep
 from evaluations.sweep import SweepConfig, values
 from runtime import options
 from runtime.errors import UserError
+from runtime.locks import LOCK
 from sampling.preview import SETTINGS
+from tests.locks import held_elsewhere
 from training.log import read
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +199,8 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     assert capsys.readouterr().out.startswith("0 of 5 points")
     with pytest.raises(UserError, match="another seed .0, not 1."):
         run(guided, real, out, "--seed", "1")
+    with held_elsewhere(out / LOCK), pytest.raises(UserError, match="another process is writing"):
+        run(guided, real, out, "--cfg-scale", "1:3:1")
 
 
 def test_the_heat_map_has_its_numbers_and_the_tables_order():
