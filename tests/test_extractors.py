@@ -66,7 +66,7 @@ def pictures(seed, count, size=64):
 def test_inception_is_torch_fidelitys(extractor, weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    other = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
+    other = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)).eval()
     hooked = []
     other.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: hooked.append(output))
     images = torch.from_numpy(pictures(0, 3, 80))
