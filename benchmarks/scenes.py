@@ -72,11 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = Path(options.out)
         before = files.read_json(path)["rows"] if path.is_file() else []
         known = {(json.dumps(row["dials"]), row["steps"], row["learning_rate"]): row for row in [*before, *found]}
-        files.write_json(path, {**measure.environment(shlex.join(["python", "-m", "benchmarks.scenes", *words])), "rows": list(known.values())})
+        command = shlex.join(["python", "-m", "benchmarks.scenes", *words])
+        files.write_json(path, {**measure.environment(command), "rows": list(known.values())})
 
 
 def prepare(folder: Path, options: Options) -> tuple[float, dict[str, float]]:
     """Scenes and classifier in `folder`; the classifier's accuracy, and the two floors of the Frechet distance."""
+    import torch
+
     from evaluations.features import Timm
     from evaluations.metrics import frechet, statistics
     from preprocessing import scenes
@@ -86,8 +89,6 @@ def prepare(folder: Path, options: Options) -> tuple[float, dict[str, float]]:
     scenes.main(["--out", str(folder / "scenes"), "--count", str(options.count), *flags])
     accuracy = train_encoder(folder / "encoder", options.epochs, options.dials)
     drawn = scenes.Scenes(options.dials, options.count)
-    import torch
-
     extractor = Timm(f"timm:{folder / 'encoder'}")
     images = torch.from_numpy(np.stack([drawn.draw(index)[0] for index in range(options.count)]))
     with torch.no_grad():
@@ -106,10 +107,13 @@ def plain(folder: Path, options: Options, rate: float) -> dict[str, Any]:
     import train
 
     size = scale.find("study")
-    run, out = folder / "exps" / f"lr-{rate:g}", folder / "scores" / f"lr-{rate:g}-{options.steps}"
+    run = folder / "exps" / f"lr-{rate:g}-{options.steps}"
+    out = folder / "scores" / run.name
     if not (out / "metrics.json").is_file():
-        train.main([*size.train_words(PLAIN), "--learning-rate", str(rate), "--data-dir", str(folder / "scenes"), "--output-dir",
-                    str(run.parent), "--exp-name", run.name, "--max-train-steps", str(options.steps), "--checkpointing-steps", "400"])
+        words = list(size.train_words(PLAIN))
+        words[words.index("--learning-rate") + 1] = str(rate)
+        train.main([*words, "--data-dir", str(folder / "scenes"), "--output-dir",
+                    str(run.parent), "--exp-name", run.name, "--max-train-steps", str(options.steps)])
         ((_, preset),) = size.presets(PLAIN)
         generate.main(["--ckpt", f"{run}@{options.steps}", *preset, "--reference", str(folder / "scenes"), "--features",
                        f"timm:{folder / 'encoder'}", "--out", str(out)])

@@ -38,16 +38,16 @@ GROUPS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Dials:
-    """What makes a scene easy or hard."""
+    """What makes a scene easy or hard. The defaults were chosen by measurement (`benchmarks/scenes.py`, docs/study.md)."""
 
     resolution: int = option(16, help="side of a scene, in pixels", heading="dials")
-    digits: int = option(2, help="digits in a scene: 1, or 2 side by side")
-    classes: int = option(20, help="classes: digits (at most 10), or pairs of digits (at most 100)")
-    colours: float = option(0.5, help="0: black ink on white paper; 1: any two colours that differ enough in brightness")
-    gradient: float = option(0.3, help="change of the paper's brightness from one side to the other")
-    jitter: float = option(1.0, help="how far a digit is moved, in pixels")
+    digits: int = option(1, help="digits in a scene: 1, or 2 side by side")
+    classes: int = option(10, help="classes: digits (at most 10), or pairs of digits (at most 100)")
+    colours: float = option(0.3, help="0: black ink on white paper; 1: any two colours that differ enough in brightness")
+    gradient: float = option(0.2, help="change of the paper's brightness from one side to the other")
+    jitter: float = option(0.5, help="how far a digit is moved, in pixels")
     clutter: int = option(1, help="faint strokes behind the digits")
-    size: tuple[float, ...] = option((0.9, 1.1), help="smallest and largest size, as a share of a digit's place")
+    size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
 
     def __post_init__(self) -> None:
         require(self.resolution >= 8 and self.resolution % 2 == 0, f"--resolution {self.resolution} must be even and at least 8")

@@ -10,7 +10,8 @@
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
     python -m recipes check curves             losses of 200 steps against the committed ones
 
-`--scale study` runs the same chain on scenes, `--scale tiny` on the embedded digits. `run ROW --slurm [--nodes 2]` prints an sbatch file instead.
+`--scale study` runs the same chain on scenes, `--scale tiny` on the embedded digits. `run ROW --slurm [--nodes 2]` prints an
+sbatch file instead.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes import rows
-from runtime.tables import aligned
+from runtime.text import aligned
 
 LEVEL = 0.05
 

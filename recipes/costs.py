@@ -71,8 +71,9 @@ def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
                            network=lambda weights, depth=None: cost.hollow(spec, depth))
 
 
+@functools.cache
 def training_cost(row: Row, scale: Scale) -> cost.Cost:
-    """The account of the row's training command (not of its teacher's)."""
+    """The account of the row's training command, without memory (not of its teacher's)."""
     plan = chain.build(row, scale, 0, Path("work"))
     link = next(link for link in reversed(plan.links) if link.name == "train")
     guided = link.words[0] == "train_guide.py"
@@ -84,14 +85,10 @@ def training_cost(row: Row, scale: Scale) -> cost.Cost:
     data = sketch(row, scale)
     spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
                        qk_norm=config.qk_norm)
-    return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space))
+    return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space), memory=False)
 
 
-@functools.cache
-def flops(row: Row, scale: Scale) -> float:
-    """FLOPs of the row's training, its teacher's counted."""
-    account = training_cost(row, scale)
-    total = account.plain * account.mean_ratio() * account.steps * account.batch_size
-    if row.teacher is not None:
-        total += flops(row.of_teacher(), scale)
-    return total
+def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
+    """FLOPs of the row's training up to `epochs` (default: all), its teacher's counted."""
+    total = training_cost(row, scale).flops(scale.steps(row, row.epochs if epochs is None else epochs))
+    return total if row.teacher is None else total + flops(row.of_teacher(), scale)

@@ -19,7 +19,6 @@ import io
 import json
 import platform
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
         scores.append({"preset": score.preset, "epochs": score.epochs, "step": score.step, "metrics": metrics["metrics"],
                        "num_samples": metrics["num_samples"], "key": key(about), "protocol": about,
                        "device_hours": {"training": spent(chain.run, batch, score.step)[0] * processes, "stage 1": stage1 * processes},
-                       "flops": costs.flops(replace(chain.row, epochs=score.epochs), size)})
+                       "flops": costs.flops(chain.row, size, score.epochs)})
     files.write_json(folder / "metrics.json", {"scores": scores})
     return {"digests": {"data": checkpoint.config["data"]["digest"], "checkpoint": checkpoint.digest,
                         "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest")},

@@ -14,6 +14,8 @@ from runtime.errors import UserError, nearest
 
 ENCODED = ("repa", "haste")
 """Methods with an external encoder."""
+OWN_PRECISION = ("dispersive", "layersync")
+"""Methods whose preset says in which precision they run."""
 BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
 """Options that number a block."""
 
@@ -120,7 +122,8 @@ class _Study(_Small):
         return ("-m", "preprocessing.scenes", "--out", str(folder))
 
     def train_words(self, row: Row) -> tuple[str, ...]:
-        return (*super().train_words(row), "--mixed-precision", "bf16", "--log-steps", "50")
+        precision = () if row.method in OWN_PRECISION else ("--mixed-precision", "bf16")
+        return (*super().train_words(row), *precision, "--learning-rate", "4e-3", "--log-steps", "50")
 
     def encoder_words(self, work: Path) -> tuple[str, ...]:
         return ("--align-encoder", "evaluations/scenes", "--align-cache")
@@ -166,7 +169,7 @@ def _encoded(row: Row) -> bool:
 SCALES = {
     "paper": Scale(name="paper", epoch_steps={"sit": 5000, "lightningdit": 1250}, batch_size={"sit": 256, "lightningdit": 1024},
                    processes=8),
-    "study": _Study(name="study", epoch_steps={"sit": 20, "lightningdit": 20}, batch_size={"sit": 32, "lightningdit": 32}, processes=1),
+    "study": _Study(name="study", epoch_steps={"sit": 12.5, "lightningdit": 12.5}, batch_size={"sit": 32, "lightningdit": 32}, processes=1),
     "tiny": _Tiny(name="tiny", epoch_steps={"sit": 0.05, "lightningdit": 0.05}, batch_size={"sit": 16, "lightningdit": 16}, processes=1,
                   encoder_command=("-m", "recipes.encoder", "--epochs", "2")),
 }

@@ -48,8 +48,8 @@ def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -
     shown = [record for row in rows for record in by_row[row.name]]
     blocks = []
     for key, title in columns(shown).items() or {"": "no record yet"}.items():
-        lines = [["row", "epochs", "published", "ours", "difference", "verdict", "class accuracy", "device hours", "with stage 1", "images/s",
-                  "PFLOPs"]]
+        lines = [["row", "epochs", "published", "ours", "difference", "verdict", "class accuracy", "device hours", "with stage 1",
+                  "images/s", "PFLOPs"]]
         lines += [line for row in rows for line in _lines(row, by_row[row.name], key, scale)]
         kept = [place for place, column in enumerate(zip(*lines, strict=True)) if any(column[1:]) or column[0] != "class accuracy"]
         blocks.append(f"{title}\n{aligned([[line[place] for place in kept] for line in lines])}")

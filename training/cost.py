@@ -7,6 +7,7 @@ backward pass will need. So an alignment has no cost to declare or to forget, an
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ class Cost:
         return sum(part.flops * min(1.0, (self.steps if part.stop is None else part.stop) / self.steps)
                    for part in self.parts) / self.plain
 
+    def flops(self, step: int) -> float:
+        """FLOPs of the run up to `step`."""
+        return self.batch_size * sum(part.flops * (step if part.stop is None else min(step, part.stop)) for part in self.parts)
+
     def memory(self) -> dict[str, float]:
         """Bytes at the peak of a step: trained parameters with gradient and Adam's two moments (16 bytes each), the EMA,
         frozen networks, and the activations. The allocator's slack, workspaces and frozen networks' passing activations
@@ -102,10 +107,11 @@ class Cost:
 
 
 def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: LatentSet | None = None,
-             load: Callable[[str], Any] = Checkpoint.open) -> Cost:
+             load: Callable[[str], Any] = Checkpoint.open, memory: bool = True) -> Cost:
     """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here.
 
     `data` and `load` stand in for a data set and for teachers that are not there yet: only their shapes are asked for.
+    Without `memory` its activations are not counted, which takes most of the time; they are NaN then.
     """
     setup = Setup.of(config, options, data=data)
     data, spec, epoch_steps = setup.data, setup.spec, setup.epoch_steps
@@ -129,7 +135,7 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
             parts.append(Part(f"{name}: {role}", _count(network), False, each_step * frozen, stop))
         if alignment.reads_ema:
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
-    kept, casts, recomputed = probe.memory(alignments)
+    kept, casts, recomputed = probe.memory(alignments) if memory else (math.nan, math.nan, 0.0)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
                 config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
