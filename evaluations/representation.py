@@ -88,7 +88,7 @@ def class_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor], classes: 
     inside, outside = standardise(x[fit], x[fit]), standardise(x[validate], x[fit])
     probe, chosen, least = None, PENALTIES[-1], math.inf
     for penalty in sorted(PENALTIES, reverse=True):  # each begins where a stronger penalty ended
-        probe = logistic(inside, labels[fit], classes, penalty, probe)
+        probe = logistic(inside, labels[fit], classes, penalty, probe, tolerance=1e-4)
         answers = probe(outside)
         error = torch.nn.functional.cross_entropy(answers, labels[validate]).item()
         if error >= least:
