@@ -149,7 +149,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure all that `config` asks for; returns what probe.json holds."""
     items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
     probed = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
-    kinds, side = config.kinds(), probed[0].checkpoint.spec.side
+    held_out, kinds, side = len(items.parts.test), config.kinds(), probed[0].checkpoint.spec.side
     for one in probed:
         require(one.checkpoint.spec.side == side, f"{one.name} and {probed[0].name} have other token grids: probe them one by one")
         if any(kind != "c" for kind, _ in kinds):
@@ -171,7 +171,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
             rows += [{"checkpoint": one and one.name, "t": t, **row} for row in found]
     require(bool(rows), "--features and --encoder leave nothing to measure: give some of u, c, g and latents")
     protocol = {**{key: value for key, value in as_dict(config).items() if key not in ("ckpt", "data_dir", "out", "masks", "batch_size")},
-                "items": len(items), "held_out": len(items.parts.test), "data": items.data.digest,
+                "items": len(items), "held_out": held_out, "data": items.data.digest,
                 "masks": config.masks and files.digest(config.masks), "encoder_digest": encoder and encoder.digest(),
                 "penalties": list(representation.PENALTIES), "versions": versions()}
     return {"protocol": protocol, "checkpoints": {one.name: {"digest": one.checkpoint.digest, "step": one.checkpoint.step,

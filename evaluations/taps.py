@@ -6,8 +6,8 @@ checkpoint, so that two of them are compared on the same inputs.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,22 +46,30 @@ class Items:
         masks: file of `preprocessing`'s kind: `masks` (N, H, W) uint8, 0 or 1, one for each item of the set in its order, and
             perhaps `groups` (N,) int64: items of a group (made from one source image) are never on both sides of a split.
         shuffled: the network is told the labels of other images (a permutation); the probes ask for the images' own.
+        classes: only images of these labels; empty for all.
 
     Raises:
-        UserError: a set that is missing or damaged, a mask file that does not fit it, too few images for a split.
+        UserError: a set that is missing or damaged, a mask file that does not fit it.
     """
 
-    def __init__(self, folder: str, count: int, seed: int, masks: str | None = None, shuffled: bool = False) -> None:
+    def __init__(self, folder: str, count: int, seed: int, masks: str | None = None, shuffled: bool = False,
+                 classes: Collection[int] = ()) -> None:
         self.data, self.seed = LatentSet(folder), seed
-        drawn = Stream(seed, "probe/items").permutation(len(self.data))[:count]
-        self.index = np.sort(drawn)  # in the order of the disk
+        drawn = Stream(seed, "probe/items").permutation(len(self.data))
+        if classes:
+            drawn = drawn[np.isin(self.data.labels[drawn], list(classes))]
+        self.index = np.sort(drawn[:count])  # in the order of the disk
         self.labels = torch.from_numpy(self.data.labels[self.index])
         self.told = self.labels[torch.from_numpy(Stream(seed, "probe/labels").permutation(len(self.index)))] if shuffled else self.labels
-        self.masks, groups = (None, None) if masks is None else read_masks(masks, len(self.data))
-        self.parts = split((np.arange(len(self.data)) if groups is None else groups)[self.index], seed)
+        self.masks, self._groups = (None, None) if masks is None else read_masks(masks, len(self.data))
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @functools.cached_property
+    def parts(self) -> Parts:
+        """The split that every probe shares. Raises UserError where there are too few images for one."""
+        return split((np.arange(len(self.data)) if self._groups is None else self._groups)[self.index], self.seed)
 
     def clean(self, places: np.ndarray) -> Tensor:
         """(n, C, H, W) float32 normalised latents of the images at `places`; of stored moments, the posterior mean."""
@@ -180,8 +188,3 @@ def encoded(encoder: Encoder, items: Items, places: np.ndarray, device: torch.de
     """(n, T, D) float64 patch tokens of an external encoder for the clean images at `places`, which the set must hold."""
     images = torch.from_numpy(items.data.images(items.index[places])).to(device)
     return encoder(images).tokens.double()
-
-
-def token_side(tokens: int) -> int:
-    """Tokens along one side of an image."""
-    return math.isqrt(tokens)

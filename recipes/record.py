@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from evaluations.histories import spent
 from models.checkpoint import Checkpoint, versions
 from recipes import costs
 from recipes.chain import Chain
@@ -103,16 +104,6 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
                         "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest")},
             "step": chain.step, "device_hours": {"training": hours * processes, "stage 1": stage1 * processes},
             "images_per_second": rate}
-
-
-def spent(run: Path, batch_size: int, step: int) -> tuple[float, float]:
-    """Hours of the steps up to `step`, from the rates in the run's log, and their mean rate in images per second."""
-    seconds, before = 0.0, 0
-    for line in read(run / "log.jsonl"):
-        if "images_per_second" in line and before < line["step"] <= step:
-            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
-            before = line["step"]
-    return seconds / 3600, before * batch_size / seconds if seconds else 0.0
 
 
 def load(results: Path) -> list[dict[str, Any]]:

@@ -213,7 +213,8 @@ def test_rows_are_those_of_explicit_features(data: Path, teacher: Path, masks: P
     fit, validate, test = (torch.from_numpy(part) for part in items.parts)
     for row, feature in zip(rows, (u, c, u + 10 * (c - u)), strict=True):
         assert row["accuracy"] == representation.class_accuracy(feature.mean(1), items.labels, (fit, validate, test), 10)
-        found = representation.mask_probe(*(Moments.of(feature[part].flatten(0, 1), patches[part].flatten(0, 1)) for part in (fit, validate)))
+        sums = [Moments.of(feature[part].flatten(0, 1), patches[part].flatten(0, 1)) for part in (fit, validate)]
+        found = representation.mask_probe(*sums)
         counts = representation.confusion(found(feature[test]) > 0.5, patches[test] > 0.5)
         assert row["miou"] == pytest.approx(representation.iou(counts), abs=0.01)
 

@@ -1,0 +1,145 @@
+"""What the logs of runs say: scores against steps, where an alignment ended, hours and rates with stage 1 counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.checkpoint import Checkpoint
+from runtime import files
+from runtime.errors import require
+from runtime.jsonlines import read
+from runtime.text import aligned
+
+Curves = dict[str, dict[float, list[float]]]
+"""Name -> step -> values, one a seed."""
+FIRST = ("fid", "fd")
+"""The metrics that a curve shows where none is asked for, in this order."""
+
+
+def named(word: str) -> tuple[str, Path]:
+    """NAME=PATH as its two parts; a path alone is called after its last part."""
+    name, at, path = word.partition("=")
+    return (name, Path(path)) if at else (Path(word).name, Path(word))
+
+
+def from_logs(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
+    """The curves of runs (NAME=RUN, one name for all seeds of a setting) and the metric that they show.
+
+    `metric` is a name of the logs without `eval/`, such as fid@5000; None takes the first FID or Frechet distance in all logs.
+
+    Raises:
+        UserError: a run without a log or without scores, a metric that a run lacks.
+    """
+    logs = [(name, run, read(run / "log.jsonl")) for name, run in map(named, words)]
+    for _, run, lines in logs:
+        require(bool(lines), f"{run} has no log.jsonl with lines in it: name a run's folder")
+    known = [{key.removeprefix("eval/") for line in lines for key in line if key.startswith("eval/")} for _, _, lines in logs]
+    shared = sorted(set.intersection(*known))
+    if metric is None:
+        metric = next((name for kind in FIRST for name in shared if name.split("/")[-1].split("@")[0] == kind), None)
+    require(metric in shared, f"the runs' logs share no score {metric or 'at all'}; shared are {', '.join(shared) or 'none'} "
+                              f"(train.py --eval-steps writes them; scores of files: --scores)")
+    curves: Curves = {}
+    for name, _, lines in logs:
+        for line in lines:
+            if f"eval/{metric}" in line:
+                curves.setdefault(name, {}).setdefault(line["step"], []).append(line[f"eval/{metric}"])
+    return curves, metric
+
+
+def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
+    """The curves of score files (NAME=metrics.json, one name for all files of a curve), as `generate.py --reference` writes them.
+
+    Raises:
+        UserError: a file that does not say which step it scored, or files under different protocols.
+    """
+    curves: Curves = {}
+    first: tuple[str, Any] | None = None
+    for name, file in map(named, words):
+        score = files.read_json(file)
+        settings = (score.get("samples") or {}).get("settings") if isinstance(score, dict) else None
+        require(settings is not None and "step" in settings, f"{file} does not say which step it scored: give metrics.json of one file "
+                                                             f"of samples, as generate.py --reference writes it")
+        metric = metric or next((known for known in FIRST if known in score["metrics"]), None)
+        require(metric in score["metrics"], f"{file} has no {metric}; it has {', '.join(score['metrics'])}")
+        told = {key: settings.get(key) for key in ("cfg_scale", "mode", "solver", "num_steps", "weights")} | {
+            "reference": score["reference"]["sha256"], "num_samples": score["num_samples"]}
+        first = first or (str(file), told)
+        other = next((key for key in told if told[key] != first[1][key]), None)
+        require(other is None, f"{file} and {first[0]} have different {other} ({told.get(other or '')} and {first[1].get(other or '')}): "
+                               f"they do not belong into one figure")
+        curves.setdefault(name, {}).setdefault(settings["step"], []).append(score["metrics"][metric])
+    return curves, metric
+
+
+def stops(words: Sequence[str]) -> dict[str, int]:
+    """Curve name -> the last logged step with an alignment, for runs that went on without it."""
+    found = {}
+    for name, run in map(named, words):
+        lines = [line for line in read(run / "log.jsonl") if "loss/diffusion" in line]
+        aligned_at = [line["step"] for line in lines if any(
+            key.startswith("loss/") and key != "loss/diffusion" and " " not in key for key in line)]
+        if aligned_at and aligned_at[-1] < lines[-1]["step"]:
+            found[name] = aligned_at[-1]
+    return found
+
+
+def spent(run: Path, batch_size: int, step: int) -> tuple[float, float]:
+    """Hours of the steps up to `step`, from the rates in the run's log, and their mean rate in images per second."""
+    seconds, before = 0.0, 0
+    for line in read(run / "log.jsonl"):
+        if "images_per_second" in line and before < line["step"] <= step:
+            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
+            before = line["step"]
+    return seconds / 3600, before * batch_size / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Time:
+    """What a run took, in wall-clock hours of its steps."""
+
+    name: str
+    steps: int
+    epochs: float
+    rate: float
+    """Images per second."""
+    hours: float
+    stage1: float | None
+    """Hours of its teacher up to the step that taught; 0 without one, None where that run's log is not there."""
+
+    @property
+    def total(self) -> float | None:
+        return None if self.stage1 is None else self.hours + self.stage1
+
+
+def time_of(word: str) -> Time:
+    """The time of NAME=RUN, up to its newest checkpoint (or NAME=RUN@STEP). Raises UserError where it has no log or checkpoint."""
+    name, path = named(word)
+    checkpoint = Checkpoint.open(path)
+    run, train = _run(checkpoint.path), checkpoint.config.get("train")
+    require(train is not None and (run / "log.jsonl").is_file(), f"{path} is not a run with a log.jsonl: its time is not known")
+    hours, rate = spent(run, train["batch_size"], checkpoint.step)
+    teacher = checkpoint.config.get("resolved", {}).get("guided", {}).get("teacher")
+    stage1: float | None = 0.0
+    if teacher is not None:
+        source, folder = _run(Path(teacher["path"])), Path(teacher["path"])
+        known = (folder / "config.json").is_file() and (source / "log.jsonl").is_file()
+        stage1 = spent(source, Checkpoint.open(folder).config["train"]["batch_size"], teacher["step"])[0] if known else None
+    return Time(name, checkpoint.step, checkpoint.epochs or 0.0, rate, hours, stage1)
+
+
+def _run(checkpoint: Path) -> Path:
+    """The run's folder of a checkpoint in its `checkpoints`."""
+    return checkpoint.parent.parent
+
+
+def time_table(times: Sequence[Time]) -> str:
+    """The table of section 4.5: steps, rate, hours, and hours with stage 1."""
+    lines = [["run", "steps", "epochs", "images/s", "hours", "stage 1", "in all"]]
+    for one in times:
+        lines.append([one.name, str(one.steps), f"{one.epochs:.4g}", f"{one.rate:.4g}", f"{one.hours:.3g}",
+                      "?" if one.stage1 is None else f"{one.stage1:.3g}", "?" if one.total is None else f"{one.total:.3g}"])
+    return aligned(lines)
