@@ -147,8 +147,9 @@ def colours(tokens: Tensor) -> np.ndarray:
     """(N, side, side, 3) in [0, 1] of tokens (N, T, D): their principal components, each stretched between its 1st and 99th percentile."""
     parts = representation.principal(tokens.flatten(0, 1))
     low, high = torch.quantile(parts, torch.tensor([0.01, 0.99], dtype=parts.dtype), dim=0)
-    side = round(tokens.shape[1] ** 0.5)
-    return ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).reshape(len(tokens), side, side, 3).numpy()
+    side, spread = round(tokens.shape[1] ** 0.5), high - low
+    stretched = (parts - low) / spread.clamp(min=1e-6 * spread.max().item() + 1e-300)  # what is nothing but rounding stays dark
+    return stretched.clamp(0, 1).reshape(len(tokens), side, side, 3).numpy()
 
 
 def pca(options: PcaOptions) -> Figure:

@@ -8,13 +8,15 @@ For each checkpoint, block and time (1 is noise): f_u (null label), f_c (label) 
 latents and, with --encoder, an external encoder. `accuracy`: logistic regression of the class on mean-pooled tokens; `knn`: their
 nearest neighbours; `miou`: the mask of a token's patch by ridge regression on that token, over foreground and background;
 `cknna`: alignment with classes, clean latents and encoder. All on held-out images; definitions in `evaluations.representation`.
-f_c and f_g have been told the label: their accuracy says how plainly they pass it on. --labels shuffled tells the label of
-another image instead, and what is then found of the image's own class was seen, not told.
+f_c and f_g have been told the label: their accuracy says how plainly they pass it on, and is soon 1. --labels shuffled tells
+the label of another image instead, and what is then found of the image's own class was seen, not told.
 
 Writes probe.json, probe.png and probe.svg; the last line printed is what to give to train_guide.py, by a heuristic: the block and
-omega of f_g with the largest sqrt(accuracy x miou), mean over the times given (accuracy alone without masks); among those within
-`TIE` of it the smallest omega, then the shallowest block, which costs least. The guided block is half the depth, as in the
-paper, but at least one below the guiding block: a probe of the teacher cannot tell where its student learns best.
+omega of f_g with the largest sqrt(knn x miou), mean over the times given. The student regresses f_g by squared error, so what
+counts is how far classes lie apart in it (knn), not whether a line can be found (accuracy), together with the structure it keeps
+(miou): the first grows with omega, the second falls in the end. Among those within `TIE` of the best, the smallest omega, then
+the shallowest block, which costs least. The guided block is half the depth, as in the paper, but at least one below the
+guiding block where there is one: a probe of the teacher cannot tell where its student learns best.
 """
 
 from __future__ import annotations
@@ -85,13 +87,13 @@ class ProbeConfig:
 def recommend(rows: Sequence[Row], depths: dict[str, int]) -> str | None:
     """The flags for train_guide.py by the heuristic at the head of this file; None where no f_g was measured.
 
-    `depths`: checkpoint -> its number of blocks; with several, the best of them is named too.
+    `depths`: checkpoint -> its number of blocks; with several, the best of them is named too. Without masks it is by `knn` alone.
     """
     scores: dict[tuple[str, float, int], list[float]] = {}
     for row in rows:
         if row["features"] == "g":
-            scores.setdefault((row["checkpoint"], row["omega"], row["block"]), []).append(math.sqrt(
-                row["accuracy"] * row.get("miou", row["accuracy"])))
+            score = math.sqrt(row["knn"] * row.get("miou", row["knn"]))
+            scores.setdefault((row["checkpoint"], row["omega"], row["block"]), []).append(score)
     if not scores:
         return None
     means = {key: sum(values) / len(values) for key, values in scores.items()}
@@ -100,6 +102,16 @@ def recommend(rows: Sequence[Row], depths: dict[str, int]) -> str | None:
     guided = max(1, min(block_number(depths[name], 1 / 2, None, ""), guiding - 1))
     source = f"--guiding-ckpt {name} " if len(depths) > 1 else ""
     return f"{source}--guiding-depth {guiding} --guided-depth {guided} --guide-scale {omega:g}"
+
+
+def doubts(rows: Sequence[Row], recommended: str) -> list[str]:
+    """What speaks against the recommendation, in words."""
+    found, omegas = [], {row["omega"] for row in rows if row["features"] == "g"}
+    if "miou" not in rows[0]:
+        found.append("without --masks structure was not measured, and nothing speaks against a larger omega")
+    elif len(omegas) > 1 and recommended.endswith(f" {max(omegas):g}"):
+        found.append("the best omega is the largest given: a larger one may be better, widen --omega")
+    return found
 
 
 def label(row: Row) -> str:
@@ -192,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             written += drawing.save(plot(result["rows"]), out / "probe")
     print(f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
           f"{', '.join(map(str, written))}")
+    for doubt in doubts(result["rows"], result["recommended"] or ""):
+        print(f"note: {doubt}")
     print(result["recommended"] or "no recommendation: it needs --features g", flush=True)
     return out
 

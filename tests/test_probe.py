@@ -279,8 +279,8 @@ def test_shuffled_labels_are_those_of_other_images(data: Path) -> None:
     assert 0 < (shuffled.told == shuffled.labels).double().mean() < 0.3
 
 
-def row(name: str, block: int, omega: float, accuracy: float, miou: float, t: float = 0.5) -> dict:
-    return {"checkpoint": name, "features": "g", "block": block, "omega": omega, "t": t, "accuracy": accuracy, "miou": miou}
+def row(name: str, block: int, omega: float, knn: float, miou: float, t: float = 0.5) -> dict:
+    return {"checkpoint": name, "features": "g", "block": block, "omega": omega, "t": t, "accuracy": 1.0, "knn": knn, "miou": miou}
 
 
 def test_the_recommendation_follows_its_rule() -> None:
@@ -288,9 +288,13 @@ def test_the_recommendation_follows_its_rule() -> None:
     assert probe.recommend(rows, {"a": 6}) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10"
     rows.append(row("a", 3, 3, 0.9, 0.795))  # level with the best, and cheaper
     assert probe.recommend(rows, {"a": 6}) == "--guiding-depth 3 --guided-depth 2 --guide-scale 3"
+    assert probe.doubts(rows, "--guide-scale 3") == [] and "widen --omega" in probe.doubts(rows, "--guide-scale 30")[0]
     rows.append(row("b", 1, 3, 1.0, 0.9))
     assert probe.recommend(rows, {"a": 6, "b": 12}) == "--guiding-ckpt b --guiding-depth 1 --guided-depth 1 --guide-scale 3"
     assert probe.recommend([{**rows[0], "features": "u"}], {"a": 6}) is None
+    blind = [{key: value for key, value in one.items() if key != "miou"} for one in rows[:4]]
+    assert probe.recommend(blind, {"a": 12}) == "--guiding-depth 2 --guided-depth 1 --guide-scale 30"
+    assert "without --masks" in probe.doubts(blind, "")[0]
 
 
 def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path: Path, words) -> None:
