@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         """uint8 (N, R, R, channels) -> float32 (N, channels, side, side) as the encoder was trained; grey repeats."""
         x = images.permute(0, 3, 1, 2).float() / 255
         require(x.shape[1] in (1, self.channels), f"the images have {x.shape[1]} channels, {self.name} takes {self.channels}: "
-                                                  f"choose another --align-encoder")
+                                                  f"choose another encoder")
         x = (x.expand(-1, self.channels, -1, -1) - self.mean) / self.std
         return x if x.shape[-1] == self.side else F.interpolate(x, (self.side, self.side), mode="bicubic")
 
@@ -122,7 +122,7 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
-                        f"network, run: hf download {hub}; or give its file by --align-encoder-weights") from error
+                        f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, --encoder-weights)") from error
     if not isinstance(model, VisionTransformer):
         raise UserError(f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model")
     if pretrained and weights is not None:
