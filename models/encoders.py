@@ -122,7 +122,8 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
-                        f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, --encoder-weights)") from error
+                        f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, "
+                        f"--encoder-weights)") from error
     if not isinstance(model, VisionTransformer):
         raise UserError(f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model")
     if pretrained and weights is not None:

@@ -170,6 +170,8 @@ def test_groups_are_never_on_both_sides_of_a_split() -> None:
     assert [len(one) for one in seen] == [39, 9, 12]
     assert all((one == two).all() for one, two in zip(parts, split(groups, 3)))
     assert set(split(groups, 4).test) != set(parts.test)
+    five = split(np.arange(50) % 5, 0)  # as preprocessing.scenes has them
+    assert [len(set(part % 5)) for part in five] == [3, 1, 1] and [len(part) for part in five] == [30, 10, 10]
     with pytest.raises(UserError, match="4 images .* too few"):
         split(np.arange(4), 0)
 
@@ -200,6 +202,20 @@ def test_both_passes_are_those_of_the_network_alone(data: Path, teacher: Path) -
     alone = probed.pairs(items, places, 0.3, unconditional=False)[4]
     torch.testing.assert_close(alone[1], pairs[4][1], atol=1e-5, rtol=1e-4)
     assert not alone[0].any()
+
+
+def test_weights_seed_and_count_act(data: Path, teacher: Path) -> None:
+    items, other = Items(str(data), 40, 0), Items(str(data), 40, 1)
+    assert len(items) == 40 and set(items.index) != set(other.index) and set(items.index) < set(Items(str(data), 60, 0).index)
+    all_of_them = [Items(str(data), 1797, seed) for seed in (0, 1)]
+    assert (all_of_them[0].index == all_of_them[1].index).all()
+    assert not all_of_them[0].noise(np.arange(2)).equal(all_of_them[1].noise(np.arange(2)))
+    assert all_of_them[0].noise(items.index[:2]).equal(items.noise(np.arange(2)))  # an image's own, whichever are drawn with it
+    raw, ema = (Probed.open(str(teacher), items, weights, None).pairs(items, np.arange(3), 0.5)[6][1] for weights in ("raw", "ema"))
+    assert (raw - ema).abs().max() > 1e-4
+    shuffled = Items(str(data), 40, 0, shuffled=True)
+    one, two = (Probed.open(str(teacher), items, "raw", [6]).pairs(told, np.arange(40), 0.5)[6] for told in (items, shuffled))
+    assert one[0].equal(two[0]) and not one[1].equal(two[1])  # f_u is told nothing
 
 
 def test_rows_are_those_of_explicit_features(data: Path, teacher: Path, masks: Path) -> None:
