@@ -54,7 +54,7 @@ def test_each_dial_does_what_it_says() -> None:
             return float(rows.std())
         if of == "area":
             return float(masks.sum((1, 2)).mean())
-        edges = [np.concatenate([picture[:2], picture[-2:]]).astype(float) for picture, *_ in drawn]  # no ink comes so far
+        edges = [np.concatenate([picture[:, :2], picture[:, -2:]], 1).astype(float) for picture, *_ in drawn]  # no ink comes so far
         return float(np.mean([values.mean(-1).std() if of == "slope" else values.std(-1).mean() for values in edges]))
 
     assert spread("place", jitter=3.0) > 2 * spread("place") and spread("area", size=(0.6, 0.6)) < 0.5 * spread("area")
