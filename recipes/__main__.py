@@ -6,6 +6,7 @@
     python -m recipes table 1                  published | ours | difference | verdict
     python -m recipes table study --scale study --target 5    ... and the epochs that each row took to that distance
     python -m recipes claims --scale study     what the paper says, each with a paired test over seeds
+    python -m recipes publish                  puts the study's tables into README.md and docs/study.md
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
     python -m recipes check curves             losses of 200 steps against the committed ones
@@ -132,6 +133,14 @@ def print_claims(names: Sequence[str], options: Options) -> None:
     print(claims.report(claims.test(record.load(Path(options.results)), options.scale)))
 
 
+def write_pages(names: Sequence[str], options: Options) -> None:
+    """Put the tables of the records into README and docs."""
+    from recipes import publish, record
+
+    for path in publish.publish(Path(), record.load(Path(options.results))):
+        print(f"wrote {path}")
+
+
 def draw_figure(names: Sequence[str], options: Options) -> None:
     """Figures of the paper from records."""
     from recipes import figure
@@ -143,7 +152,7 @@ def draw_figure(names: Sequence[str], options: Options) -> None:
 
 def check(names: Sequence[str], options: Options) -> None:
     """Recompute what records say of themselves; the first fault of each is named."""
-    from recipes import curves, record
+    from recipes import curves, publish, record
 
     if list(names) == ["curves"]:
         curves.report(curves.check())
@@ -154,11 +163,14 @@ def check(names: Sequence[str], options: Options) -> None:
         print(f"{folder.name}: {'; '.join(found) or 'holds'}")
     wrong = [folder.name for folder, found in faults.items() if found]
     require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}")
+    if not names and Path(options.results).resolve() == Path("results").resolve():  # the records that the pages are about
+        stale = publish.stale(Path(), record.load(Path(options.results)))
+        require(not stale, f"the tables of {', '.join(map(str, stale))} are not what the records say: python -m recipes publish")
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], bool]] = {
     "list": (list_rows, False), "show": (show, True), "run": (run, True), "table": (print_table, True), "figure": (draw_figure, True),
-    "claims": (print_claims, False), "check": (check, False)}
+    "claims": (print_claims, False), "publish": (write_pages, False), "check": (check, False)}
 """Subcommand -> what it does, and whether it needs a name."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes import rows
+from runtime.errors import require
 from runtime.text import aligned
 
 LEVEL = 0.05
@@ -51,8 +52,7 @@ def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[t
     """(row without table and model, epochs) -> seed -> metric, of the study's rows; the newest record of a seed counts."""
     found: dict[tuple[str, float], dict[int, float]] = {}
     keys = {score["key"] for record in _chosen(records, scale) for score in record["scores"]}
-    if len(keys) > 1:
-        raise ValueError(f"the study's records are of {len(keys)} protocols")
+    require(len(keys) < 2, f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep the ones of one")
     for record in _chosen(records, scale):
         for score in record["scores"]:
             found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
@@ -117,11 +117,17 @@ def test(records: Sequence[dict[str, Any]], scale: str = "study", metric: str = 
             for claim, (ours, other), one, all_together in zip(CLAIMS, paired, p, holm(p), strict=True)]
 
 
+def cells(findings: Sequence[Finding]) -> list[list[str]]:
+    """The findings as lines of cells, with a head."""
+    lines = [["claim", "seeds", "difference in Fréchet distance", "p", "p (Holm)", "verdict"]]
+    for one in findings:
+        tested = len(one.differences) > 1
+        lines.append([one.claim.said, str(len(one.differences)),
+                      f"{statistics.mean(one.differences):+.2f} ± {one.interval:.2f}" if tested else "",
+                      f"{one.p:.2g}" if tested else "", f"{one.corrected:.2g}" if tested else "", one.verdict])
+    return lines
+
+
 def report(findings: Sequence[Finding]) -> str:
     """The findings as an aligned table."""
-    lines = [["claim", "seeds", "difference in Frechet distance", "p", "Holm's p", "verdict"]]
-    for one in findings:
-        n = len(one.differences)
-        lines.append([one.claim.said, str(n), f"{statistics.mean(one.differences):+.2f} ± {one.interval:.2f}" if n > 1 else "",
-                      f"{one.p:.4f}" if n > 1 else "", f"{one.corrected:.4f}" if n > 1 else "", one.verdict])
-    return aligned(lines)
+    return aligned(cells(findings))

@@ -98,7 +98,8 @@ def test_the_set_on_disk_is_the_scenes(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--digits", "3"], "must be 1 or 2"), (["--classes", "11"], "between 2 and 10"), (["--colours", "2"], "must lie in"),
-    (["--size", "0", "1"], "the smallest and the largest"), (["--count", "3"], "at least --classes"), (["--resolution", "9"], "must be even")])
+    (["--size", "0", "1"], "the smallest and the largest"), (["--count", "3"], "at least --classes"),
+    (["--resolution", "9"], "must be even")])
 def test_dials_that_cannot_be_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         read(scenes.Options, words, prog="scenes", description="")

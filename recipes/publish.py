@@ -1,0 +1,82 @@
+"""Tables that pages show, made from the records: README's results and the claims of docs/study.md.
+
+A page marks the place: `<!-- results: NAME -->`, the table, `<!-- end -->`. `python -m recipes publish` rewrites what lies
+between; `python -m recipes check` fails where it is not what the records say.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes import claims, rows, table
+from runtime import files
+from runtime.errors import require
+
+PAGES = ("README.md", "docs/study.md")
+_BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+SAID = {"plain": "plain SiT", "stage1": "stage 1", "plain-teacher": "stage 2, plain teacher", "full": "stage 2",
+        "omega-1": "stage 2, omega 1", "omega-10": "stage 2, omega 10", "young-teacher": "stage 2, teacher of 20 epochs",
+        "late-stop": "stage 2, guided for 40 epochs", "stage1-block-n-3": "stage 1 at block n/3",
+        "stage1-block-n-2": "stage 1 at block n/2",
+        "full-block-n-3": "stage 2, that teacher (n/3)", "full-block-n-2": "stage 2, that teacher (n/2)"}
+"""Rows of the study in words."""
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a table of a page: the first column to the left, the others to the right."""
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *text[1:]]) + "\n"
+
+
+def study_table(records: Sequence[dict[str, Any]]) -> str:
+    """Every row of the study at every number of epochs at which it was scored."""
+    chosen = [record for record in records if record["scale"] == "study" and record["status"] == "finished"]
+    lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in PFLOP, teacher counted"]]
+    for row in rows.of_table("study"):
+        scores: dict[float, list[dict[str, Any]]] = {}
+        for record in chosen:
+            for score in record["scores"] if record["row"] == row.name else ():
+                scores.setdefault(score["epochs"], []).append(score)
+        for epochs, found in sorted(scores.items()):
+            lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", table.spread([table.quality(score) for score in found]),
+                          table.spread([score["metrics"]["class_accuracy"] for score in found]), str(len(found)),
+                          f"{statistics.mean(score['flops'] for score in found) / 1e15:.2f}"])
+    return markdown(lines)
+
+
+def claims_table(records: Sequence[dict[str, Any]]) -> str:
+    """Every claim with its test."""
+    return markdown(claims.cells(claims.test(records)))
+
+
+BLOCKS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {"study": study_table, "claims": claims_table}
+
+
+def page(text: str, records: Sequence[dict[str, Any]]) -> str:
+    """A page with its tables as the records have them. Raises UserError for a block of an unknown name."""
+    def block(match: re.Match[str]) -> str:
+        require(match[2] in BLOCKS, f"no table is called {match[2]}; there are {', '.join(BLOCKS)}")
+        return match[1] + BLOCKS[match[2]](records) + match[4]
+
+    return _BLOCK.sub(block, text)
+
+
+def publish(root: Path, records: Sequence[dict[str, Any]]) -> list[Path]:
+    """Rewrite the pages below `root` whose tables differ from the records; returns them."""
+    changed = stale(root, records)
+    for path in changed:
+        text = page(path.read_text(encoding="utf-8"), records)
+        with files.replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return changed
+
+
+def stale(root: Path, records: Sequence[dict[str, Any]]) -> list[Path]:
+    """The pages whose tables are not what the records say."""
+    found = [root / name for name in PAGES if (root / name).is_file()]
+    return [path for path in found if page(text := path.read_text(encoding="utf-8"), records) != text]

@@ -1,0 +1,76 @@
+"""Claims of the paper: paired tests, their correction, and pages whose tables are what the records say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from recipes import claims, publish, rows
+from recipes.claims import CLAIMS, holm
+from runtime.errors import UserError
+
+
+def record(row: str, seed: int, scores: dict[float, float], key: str = "aaaa", scale: str = "study") -> dict:
+    return {"row": f"study/SiT-B-2/{row}", "table": "study", "scale": scale, "seed": seed, "status": "finished",
+            "scores": [{"epochs": epochs, "key": key, "metrics": {"fd": value, "class_accuracy": 0.5}, "flops": 2e15}
+                       for epochs, value in scores.items()]}
+
+
+def study(full: tuple[float, ...], plain: tuple[float, ...]) -> list[dict]:
+    return [record("full", seed, {80: value}) for seed, value in enumerate(full)] + [
+        record("plain", seed, {80: value, rows.STUDY_TOTAL: 1.0}) for seed, value in enumerate(plain)]
+
+
+def finding(records: list[dict], said: str) -> claims.Finding:
+    return next(one for one in claims.test(records) if one.claim.said == said)
+
+
+def test_claims_are_about_rows_and_epochs_that_are_scored() -> None:
+    for claim in CLAIMS:
+        for key, epochs in (claim.better, claim.worse):
+            row = rows.find(f"study/SiT-B-2/{key}")
+            assert epochs in (row.at or (row.epochs,)) and key in publish.SAID
+    assert len({claim.said for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_a_paired_test_is_the_t_test_of_the_differences() -> None:
+    full, plain = (2.0, 2.3, 1.9, 2.2, 2.1), (3.1, 3.2, 2.9, 3.5, 3.0)
+    one = finding(study(full, plain), "stage 2 improves on plain training, at equal steps")
+    gaps = [a - b for a, b in zip(full, plain)]
+    mean = sum(gaps) / 5
+    error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 4 / 5)
+    assert one.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 4), rel=1e-9)
+    assert one.interval == pytest.approx(2.7764451 * error, rel=1e-6)  # the table's t for 4 degrees of freedom
+    assert one.verdict == "holds"
+    assert finding(study(plain, full), "stage 2 improves on plain training, at equal steps").verdict == "reversed"
+    assert finding(study((2.0, 3.0, 2.5), (2.4, 2.5, 2.6)), "stage 2 improves on plain training, at equal steps").verdict == "undecided"
+    assert finding(study((2.0,), (3.0,)), "stage 2 improves on plain training, at equal steps").verdict == "not run"
+    assert finding(study(full, plain[:3]), "stage 2 improves on plain training, at equal steps").differences == pytest.approx(gaps[:3])
+
+
+def test_holms_correction() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
+    corrected = holm([math.nan, 0.01, 0.02])
+    assert math.isnan(corrected[0]) and corrected[1:] == pytest.approx([0.02, 0.02])
+
+
+def test_scores_of_two_protocols_are_never_paired() -> None:
+    with pytest.raises(UserError, match="2 protocols"):
+        claims.test([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
+    assert all(one.verdict == "not run" for one in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)]))
+
+
+def test_pages_are_rewritten_from_records_and_stale_ones_are_named(tmp_path: Path) -> None:
+    records = study((2.0, 2.2), (3.0, 3.4))
+    (tmp_path / "README.md").write_text("head\n<!-- results: study -->\nold\n<!-- end -->\ntail\n")
+    assert publish.stale(tmp_path, records) == [tmp_path / "README.md"] == publish.publish(tmp_path, records)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("head\n") and text.endswith("<!-- end -->\ntail\n") and "old" not in text
+    assert "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 130 | 1.00 ± 0.00" in text
+    assert publish.stale(tmp_path, records) == [] and publish.stale(tmp_path, study((2.0, 2.3), (3.0, 3.4))) != []
+    with pytest.raises(UserError, match="no table is called"):
+        publish.page("<!-- results: other -->\n<!-- end -->", records)
