@@ -3,6 +3,7 @@
     python -m recipes list [table1]            rows, their published numbers and records
     python -m recipes show ROW                 the exact chain of commands, FLOPs, hours at a measured rate, disk
     python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
+    python -m recipes run study --scale study --seeds 0:5    every row of a table that has no record yet
     python -m recipes table 1                  published | ours | difference | verdict
     python -m recipes table study --scale study --target 5    ... and the epochs that each row took to that distance
     python -m recipes claims --scale study     what the paper says, each with a paired test over seeds
@@ -98,19 +99,24 @@ def show(names: Sequence[str], options: Options) -> None:
 
 
 def run(names: Sequence[str], options: Options) -> None:
-    """Run each row under each seed, or print the job that would."""
-    from recipes import runner, slurm
+    """Run each row under each seed, or print the job that would; the rows of a whole table that have a record are left out."""
+    from recipes import record, runner, slurm
 
-    size = scale.find(options.scale)
-    for name in names:
-        row = rows.find(name)
-        if options.slurm:
+    size, results = scale.find(options.scale), Path(options.results)
+    chosen = [row for name in names for row in (rows.of_table(name) if name in rows.TABLES else [rows.find(name)])]
+    if options.slurm:
+        for row in chosen:
             print(slurm.script(row.name, options.seed_range(), options.nodes, options.processes or 8, options.hours, options.work,
                                options.results), end="")
-            continue
-        for seed in options.seed_range():
-            folder = runner.run(row, size, seed, Path(options.work), Path(options.results), options.processes or size.processes,
-                                options.nodes)
+        return
+    for seed in options.seed_range():  # seeds outermost, so that what is finished can be compared
+        for row in chosen:
+            finished = [one["folder"] for one in record.load(results) if (one["row"], one["scale"], one["seed"], one["status"]) == (
+                row.name, size.name, seed, "finished")]
+            if finished and row.name not in names:
+                print(f"recorded already: {results / 'records' / finished[-1]}", flush=True)
+                continue
+            folder = runner.run(row, size, seed, Path(options.work), results, options.processes or size.processes, options.nodes)
             print(f"record: {folder}", flush=True)
 
 

@@ -22,8 +22,7 @@ _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 SAID = {"plain": "plain SiT", "stage1": "stage 1", "plain-teacher": "stage 2, plain teacher", "full": "stage 2",
         "omega-1": "stage 2, omega 1", "omega-10": "stage 2, omega 10", "young-teacher": "stage 2, teacher of 20 epochs",
         "late-stop": "stage 2, guided for 40 epochs", "stage1-block-n-3": "stage 1 at block n/3",
-        "stage1-block-n-2": "stage 1 at block n/2",
-        "full-block-n-3": "stage 2, that teacher (n/3)", "full-block-n-2": "stage 2, that teacher (n/2)"}
+        "stage1-block-n-2": "stage 1 at block n/2"}
 """Rows of the study in words."""
 
 

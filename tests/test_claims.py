@@ -21,7 +21,7 @@ def record(row: str, seed: int, scores: dict[float, float], key: str = "aaaa", s
 
 def study(full: tuple[float, ...], plain: tuple[float, ...]) -> list[dict]:
     return [record("full", seed, {80: value}) for seed, value in enumerate(full)] + [
-        record("plain", seed, {80: value, rows.STUDY_TOTAL: 1.0}) for seed, value in enumerate(plain)]
+        record("plain", seed, {80: value, rows.PLAIN_TOTAL: 1.0}) for seed, value in enumerate(plain)]
 
 
 def finding(records: list[dict], said: str) -> claims.Finding:
@@ -70,7 +70,7 @@ def test_pages_are_rewritten_from_records_and_stale_ones_are_named(tmp_path: Pat
     assert publish.stale(tmp_path, records) == [tmp_path / "README.md"] == publish.publish(tmp_path, records)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("<!-- end -->\ntail\n") and "old" not in text
-    assert "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 130 | 1.00 ± 0.00" in text
+    assert "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 146 | 1.00 ± 0.00" in text
     assert publish.stale(tmp_path, records) == [] and publish.stale(tmp_path, study((2.0, 2.3), (3.0, 3.4))) != []
     with pytest.raises(UserError, match="no table is called"):
         publish.page("<!-- results: other -->\n<!-- end -->", records)
