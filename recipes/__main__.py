@@ -4,9 +4,11 @@
     python -m recipes show ROW                 the exact chain of commands, FLOPs, hours at a measured rate, disk
     python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
     python -m recipes run study --scale study --seeds 0:5    every row of a table that has no record yet
+    python -m recipes cost [table1 | ROW ...]  FLOPs and hours that are still to run, shared runs counted once
     python -m recipes table 1                  published | ours | difference | verdict
     python -m recipes table study --scale study --target 5    ... and the epochs that each row took to that distance
     python -m recipes claims --scale study     what the paper says, each with a paired test over seeds
+    python -m recipes inside --scale study --seeds 0:5    class and ink in the features of the study's networks
     python -m recipes publish                  puts the study's tables into README.md and docs/study.md
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
@@ -43,12 +45,14 @@ class Options:
     nodes: int = option(1, help="nodes")
     images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
     target: float | None = option(None, help="a Frechet distance: print the epochs that each row took to it (table)")
+    teraflops: float = option(396.0, help="what a GPU sustains, for hours (cost); the default is 40 percent of an H100's bf16 peak")
     slurm: bool = option(False, help="print an sbatch file instead of running")
     hours: float = option(24.0, help="time limit in the sbatch file")
 
     def __post_init__(self) -> None:
         require(self.nodes > 0 and (self.processes or 1) > 0, "--nodes and --processes must be positive")
         require(self.images_per_second is None or self.images_per_second > 0, "--images-per-second must be positive")
+        require(self.teraflops > 0, "--teraflops must be positive")
         require(self.hours > 0, "--hours must be positive")
 
     def seed_range(self) -> range:
@@ -98,6 +102,26 @@ def show(names: Sequence[str], options: Options) -> None:
             print("# hours: unmeasured here; give --images-per-second as printed by such a run")
 
 
+def print_costs(names: Sequence[str], options: Options) -> None:
+    """What each table, or each row, still takes for one seed: rows without a finished record, what they share counted once."""
+    from recipes import costs, record
+
+    size = scale.find(options.scale)
+    finished = {one["row"] for one in record.load(Path(options.results)) if (one["scale"], one["status"]) == (size.name, "finished")}
+    lines, everything = [["", "rows to run", "EFLOP", f"hours at {options.teraflops:g} TFLOP/s"]], []
+    for name in names or rows.TABLES:
+        chosen = rows.of_table(name) if name in rows.TABLES else [rows.find(name)]
+        left = [row for row in chosen if row.name not in finished]
+        everything += left
+        lines.append([name, str(len(left)), *_sizes(costs.outstanding(left, size), options.teraflops)])
+    lines.append(["together", str(len(everything)), *_sizes(costs.outstanding(everything, size), options.teraflops)])
+    print(aligned(lines))
+
+
+def _sizes(flops: float, teraflops: float) -> list[str]:
+    return [f"{flops / 1e18:,.4g}", f"{flops / teraflops / 1e12 / 3600:,.4g}"]
+
+
 def run(names: Sequence[str], options: Options) -> None:
     """Run each row under each seed, or print the job that would; the rows of a whole table that have a record are left out."""
     from recipes import record, runner, slurm
@@ -139,11 +163,20 @@ def print_claims(names: Sequence[str], options: Options) -> None:
     print(claims.report(claims.test(record.load(Path(options.results)), options.scale)))
 
 
+def look_inside(names: Sequence[str], options: Options) -> None:
+    """Probe the study's networks under each seed."""
+    from recipes import inside
+
+    for seed in options.seed_range():
+        print(f"probed: {inside.probe(scale.find(options.scale), seed, Path(options.work), Path(options.results))}", flush=True)
+    print(aligned(inside.summary(inside.load(Path(options.results), options.scale))))
+
+
 def write_pages(names: Sequence[str], options: Options) -> None:
     """Put the tables of the records into README and docs."""
-    from recipes import publish, record
+    from recipes import publish
 
-    for path in publish.publish(Path(), record.load(Path(options.results))):
+    for path in publish.publish(Path(), Path(options.results)):
         print(f"wrote {path}")
 
 
@@ -170,13 +203,14 @@ def check(names: Sequence[str], options: Options) -> None:
     wrong = [folder.name for folder, found in faults.items() if found]
     require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}")
     if not names and Path(options.results).resolve() == Path("results").resolve():  # the records that the pages are about
-        stale = publish.stale(Path(), record.load(Path(options.results)))
+        stale = publish.stale(Path(), Path(options.results))
         require(not stale, f"the tables of {', '.join(map(str, stale))} are not what the records say: python -m recipes publish")
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], bool]] = {
     "list": (list_rows, False), "show": (show, True), "run": (run, True), "table": (print_table, True), "figure": (draw_figure, True),
-    "claims": (print_claims, False), "publish": (write_pages, False), "check": (check, False)}
+    "cost": (print_costs, False), "claims": (print_claims, False), "inside": (look_inside, False),
+    "publish": (write_pages, False), "check": (check, False)}
 """Subcommand -> what it does, and whether it needs a name."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,3 +93,14 @@ def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
     """FLOPs of the row's training up to `epochs` (default: all), its teacher's counted."""
     total = training_cost(row, scale).flops(scale.steps(row, row.epochs if epochs is None else epochs))
     return total if row.teacher is None else total + flops(row.of_teacher(), scale)
+
+
+def outstanding(rows: Sequence[Row], scale: Scale) -> float:
+    """FLOPs of one seed of `rows`, their teachers' counted, where runs that rows share are counted once, to their longest use."""
+    runs: dict[Path, float] = {}
+    for row in rows:
+        for training in (row, *([row.of_teacher()] if row.teacher is not None else [])):
+            run, account = chain.build(training, scale, 0, Path("work")).run, training_cost(training, scale)
+            shared = account.flops(scale.steps(training, training.trunk)) if training.trunk else 0.0  # steps of the run it branches from
+            runs[run] = max(runs.get(run, 0.0), account.flops(scale.steps(training, training.epochs)) - shared)
+    return sum(runs.values())

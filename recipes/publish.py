@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import claims, rows, table
+from recipes import claims, inside, record, rows, table
 from runtime import files
 from runtime.errors import require
 
@@ -32,14 +32,19 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *text[1:]]) + "\n"
 
 
-def study_table(records: Sequence[dict[str, Any]]) -> str:
+def summary_table(records: Sequence[dict[str, Any]]) -> str:
+    """Table 4 of the paper, as the study has it."""
+    return study_table(records, ("plain", "stage1", "plain-teacher", "full"))
+
+
+def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(SAID)) -> str:
     """Every row of the study at every number of epochs at which it was scored."""
-    chosen = [record for record in records if record["scale"] == "study" and record["status"] == "finished"]
+    chosen = [one for one in records if (one["scale"], one["status"]) == ("study", "finished")]
     lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in PFLOP, teacher counted"]]
-    for row in rows.of_table("study"):
+    for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
         scores: dict[float, list[dict[str, Any]]] = {}
-        for record in chosen:
-            for score in record["scores"] if record["row"] == row.name else ():
+        for one in chosen:
+            for score in one["scores"] if one["row"] == row.name else ():
                 scores.setdefault(score["epochs"], []).append(score)
         for epochs, found in sorted(scores.items()):
             lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", table.spread([table.quality(score) for score in found]),
@@ -53,29 +58,36 @@ def claims_table(records: Sequence[dict[str, Any]]) -> str:
     return markdown(claims.cells(claims.test(records)))
 
 
-BLOCKS: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {"study": study_table, "claims": claims_table}
+def inside_table(results: Path) -> str:
+    """What the networks know inside."""
+    return markdown(inside.summary(inside.load(results)))
 
 
-def page(text: str, records: Sequence[dict[str, Any]]) -> str:
-    """A page with its tables as the records have them. Raises UserError for a block of an unknown name."""
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "study": lambda results: study_table(record.load(results)), "summary": lambda results: summary_table(record.load(results)),
+    "claims": lambda results: claims_table(record.load(results)), "inside": inside_table}
+
+
+def page(text: str, results: Path) -> str:
+    """A page with its tables as the folder of results has them. Raises UserError for a block of an unknown name."""
     def block(match: re.Match[str]) -> str:
         require(match[2] in BLOCKS, f"no table is called {match[2]}; there are {', '.join(BLOCKS)}")
-        return match[1] + BLOCKS[match[2]](records) + match[4]
+        return match[1] + BLOCKS[match[2]](results) + match[4]
 
     return _BLOCK.sub(block, text)
 
 
-def publish(root: Path, records: Sequence[dict[str, Any]]) -> list[Path]:
-    """Rewrite the pages below `root` whose tables differ from the records; returns them."""
-    changed = stale(root, records)
+def publish(root: Path, results: Path) -> list[Path]:
+    """Rewrite the pages below `root` whose tables differ from the results; returns them."""
+    changed = stale(root, results)
     for path in changed:
-        text = page(path.read_text(encoding="utf-8"), records)
+        text = page(path.read_text(encoding="utf-8"), results)
         with files.replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return changed
 
 
-def stale(root: Path, records: Sequence[dict[str, Any]]) -> list[Path]:
-    """The pages whose tables are not what the records say."""
+def stale(root: Path, results: Path) -> list[Path]:
+    """The pages whose tables are not what the results say."""
     found = [root / name for name in PAGES if (root / name).is_file()]
-    return [path for path in found if page(text := path.read_text(encoding="utf-8"), records) != text]
+    return [path for path in found if page(text := path.read_text(encoding="utf-8"), results) != text]

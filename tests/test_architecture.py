@@ -35,8 +35,9 @@ OBJECTIVES = {file.stem for file in (ROOT / "alignment").glob("*.py")} - {"__ini
 
 
 def sources() -> list[Path]:
-    return sorted(file for file in ROOT.glob("**/*.py")
-                  if not {part for part in file.relative_to(ROOT).parts if part.startswith(".") or part == "tests"})
+    """Every file of the project; what runs leave behind is not part of it."""
+    return sorted(file for file in ROOT.glob("**/*.py") if file.relative_to(ROOT).parts[0] not in ("tests", "runs", "work", "exps")
+                  and not any(part.startswith(".") for part in file.relative_to(ROOT).parts))
 
 
 def name_of(file: Path) -> str:

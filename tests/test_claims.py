@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from recipes import claims, publish, rows
+from recipes import claims, inside, publish, rows, scale
 from recipes.claims import CLAIMS, holm
 from runtime.errors import UserError
 
@@ -64,13 +64,30 @@ def test_scores_of_two_protocols_are_never_paired() -> None:
     assert all(one.verdict == "not run" for one in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)]))
 
 
-def test_pages_are_rewritten_from_records_and_stale_ones_are_named(tmp_path: Path) -> None:
+def test_pages_are_rewritten_from_records_and_stale_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = study((2.0, 2.2), (3.0, 3.4))
+    monkeypatch.setattr("recipes.record.load", lambda results: records)
     (tmp_path / "README.md").write_text("head\n<!-- results: study -->\nold\n<!-- end -->\ntail\n")
-    assert publish.stale(tmp_path, records) == [tmp_path / "README.md"] == publish.publish(tmp_path, records)
+    assert publish.stale(tmp_path, tmp_path) == [tmp_path / "README.md"] == publish.publish(tmp_path, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("<!-- end -->\ntail\n") and "old" not in text
     assert "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 146 | 1.00 ± 0.00" in text
-    assert publish.stale(tmp_path, records) == [] and publish.stale(tmp_path, study((2.0, 2.3), (3.0, 3.4))) != []
+    assert publish.stale(tmp_path, tmp_path) == []
+    records[0]["scores"][0]["metrics"]["fd"] = 2.1
+    assert publish.stale(tmp_path, tmp_path) == [tmp_path / "README.md"]
     with pytest.raises(UserError, match="no table is called"):
-        publish.page("<!-- results: other -->\n<!-- end -->", records)
+        publish.page("<!-- results: other -->\n<!-- end -->", tmp_path)
+
+
+def test_probes_are_averaged_over_times_and_then_over_seeds(tmp_path: Path) -> None:
+    def row(t: float | None, accuracy: float, block: int | None = 4, network: str | None = "teacher", features: str = "g") -> dict:
+        return {"checkpoint": network, "t": t, "features": features, "omega": 3.0 if features == "g" else None, "block": block,
+                "accuracy": accuracy, "knn": 0.5, "miou": 0.25}
+
+    probes = [{"rows": [row(0.3, 0.2), row(0.7, 0.4), row(0.3, 0.9, block=5), row(None, 0.1, None, None, "latents")]},
+              {"rows": [row(0.3, 0.4), row(0.7, 0.6)]}]
+    lines = inside.summary(probes)
+    assert lines[1] == ["teacher: f_g, omega 3", "0.400 ± 0.141", "0.500 ± 0.000", "0.250 ± 0.000"]
+    assert lines[2][:2] == ["latents", "0.100"]
+    with pytest.raises(UserError, match="is missing: python -m recipes run study/SiT-B-2/plain --scale study --seeds 3"):
+        inside.probe(scale.find("study"), 3, tmp_path, tmp_path)
