@@ -21,7 +21,8 @@ from runtime.options import group, option
 class FeatureOptions:
     """What a score compares."""
 
-    features: str = option("inception", help="what scores compare: inception, pixels, or timm:NAME[@SIDE]", heading="scores")
+    features: str = option("inception", help="what scores compare: inception, pixels, scenes, or timm:NAME[@SIDE], a "
+                          "model or a folder", heading="scores")
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
     feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
 
