@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor import config as inductor
+from torch._inductor import metrics
+from torch._inductor.async_compile import AsyncCompile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,6 +246,62 @@ def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_and_kernels_comb
     called.clear()
     launch.compile_network(truncated, [], None, torch.device("cuda"))  # a teacher has no final layer
     assert [module for module, _ in called] == list(truncated.blocks)
+
+
+def kernels_of_a_block(network: models.Backbone) -> tuple[int, int]:
+    """Kernels that Inductor makes of a block's forward and backward pass on a CPU; they are counted, not built, and do nothing.
+
+    Matrix products and attention are the library's and not among them. What a GPU gets differs in number, not in what is fused.
+    """
+    launch.compile_network(network, [], "on", torch.device("cpu"))
+    width = network.spec.hidden_size
+    tokens, condition = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+                         for shape in ((2, network.spec.tokens, width), (2, width)))
+    torch._dynamo.reset()
+    metrics.reset()
+    with (inductor.patch(force_disable_caches=True), mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: _nothing),
+          mock.patch("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)):  # no compiler is asked what the processor can do
+        output = network.blocks[0](tokens, condition, network.rotation())
+        forward = metrics.generated_kernel_count
+        output.sum().backward()
+    torch._dynamo.reset()  # these kernels are for nobody else
+    return forward, metrics.generated_kernel_count - forward
+
+
+def _nothing(*_: Any) -> None:
+    """A kernel that does nothing."""
+
+
+class Summed(torch.nn.Module):
+    """A norm, then something that cannot be fused with what stands before and after it."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x).cumsum(1)
+
+
+def small(name: str) -> models.Backbone:
+    return models.build(models.spec(name, in_channels=4, input_size=8, num_classes=10, qk_norm="Lightning" in name))
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+@pytest.mark.parametrize("name, most", [("SiT-Tiny/2", (14, 33)), ("LightningDiT-Tiny/1", (20, 33))])
+def test_a_compiled_block_has_few_kernels(name: str, most: tuple[int, int]):
+    forward, backward = kernels_of_a_block(small(name))
+    assert 0 < forward <= most[0] and 0 < backward <= most[1], (forward, backward)
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_the_count_of_kernels_sees_what_is_not_fused():
+    fused = kernels_of_a_block(small("SiT-Tiny/2"))
+    network = small("SiT-Tiny/2")
+    for block in network.blocks:
+        block.norm1 = Summed(block.norm1)
+    apart = kernels_of_a_block(network)
+    assert apart[0] > fused[0] and apart[1] > fused[1], (fused, apart)
 
 
 def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(tmp_path: Path, words: Words, eager_compile: None):
