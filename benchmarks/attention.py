@@ -7,6 +7,7 @@ On CUDA the kernels that take the shape in bf16; on a CPU its one fused kernel i
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(AttentionConfig, words, prog="python -m benchmarks.attention", description=__doc__)
     settings = {name: value for name, value in asdict(config).items() if name != "out"} | {"batch_size": list(config.batch_size)}
-    results = measure.Results(config.out, f"python -m benchmarks.attention {' '.join(words)}".strip(), settings)
+    results = measure.Results(config.out, f"python -m benchmarks.attention {shlex.join(words)}".strip(), settings)
     device = launch.accelerator().device
     for name, row in rows(config, device, results.rows):
         results.add(name, row)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(DigitsConfig, words, prog="python -m benchmarks.digits", description=__doc__)
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    results = measure.Results(config.out, f"python -m benchmarks.digits {' '.join(words)}".strip(), settings)
+    results = measure.Results(config.out, f"python -m benchmarks.digits {shlex.join(words)}".strip(), settings)
     with tempfile.TemporaryDirectory() as folder:
         for kind, calls, images, device in kinds(config, Path(folder)):
             rows = measure.alternate(calls, images, device, steps=1 if kind == "sampling" else config.steps, warmup=1,

@@ -10,6 +10,8 @@ every call `tables.md` in --out holds all that is there. `--scale tiny` goes thr
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -110,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> bool:
 
 def run(part: Part, seconds: float) -> dict[str, object]:
     """Run a part for so many seconds at most; what it printed last is kept."""
-    print(f"\n== {part.name}: python {' '.join(part.words)}", flush=True)
+    print(f"\n== {part.name}: python {shlex.join(part.words)}", flush=True)
     began = time.monotonic()
     with subprocess.Popen([sys.executable, *part.words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -135,15 +137,20 @@ def tables(config: GpuConfig, wanted: Sequence[Part], state: dict[str, dict]) ->
     for part in wanted:
         known, file = state.get(part.name), Path(config.out) / f"{part.name}.json"
         status = "unmeasured" if known is None else {0: "done", None: "cut off, not complete"}.get(known.get("exit"), "failed")
-        lines += [f"## {part.name}: {status}", "", f"`python {' '.join(part.words)}`", ""]
+        lines += [f"## {part.name}: {status}", "", f"`python {shlex.join(part.words)}`", ""]
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else {}
         if rows and "benchmarks.train_step" in part.words:
             lines += ["```", train_step.report(rows), "```", ""]
         elif rows and "benchmarks.sample" in part.words:
             lines += ["```", sample.report(rows), "```", ""]
         elif known is not None:
-            lines += ["```", "\n".join(known["output"].splitlines()[-24:]), "```", ""]
+            lines += ["```", "\n".join(_said(known["output"])[-24:]), "```", ""]
     return "\n".join(lines)
+
+
+def _said(output: str) -> list[str]:
+    """The lines of what a part printed, without those that torch's profiler prints of itself."""
+    return [line for line in output.splitlines() if not re.match(r"[A-Z]+:\d{4}-\d\d-\d\d ", line)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ against one file per item, is measured by `benchmarks.reader`.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(LoaderConfig, words, prog="python -m benchmarks.loader", description=__doc__)
     settings = {name: value for name, value in asdict(config).items() if name != "out"}
-    results = measure.Results(config.out, f"python -m benchmarks.loader {' '.join(words)}".strip(), settings)
+    results = measure.Results(config.out, f"python -m benchmarks.loader {shlex.join(words)}".strip(), settings)
     device, cores = launch.accelerator().device, len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         data = measure.latent_set(Path(folder) / "set", channels=4, side=config.latent_size, classes=1000, items=config.items, images=True)

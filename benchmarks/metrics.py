@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(json.dumps(agreement() if config.part == "agreement" else measure(config, config.part)))
         return None
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.metrics {' '.join(words)}",
+        "date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.metrics {shlex.join(words)}",
         "cpu_threads": config.threads, "load_before": os.getloadavg()[0], "python": platform.python_version(),
         "torch": torch.__version__, "scipy": scipy.__version__,
         "size": [config.samples, config.reference, config.dimensions], "parts": {}}

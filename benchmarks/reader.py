@@ -20,6 +20,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             memory = measure_memory(Path(folder) / "sparse", options)
     finally:
         torch.set_num_threads(threads)
-    result = {"date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.reader {' '.join(words)}".strip(),
+    result = {"date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.reader {shlex.join(words)}".strip(),
               "processor": processor(), "load": load(), "torch": torch.__version__, "numpy": np.__version__,
               "items": options.items, "batch_size": options.batch_size, "repetitions": options.repetitions, **timed, **memory}
     _print(result)

@@ -10,6 +10,7 @@ published one does. Guidance is on below t 0.7, as in REPA's protocol: 250 steps
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(SampleConfig, words, prog="python -m benchmarks.sample", description=__doc__)
     settings = {name: value for name, value in asdict(config).items() if name not in ("peer", "out")}
-    results = measure.Results(config.out, f"python -m benchmarks.sample {' '.join(words)}", settings)
+    results = measure.Results(config.out, f"python -m benchmarks.sample {shlex.join(words)}", settings)
     device = launch.accelerator().device
     with tempfile.TemporaryDirectory() as folder:
         for name, row in rows(config, device, Path(folder), results.rows):

@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(earlier.get("settings") == settings, f"--out {options.out} holds results of {earlier.get('settings')}, not {settings}; "
                                                  f"use the same, or another file")
     result: dict[str, Any] = {
-        **earlier, "command": " ".join(["python -m benchmarks.torture", *words]), "date": time.strftime("%Y-%m-%d"),
+        **earlier, "command": f"python -m benchmarks.torture {shlex.join(words)}", "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} CPU cores, {platform.system()}", "python": platform.python_version(), "versions": versions()}
     parts: dict[str, tuple[Callable[[Options, World, Path, int], Units], int]] = {
         "kills": (kills, options.kills), "flips": (flips, options.flips), "starts": (starts, options.starts),

@@ -7,6 +7,7 @@ Three steps of plain training after a warm-up, as `benchmarks.train_step` builds
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(TraceConfig, words, prog="python -m benchmarks.trace", description=__doc__)
     settings = {**asdict(config.step), "rows": [], "top": config.top}
-    results = measure.Results(config.out, f"python -m benchmarks.trace {' '.join(words)}", settings)
+    results = measure.Results(config.out, f"python -m benchmarks.trace {shlex.join(words)}", settings)
     with tempfile.TemporaryDirectory() as folder:
         run = train_step.Bench(config.step, Path(folder)).run("")
         step, cuda = train_step.training_step(run), run.device.type == "cuda"

@@ -12,6 +12,7 @@ goes on after the last. MFU counts the student's products alone, three times its
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(TrainStepConfig, words, prog="python -m benchmarks.train_step", description=__doc__)
     settings = {name: value for name, value in asdict(config).items() if name not in ("rows", "ablation", "peer", "out")}
-    results = measure.Results(config.out, f"python -m benchmarks.train_step {' '.join(words)}", settings)
+    results = measure.Results(config.out, f"python -m benchmarks.train_step {shlex.join(words)}", settings)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, Path(folder))
         for name, row in bench.rows(results.rows):

@@ -66,6 +66,7 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 8 and self.steps % 8 == 0, f"--steps {self.steps} must be a multiple of 8: guidance lasts an eighth of them")
+        require(self.samples >= 10, f"--samples {self.samples} must be at least 10: one of each digit")
         require_precision(self.mixed_precision, None)
 
     def scaled(self, steps: int) -> int:
@@ -230,8 +231,9 @@ def sample_figure(folder: Path, path: Path, config: QuickstartConfig) -> None:
     for axis, row in zip(axes.flat, config.rows, strict=True):
         with np.load(folder / "samples" / f"{row.run}-{row.step}" / "samples.npz") as drawn:
             images, labels = drawn["arr_0"], drawn["labels"]
-        # rows of the picture are repetitions, columns the ten classes
-        chosen = np.stack([np.flatnonzero(labels == digit)[:6] for digit in range(10)], axis=1).ravel()
+        # rows of the picture are repetitions, as many as every class has, columns the ten classes
+        shown = min(6, *np.bincount(labels, minlength=10))
+        chosen = np.stack([np.flatnonzero(labels == digit)[:shown] for digit in range(10)], axis=1).ravel()
         axis.imshow(grid_picture(images[chosen], 10, scale=6))
         axis.set_title(f"{row.name}, {row.step} steps ({row.total} in all)", fontsize=10)
         axis.axis("off")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import gpu, measure, peer, sample, trace, train_step
 from runtime.errors import UserError
+from sampling import sampler
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2", "--classes", "10", "--items", "16", "--steps", "1", "--warmup",
@@ -152,6 +155,34 @@ def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_
     for word in ("slow: cut off", "loader: done", "latents and images, 1 thread", "digits, 2 images", "a test of the command"):
         assert word in page, word
     assert "begun" in json.loads((tmp_path / "state.json").read_text())["slow"]["output"]
+
+
+def test_the_page_of_the_gpu_command_has_words_that_can_be_pasted_and_no_noise(tmp_path: Path):
+    config = gpu.GpuConfig(out=str(tmp_path), scale="tiny")
+    said = "USDT:2026-11-21 19:06:03 1:1 Handler.cpp:39] profiler_start\nERROR: something of ours\naten::mm 26.1%\n"
+    every = gpu.parts(config, tmp_path)
+    page = gpu.tables(config, every, {"trace": {"exit": 0, "output": said}})
+    assert "ERROR: something of ours\naten::mm 26.1%" in page and "USDT" not in page
+    lines = [line for line in page.splitlines() if line.startswith("`python ")]
+    assert [tuple(shlex.split(line.strip("`"))[1:]) for line in lines] == [part.words for part in every]
+
+
+def test_the_quickstarts_picture_has_as_many_rows_as_every_digit_has_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from recipes import quickstart
+
+    shown: list[int] = []
+    grid = sampler.grid_picture
+    monkeypatch.setattr(sampler, "grid_picture", lambda images, *more, **words: (shown.append(len(images)), grid(images, *more, **words))[1])
+    config = quickstart.QuickstartConfig(steps=8, samples=16)
+    for count in (16, 64):
+        for row in config.rows:
+            folder = tmp_path / str(count) / "samples" / f"{row.run}-{row.step}"
+            folder.mkdir(parents=True)
+            np.savez(folder / "samples.npz", arr_0=np.zeros((count, 8, 8, 1), np.uint8), labels=np.arange(count) % 10)
+        quickstart.sample_figure(tmp_path / str(count), tmp_path / f"{count}.png", config)
+    assert shown == [10] * 6 + [60] * 6
+    with pytest.raises(UserError, match="--samples 9"):
+        quickstart.QuickstartConfig(samples=9)
 
 
 def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
