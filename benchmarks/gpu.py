@@ -4,7 +4,7 @@
 
 It does what is not yet in --out, most important first, within the minutes given; each part is a command of its own, whose
 results grow row by row, so that a part that is cut off goes on where it was. Some 40 minutes in all on an H200. At the end of
-every call `tables.md` in --out holds all that is there. `--scale tiny` goes through the same parts on a CPU in a minute.
+every call `tables.md` in --out holds all that is there. `--scale tiny` goes through the same parts on a CPU in some minutes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import measure
 from runtime import errors, files
+from runtime.errors import require
 from runtime.options import option, read
 
 TRAINED = ("SiT-B/2", "SiT-XL/2", "SiT-L/2", "LightningDiT-XL/1")
@@ -89,6 +92,8 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
 def main(argv: Sequence[str] | None = None) -> bool:
     """Run the command; returns whether everything is done."""
     config = read(GpuConfig, sys.argv[1:] if argv is None else argv, prog="python -m benchmarks.gpu", description=__doc__)
+    require(config.scale == "tiny" or torch.cuda.is_available(),
+            "--scale full measures a GPU, and torch sees none here; --scale tiny goes through the same parts on a CPU")
     out, started = Path(config.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / "state.json"

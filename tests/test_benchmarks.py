@@ -154,6 +154,9 @@ def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_
     page = (tmp_path / "tables.md").read_text()
     for word in ("slow: cut off", "loader: done", "latents and images, 1 thread", "digits, 2 images", "a test of the command"):
         assert word in page, word
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees none here; --scale tiny"):
+        gpu.main(["--out", str(tmp_path / "full")])
     assert "begun" in json.loads((tmp_path / "state.json").read_text())["slow"]["output"]
 
 
