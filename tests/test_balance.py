@@ -57,6 +57,18 @@ def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(tm
     torch.testing.assert_close(found, {"latent": norms[0] / norms[1]}, rtol=1e-4, atol=0)
 
 
+def test_nothing_in_it_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
+    from tests.test_speed import Counter
+
+    argv = words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.8)
+    run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
+    micros, = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+    with Counter() as counter:
+        found = balance.ratios(run.learner(), micros, run.weights(), run.accelerator)
+    assert counter.calls["mm"] and isinstance(found["guided"], torch.Tensor)
+    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "item"} & counter.calls.keys()
+
+
 @pytest.mark.parametrize("more", [("--gradient-accumulation-steps", 2), ("--align-interval", 0.2, 0.8, "--compile", "on"),
                                   ("--activation-checkpointing", "selective", "--mixed-precision", "bf16")])
 def test_a_run_is_the_same_bits_with_and_without(tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch,
