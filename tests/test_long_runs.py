@@ -351,17 +351,19 @@ def launched(tmp_path: Path, argv: list[str], steps: int) -> tuple[subprocess.Po
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
          str(tmp_path / "pair.py"), str(tmp_path / "at"), *argv, "--max-train-steps", str(steps)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300  # a loaded machine starts slowly
     while len(found := sorted(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.02)
-    assert len(found) == 2, process.communicate()[0]
+    if len(found) < 2:
+        process.kill()  # its processes notice, and end
+        pytest.fail(process.communicate()[0])
     return process, [int(path.name.split("-")[-1]) for path in found]
 
 
 def test_two_processes_end_at_the_same_step_when_one_is_asked(tmp_path: Path, words: Words) -> None:
     process, ranks = launched(tmp_path, words(tmp_path, "run"), 2000)
     os.kill(ranks[1], signal.SIGUSR1)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert "asked to end by SIGUSR1" in said and "another process was asked to end" in said, said
     step = json.loads((tmp_path / "run" / ENDED_EARLY).read_text())["step"]
     assert Checkpoint.open(tmp_path / "run").step == step < 200
@@ -372,7 +374,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: 
     process, ranks = launched(tmp_path, words(tmp_path, "run"), 2000)
     process.kill()
     process.wait()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while any(Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().split()[2] for rank in ranks) \
             and time.monotonic() < until:
         time.sleep(0.05)
@@ -397,13 +399,13 @@ def test_a_process_that_stands_still_is_named(tmp_path: Path, words: Words) -> N
     process, ranks = launched(tmp_path, words(tmp_path, "run", "--timeout-minutes", 0.1), 2000)
     os.kill(ranks[1], signal.SIGSTOP)
     try:
-        said, until = "", time.monotonic() + 60
+        said, until = "", time.monotonic() + 300
         while "lost contact" not in said and time.monotonic() < until:
             said += process.stdout.readline()
         assert f"process 1 ({ranks[1]} on " in said and "gave its last sign of life" in said, said
     finally:
         os.kill(ranks[1], signal.SIGCONT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def test_what_would_fail_later_fails_before_the_first_step(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
