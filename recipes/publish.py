@@ -40,7 +40,7 @@ def summary_table(records: Sequence[dict[str, Any]]) -> str:
 def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(SAID)) -> str:
     """Every row of the study at every number of epochs at which it was scored."""
     chosen = [one for one in records if (one["scale"], one["status"]) == ("study", "finished")]
-    lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in PFLOP, teacher counted"]]
+    lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
         scores: dict[float, list[dict[str, Any]]] = {}
         for one in chosen:
@@ -49,7 +49,7 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
         for epochs, found in sorted(scores.items()):
             lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", table.spread([table.quality(score) for score in found]),
                           table.spread([score["metrics"]["class_accuracy"] for score in found]), str(len(found)),
-                          f"{statistics.mean(score['flops'] for score in found) / 1e15:.2f}"])
+                          f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}"])
     return markdown(lines)
 
 
