@@ -119,7 +119,7 @@ def print_costs(names: Sequence[str], options: Options) -> None:
 
 
 def _sizes(flops: float, teraflops: float) -> list[str]:
-    return [f"{flops / 1e18:,.4g}", f"{flops / teraflops / 1e12 / 3600:,.4g}"]
+    return [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in (flops / 1e18, flops / teraflops / 1e12 / 3600)]
 
 
 def run(names: Sequence[str], options: Options) -> None:

@@ -86,6 +86,20 @@ def test_show_prints_the_chain_and_its_cost(capsys: pytest.CaptureFixture, tmp_p
     assert flops == pytest.approx(400_000 * 256 * 6 * (23.0e9 + 1.88e9), rel=0.02)  # three forward passes of multiply-adds, head and all
 
 
+def test_what_is_left_counts_shared_runs_once(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    from recipes import costs
+
+    tiny = scale.find("tiny")
+    full, default, stage1 = (rows.find(name) for name in ("table4/SiT-B-2/full", "table5/SiT-B-2/default", "table4/SiT-B-2/stage1"))
+    both = costs.flops(full, tiny)
+    assert costs.outstanding([full], tiny) == costs.outstanding([full, default], tiny) == both
+    teacher = costs.flops(full.of_teacher(), tiny)
+    longer = costs.flops(stage1, tiny)
+    assert costs.outstanding([full, stage1], tiny) == pytest.approx(both - teacher + longer) and longer == pytest.approx(2 * teacher)
+    recipes.main(["cost", "table4/SiT-B-2/full", "--scale", "tiny", "--results", str(tmp_path), "--teraflops", "1e-6"])
+    assert f"{both / 1e6 / 3600:,.0f}" in capsys.readouterr().out
+
+
 def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pytest.CaptureFixture) -> None:
     records = record.load(place / "results")
     assert [one["row"] for one in records] == sorted(RUN, key=lambda name: f"{name.replace('/', '-')}")
