@@ -19,12 +19,13 @@ import io
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evaluations.histories import spent
+from evaluations.histories import protocol, spent
 from models.checkpoint import Checkpoint, versions
 from recipes import costs
 from recipes.chain import Chain
@@ -34,16 +35,6 @@ from runtime.errors import UserError
 from training.log import read
 
 RESULTS = Path("results")
-PROTOCOL = ("mode", "solver", "num_steps", "grid", "timestep_shift", "last_step", "evaluations", "cfg_scale", "guidance_low",
-            "guidance_high", "guidance_channels", "weights", "labels", "rounding", "decoder", "precision", "num_fid_samples")
-"""Settings of the samples that a number depends on; seeds and the network are not among them."""
-
-
-def protocol(metrics: dict[str, Any]) -> dict[str, Any]:
-    """All that two numbers must share to stand in one column, from what `generate.py --reference` wrote."""
-    settings = metrics["samples"]["settings"]
-    return {**{name: settings.get(name) for name in PROTOCOL}, "features": metrics["features"],
-            "reference": metrics["reference"]["sha256"], "precision_recall": metrics["precision_recall"]}
 
 
 def key(values: dict[str, Any]) -> str:
@@ -113,6 +104,13 @@ def load(results: Path) -> list[dict[str, Any]]:
         scores = files.read_json(file.with_name("metrics.json"))["scores"] if file.with_name("metrics.json").is_file() else []
         records.append({**files.read_json(file), "folder": file.parent.name, "scores": scores})
     return records
+
+
+def newest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished records, of those of one row, scale, seed and protocol the last: a seed that was run twice is one sample."""
+    last = {(one["row"], one["scale"], one["seed"], *sorted({score["key"] for score in one["scores"]})): one
+            for one in records if one["status"] == "finished"}
+    return list(last.values())
 
 
 def write_ledger(results: Path) -> None:

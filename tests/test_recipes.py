@@ -211,6 +211,15 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
     assert first.count("not run") == 3
 
 
+def test_a_seed_that_was_run_again_is_one_sample() -> None:
+    """Else the same run, recorded three times, would be three seeds without spread."""
+    chosen = rows.of_table("table4")
+    again = [fake("table4/SiT-B-2/full", 0, "aaaa", fid) for fid in (40.0, 22.8, 22.9)]
+    text = table.render(chosen, again, "paper")
+    assert "22.90 (1)" in text and "inconclusive" in text and "reproduced" not in text
+    assert table.figure_points(chosen, again, "paper")["aaaa"]["table4/SiT-B-2/full"] == {80: [22.9]}
+
+
 def test_figures_are_drawn_from_records(place: Path, capsys: pytest.CaptureFixture) -> None:
     for number in ("4", "8"):
         recipes.main(["figure", number, "--scale", "tiny", "--results", str(place / "results")])
