@@ -41,7 +41,7 @@ class Options:
     seeds: str = option("0", help="one seed, or FIRST:END (0:5 is 0 to 4)")
     work: str = option("work", help="folder of data, runs and samples")
     results: str = option("results", help="folder of records, ledger, tables and figures")
-    processes: int | None = option(None, help="processes per node (default: 8 at the paper's scale, 1 tiny)")
+    processes: int | None = option(None, help="processes per node (default: 8 at the paper's scale, else 1)")
     nodes: int = option(1, help="nodes")
     images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
     target: float | None = option(None, help="a Frechet distance: print the epochs that each row took to it (table)")
@@ -130,8 +130,8 @@ def run(names: Sequence[str], options: Options) -> None:
     chosen = [row for name in names for row in (rows.of_table(name) if name in rows.TABLES else [rows.find(name)])]
     if options.slurm:
         for row in chosen:
-            print(slurm.script(row.name, options.seed_range(), options.nodes, options.processes or 8, options.hours, options.work,
-                               options.results), end="")
+            print(slurm.script(row.name, size.name, options.seed_range(), options.nodes, options.processes or size.processes, options.hours,
+                               options.work, options.results), end="")
         return
     for seed in options.seed_range():  # seeds outermost, so that what is finished can be compared
         for row in chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from config import GenerateConfig
 from preprocessing import digits
 from recipes import __main__ as recipes
-from recipes import chain, record, rows, scale, table
+from recipes import chain, record, rows, runner, scale, table
 from runtime.errors import UserError
 from runtime.options import build
 from sampling import presets
@@ -236,8 +237,47 @@ def test_the_job_file_is_whole(capsys: pytest.CaptureFixture, tmp_path: Path) ->
     for word in ("#SBATCH --array=0-2", "#SBATCH --nodes=2", "#SBATCH --signal=B:USR1@600", "#SBATCH --requeue", "--time=12:30:00",
                  "-eq 75", "scontrol requeue", '--seeds "$SLURM_ARRAY_TASK_ID"'):
         assert word in text, word
+    assert "--scale paper --seeds" in text and "--processes 8 --nodes 2" in text
+    recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--scale", "study"])
+    other = capsys.readouterr().out
+    assert "--scale study --seeds" in other and "--processes 1 --nodes 1" in other and "--gpus-per-node=1" in other
     (tmp_path / "job.sh").write_text(text)
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+
+
+def link_of(program: str, makes: Path) -> chain.Link:
+    return chain.Link("train", ("-c", program), makes, many=False)
+
+
+def test_a_signal_reaches_the_processes_of_a_launcher_and_the_chain_asks_to_be_queued_again(tmp_path: Path) -> None:
+    """The launcher's own exit code says nothing: accelerate ends with 1 where its processes ended with 75."""
+    makes = tmp_path / "run" / "checkpoints" / "0000001" / "config.json"
+    waits = link_of(f"import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+                    f"os.kill({os.getpid()}, signal.SIGUSR1)\ntime.sleep(300)", makes)
+    with pytest.raises(SystemExit) as ended:
+        runner._start(waits, waits.command(2), 2, 1)
+    assert ended.value.code == 75
+    fails = link_of("raise SystemExit(1)", makes)
+    with pytest.raises(UserError, match="train ended with exit code 1"):
+        runner._start(fails, fails.command(2), 2, 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ended-early.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        runner._start(fails, fails.command(2), 2, 1)
+    assert ended.value.code == 75
+
+
+def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_NODEID=0 "$@" && SLURM_NODEID=1 "$@"\n')
+    (tmp_path / "accelerate").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path / "said"}\n')
+    for name in ("srun", "accelerate"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("MAIN_ADDRESS", "head")
+    link = chain.Link("train", ("train.py", "--exp-name", "a b"), tmp_path / "x" / "y" / "z", many=True)
+    runner._start(link, link.command(8, 2), 8, 2)
+    assert [line.split()[6:10] for line in (tmp_path / "said").read_text().splitlines()] == [
+        ["--machine_rank", number, "--main_process_ip", "head"] for number in "01"]
 
 
 @pytest.mark.parametrize(("words", "said"), [
