@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -160,14 +161,36 @@ def test_numbers_that_do_not_follow_from_the_rest_are_named(place: Path, tmp_pat
 
     source = next((place / "results" / "records").glob("*table4*"))
     for name, old, new, said in (("metrics.json", '"num_steps": 250', '"num_steps": 50', "does not give its key"),
+                                 ("metrics.json", '"flops": ', '"flops": 1', "steps and .* FLOPs, not"),
                                  ("log.jsonl", '"images_per_second": ', '"images_per_second": 1', "images per second, not")):
-        folder = tmp_path / name / source.name
+        folder = tmp_path / said[:4] / source.name
         shutil.copytree(source, folder)
         (folder / name).write_text((folder / name).read_text().replace(old, new))
         summary = json.loads((folder / "record.json").read_text())
         summary["files"][name] = files.digest(folder / name)  # as someone would who edits a record by hand
         (folder / "record.json").write_text(json.dumps(summary))
-        assert said in " ".join(record.check(folder))
+        assert re.search(said, " ".join(record.check(folder)))
+    for text, wrong in (("{}", "row: field required"), ("[]", "record.json is damaged"), ('{"row": 3}', "row: .* not 3")):
+        (folder / "record.json").write_text(text)
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "damaged" / "records" / "one")
+        for words in (["check"], ["list"], ["table", "4"], ["claims"], ["publish"]):
+            with pytest.raises(UserError, match=wrong):
+                recipes.main([*words, "--results", str(tmp_path / "damaged")] if words != ["check"] else ["check", str(folder)])
+
+
+def test_the_ledger_is_checked_and_made_anew(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(place / "results", tmp_path / "results")
+    ledger = tmp_path / "results" / "ledger.csv"
+    whole = ledger.read_text()
+    ledger.write_text(whole.replace("finished", "failed", 1))
+    with pytest.raises(UserError, match="ledger.csv is not what the records say: python -m recipes publish"):
+        recipes.main(["check", "--results", str(tmp_path / "results")])
+    recipes.main(["check", "--results", str(place / "results")])
+    recipes.main(["check", "--results", str(tmp_path / "none")])
+    assert capsys.readouterr().out.endswith(f"no record in {tmp_path / 'none'}\n")
+    record.write_ledger(tmp_path / "results")
+    assert ledger.read_text() == whole
 
 
 def test_a_chain_that_fails_leaves_a_record_of_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -284,7 +307,8 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
     (["runn"], "did you mean run"), (["run"], "needs a name"), (["run", "table4/SiT-B-2/ful"], "did you mean table4/SiT-B-2/full"),
     (["list", "table9"], "there is no table9"), (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
     (["--scale", "tiny"], "say what to do"), (["check", "nowhere"], "nowhere is not a record"), (["figure", "3"], "there is no figure3"),
-    (["show", RUN[3], "--seeds", "4:2"], "no seed")])
+    (["show", RUN[3], "--seeds", "4:2"], "no seed"), (["claims", "study"], "takes no name: leave out study"),
+    (["figure", "table1"], "table1 is a table"), (["claims", "--scale", "study"], "no two rows of the study have records")])
 def test_mistakes_are_one_line(words: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         recipes.main([*words, *([] if words[0].startswith("-") else ["--results", str(tmp_path)])])
