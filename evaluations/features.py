@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.archives import read_weights
+from models.encoders import open_folder
 from runtime import files
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
@@ -101,7 +102,9 @@ def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
     import timm
 
     if (Path(name) / "config.json").is_file():
-        return timm.create_model(f"local-dir:{name}", pretrained=True, num_classes=0)
+        if weights is not None:
+            raise UserError(f"--features timm:{name} is a folder with weights of its own: leave out --feature-weights")
+        return open_folder(Path(name))
     if not timm.is_model(name):
         raise UserError(f"--features timm:{name}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()")
     if weights is None:

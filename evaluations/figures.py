@@ -64,6 +64,10 @@ class LookOptions:
         require(self.batch_size > 0, "--batch-size must be positive")
 
 
+def _require_items(count: int) -> None:
+    require(count > 0, f"--items {count} must be positive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PcaOptions:
     """Options of `pca`."""
@@ -71,6 +75,9 @@ class PcaOptions:
     look: LookOptions = group(LookOptions)
     items: int = option(8, help="images, the columns")
     out: str = option("pca", help="the files' name, without .png and .svg", heading="output")
+
+    def __post_init__(self) -> None:
+        _require_items(self.items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,9 @@ class TsneOptions:
     look: LookOptions = group(LookOptions)
     items: int = option(500, help="images, one point each")
     out: str = option("tsne", help="the files' name, without .png and .svg", heading="output")
+
+    def __post_init__(self) -> None:
+        _require_items(self.items)
 
 
 @dataclass(frozen=True, kw_only=True)

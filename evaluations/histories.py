@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from models.checkpoint import Checkpoint
-from runtime import files
+from runtime import schema
 from runtime.errors import require
 from runtime.jsonlines import read
 from runtime.text import aligned
@@ -50,28 +52,55 @@ def from_logs(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
     return curves, metric
 
 
+class _Samples(TypedDict):
+    settings: dict[str, Any]
+
+
+class _Reference(TypedDict):
+    sha256: str
+
+
+class ScoreFile(TypedDict):
+    """What is read of a metrics.json of `generate.py --reference`."""
+
+    metrics: dict[str, float]
+    samples: _Samples
+    features: Any
+    reference: _Reference
+    precision_recall: Any
+
+
+PROTOCOL = ("mode", "solver", "num_steps", "grid", "timestep_shift", "last_step", "evaluations", "cfg_scale", "guidance_low",
+            "guidance_high", "guidance_channels", "weights", "labels", "rounding", "decoder", "precision", "num_fid_samples")
+"""Settings of the samples that a number depends on; seeds and the network are not among them."""
+
+
+def protocol(score: ScoreFile) -> dict[str, Any]:
+    """All that two numbers must share to stand in one column or figure."""
+    settings = score["samples"]["settings"]
+    return {**{name: settings.get(name) for name in PROTOCOL}, "features": score["features"],
+            "reference": score["reference"]["sha256"], "precision_recall": score["precision_recall"]}
+
+
 def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
     """The curves of score files (NAME=metrics.json, one name for all files of a curve), as `generate.py --reference` writes them.
 
     Raises:
-        UserError: a file that does not say which step it scored, or files under different protocols.
+        UserError: a file that is no such score, does not say which step it scored or lacks the metric, or files under different protocols.
     """
     curves: Curves = {}
     first: tuple[str, Any] | None = None
     for name, file in map(named, words):
-        score = files.read_json(file)
-        settings = (score.get("samples") or {}).get("settings") if isinstance(score, dict) else None
-        require(settings is not None and "step" in settings, f"{file} does not say which step it scored: give metrics.json of one file "
-                                                             f"of samples, as generate.py --reference writes it")
+        score = schema.read(ScoreFile, file, "give metrics.json of one file of samples, as generate.py --reference writes it")
+        step, told = score["samples"]["settings"].get("step"), protocol(score)
+        require(isinstance(step, int), f"{file} does not say which step it scored: give scores of a run's checkpoint")
         metric = metric or next((known for known in FIRST if known in score["metrics"]), None)
         require(metric in score["metrics"], f"{file} has no {metric}; it has {', '.join(score['metrics'])}")
-        told = {key: settings.get(key) for key in ("cfg_scale", "mode", "solver", "num_steps", "weights")} | {
-            "reference": score["reference"]["sha256"], "num_samples": score["num_samples"]}
         first = first or (str(file), told)
-        other = next((key for key in told if told[key] != first[1][key]), None)
+        other = next((key for key, value in told.items() if value != first[1][key]), None)
         require(other is None, f"{file} and {first[0]} have different {other} ({told.get(other or '')} and {first[1].get(other or '')}): "
                                f"they do not belong into one figure")
-        curves.setdefault(name, {}).setdefault(settings["step"], []).append(score["metrics"][metric])
+        curves.setdefault(name, {}).setdefault(step, []).append(score["metrics"][metric])
     return curves, metric
 
 

@@ -22,8 +22,9 @@ guiding block where there is one: a probe of the teacher cannot tell where its s
 from __future__ import annotations
 
 import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ class ProbeConfig:
         require(not wrong, f"--features has no {wrong[0] if wrong else ''}{errors.nearest(wrong[0], KINDS) if wrong else ''}; "
                            f"there are {', '.join(KINDS)}")
         require(self.items > 0 and self.batch_size > 0, "--items and --batch-size must be positive")
+        require(self.encoder_weights is None or self.encoder is not None, "--encoder-weights belong to an encoder: give --encoder too")
 
     def kinds(self) -> list[tuple[str, float | None]]:
         """The features of blocks, each with its omega: ("g", 10.0)."""
@@ -84,10 +86,10 @@ class ProbeConfig:
         return plain + ([("g", omega) for omega in self.omega] if "g" in self.features else [])
 
 
-def recommend(rows: Sequence[Row], depths: dict[str, int]) -> str | None:
-    """The flags for train_guide.py by the heuristic at the head of this file; None where no f_g was measured.
+def best(rows: Sequence[Row]) -> tuple[str, float, int] | None:
+    """Checkpoint, omega and guiding block by the heuristic at the head of this file; None where no f_g was measured.
 
-    `depths`: checkpoint -> its number of blocks; with several, the best of them is named too. Without masks it is by `knn` alone.
+    Without masks it is by `knn` alone.
     """
     scores: dict[tuple[str, float, int], list[float]] = {}
     for row in rows:
@@ -98,18 +100,31 @@ def recommend(rows: Sequence[Row], depths: dict[str, int]) -> str | None:
         return None
     means = {key: sum(values) / len(values) for key, values in scores.items()}
     level = [key for key, value in means.items() if value >= max(means.values()) - TIE]
-    name, omega, guiding = min(level, key=lambda key: (key[1], key[2]))
+    return min(level, key=lambda key: (key[1], key[2]))
+
+
+def recommend(rows: Sequence[Row], depths: Mapping[str, int], given: Mapping[str, str]) -> str | None:
+    """The flags for train_guide.py, None where no f_g was measured.
+
+    `depths`: checkpoint -> its number of blocks, `given`: -> what was typed for it; of several the best is named too.
+    """
+    chosen = best(rows)
+    if chosen is None:
+        return None
+    name, omega, guiding = chosen
     guided = max(1, min(block_number(depths[name], 1 / 2, None, ""), guiding - 1))
-    source = f"--guiding-ckpt {name} " if len(depths) > 1 else ""
+    source = f"--guiding-ckpt {shlex.quote(given[name])} " if len(depths) > 1 else ""
     return f"{source}--guiding-depth {guiding} --guided-depth {guided} --guide-scale {omega:g}"
 
 
-def doubts(rows: Sequence[Row], recommended: str) -> list[str]:
-    """What speaks against the recommendation, in words."""
-    found, omegas = [], {row["omega"] for row in rows if row["features"] == "g"}
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """What speaks against the recommendation, in words; nothing where there is none."""
+    found, chosen, omegas = [], best(rows), {row["omega"] for row in rows if row["features"] == "g"}
+    if chosen is None:
+        return []
     if "miou" not in rows[0]:
         found.append("without --masks structure was not measured, and nothing speaks against a larger omega")
-    elif len(omegas) > 1 and recommended.endswith(f" {max(omegas):g}"):
+    elif len(omegas) > 1 and chosen[1] == max(omegas):
         found.append("the best omega is the largest given: a larger one may be better, widen --omega")
     return found
 
@@ -131,11 +146,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Accuracy and mIoU against the block, a column for each time, one line a feature; what has no block is a level line."""
+    """The probes against the block, a column for each time, one line a feature; what has no block is a level line.
+
+    A grey bar stands behind the block that is recommended, of its checkpoint.
+    """
     names = list(dict.fromkeys(row["checkpoint"] for row in rows if row["checkpoint"]))
     times = sorted({row["t"] for row in rows if row["t"] is not None})
-    metrics = [metric for metric in ("accuracy", "miou") if metric in rows[0]]
-    labels = list(dict.fromkeys(map(label, rows)))
+    metrics = [metric for metric in ("accuracy", "knn", "miou") if metric in rows[0]]
+    chosen, labels = best(rows), list(dict.fromkeys(map(label, rows)))
     figure = drawing.canvas(3.2 * len(times) + 1.4, 2.4 * len(names) * len(metrics) + 0.6)
     grid = figure.subplots(len(names) * len(metrics), len(times), squeeze=False, sharey="row", sharex=True)
     for place, axes in np.ndenumerate(grid):
@@ -148,6 +166,8 @@ def plot(rows: Sequence[Row]) -> Figure:
                 continue
             points = sorted((row["block"], row[metric]) for row in found if row["checkpoint"] == name and row["t"] == t)
             axes.plot(*zip(*points), label=said, markersize=4, **drawing.style(number))
+        if chosen is not None and name == chosen[0]:
+            axes.axvline(chosen[2], color="0.85", linewidth=8, zorder=0)
         axes.set(title=f"{name}, t = {t:g}", ylabel="mIoU" if metric == "miou" else metric)
         axes.grid(alpha=0.3)
     for axes in grid[-1]:
@@ -161,6 +181,9 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure all that `config` asks for; returns what probe.json holds."""
     items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
     probed = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
+    names = [one.name for one in probed]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, f"two checkpoints are called {twice}: give it once, or rename one of the runs")
     held_out, kinds, side = len(items.parts.test), config.kinds(), probed[0].checkpoint.spec.side
     for one in probed:
         require(one.checkpoint.spec.side == side, f"{one.name} and {probed[0].name} have other token grids: probe them one by one")
@@ -188,7 +211,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
                 "penalties": list(representation.PENALTIES), "versions": versions()}
     return {"protocol": protocol, "checkpoints": {one.name: {"digest": one.checkpoint.digest, "step": one.checkpoint.step,
             "model": one.checkpoint.spec.name} for one in probed}, "rows": rows,
-            "recommended": recommend(rows, {one.name: one.checkpoint.spec.depth for one in probed})}
+            "recommended": recommend(rows, {one.name: one.checkpoint.spec.depth for one in probed}, dict(zip(names, config.ckpt)))}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -204,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             written += drawing.save(plot(result["rows"]), out / "probe")
     print(f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
           f"{', '.join(map(str, written))}")
-    for doubt in doubts(result["rows"], result["recommended"] or ""):
+    for doubt in doubts(result["rows"]):
         print(f"note: {doubt}")
     print(result["recommended"] or "no recommendation: it needs --features g", flush=True)
     return out

@@ -20,7 +20,7 @@ from evaluations.taps import Items, Probed, chunks, encoded
 from models.encoders import Encoder
 
 ALIGNED = 1000
-"""Images that CKNNA compares with each other, the first of those drawn."""
+"""Images that CKNNA compares with each other, the first that were drawn (`Items.first`)."""
 Row = dict[str, Any]
 """One block and feature: what it is (features, omega, block) and its numbers by name."""
 
@@ -105,22 +105,22 @@ def _rows(block: int | None, pooled: Tensor, reading: Reading, items: Items, ref
           counts: Sequence[Tensor]) -> list[Row]:
     """The rows of one block from its pooled tokens (N, A) and the pixel counts of each of its features."""
     rows = []
-    parts = [torch.from_numpy(part) for part in items.parts]
+    parts, near = [torch.from_numpy(part) for part in items.parts], torch.from_numpy(items.first(ALIGNED))
     for number, ((kind, omega), by) in enumerate(reading.maps(pooled.shape[1]).items()):
         x = pooled @ by.cpu()
         row: Row = {"features": kind, "omega": omega, "block": block}
         row |= {name: probe(x, items.labels, parts, items.data.num_classes) for name, probe in CLASS_PROBES.items()}
         if counts:
             row["miou"] = representation.iou(counts[number])
-        own = representation.kernel(representation.standardise(x, x)[:ALIGNED])
+        own = representation.kernel(representation.standardise(x[near], x[near]))
         rows.append(row | {f"cknna {name}": representation.cknna(own, other) for name, other in references.items()})
     return rows
 
 
 def compared(items: Items, encoder: Encoder | None, batch: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     """What CKNNA is taken against: kernels of the classes (one-hot), of the clean latents (all their elements) and of the encoder."""
-    places = np.arange(len(items))[:ALIGNED]
-    features = {"class": torch.nn.functional.one_hot(items.labels[:ALIGNED], items.data.num_classes).double()}
+    places = items.first(ALIGNED)
+    features = {"class": torch.nn.functional.one_hot(items.labels[places], items.data.num_classes).double()}
     features["latents"] = items.clean(places).flatten(1).double()
     if encoder is not None:
         features["encoder"] = torch.cat([encoded(encoder, items, chunk, device).mean(1).cpu() for chunk in chunks(places, batch)])

@@ -58,7 +58,8 @@ class Items:
         drawn = Stream(seed, "probe/items").permutation(len(self.data))
         if classes:
             drawn = drawn[np.isin(self.data.labels[drawn], list(classes))]
-        self.index = np.sort(drawn[:count])  # in the order of the disk
+        self._drawn = drawn[:count]
+        self.index = np.sort(self._drawn)  # in the order of the disk
         self.labels = torch.from_numpy(self.data.labels[self.index])
         self.told = self.labels[torch.from_numpy(Stream(seed, "probe/labels").permutation(len(self.index)))] if shuffled else self.labels
         self.masks, self._groups = (None, None) if masks is None else read_masks(masks, len(self.data))
@@ -70,6 +71,10 @@ class Items:
     def parts(self) -> Parts:
         """The split that every probe shares. Raises UserError where there are too few images for one."""
         return split((np.arange(len(self.data)) if self._groups is None else self._groups)[self.index], self.seed)
+
+    def first(self, count: int) -> np.ndarray:
+        """Places of the first `count` that were drawn, wherever they lie on disk: sets are often stored class after class."""
+        return np.searchsorted(self.index, np.sort(self._drawn[:count]))
 
     def clean(self, places: np.ndarray) -> Tensor:
         """(n, C, H, W) float32 normalised latents of the images at `places`; of stored moments, the posterior mean."""

@@ -95,6 +95,18 @@ class Encoder(nn.Module):
         return state.hexdigest()
 
 
+def open_folder(folder: Path, pretrained: bool = True) -> nn.Module:
+    """The network, without its classifier, in a folder that timm's `save_for_hf` wrote. Raises UserError where it is none, or damaged."""
+    import timm
+    from safetensors import SafetensorError
+
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:  # whatever the folder holds
+        raise UserError(f"{folder} is damaged, or no folder that timm's save_for_hf wrote ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]}); restore it from a copy, or give another") from error
+
+
 def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pretrained: bool = True) -> Encoder:
     """The encoder called `name`, in float32 on the CPU, its patch grid set to `grid` x `grid`.
 
@@ -110,17 +122,18 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     folder = Path(name).expanduser()
-    source = f"local-dir:{folder}" if (folder / "config.json").is_file() else name
-    known = source != name or timm.is_model(name.split(".")[0].removeprefix("timm/"))
-    require(known or source.startswith("hf-hub:"), f"no encoder is called {name}{nearest(name, timm.list_models('vit*'))}: give "
-                                                   f"a model of timm, or a folder with its config.json and weights")
+    local = (folder / "config.json").is_file()
+    known = local or name.startswith("hf-hub:") or timm.is_model(name.split(".")[0].removeprefix("timm/"))
+    require(known, f"no encoder is called {name}{nearest(name, timm.list_models('vit*'))}: give a model of timm, or a folder "
+                   f"with its config.json and weights")
     try:
-        model = timm.create_model(source, pretrained=pretrained and weights is None, num_classes=0)
+        model = open_folder(folder, pretrained and weights is None) if local else \
+            timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         if not pretrained:
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        hub = name.removeprefix("hf-hub:") if source.startswith("hf-hub:") else f"timm/{name}"
+        hub = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
                         f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, "
                         f"--encoder-weights)") from error

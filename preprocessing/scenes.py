@@ -43,8 +43,8 @@ class Dials:
     resolution: int = option(16, help="side of a scene, in pixels", heading="dials")
     digits: int = option(1, help="digits in a scene: 1, or 2 side by side")
     classes: int = option(10, help="classes: digits (at most 10), or pairs of digits (at most 100)")
-    colours: float = option(0.3, help="0: black ink on white paper; 1: any two colours that differ enough in brightness")
-    gradient: float = option(0.2, help="change of the paper's brightness from one side to the other")
+    colours: float = option(0.3, help="0: black ink on white paper; 1: any two colours, the ink darker by 0.4 or more")
+    gradient: float = option(0.2, help="the paper's brightness changes by at most half of this across a scene")
     jitter: float = option(0.5, help="how far a digit is moved, in pixels")
     clutter: int = option(1, help="faint strokes behind the digits")
     size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
@@ -58,7 +58,7 @@ class Dials:
         require(len(self.size) == 2 and 0 < self.size[0] <= self.size[1], "--size takes the smallest and the largest, both positive")
 
     def pair(self, label: int) -> tuple[int, ...]:
-        """The digits of a class, from left to right. Pairs are spread so that no digit alone tells the class."""
+        """The digits of a class, from left to right. From 20 pairs on no digit alone tells the class: each is in two or more of them."""
         if self.digits == 1:
             return (label,)
         left, turn = label % 10, label // 10

@@ -41,7 +41,7 @@ class Options:
     seeds: str = option("0", help="one seed, or FIRST:END (0:5 is 0 to 4)")
     work: str = option("work", help="folder of data, runs and samples")
     results: str = option("results", help="folder of records, ledger, tables and figures")
-    processes: int | None = option(None, help="processes per node (default: 8 at the paper's scale, 1 tiny)")
+    processes: int | None = option(None, help="processes per node (default: 8 at the paper's scale, else 1)")
     nodes: int = option(1, help="nodes")
     images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
     target: float | None = option(None, help="a Frechet distance: print the epochs that each row took to it (table)")
@@ -130,8 +130,8 @@ def run(names: Sequence[str], options: Options) -> None:
     chosen = [row for name in names for row in (rows.of_table(name) if name in rows.TABLES else [rows.find(name)])]
     if options.slurm:
         for row in chosen:
-            print(slurm.script(row.name, options.seed_range(), options.nodes, options.processes or 8, options.hours, options.work,
-                               options.results), end="")
+            print(slurm.script(row.name, size.name, options.seed_range(), options.nodes, options.processes or size.processes, options.hours,
+                               options.work, options.results), end="")
         return
     for seed in options.seed_range():  # seeds outermost, so that what is finished can be compared
         for row in chosen:
@@ -160,7 +160,10 @@ def print_claims(names: Sequence[str], options: Options) -> None:
     """The paper's claims, tested on the records of the study's rows."""
     from recipes import claims, record
 
-    print(claims.report(claims.test(record.load(Path(options.results)), options.scale)))
+    findings = claims.test(record.load(Path(options.results)), options.scale)
+    require(any(one.differences for one in findings), f"no two rows of the study have records of one seed at scale {options.scale}: "
+            f"python -m recipes run study --scale study --seeds 0:5, then claims --scale study")
+    print(claims.report(findings))
 
 
 def look_inside(names: Sequence[str], options: Options) -> None:
@@ -173,10 +176,12 @@ def look_inside(names: Sequence[str], options: Options) -> None:
 
 
 def write_pages(names: Sequence[str], options: Options) -> None:
-    """Put the tables of the records into README and docs."""
-    from recipes import publish
+    """Put the tables of the records into README and docs, and their numbers into the ledger."""
+    from recipes import publish, record
 
-    for path in publish.publish(Path(), Path(options.results)):
+    if record.folders(Path(options.results)):
+        record.write_ledger(Path(options.results))
+    for path in publish.publish(Path(), Path(options.results)) or ["nothing: the pages here are what the records say"]:
         print(f"wrote {path}")
 
 
@@ -185,7 +190,7 @@ def draw_figure(names: Sequence[str], options: Options) -> None:
     from recipes import figure
 
     for name in names:
-        for path in figure.draw(name if name.startswith("figure") else f"figure{name}", options.scale, Path(options.results)):
+        for path in figure.draw(f"figure{name}" if name.isdecimal() else name, options.scale, Path(options.results)):
             print(f"wrote {path}")
 
 
@@ -196,22 +201,32 @@ def check(names: Sequence[str], options: Options) -> None:
     if list(names) == ["curves"]:
         curves.report(curves.check())
         return
-    folders = [Path(name) for name in names] or sorted((Path(options.results) / "records").glob("*"))
-    faults = {folder: record.check(record.find(folder)) for folder in folders}
+    results = Path(options.results)
+    folders = [Path(name) for name in names] or record.folders(results)
+    faults = {folder: record.check(folder) for folder in folders}
     for folder, found in faults.items():
         print(f"{folder.name}: {'; '.join(found) or 'holds'}")
     wrong = [folder.name for folder, found in faults.items() if found]
     require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}")
-    if not names and Path(options.results).resolve() == Path("results").resolve():  # the records that the pages are about
-        stale = publish.stale(Path(), Path(options.results))
+    if names:
+        return
+    if not folders:
+        print(f"no record in {results}")
+    else:
+        ledger = results / "ledger.csv"
+        require(ledger.is_file() and ledger.read_text(encoding="utf-8") == record.ledger(results),
+                f"{ledger} is not what the records say: python -m recipes publish --results {results}")
+    if results.resolve() == Path("results").resolve():  # the records that the pages are about
+        stale = publish.stale(Path(), results)
         require(not stale, f"the tables of {', '.join(map(str, stale))} are not what the records say: python -m recipes publish")
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], bool]] = {
-    "list": (list_rows, False), "show": (show, True), "run": (run, True), "table": (print_table, True), "figure": (draw_figure, True),
-    "cost": (print_costs, False), "claims": (print_claims, False), "inside": (look_inside, False),
-    "publish": (write_pages, False), "check": (check, False)}
-"""Subcommand -> what it does, and whether it needs a name."""
+NONE, ANY, SOME = range(3)
+COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], int]] = {
+    "list": (list_rows, ANY), "show": (show, SOME), "run": (run, SOME), "table": (print_table, SOME), "figure": (draw_figure, SOME),
+    "cost": (print_costs, ANY), "claims": (print_claims, NONE), "inside": (look_inside, NONE),
+    "publish": (write_pages, NONE), "check": (check, ANY)}
+"""Subcommand -> what it does, and whether it takes names: none, any number of them, or at least one."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -222,11 +237,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"say what to do: {', '.join(COMMANDS)}")
     if words[0] not in COMMANDS:
         raise UserError(f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
-    action, needs_name = COMMANDS[words[0]]
+    action, takes = COMMANDS[words[0]]
     flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     names = words[1:flags]
     options = read(Options, words[flags:], prog=f"python -m recipes {words[0]}", description=__doc__)
-    require(bool(names) or not needs_name, f"python -m recipes {words[0]} needs a name; python -m recipes list shows them")
+    require(bool(names) or takes != SOME, f"python -m recipes {words[0]} needs a name; python -m recipes list shows them")
+    require(not names or takes != NONE, f"python -m recipes {words[0]} takes no name: leave out {' '.join(names)}")
     action(names, options)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes import rows
+from recipes.record import newest
 from runtime.errors import require
 from runtime.text import aligned
 
@@ -47,18 +48,20 @@ CLAIMS = (
 
 
 def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[tuple[str, float], dict[int, float]]:
-    """(row without table and model, epochs) -> seed -> metric, of the study's rows; the newest record of a seed counts."""
+    """(row without table and model, epochs) -> seed -> metric, of the study's rows."""
     found: dict[tuple[str, float], dict[int, float]] = {}
-    keys = {score["key"] for record in _chosen(records, scale) for score in record["scores"]}
-    require(len(keys) < 2, f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep the ones of one")
-    for record in _chosen(records, scale):
+    for record in study_records(records, scale):
         for score in record["scores"]:
             found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
     return found
 
 
-def _chosen(records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
-    return [record for record in records if record["table"] == "study" and record["scale"] == scale and record["status"] == "finished"]
+def study_records(records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
+    """The study's finished records, one for each row and seed. Raises UserError where their scores are of several protocols."""
+    chosen = [record for record in newest(records) if record["table"] == "study" and record["scale"] == scale]
+    keys = {score["key"] for record in chosen for score in record["scores"]}
+    require(len(keys) < 2, f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep the ones of one")
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def summary_table(records: Sequence[dict[str, Any]]) -> str:
 
 def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(SAID)) -> str:
     """Every row of the study at every number of epochs at which it was scored."""
-    chosen = [one for one in records if (one["scale"], one["status"]) == ("study", "finished")]
+    chosen = claims.study_records(records, "study")
     lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
         scores: dict[float, list[dict[str, Any]]] = {}

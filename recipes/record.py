@@ -19,31 +19,23 @@ import io
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from typing_extensions import NotRequired, TypedDict
 
-from evaluations.histories import spent
+from evaluations.histories import protocol, spent
 from models.checkpoint import Checkpoint, versions
-from recipes import costs
+from recipes import costs, rows, scale
 from recipes.chain import Chain
 from recipes.scale import Scale
-from runtime import files, launch
-from runtime.errors import UserError
+from runtime import files, launch, schema
+from runtime.errors import require
 from training.log import read
 
 RESULTS = Path("results")
-PROTOCOL = ("mode", "solver", "num_steps", "grid", "timestep_shift", "last_step", "evaluations", "cfg_scale", "guidance_low",
-            "guidance_high", "guidance_channels", "weights", "labels", "rounding", "decoder", "precision", "num_fid_samples")
-"""Settings of the samples that a number depends on; seeds and the network are not among them."""
-
-
-def protocol(metrics: dict[str, Any]) -> dict[str, Any]:
-    """All that two numbers must share to stand in one column, from what `generate.py --reference` wrote."""
-    settings = metrics["samples"]["settings"]
-    return {**{name: settings.get(name) for name in PROTOCOL}, "features": metrics["features"],
-            "reference": metrics["reference"]["sha256"], "precision_recall": metrics["precision_recall"]}
 
 
 def key(values: dict[str, Any]) -> str:
@@ -106,17 +98,71 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
             "images_per_second": rate}
 
 
+class Score(TypedDict):
+    """One entry of metrics.json."""
+
+    preset: str
+    epochs: float
+    step: int
+    metrics: dict[str, float]
+    num_samples: int
+    key: str
+    protocol: dict[str, Any]
+    device_hours: dict[str, float]
+    flops: float
+
+
+class Scores(TypedDict):
+    """metrics.json."""
+
+    scores: list[Score]
+
+
+class Summary(TypedDict):
+    """What is read of record.json."""
+
+    row: str
+    table: str
+    scale: str
+    seed: int
+    date: str
+    status: Literal["finished", "failed"]
+    processes: int
+    files: dict[str, str]
+    step: NotRequired[int]
+    images_per_second: NotRequired[float]
+
+
+def folders(results: Path) -> list[Path]:
+    """Those of all records, in the order of their names."""
+    return sorted(path for path in (results / "records").glob("*") if not path.name.startswith("."))
+
+
+def open_record(folder: Path) -> dict[str, Any]:
+    """A record with its folder's name and, where it finished, its scores. Raises UserError where it is none, or damaged."""
+    require((folder / "record.json").is_file(), f"{folder} is not a record: it has no record.json; give the folder of one, or remove it")
+    summary, scores = files.read_json(folder / "record.json"), {"scores": []}
+    finished = schema.checked(Summary, summary, folder / "record.json")["status"] == "finished"
+    if finished:
+        scores = files.read_json(folder / "metrics.json")
+        schema.checked(Scores, scores, folder / "metrics.json")
+    return {**summary, "folder": folder.name, "scores": scores["scores"]}
+
+
 def load(results: Path) -> list[dict[str, Any]]:
-    """All records, in the order of their names, each with its folder's name and, where it finished, its scores."""
-    records = []
-    for file in sorted((results / "records").glob("*/record.json")):
-        scores = files.read_json(file.with_name("metrics.json"))["scores"] if file.with_name("metrics.json").is_file() else []
-        records.append({**files.read_json(file), "folder": file.parent.name, "scores": scores})
-    return records
+    """All records."""
+    return [open_record(folder) for folder in folders(results)]
 
 
-def write_ledger(results: Path) -> None:
-    """Generate `ledger.csv` from the folders: one line for each score, one for each failure."""
+def newest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished records, of those of one row, scale, seed and protocol the last: a seed that was run twice is one sample."""
+    last = {(one["row"], one["scale"], one["seed"], *sorted({score["key"] for score in one["scores"]})): one
+            for one in records if one["status"] == "finished"}
+    return list(last.values())
+
+
+def ledger(results: Path) -> str:
+    """The text of `ledger.csv` from the folders: one line for each score, one for each failure."""
     columns = ("record", "row", "scale", "seed", "status", "preset", "epochs", "step", "key", "num_samples", "metric", "value")
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -129,16 +175,27 @@ def write_ledger(results: Path) -> None:
             for metric, value in score["metrics"].items():
                 lines.writerow([*head, score["preset"], score["epochs"], score["step"], score["key"], score["num_samples"], metric,
                                 f"{value:.6g}"])
+    return text.getvalue()
+
+
+def write_ledger(results: Path) -> None:
+    """Generate `ledger.csv`."""
     with files.replacing(results / "ledger.csv") as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+        temporary.write_text(ledger(results), encoding="utf-8")
 
 
 def check(folder: Path) -> list[str]:
     """Recompute what a record says of itself; returns what does not hold, in words.
 
-    Digests of its files, the key of each protocol, rate and hours from its log, the last step, the commands of its row.
+    Digests of its files, the key of each protocol, the step and FLOPs of each score from row and scale, rate and hours from its log.
+    Hours of stage 1 are not among them: that run's log is in its own record, if anywhere.
+
+    Raises UserError where it is no record, or damaged.
     """
-    summary, faults = files.read_json(folder / "record.json"), []
+    summary, faults = open_record(folder), []
+    if summary["row"] not in rows.rows() or summary["scale"] not in scale.SCALES:
+        return [f"there is no row {summary['row']} at scale {summary['scale']} any more"]
+    row, size = rows.find(summary["row"]), scale.find(summary["scale"])
     names = {file.name for file in folder.iterdir()} - {"record.json"}
     if names != set(summary["files"]):
         faults.append(f"its files are {sorted(names)}, not {sorted(summary['files'])}")
@@ -149,7 +206,11 @@ def check(folder: Path) -> list[str]:
     if summary["status"] != "finished" or faults:
         return faults
     train = files.read_json(folder / "config.json")["train"]
-    for score in files.read_json(folder / "metrics.json")["scores"]:
+    for score in summary["scores"]:
+        step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
+        if score["step"] != step or abs(score["flops"] - flops) > 1e-6 * flops:
+            faults.append(f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, not {score['step']} and "
+                          f"{score['flops']:.6g}")
         if key(score["protocol"]) != score["key"]:
             faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
         hours = spent(folder, train["batch_size"], score["step"])[0] * summary["processes"]
@@ -162,10 +223,3 @@ def check(folder: Path) -> list[str]:
     if abs(rate - summary["images_per_second"]) > 1e-6 * max(rate, 1):
         faults.append(f"its log gives {rate:.6g} images per second, not {summary['images_per_second']:.6g}")
     return faults
-
-
-def find(folder: Path) -> Path:
-    """The record in `folder`. Raises UserError where it is none."""
-    if not (folder / "record.json").is_file():
-        raise UserError(f"{folder} is not a record: it has no record.json")
-    return folder

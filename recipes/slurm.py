@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def script(row: str, seeds: range, nodes: int, gpus: int, hours: float, work: str, results: str) -> str:
-    """The text of an sbatch file that runs `row` under `seeds` as an array.
+def script(row: str, scale: str, seeds: range, nodes: int, gpus: int, hours: float, work: str, results: str) -> str:
+    """The text of an sbatch file that runs `row` at a scale under `seeds` as an array.
 
     The job is asked to stop ten minutes before its time is over (SIGUSR1): the run then saves, leaves with exit code 75, and
     is queued again; the chain goes on from what is there.
@@ -26,7 +26,7 @@ def script(row: str, seeds: range, nodes: int, gpus: int, hours: float, work: st
 set -u
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-python -m recipes run {row} --scale paper --seeds "$SLURM_ARRAY_TASK_ID" \\
+python -m recipes run {row} --scale {scale} --seeds "$SLURM_ARRAY_TASK_ID" \\
     --processes {gpus} --nodes {nodes} --work {work} --results {results} &
 chain=$!
 trap 'kill -USR1 $chain' USR1

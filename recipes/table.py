@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.record import newest
 from recipes.rows import Row
 from runtime.text import aligned
 
@@ -43,7 +44,7 @@ def columns(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> str:
     """The table of `rows` at one scale: a block for each protocol, published numbers at the paper's scale alone."""
-    records = [record for record in records if record["scale"] == scale and record["status"] == "finished"]
+    records = [record for record in newest(records) if record["scale"] == scale]
     by_row = {row.name: [record for record in records if record["row"] == row.name] for row in rows}
     shown = [record for row in rows for record in by_row[row.name]]
     blocks = []
@@ -111,7 +112,7 @@ def figure_points(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale:
     """Protocol key -> row -> epochs -> values over seeds: what a figure draws."""
     points: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in rows:
-        for record in records:
+        for record in newest(records):
             if record["row"] == row.name and record["scale"] == scale:
                 for score in record["scores"]:
                     points.setdefault(score["key"], {}).setdefault(row.name, {}).setdefault(score["epochs"], []).append(quality(score))

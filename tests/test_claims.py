@@ -61,6 +61,9 @@ def test_holms_correction() -> None:
 def test_scores_of_two_protocols_are_never_paired() -> None:
     with pytest.raises(UserError, match="2 protocols"):
         claims.test([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
+    with pytest.raises(UserError, match="2 protocols"):
+        publish.study_table([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
+    assert "| stage 2 | 80 | 1.00 |" in publish.study_table([record("full", 0, {80: 9.0}), record("full", 0, {80: 1.0})])
     assert all(one.verdict == "not run" for one in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)]))
 
 

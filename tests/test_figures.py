@@ -91,7 +91,7 @@ def test_scores_against_steps_are_means_over_seeds_with_the_stop_marked(tmp_path
 
 def score(file: Path, step: int, value: float, **more: object) -> str:
     settings = {"step": step, "cfg_scale": 1.0, "mode": "sde", "solver": "euler", "num_steps": 250, "weights": "ema", **more}
-    file.write_text(json.dumps({"metrics": {"fid": value}, "num_samples": 50, "reference": {"sha256": "r"},
+    file.write_text(json.dumps({"metrics": {"fid": value}, "features": {"name": "pixels"}, "reference": {"sha256": "r"}, "precision_recall": None,
                                 "samples": {"settings": settings}}))
     return f"a={file}"
 
@@ -102,6 +102,15 @@ def test_score_files_make_curves_of_one_protocol(tmp_path: Path) -> None:
     assert drawn("steps", "--scores", *files).axes[0].containers[0].lines[0].get_xydata().tolist() == [[2, 50], [4, 25]]
     with pytest.raises(UserError, match="different cfg_scale .2.0 and 1.0."):
         drawn("steps", "--scores", *files, score(tmp_path / "guided.json", 6, 1, cfg_scale=2.0))
+    with pytest.raises(UserError, match="different labels .balanced and None."):
+        drawn("steps", "--scores", *files, score(tmp_path / "labels.json", 6, 1, labels="balanced"))
+    for text, said in (('{"samples": {"settings": 3}}', "metrics: field required"), ("[]", "damaged or from another"),
+                       ('{"metrics": 3}', "metrics: .* not 3")):
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(UserError, match=f"odd.json .*{said}.*give metrics.json"):
+            drawn("steps", "--scores", f"a={tmp_path / 'odd.json'}")
+    with pytest.raises(UserError, match="does not say which step"):
+        drawn("steps", "--scores", score(tmp_path / "stepless.json", None, 1))
     with pytest.raises(UserError, match="one of them"):
         drawn("steps", "--runs", "a", "--scores", "b")
 
@@ -155,6 +164,9 @@ def test_mistakes_are_answered(data: Path, teacher: Path) -> None:
             drawn("pca", "--ckpt", teacher, "--data-dir", data, *more)
     with pytest.raises(UserError, match="at least 5"):
         drawn("tsne", "--ckpt", teacher, "--data-dir", data, "--items", 3)
+    for kind in ("pca", "tsne"):
+        with pytest.raises(UserError, match="--items -3 must be positive"):
+            drawn(kind, "--ckpt", teacher, "--data-dir", data, "--items", -3)
 
 
 def test_colours_are_stretched_per_component() -> None:

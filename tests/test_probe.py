@@ -235,6 +235,21 @@ def test_rows_are_those_of_explicit_features(data: Path, teacher: Path, masks: P
         assert row["miou"] == pytest.approx(representation.iou(counts), abs=0.01)
 
 
+def test_cknna_compares_the_images_drawn_first_and_not_those_first_on_disk(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets are often stored class after class: the first on disk would be of few classes."""
+    monkeypatch.setattr(reading, "ALIGNED", 60)
+    items = Items(str(data), 300, 0)
+    places = items.first(60)
+    assert set(items.index[places]) == set(Items(str(data), 60, 0).index) and places.max() > 200 and list(places) == sorted(places)
+    latents = items.clean(np.arange(300)).flatten(1).double()
+    with probe.progress.bar(total=300, main=False) as bar:
+        (found,) = reading.measure(reading.as_they_are("latents", lambda some: latents[some, None]), items, 4,
+                                   reading.compared(items, None, 64, torch.device("cpu")), 64, bar)
+    x, classes = latents[places], torch.nn.functional.one_hot(items.labels[places]).double()
+    wanted = representation.cknna(representation.kernel(representation.standardise(x, x)), representation.kernel(classes))
+    assert found["cknna class"] == pytest.approx(wanted) and found["cknna latents"] == pytest.approx(1)
+
+
 def test_patches_of_masks_are_the_pixels_of_their_tokens(data: Path, masks: Path) -> None:
     items = Items(str(data), 5, 0, str(masks))
     whole, patches = items.masks[items.index[1]], items.patches(np.arange(5), 4)[1]
@@ -283,7 +298,7 @@ def test_without_masks_and_with_an_encoder(data: Path, teacher: Path, guided: Pa
     rows = json.loads((out / "probe.json").read_text())["rows"]
     assert [(row["checkpoint"], row["features"]) for row in rows] == [(None, "encoder"), *[("stage1@4", "g")] * 2, *[("stage2@4", "g")] * 2]
     assert rows[0]["cknna encoder"] == pytest.approx(1) and "miou" not in rows[0] and rows[1]["cknna encoder"] < 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("--guiding-ckpt stage")
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[:2] in [["--guiding-ckpt", str(run)] for run in (teacher, guided)]
     probe.main(["--ckpt", str(teacher), "--data-dir", str(data), *WORDS, "--features", "latents", "--out", str(tmp_path / "plain")])
     assert capsys.readouterr().out.splitlines()[-1] == "no recommendation: it needs --features g"
 
@@ -301,16 +316,26 @@ def row(name: str, block: int, omega: float, knn: float, miou: float, t: float =
 
 def test_the_recommendation_follows_its_rule() -> None:
     rows = [row("a", 4, 10, 0.9, 0.8), row("a", 5, 10, 1.0, 0.9, t=0.3), row("a", 5, 10, 0.8, 0.6), row("a", 2, 30, 0.95, 0.7)]
-    assert probe.recommend(rows, {"a": 6}) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10"
+    given = {"a": "exps/a", "b": "my exps/b@9"}
+    assert probe.recommend(rows, {"a": 6}, given) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10" and not probe.doubts(rows)
     rows.append(row("a", 3, 3, 0.9, 0.795))  # level with the best, and cheaper
-    assert probe.recommend(rows, {"a": 6}) == "--guiding-depth 3 --guided-depth 2 --guide-scale 3"
-    assert probe.doubts(rows, "--guide-scale 3") == [] and "widen --omega" in probe.doubts(rows, "--guide-scale 30")[0]
+    assert probe.recommend(rows, {"a": 6}, given) == "--guiding-depth 3 --guided-depth 2 --guide-scale 3"
+    assert "widen --omega" in probe.doubts([*rows, row("a", 6, 30, 1.0, 1.0)])[0]
     rows.append(row("b", 1, 3, 1.0, 0.9))
-    assert probe.recommend(rows, {"a": 6, "b": 12}) == "--guiding-ckpt b --guiding-depth 1 --guided-depth 1 --guide-scale 3"
-    assert probe.recommend([{**rows[0], "features": "u"}], {"a": 6}) is None
+    assert probe.recommend(rows, {"a": 6, "b": 12}, given) == \
+        "--guiding-ckpt 'my exps/b@9' --guiding-depth 1 --guided-depth 1 --guide-scale 3"
+    unguided = [{**rows[0], "features": "u"}]
+    assert probe.recommend(unguided, {"a": 6}, given) is None and probe.doubts(unguided) == []
     blind = [{key: value for key, value in one.items() if key != "miou"} for one in rows[:4]]
-    assert probe.recommend(blind, {"a": 12}) == "--guiding-depth 2 --guided-depth 1 --guide-scale 30"
-    assert "without --masks" in probe.doubts(blind, "")[0]
+    assert probe.recommend(blind, {"a": 12}, given) == "--guiding-depth 2 --guided-depth 1 --guide-scale 30"
+    assert "without --masks" in probe.doubts(blind)[0]
+
+
+def test_the_plot_marks_the_recommended_block_of_its_checkpoint() -> None:
+    rows = [row(name, block, 10, 0.5 + 0.1 * (name == "b" and block == 3), 0.5) for name in "ab" for block in (2, 3)]
+    axes = probe.plot(rows).axes
+    assert [(one.get_ylabel(), [line.get_xdata()[0] for line in one.lines if line.get_zorder() == 0]) for one in axes] == [
+        *((metric, []) for metric in ("accuracy", "knn", "mIoU")), *((metric, [3]) for metric in ("accuracy", "knn", "mIoU"))]
 
 
 def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path: Path, words) -> None:
@@ -324,7 +349,8 @@ def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path:
                           (("--blocks", 7), "blocks 1 to 6"), (("--masks", tmp_path / "absent.npz"), "is missing"),
                           (("--masks", tmp_path / "few.npz"), "3 masks, the data set 1797 items"),
                           (("--masks", tmp_path / "odd.npz"), "6 pixels a side"), (("--masks", tmp_path / "grey.npz"), "0 and 1 in it"),
-                          (("--items", 3), "too few")):
+                          (("--items", 3), "too few"), (("--encoder-weights", "x"), "give --encoder too"),
+                          (("--ckpt", teacher, teacher), "two checkpoints are called stage1@4")):
         with pytest.raises(UserError, match=message):
             run(*more)
     no_null = train.main(words(tmp_path, "no-null", "--cfg-prob", 0, "--max-train-steps", 1))

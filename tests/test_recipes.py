@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from config import GenerateConfig
 from preprocessing import digits
 from recipes import __main__ as recipes
-from recipes import chain, record, rows, scale, table
+from recipes import chain, record, rows, runner, scale, table
 from runtime.errors import UserError
 from runtime.options import build
 from sampling import presets
@@ -159,14 +161,36 @@ def test_numbers_that_do_not_follow_from_the_rest_are_named(place: Path, tmp_pat
 
     source = next((place / "results" / "records").glob("*table4*"))
     for name, old, new, said in (("metrics.json", '"num_steps": 250', '"num_steps": 50', "does not give its key"),
+                                 ("metrics.json", '"flops": ', '"flops": 1', "steps and .* FLOPs, not"),
                                  ("log.jsonl", '"images_per_second": ', '"images_per_second": 1', "images per second, not")):
-        folder = tmp_path / name / source.name
+        folder = tmp_path / said[:4] / source.name
         shutil.copytree(source, folder)
         (folder / name).write_text((folder / name).read_text().replace(old, new))
         summary = json.loads((folder / "record.json").read_text())
         summary["files"][name] = files.digest(folder / name)  # as someone would who edits a record by hand
         (folder / "record.json").write_text(json.dumps(summary))
-        assert said in " ".join(record.check(folder))
+        assert re.search(said, " ".join(record.check(folder)))
+    for text, wrong in (("{}", "row: field required"), ("[]", "record.json is damaged"), ('{"row": 3}', "row: .* not 3")):
+        (folder / "record.json").write_text(text)
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "damaged" / "records" / "one")
+        for words in (["check"], ["list"], ["table", "4"], ["claims"], ["publish"]):
+            with pytest.raises(UserError, match=wrong):
+                recipes.main([*words, "--results", str(tmp_path / "damaged")] if words != ["check"] else ["check", str(folder)])
+
+
+def test_the_ledger_is_checked_and_made_anew(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(place / "results", tmp_path / "results")
+    ledger = tmp_path / "results" / "ledger.csv"
+    whole = ledger.read_text()
+    ledger.write_text(whole.replace("finished", "failed", 1))
+    with pytest.raises(UserError, match="ledger.csv is not what the records say: python -m recipes publish"):
+        recipes.main(["check", "--results", str(tmp_path / "results")])
+    recipes.main(["check", "--results", str(place / "results")])
+    recipes.main(["check", "--results", str(tmp_path / "none")])
+    assert capsys.readouterr().out.endswith(f"no record in {tmp_path / 'none'}\n")
+    record.write_ledger(tmp_path / "results")
+    assert ledger.read_text() == whole
 
 
 def test_a_chain_that_fails_leaves_a_record_of_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -211,6 +235,15 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
     assert first.count("not run") == 3
 
 
+def test_a_seed_that_was_run_again_is_one_sample() -> None:
+    """Else the same run, recorded three times, would be three seeds without spread."""
+    chosen = rows.of_table("table4")
+    again = [fake("table4/SiT-B-2/full", 0, "aaaa", fid) for fid in (40.0, 22.8, 22.9)]
+    text = table.render(chosen, again, "paper")
+    assert "22.90 (1)" in text and "inconclusive" in text and "reproduced" not in text
+    assert table.figure_points(chosen, again, "paper")["aaaa"]["table4/SiT-B-2/full"] == {80: [22.9]}
+
+
 def test_figures_are_drawn_from_records(place: Path, capsys: pytest.CaptureFixture) -> None:
     for number in ("4", "8"):
         recipes.main(["figure", number, "--scale", "tiny", "--results", str(place / "results")])
@@ -227,15 +260,55 @@ def test_the_job_file_is_whole(capsys: pytest.CaptureFixture, tmp_path: Path) ->
     for word in ("#SBATCH --array=0-2", "#SBATCH --nodes=2", "#SBATCH --signal=B:USR1@600", "#SBATCH --requeue", "--time=12:30:00",
                  "-eq 75", "scontrol requeue", '--seeds "$SLURM_ARRAY_TASK_ID"'):
         assert word in text, word
+    assert "--scale paper --seeds" in text and "--processes 8 --nodes 2" in text
+    recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--scale", "study"])
+    other = capsys.readouterr().out
+    assert "--scale study --seeds" in other and "--processes 1 --nodes 1" in other and "--gpus-per-node=1" in other
     (tmp_path / "job.sh").write_text(text)
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+
+
+def link_of(program: str, makes: Path) -> chain.Link:
+    return chain.Link("train", ("-c", program), makes, many=False)
+
+
+def test_a_signal_reaches_the_processes_of_a_launcher_and_the_chain_asks_to_be_queued_again(tmp_path: Path) -> None:
+    """The launcher's own exit code says nothing: accelerate ends with 1 where its processes ended with 75."""
+    makes = tmp_path / "run" / "checkpoints" / "0000001" / "config.json"
+    waits = link_of(f"import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+                    f"os.kill({os.getpid()}, signal.SIGUSR1)\ntime.sleep(300)", makes)
+    with pytest.raises(SystemExit) as ended:
+        runner._start(waits, waits.command(2), 2, 1)
+    assert ended.value.code == 75
+    fails = link_of("raise SystemExit(1)", makes)
+    with pytest.raises(UserError, match="train ended with exit code 1"):
+        runner._start(fails, fails.command(2), 2, 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ended-early.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        runner._start(fails, fails.command(2), 2, 1)
+    assert ended.value.code == 75
+
+
+def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "srun").write_text('#!/bin/bash\nSLURM_NODEID=0 "$@" && SLURM_NODEID=1 "$@"\n')
+    (tmp_path / "accelerate").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path / "said"}\n')
+    for name in ("srun", "accelerate"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("MAIN_ADDRESS", "head")
+    link = chain.Link("train", ("train.py", "--exp-name", "a b"), tmp_path / "x" / "y" / "z", many=True)
+    runner._start(link, link.command(8, 2), 8, 2)
+    assert [line.split()[6:10] for line in (tmp_path / "said").read_text().splitlines()] == [
+        ["--machine_rank", number, "--main_process_ip", "head"] for number in "01"]
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (["runn"], "did you mean run"), (["run"], "needs a name"), (["run", "table4/SiT-B-2/ful"], "did you mean table4/SiT-B-2/full"),
     (["list", "table9"], "there is no table9"), (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
     (["--scale", "tiny"], "say what to do"), (["check", "nowhere"], "nowhere is not a record"), (["figure", "3"], "there is no figure3"),
-    (["show", RUN[3], "--seeds", "4:2"], "no seed")])
+    (["show", RUN[3], "--seeds", "4:2"], "no seed"), (["claims", "study"], "takes no name: leave out study"),
+    (["figure", "table1"], "table1 is a table"), (["claims", "--scale", "study"], "no two rows of the study have records")])
 def test_mistakes_are_one_line(words: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         recipes.main([*words, *([] if words[0].startswith("-") else ["--results", str(tmp_path)])])

@@ -14,6 +14,7 @@ from config import FeatureOptions
 from dataset import LatentSet
 from evaluations import metrics
 from evaluations.extractors import open_extractor
+from models.encoders import open_encoder
 from preprocessing import scenes
 from preprocessing.scenes import GROUPS, MASKS, Dials, Scenes
 from recipes import encoder
@@ -133,3 +134,14 @@ def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(tmp_path: Pat
     assert told["held_out"] == 10 and told["scenes"] == json.loads(json.dumps(dataclasses.asdict(dials)))
     extractor = open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}"))
     assert extractor(torch.zeros(2, 8, 8, 3, dtype=torch.uint8)).pool.shape == (2, 64) and extractor.weights
+    with pytest.raises(UserError, match="leave out --feature-weights"):
+        open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}", feature_weights=str(tmp_path / "made" / "model.safetensors")))
+    with pytest.raises(UserError, match=r"holds an encoder of other .*1 epochs"):
+        encoder.train_encoder(tmp_path / "made", 2, dials)
+    assert encoder.train_encoder(tmp_path / "made", 1, dials) == told["accuracy"]
+    for name, content in (("model.safetensors", b"x" * 100), ("config.json", b"[]"), ("config.json", b"{}")):
+        (tmp_path / "made" / name).write_bytes(content)
+        for attempt in (lambda: open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}")),
+                        lambda: open_encoder(str(tmp_path / "made"), grid=4)):
+            with pytest.raises(UserError, match="is damaged, or no folder that timm's save_for_hf wrote"):
+                attempt()
