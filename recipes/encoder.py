@@ -48,10 +48,11 @@ class EncoderConfig:
 
 
 class Examples(NamedTuple):
-    """uint8 images (N, H, W, C) and labels (N,), and which of them are held out."""
+    """uint8 images (N, H, W, C) and labels (N,), and the indices of those to learn from and of those held out."""
 
     images: np.ndarray
     labels: np.ndarray
+    train: np.ndarray
     held: np.ndarray
 
 
@@ -61,14 +62,14 @@ def digit_examples() -> Examples:
 
     images, labels = digits.load()
     order = Stream(0, "encoder/split").permutation(len(labels))
-    return Examples(images, labels, np.isin(np.arange(len(labels)), order[: len(labels) // 5]))
+    return Examples(images, labels, order[len(labels) // 5 :], order[: len(labels) // 5])
 
 
 def scene_examples(dials: Dials) -> Examples:
     """Scenes of the first four groups of handwriting, and of the last, which is held out."""
     sets = (Scenes(dials, SCENES, 1, range(GROUPS - 1)), Scenes(dials, SCENES // 6, 2, (GROUPS - 1,)))
     images = [scenes.draw(index)[0] for scenes in sets for index in progress.bar(range(len(scenes.names)), desc="scenes", unit="image")]
-    return Examples(np.stack(images), np.concatenate([scenes.labels for scenes in sets]), np.arange(len(images)) >= SCENES)
+    return Examples(np.stack(images), np.concatenate([scenes.labels for scenes in sets]), np.arange(SCENES), np.arange(SCENES, len(images)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,10 +92,10 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
         return there["accuracy"]
     import timm
 
-    images, labels, held = digit_examples() if scenes is None else scene_examples(scenes)
+    images, labels, learned, held = digit_examples() if scenes is None else scene_examples(scenes)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     y = torch.from_numpy(labels)
-    train = torch.from_numpy(np.flatnonzero(~held))
+    train = torch.from_numpy(learned)
     shape: dict[str, Any] = {**ENCODER, "img_size": x.shape[-1], "patch_size": x.shape[-1] // PATCHES, "in_chans": x.shape[1]}
     with torch.random.fork_rng():  # timm initialises from the global generator
         torch.manual_seed(0)
@@ -113,7 +114,7 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
         accuracy = (model(x[held]).argmax(1) == y[held]).float().mean().item()
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,) * x.shape[1], "std": (0.5,) * x.shape[1],
                             "tag": "digits" if scenes is None else "scenes"}
-    told = {"accuracy": accuracy, "held_out": int(held.sum()), "trained_on": len(train), **asked}
+    told = {"accuracy": accuracy, "held_out": len(held), "trained_on": len(train), **asked}
     with files.replacing(folder) as temporary:
         timm.models.save_for_hf(model, temporary, model_args={**shape, "num_classes": int(y.max()) + 1}, safe_serialization=True)
         files.write_json(temporary / "accuracy.json", told)
