@@ -20,15 +20,16 @@ from alignment import find
 from benchmarks import bad_files
 from benchmarks.bad_world import MAINS, World
 from config import GenerateConfig, TrainConfig
-from evaluations import evaluate, reference, sweep
+from evaluations import evaluate, figures, probe, reference, sweep
 from models import convert
-from preprocessing import import_latents, job, verify
+from preprocessing import import_latents, job, scenes, verify
 from runtime import errors
 from runtime.options import Option, flags_of, options_of
 
 SCHEMAS: dict[str, type] = {"train.py": TrainConfig, "generate.py": GenerateConfig, "encode": job.Options, "verify": verify.Options,
                             "import_latents": import_latents.Options, "convert": convert.Options, "evaluate": evaluate.Options,
-                            "reference": reference.Options, "sweep": sweep.SweepConfig}
+                            "reference": reference.Options, "sweep": sweep.SweepConfig, "scenes": scenes.Options,
+                            "probe": probe.ProbeConfig, "pca": figures.PcaOptions}
 REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|"
                     r"copy|get|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|known|"
                     r"convert|expected|install|raise|lower|takes|go together|accept|check|knows?|nothing to set|belong)\b")
@@ -189,6 +190,14 @@ HAND: dict[str, list[tuple[str, ...]]] = {
               ("--guidance-low", "0.9", "--guidance-high", "0.5"), ("--batch-size", "0")],
     "seal": [("--file", "/nowhere"), ("--file", "/dev/null"), ("--file", "/")],
     "digits": [("--out", "/dev/null/x")],
+    "scenes": [("--out", "/dev/null/x"), ("--count", "0"), ("--count", "9"), ("--resolution", "15"), ("--resolution", "6"),
+               ("--digits", "3"), ("--classes", "1"), ("--classes", "11"), ("--colours", "2"), ("--gradient", "-1"),
+               ("--jitter", "-1"), ("--clutter", "-1"), ("--size", "1"), ("--size", "1", "0.5"), ("--size", "0", "1")],
+    "probe": [*(LOOKED := [("--ckpt", "/nowhere"), ("--data-dir", "/nowhere"), ("--blocks", "7"), ("--blocks", "0"), ("--t", "1.5"),
+                           ("--items", "0"), ("--items", "-3"), ("--batch-size", "0"), ("--features", "f"), ("--out", "/dev/null/x")]),
+              ("--items", "4"), ("--masks", "/nowhere"), ("--masks", "/dev/null"), ("--encoder", "dinov9"), ("--encoder-weights", "x"),
+              ("--labels", "none")],
+    "pca": [*LOOKED, ("--classes", "10"), ("--classes", "cat")],
 }
 
 
@@ -203,7 +212,7 @@ def _culprit(words: tuple[str, ...]) -> str:
     """What the answer must name: the place where a place is wrong, else the last flag, or what stands in for it."""
     place = next((word for word in words if word.startswith("/") or len(word) > 200), None)
     flag = [word for word in words if word.startswith("--")][-1].lstrip("-")
-    return {"align-depth": "-depth", "align-encoder": "dinov9", "keep-images": "--keep-images", "num-heads": "heads",
+    return {"align-depth": "-depth", "encoder": "dinov9", "align-encoder": "dinov9", "keep-images": "--keep-images", "num-heads": "heads",
             "feature-weights": "--feature-weights"}.get(flag) or place or flag
 
 

@@ -20,21 +20,23 @@ from PIL import Image
 import generate
 import train
 import train_guide
-from evaluations import evaluate, reference, sweep
+from evaluations import evaluate, figures, probe, reference, sweep
 from models import convert
 from models.checkpoint import Checkpoint
 from models.vae import WEIGHTS
-from preprocessing import digits, encode, import_latents, verify
+from preprocessing import digits, encode, import_latents, scenes, verify
 from runtime import files, seal
 from runtime.streams import Stream
 
 MAINS: dict[str, Callable[[Sequence[str]], object]] = {
     "train.py": train.main, "train_guide.py": train_guide.main, "generate.py": generate.main, "encode": encode.main,
     "digits": digits.main, "import_latents": import_latents.main, "verify": verify.main, "convert": convert.main,
-    "evaluate": evaluate.main, "reference": reference.main, "sweep": sweep.main, "seal": seal.main}
+    "evaluate": evaluate.main, "reference": reference.main, "sweep": sweep.main, "seal": seal.main, "scenes": scenes.main,
+    "probe": probe.main, "pca": lambda argv: figures.main(["pca", *argv])}
 MODULES = {"encode": "preprocessing.encode", "digits": "preprocessing.digits", "import_latents": "preprocessing.import_latents",
            "verify": "preprocessing.verify", "convert": "models.convert", "evaluate": "evaluations.evaluate",
-           "reference": "evaluations.reference", "sweep": "evaluations.sweep", "seal": "runtime.seal"}
+           "reference": "evaluations.reference", "sweep": "evaluations.sweep", "seal": "runtime.seal", "scenes": "preprocessing.scenes",
+           "probe": "evaluations.probe", "pca": "evaluations.figures pca"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class World:
         run = ["--recipe", "digits", "--data-dir", p("data"), "--output-dir", out, "--exp-name", "x", "--batch-size", 16,
                "--max-train-steps", 1]
         drawn = ["--ckpt", p("exps/stage1"), "--num-fid-samples", 4, "--num-steps", 2, "--mode", "ode"]
+        looked = ["--ckpt", p("exps/stage1"), "--data-dir", p("data"), "--items", 8, "--t", 0.5, "--blocks", 1]
         scores = ["--features", "pixels", "--reference", p("reference.npz")]
         words = {
             "train.py": run, "train_guide.py": [*run, "--guiding-ckpt", p("exps/stage1"), "--align-hidden", 8],
@@ -67,12 +70,13 @@ class World:
             "evaluate": ["--samples", p("samples/samples.npz"), *scores, "--out", out / "metrics.json"],
             "reference": ["--images", p("data"), "--features", "pixels", "--out", out / "r.npz"],
             "sweep": [*drawn[:-2], "--cfg-scale", 1.5, *scores, "--out", out],
-            "seal": [p("data/manifest.json")]}
+            "seal": [p("data/manifest.json")], "scenes": ["--out", out, "--count", 10], "probe": [*looked, "--out", out],
+            "pca": [*looked, "--out", out / "pca"]}
         return [str(word) for word in words[command]]
 
     def process(self, command: str) -> list[str]:
         """The words that start `command` as a process of its own."""
-        return [command] if command.endswith(".py") else ["-m", MODULES[command]]
+        return [command] if command.endswith(".py") else ["-m", *MODULES[command].split()]
 
 
 def build(root: Path) -> World:

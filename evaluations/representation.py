@@ -196,8 +196,7 @@ def cknna(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     """Centred kernel nearest-neighbour alignment (arXiv 2405.07987, section A) of two kernels over the same images.
 
     With mutual neighbours alpha(i, j) = [j is among the k nearest of i in both] and kernels K, L centred per row,
-    Align(K, L) = sum_ij alpha(i, j) K_ij L_ij, and CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L)). With every image a
-    neighbour of every other it is CKA without the diagonal.
+    Align(K, L) = sum_ij alpha(i, j) K_ij L_ij, and CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L)).
     """
     def align(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> float:
         return (p[0] * q[0])[p[1] & q[1]].sum().item()

@@ -115,7 +115,8 @@ def split(groups: np.ndarray, seed: int) -> Parts:
     Raises UserError where fewer than five groups leave a part empty.
     """
     known, group = np.unique(groups, return_inverse=True)
-    require(len(known) >= HELD_OUT, f"{len(known)} images (or groups of them) are too few to hold some out: use at least {HELD_OUT}")
+    require(len(known) >= HELD_OUT, f"{len(known)} images (or groups of them) are too few to hold some out: give --items of at least "
+                                   f"{HELD_OUT}, or a larger set")
     order = np.empty(len(known), np.int64)
     order[Stream(seed, "probe/split").permutation(len(known))] = np.arange(len(known))
     test = max(1, len(known) // HELD_OUT)
@@ -149,7 +150,7 @@ class Probed:
         checkpoint, data = Checkpoint.open(name), items.data
         spec = checkpoint.spec
         wanted = tuple(sorted(set(blocks))) if blocks else tuple(range(1, spec.depth + 1))
-        require(all(1 <= block <= spec.depth for block in wanted), f"--blocks: {name} has blocks 1 to {spec.depth}")
+        require(all(1 <= block <= spec.depth for block in wanted), f"--blocks: {name} has blocks 1 to {spec.depth}: give some of them")
         difference = checkpoint.space.difference(data.space)
         require(difference is None and spec.input_size == data.latent_size and spec.num_classes == data.num_classes,
                 f"{name} was trained on {spec.input_size}x{spec.input_size} latents of {checkpoint.space.name} with {spec.num_classes} "

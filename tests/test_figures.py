@@ -91,8 +91,8 @@ def test_scores_against_steps_are_means_over_seeds_with_the_stop_marked(tmp_path
 
 def score(file: Path, step: int, value: float, **more: object) -> str:
     settings = {"step": step, "cfg_scale": 1.0, "mode": "sde", "solver": "euler", "num_steps": 250, "weights": "ema", **more}
-    file.write_text(json.dumps({"metrics": {"fid": value}, "features": {"name": "pixels"}, "reference": {"sha256": "r"}, "precision_recall": None,
-                                "samples": {"settings": settings}}))
+    file.write_text(json.dumps({"metrics": {"fid": value}, "features": {"name": "pixels"}, "reference": {"sha256": "r"},
+                                "precision_recall": None, "samples": {"settings": settings}}))
     return f"a={file}"
 
 
