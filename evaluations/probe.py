@@ -168,7 +168,9 @@ def plot(rows: Sequence[Row]) -> Figure:
             axes.plot(*zip(*points), label=said, markersize=4, **drawing.style(number))
         if chosen is not None and name == chosen[0]:
             axes.axvline(chosen[2], color="0.85", linewidth=8, zorder=0)
-        axes.set(title=f"{name}, t = {t:g}", ylabel="mIoU" if metric == "miou" else metric)
+        if metric == metrics[0]:
+            axes.set_title(f"{name}\nt = {t:g}", fontsize=8)
+        axes.set_ylabel("mIoU" if metric == "miou" else metric)
         axes.grid(alpha=0.3)
     for axes in grid[-1]:
         axes.set_xlabel("block")

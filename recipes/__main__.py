@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes import chain, rows, scale
+from recipes import chain, costs, rows, scale
 from runtime import errors
 from runtime.errors import UserError, nearest, require
 from runtime.options import option, read
@@ -45,7 +45,7 @@ class Options:
     nodes: int = option(1, help="nodes")
     images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
     target: float | None = option(None, help="a Frechet distance: print the epochs that each row took to it (table)")
-    teraflops: float = option(396.0, help="what a GPU sustains, for hours (cost); the default is 40 percent of an H100's bf16 peak")
+    teraflops: float = option(costs.TERAFLOPS, help="what a GPU sustains, for hours (cost; default: 40 percent of an H100)")
     slurm: bool = option(False, help="print an sbatch file instead of running")
     hours: float = option(24.0, help="time limit in the sbatch file")
 
@@ -81,8 +81,6 @@ def list_rows(names: Sequence[str], options: Options) -> None:
 
 def show(names: Sequence[str], options: Options) -> None:
     """The chain of commands of each row and what it costs."""
-    from recipes import costs
-
     size = scale.find(options.scale)
     for name in names:
         row = rows.find(name)
@@ -104,7 +102,7 @@ def show(names: Sequence[str], options: Options) -> None:
 
 def print_costs(names: Sequence[str], options: Options) -> None:
     """What each table, or each row, still takes for one seed: rows without a finished record, what they share counted once."""
-    from recipes import costs, record
+    from recipes import record
 
     size = scale.find(options.scale)
     finished = {one["row"] for one in record.load(Path(options.results)) if (one["scale"], one["status"]) == (size.name, "finished")}

@@ -13,11 +13,16 @@ import numpy as np
 
 import models
 from models.latents import LatentSpace
-from recipes import chain
+from recipes import chain, rows
 from recipes.rows import Row
 from recipes.scale import Scale
+from runtime import files
 from training import command, cost
 
+TERAFLOPS = 396.0
+"""What a GPU is taken to sustain where hours are computed: 40 % of an H100's dense bf16 peak."""
+COUNTED = Path(__file__).with_name("costs.json")
+"""FLOPs of every row at the paper's scale; made by `python -m recipes.costs`."""
 IMAGENET = 1_281_167
 DIGITS = 1_797
 SCENES = 8_000
@@ -95,12 +100,28 @@ def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
     return total if row.teacher is None else total + flops(row.of_teacher(), scale)
 
 
-def outstanding(rows: Sequence[Row], scale: Scale) -> float:
-    """FLOPs of one seed of `rows`, their teachers' counted, where runs that rows share are counted once, to their longest use."""
+def outstanding(chosen: Sequence[Row], scale: Scale) -> float:
+    """FLOPs of one seed of `chosen`, their teachers' counted, where runs that rows share are counted once, to their longest use."""
     runs: dict[Path, float] = {}
-    for row in rows:
+    for row in chosen:
         for training in (row, *([row.of_teacher()] if row.teacher is not None else [])):
             run, account = chain.build(training, scale, 0, Path("work")).run, training_cost(training, scale)
             shared = account.flops(scale.steps(training, training.trunk)) if training.trunk else 0.0  # steps of the run it branches from
             runs[run] = max(runs.get(run, 0.0), account.flops(scale.steps(training, training.epochs)) - shared)
     return sum(runs.values())
+
+
+def paper_hours() -> dict[str, float]:
+    """Row -> hours of one GPU at `TERAFLOPS` at the paper's scale, its teacher's counted, as they were last counted."""
+    return {row: flops / TERAFLOPS / 1e12 / 3600 for row, flops in files.read_json(COUNTED).items()}
+
+
+def count_all() -> None:
+    """Count every row at the paper's scale into the file beside this one: minutes."""
+    from recipes.scale import find
+
+    files.write_json(COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items()})
+
+
+if __name__ == "__main__":
+    count_all()

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from recipes import costs
 from recipes.record import newest
 from recipes.rows import Row
 from runtime.text import aligned
@@ -68,7 +69,8 @@ def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) ->
             if score["key"] == key:
                 scored.setdefault(score["epochs"], []).append((record, score))
     if not scored:
-        return [[name, f"{row.epochs:g}", shown, "", "", verdict(published, []), *[""] * 5]]
+        hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
+        return [[name, f"{row.epochs:g}", shown, "", "", verdict(published, []) + hours, *[""] * 5]]
     lines = []
     for epochs, found in sorted(scored.items()):
         number = published if epochs == row.epochs else None

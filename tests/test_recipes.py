@@ -79,6 +79,15 @@ def test_rows_share_what_they_have_in_common() -> None:
     assert words[words.index("--branch-from") + 1].endswith("@50000") and words[words.index("--align-stop-steps") + 1] == "50000"
 
 
+def test_the_counted_costs_are_those_of_the_rows() -> None:
+    from recipes import costs
+
+    hours = costs.paper_hours()
+    assert set(hours) == set(rows.rows())
+    row = rows.find("table4/SiT-B-2/full")
+    assert hours[row.name] == pytest.approx(costs.flops(row, scale.find("paper")) / costs.TERAFLOPS / 3600e12)
+
+
 def test_show_prints_the_chain_and_its_cost(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     recipes.main(["show", "table4/SiT-B-2/stage1", "--work", str(tmp_path), "--images-per-second", "2000", "--nodes", "2"])
     text = capsys.readouterr().out
