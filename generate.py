@@ -177,7 +177,8 @@ def default_folder(source: Source, config: GenerateConfig) -> Path:
         words = "-".join(config.classes).replace(" ", "_").replace("/", "_")
         many = f"{len(config.classes)}classes-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         what = f"{words if len(words) < 60 else many}x{config.per_class or 8}"
-    name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}-{what}"
+    internal = f"-internal{sampling.internal_scale:g}" if sampling.internal_scale != 1 else ""
+    name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}{internal}-{what}"
             f"-seed{sampling.seed}")
     return source.folder / "samples" / name
 

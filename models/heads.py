@@ -1,13 +1,75 @@
-"""Heads: small networks from a block's tokens to what an alignment compares, initialised from a stream of their own."""
+"""Heads: small networks from a block's tokens to what an alignment compares, initialised from a stream of their own.
+
+One that predicts the velocity is described by a `VelocityHead`, which a checkpoint stores: sampling rebuilds it from that alone.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from models import ARCHITECTURES, CONDITION, ModelSpec, Tap, unpatchify
+from models.backbone import FinalLayer
+from runtime import schema
+from runtime.errors import require
 from runtime.streams import Stream
+
+KINDS = ("mlp", "mlp-norm-linear", "final-layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityHead:
+    """A head on a block that predicts patches (N, T, p*p*C), as JSON in a checkpoint. Its kind:
+
+        mlp              the paper's MLP on each token
+        mlp-norm-linear  the authors' longer one
+        final-layer      a second final layer of the network, modulated by its condition
+    """
+
+    kind: str
+    block: int
+    """Number of the block that it reads, from 1."""
+    hidden: int = 0
+    layers: int = 0
+    """Width and number of the linear layers of an MLP."""
+    low: float = 0.0
+    high: float = 1.0
+    """The times that it was trained on."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: object) -> VelocityHead:
+        """Raises UserError where the description is damaged."""
+        head = schema.checked(cls, dict(value), where, "use another checkpoint")
+        require(head.kind in KINDS, f"{where} names a head of kind {head.kind}; known are {', '.join(KINDS)}: use another checkpoint")
+        return head
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What it reads of a forward pass, in the order of its arguments."""
+        return (self.block, CONDITION) if self.kind == "final-layer" else (self.block,)
+
+    def build(self, model: ModelSpec, stream: Stream) -> nn.Module:
+        """The head on the tokens of `model`, MLPs with weights from `stream`; a final layer starts at zero, as the network's own."""
+        width, out = model.hidden_size, model.patch_size**2 * model.in_channels
+        if self.kind == "final-layer":
+            with torch.device("meta"):
+                head = FinalLayer(width, out, ARCHITECTURES[model.architecture].norm(width))
+            start = {name: torch.full(value.shape, float(name == "norm_final.weight")) for name, value in head.state_dict().items()}
+            head.load_state_dict(start, assign=True)
+            return head
+        if self.kind == "mlp":
+            return mlp(width, self.hidden, out, stream, self.layers)
+        return nn.Sequential(mlp(width, self.hidden, width, stream, self.layers),
+                             nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), linear(width, out, stream))
+
+    def velocity(self, head: nn.Module, features: Mapping[Tap, Tensor], patch: int) -> Tensor:
+        """(N, C, H, W) what `head` predicts from the tapped `features`."""
+        return unpatchify(head(*(features[tap] for tap in self.taps)), patch)
 
 
 def linear(width: int, out: int, stream: Stream) -> nn.Linear:

@@ -41,7 +41,10 @@ def build(teacher: Path, encoder: Path) -> Callable[..., Alignment]:
         kind = find(name)
         small = {"hidden": 32} if "hidden" in kind.Options.__dataclass_fields__ else {}
         chosen = kind.resolve(kind.Options(**{**small, **own.get(name, {}), **options}), SPEC)
-        return kind(chosen, Setting(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
+        one = kind(chosen, Setting(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
+        if name == "internal":  # its head starts at zero, where nothing passes
+            torch._foreach_add_([p.data for p in one.parameters()], 0.05)
+        return one
 
     return make
 

@@ -72,6 +72,9 @@ class Run:
                           micro_batch=config.batch_size // parts)
         self.alignments = {name: alignment.to(self.device)
                            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
+        self.averages |= {f"{name}-head-{of}": EMA(alignment.head, average.decay, average.warmup)
+                          for name, alignment in self.alignments.items() if alignment.velocity_head is not None
+                          for of, average in self.averages.items()}
         self.optimizer = self._optimizer()
         if self.resumed:
             resume.restore(self.resumed, {name: average.network for name, average in self.averages.items()}, self.alignments,
@@ -171,7 +174,7 @@ class Run:
                 group["lr"] = self.config.learning_rate_at(self.step)
 
     def end_alignments(self) -> list[str]:
-        """Drop the alignments that end here, with their heads and optimiser state; returns their names."""
+        """Drop the alignments that end here, with their heads, those's averages and optimiser state; returns their names."""
         alive = self.setup.alive(self.step)
         ended = [name for name in self.alignments if name not in alive]
         for name in ended:
@@ -180,6 +183,7 @@ class Run:
                     self.optimizer.state.pop(parameter, None)
                 self.optimizer.param_groups.remove(group)
             del self.alignments[name]
+            self.averages = {of: average for of, average in self.averages.items() if not of.startswith(f"{name}-head-")}
         return ended
 
     def parameter_names(self) -> dict[Tensor, str]:
@@ -201,10 +205,15 @@ class Run:
                 data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
                       "class_names": data.manifest["class_names"]},
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
-                resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32),
+                resolved=self.resolved, **self._velocity_heads(), precision=launch.precision_name(self.dtype, self.tf32),
                 kept=self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps)
             resume.prune(self.folder, self.config.checkpoints_total_limit, self.config.keep_every)
         self.accelerator.wait_for_everyone()
+
+    def _velocity_heads(self) -> dict[str, Any]:
+        """For the checkpoint: what rebuilds each head that predicts the velocity, by its alignment."""
+        heads = {name: as_dict(alignment.velocity_head) for name, alignment in self.alignments.items() if alignment.velocity_head}
+        return {"velocity_heads": heads} if heads else {}
 
     def settings(self) -> dict[str, Any]:
         """All that the run was told and what it came to, laid flat: for a tracker."""
