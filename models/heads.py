@@ -87,3 +87,18 @@ def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> n
     widths = [width] + [hidden] * (layers - 1)
     inner = [module for before, after in zip(widths, widths[1:]) for module in (linear(before, after, stream), nn.SiLU())]
     return nn.Sequential(*inner, linear(hidden, out, stream))
+
+
+class Convolution(nn.Module):
+    """A 3x3 convolution over the square grid of tokens, zeros beyond its rim: (N, T, width) -> (N, T, out). Xavier weights."""
+
+    def __init__(self, width: int, out: int, stream: Stream) -> None:
+        super().__init__()
+        self.conv = nn.utils.skip_init(nn.Conv2d, width, out, kernel_size=3, padding=1)
+        bound = math.sqrt(6 / (9 * (width + out)))
+        self.conv.weight.data.copy_(torch.from_numpy((stream.uniform(9 * width * out) * 2 - 1) * bound).view(out, width, 3, 3))
+        self.conv.bias.data.zero_()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        return self.conv(tokens.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
