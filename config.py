@@ -55,6 +55,7 @@ class TrainConfig:
     batch_size: int = option(256, help="samples per optimiser step over all processes", heading="optimisation")
     gradient_accumulation_steps: int = option(1, help="micro-batches per optimiser step")
     max_train_steps: int = option(400_000, help="optimiser steps in all")
+    optimizer: str = option("adamw", choices=("adamw", "muon"), help="muon: on the blocks' matrices, AdamW on all else", later=True)
     learning_rate: float = option(1e-4, help="AdamW's rate, after the warm-up")
     lr_warmup_steps: int = option(0, help="steps over which the rate rises linearly from 0")
     lr_scheduler: str = option("constant", choices=("constant", "cosine"), help="the rate after that: as it is, or falling to 0 at "

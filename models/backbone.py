@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,14 @@ class Backbone(nn.Module):
             for _ in range(spec.depth if depth is None else depth))
         out = spec.patch_size**2 * spec.in_channels
         self.final_layer = FinalLayer(width, out, self.norm(width)) if depth is None else None
+
+    PARTS: ClassVar[dict[str, int]] = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
+    """Weights of a block that hold several matrices, one below the other, and how many: q, k, v; shifts, scales and gates."""
+
+    def matrices(self) -> dict[str, int]:
+        """The blocks' weight matrices by name, and how many each of them holds."""
+        return {name: self.PARTS.get(name.split(".", 2)[2], 1) for name, parameter in self.named_parameters()
+                if name.startswith("blocks.") and parameter.ndim == 2}
 
     @staticmethod
     def norm(width: int) -> nn.Module:

@@ -23,6 +23,7 @@ from runtime.presence import Presence
 from training import resume, tracker
 from training.batches import Batches
 from training.ema import EMA
+from training.muon import Muon
 from training.setup import Setup
 
 MANY_EPOCHS = 3000
@@ -118,16 +119,18 @@ class Run:
         """Whether gradient norms of alignments and denoising are compared in optimiser step `step`, counted from 1."""
         return bool(self.config.grad_ratio_steps) and step % self.config.grad_ratio_steps == 0
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer | Muon:
         config = self.config
-        groups = [{"name": "network", "params": list(self.network.parameters())}]
+        matrices = self.network.matrices() if config.optimizer == "muon" else {}
+        groups = [{"name": "network", "params": [p for name, p in self.network.named_parameters() if name not in matrices]}]
         groups += [{"name": name, "params": heads} for name, alignment in self.alignments.items()
                    if (heads := list(alignment.parameters()))]
         # one kernel for all; on a CPU in float32 the loop over parameters, whose bits earlier runs have
         fused = self.device.type == "cuda" or self.dtype is not None
-        return torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=fused)
+        return Muon(self.network, adamw, lr=config.learning_rate, weight_decay=config.adam_weight_decay) if matrices else adamw
 
     def _compile(self) -> str:
         """Compile blocks where that is wanted; returns what to say of it."""
@@ -189,7 +192,8 @@ class Run:
     def parameter_names(self) -> dict[Tensor, str]:
         """Trained parameters and their names, as the optimiser's state is stored under."""
         modules: dict[str, nn.Module] = {"network": self.network, **self.alignments}
-        return {p: f"{prefix}.{name}" for prefix, module in modules.items() for name, p in module.named_parameters()}
+        names = {p: f"{prefix}.{name}" for prefix, module in modules.items() for name, p in module.named_parameters()}
+        return names | {part: f"network.{name}" for part, name in getattr(self.optimizer, "parts", {}).items()}
 
     def save(self) -> None:
         """Write the checkpoint of the current step, on the main process; the others wait for it."""
