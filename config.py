@@ -25,6 +25,7 @@ class FeatureOptions:
                           "model or a folder", heading="scores")
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
     feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
+    mind: bool = option(False, help="MIND too: for few samples; needs a reference with images or features", later=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 # Options that may differ when a run is continued: they move no number of the steps already taken.
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "keep_every",
                             "sampling_steps", "log_steps", "report_to", "output_dir", "exp_name", "vae", "eval_steps", "eval_preset",
-                            "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights",
+                            "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights", "mind",
                             "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second",
                             "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32",
                             "grad_ratio_steps"})
@@ -288,7 +289,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         require(self.reference is not None or self.scores == FeatureOptions(),
-                "--features, --inception-weights and --feature-weights say how to score: add --reference REFERENCE")
+                "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE")
         require(self.num_fid_samples > 0, f"--num-fid-samples {self.num_fid_samples} must be positive")
         require(bool(self.classes) or (self.per_class is None and not self.compare),
                 "--per-class and --compare say how to draw chosen classes: add --classes NAME ...")

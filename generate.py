@@ -73,7 +73,7 @@ def score(config: GenerateConfig) -> Path:
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
     reference, extractor = open_pair(config.reference, config.scores, accelerator, batch_size)
     reference.require_shape("the samples", sampler.image_shape)
-    scorer = Scorer(reference, extractor, accelerator=accelerator)
+    scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
     accelerator.print(source.introduction(config.sampling, count))
     add_drawn(scorer, sampler, count, batch_size)
     out = Path(config.out) if config.out else default_folder(source, config)
