@@ -25,6 +25,7 @@ class FeatureOptions:
                           "model or a folder", heading="scores")
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
     feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
+    mind: bool = option(False, help="MIND too: for few samples; needs a reference with images or features", later=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class TrainConfig:
     batch_size: int = option(256, help="samples per optimiser step over all processes", heading="optimisation")
     gradient_accumulation_steps: int = option(1, help="micro-batches per optimiser step")
     max_train_steps: int = option(400_000, help="optimiser steps in all")
+    optimizer: str = option("adamw", choices=("adamw", "muon"), help="muon: on the blocks' matrices, AdamW on all else", later=True)
     learning_rate: float = option(1e-4, help="AdamW's rate, after the warm-up")
     lr_warmup_steps: int = option(0, help="steps over which the rate rises linearly from 0")
     lr_scheduler: str = option("constant", choices=("constant", "cosine"), help="the rate after that: as it is, or falling to 0 at "
@@ -110,8 +112,7 @@ class TrainConfig:
         require(self.batch_size > 0 and self.gradient_accumulation_steps > 0 and self.max_train_steps > 0,
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
-        require(self.checkpointing_minutes >= 0,
-                f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 means never")
+        require(self.checkpointing_minutes >= 0, f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 is never")
         for flag, value in (("--max-hours", self.max_hours), ("--timeout-minutes", self.timeout_minutes)):
             require(value is None or value > 0, f"{flag} {value} must be positive")
         require(self.skip_steps is None or 0 < self.skip_steps[0] <= self.skip_steps[1],
@@ -128,8 +129,7 @@ class TrainConfig:
         require(min(self.sampling_steps, self.eval_steps, self.grad_ratio_steps) >= 0,
                 "--sampling-steps, --eval-steps and --grad-ratio-steps must not be negative; 0 means never")
         require(self.learning_rate > 0 and self.adam_epsilon > 0, "--learning-rate and --adam-epsilon must be positive")
-        require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0,
-                "--adam-weight-decay and --max-grad-norm must not be negative")
+        require(self.adam_weight_decay >= 0 and self.max_grad_norm >= 0, "--adam-weight-decay and --max-grad-norm must not be negative")
         require(0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1, "--adam-beta1 and --adam-beta2 must lie in [0, 1)")
         require(self.exp_name.strip("./") != "" and not {"/", "\\", "\0"} & set(self.exp_name),
                 f"--exp-name {self.exp_name!r} must name the run, one folder inside --output-dir")
@@ -199,11 +199,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
                "align": {"hidden": 512}},
 }
 
-
 # Options that may differ when a run is continued: they move no number of the steps already taken.
 FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "keep_every",
                             "sampling_steps", "log_steps", "report_to", "output_dir", "exp_name", "vae", "eval_steps", "eval_preset",
-                            "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights",
+                            "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights", "mind",
                             "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second",
                             "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32",
                             "grad_ratio_steps"})
@@ -217,19 +216,20 @@ class SamplingConfig:
     solver: str = option("euler", choices=("euler", "heun", "dopri5"), help="solver of the ODE; dopri5 chooses its steps for a "
                          "whole batch, so that its samples depend on --batch-size")
     num_steps: int = option(250, help="steps (see --grid)")
-    grid: str = option("evaluations", choices=("evaluations", "points"),
-                       help="whether --num-steps counts steps of the ODE, or points of its grid (one step fewer)")
+    grid: str = option("evaluations", choices=("evaluations", "points"), help="what --num-steps counts: steps of the ODE, or points "
+                                                                              "of its grid (one step fewer)")
     timestep_shift: float = option(1.0, help="below 1: more ODE steps near noise (LightningDiT: 0.3)")
     last_step: float = option(0.04, help="size of the SDE's last, noise-free step")
     cfg_scale: float = option(1.0, help="guidance scale; 1 is no guidance", heading="guidance")
     guidance_low: float = option(0.0, help="guide while t is at least this")
     guidance_high: float = option(1.0, help="guide while t is at most this")
-    guidance_channels: str = option("all", choices=("all", "first3"),
-                                    help="channels that are guided (SiT's and LightningDiT's published numbers: first3)")
+    guidance_channels: str = option("all", choices=("all", "first3"), help="channels that are guided (SiT, LightningDiT: first3)")
+    internal_scale: float = option(1.0, help="internal guidance by the velocity head of a shallow block; 1 is none", later=True)
+    internal_low: float | None = option(None, help="guide internally while t is at least this, and", later=True)
+    internal_high: float | None = option(None, help="at most this (default: the times that the head was trained on)", later=True)
     weights: str = option("ema", help="which of the checkpoint's weights: ema, raw, or ema-DECAY where it has several averages",
                           heading="samples")
-    labels: str = option("random", choices=("random", "balanced"),
-                         help="labels: drawn for each sample, or equal counts in shuffled order")
+    labels: str = option("random", choices=("random", "balanced"), help="drawn for each sample, or equal counts in shuffled order")
     rounding: str = option("round", choices=("round", "truncate"), help="how pixels become integers (REPA truncates)")
     seed: int = option(0, help="seed of noise and labels; sample i depends on (seed, i) alone")
 
@@ -239,6 +239,9 @@ class SamplingConfig:
         require(self.num_steps >= 2, f"--num-steps {self.num_steps} must be at least 2")
         require(0 <= self.guidance_low <= self.guidance_high <= 1,
                 f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")
+        require(self.internal_scale >= 0, f"--internal-scale {self.internal_scale} must not be negative; 1 is no guidance")
+        require(self.internal_scale != 1 or (self.internal_low, self.internal_high) == (None, None),
+                "--internal-low and --internal-high say when to guide internally: add --internal-scale")
         require(0 < self.last_step < 1, f"--last-step {self.last_step} must lie between 0 and 1")
         require(self.timestep_shift > 0, f"--timestep-shift {self.timestep_shift} must be positive")
         require(self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
@@ -286,7 +289,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         require(self.reference is not None or self.scores == FeatureOptions(),
-                "--features, --inception-weights and --feature-weights say how to score: add --reference REFERENCE")
+                "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE")
         require(self.num_fid_samples > 0, f"--num-fid-samples {self.num_fid_samples} must be positive")
         require(bool(self.classes) or (self.per_class is None and not self.compare),
                 "--per-class and --compare say how to draw chosen classes: add --classes NAME ...")

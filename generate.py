@@ -73,7 +73,7 @@ def score(config: GenerateConfig) -> Path:
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
     reference, extractor = open_pair(config.reference, config.scores, accelerator, batch_size)
     reference.require_shape("the samples", sampler.image_shape)
-    scorer = Scorer(reference, extractor, accelerator=accelerator)
+    scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
     accelerator.print(source.introduction(config.sampling, count))
     add_drawn(scorer, sampler, count, batch_size)
     out = Path(config.out) if config.out else default_folder(source, config)
@@ -177,7 +177,8 @@ def default_folder(source: Source, config: GenerateConfig) -> Path:
         words = "-".join(config.classes).replace(" ", "_").replace("/", "_")
         many = f"{len(config.classes)}classes-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         what = f"{words if len(words) < 60 else many}x{config.per_class or 8}"
-    name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}-{what}"
+    internal = f"-internal{sampling.internal_scale:g}" if sampling.internal_scale != 1 else ""
+    name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}{internal}-{what}"
             f"-seed{sampling.seed}")
     return source.folder / "samples" / name
 

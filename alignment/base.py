@@ -11,7 +11,10 @@ has no code specific to it. It declares what it reads and returns one loss per s
     reads_ema True if it wants the EMA network in the context
     columns   extra data columns it wants: "image" (N, R, R, channels) uint8, mirrored as the latent is, "row" (N,) int64,
               item x views + view
-    taps      what it wants of the student: n for f_n, the raw output of block n (from 1); QK(n) for its queries and keys
+    taps      what it wants of the student: n for f_n, the raw output of block n (from 1); QK(n) for its queries and keys;
+              CONDITION for the vector that conditions its blocks; VELOCITY for its prediction
+    velocity_head  says how its module `head` predicts the velocity, if it does (`models.heads`): sampling may guide with it, and an
+              average of it is kept beside the network's
     draw      random numbers of its own, one row per sample of the global batch
     frozen    frozen networks that it holds: neither trained, saved nor synchronised; `compiled`, those to be compiled
     notes     what a reader should hear before the first step
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 
 from alignment import interval as intervals
 from models import Backbone, ModelSpec, Tap
+from models.heads import VelocityHead
 from models.latents import LatentSpace
 from models.layers import hold_in
 from runtime.errors import require
@@ -65,6 +69,11 @@ class AlignOptions:
             require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 means never")
         require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         intervals.check(self.interval, self.mask)
+
+    @property
+    def trained_times(self) -> tuple[float, float]:
+        """The times (a, b) whose samples a head learns from."""
+        return self.interval if self.interval is not None and self.mask == "select" else (0.0, 1.0)
 
     def stop(self, epoch_steps: int) -> int | None:
         """The optimiser step after which the loss is gone, None for never."""
@@ -122,7 +131,8 @@ class Context:
     labels: Tensor
     """(N,) true labels."""
     features: dict[Tap, Tensor]
-    """Each tap's tensor: (N, T, D) raw output of a block of the student, or (N, 2, heads, T, head_dim) for a QK."""
+    """Each tap's tensor: (N, T, D) raw output of a block of the student, (N, 2, heads, T, head_dim) for a QK, (N, D) for CONDITION,
+    (N, C, H, W) for VELOCITY."""
     columns: dict[str, Tensor]
     draws: dict[str, Tensor]
     ema: Backbone | None = None
@@ -149,6 +159,7 @@ class Alignment(nn.Module):
     registry: ClassVar[dict[str, type[Alignment]]] = {}
 
     taps: tuple[Tap, ...] = ()
+    velocity_head: VelocityHead | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

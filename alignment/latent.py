@@ -16,13 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import interpolant
 from alignment.base import Alignment, AlignOptions, Context, Setting, given_or, smooth_l1, squared_error
 from models import ModelSpec, patchify
 from models.backbone import block_number
-from models.heads import linear, mlp
+from models.heads import VelocityHead
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
@@ -72,16 +72,12 @@ class Latent(Alignment):
 
     def __init__(self, options: LatentOptions, setting: Setting) -> None:
         super().__init__(options, setting)
-        student = setting.student
-        self.patch = student.patch_size
+        self.patch = setting.student.patch_size
         self.taps = (options.depth,)
-        width, out = student.hidden_size, student.patch_size**2 * student.in_channels
-        stream = Stream(setting.seed, "init/latent")
-        if options.head == "mlp":
-            self.head = mlp(width, options.hidden, out, stream, options.layers)
-        else:
-            self.head = nn.Sequential(mlp(width, options.hidden, width, stream, options.layers),
-                                      nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), linear(width, out, stream))
+        low, high = options.trained_times
+        head = VelocityHead(kind=options.head, block=options.depth, hidden=options.hidden, layers=options.layers, low=low, high=high)
+        self.head = head.build(setting.student, Stream(setting.seed, "init/latent"))
+        self.velocity_head = head if options.target == "velocity" else None
 
     def forward(self, context: Context) -> Tensor:
         target = context.x0 if self.options.target == "latent" else interpolant.velocity(context.x0, context.eps)

@@ -4,6 +4,9 @@
 
 The encoder sees the clean image: DINOv2 ViT-B/14 in the paper, 224 pixels for images of 256, class token dropped. The
 cosine is taken over channels, token by token. Weight 0.5, all times, to the end of training.
+
+Preset `irepa` is iREPA (arXiv 2512.10794): h is a 3x3 convolution over the grid of tokens, and the encoder's tokens are standardised
+over space, channel by channel: (z - a mean) / (std + 1e-6), with a = 0.6 in its authors' training script.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from alignment.base import Alignment, Context, Setting, cosine, given_or
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
 from models.backbone import block_number
-from models.heads import mlp
+from models.heads import Convolution, mlp
+from runtime.options import option
 from runtime.streams import Stream
 
 # By the student's depth: 4 of SiT-B's 12 blocks, 8 of the deeper ones, as the authors say in issues 5 and 12 of their
@@ -29,13 +33,20 @@ BLOCKS = {12: 4, 24: 8, 28: 8}
 class RepaOptions(ExternalOptions):
     """Options of REPA; `depth` is 4 of 12 blocks, 8 of 24 and 28, a third of any other depth."""
 
+    projector: str = option("mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution", later=True)
+    spatial_norm: float | None = option(None, help="standardise the encoder's tokens over space, less this share of their mean", later=True)
+
 
 class Repa(Alignment):
     """Negative cosine between a head on block k and the encoder's patch tokens, one value per sample in [-1, 1]."""
 
     name = "repa"
     Options = RepaOptions
-    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"paper": {"options": {}}}
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "paper": {"options": {}},
+        "irepa": {"options": {"projector": "conv", "spatial_norm": 0.6}},
+    }
+    spatial_norm: float | None = None
 
     @classmethod
     def resolve(cls, options: RepaOptions, student: ModelSpec, batch_size: int = 256) -> RepaOptions:
@@ -47,11 +58,15 @@ class Repa(Alignment):
         self.external = External(options, setting)
         self.columns = self.external.columns
         self.taps = (options.depth,)
-        self.head = mlp(setting.student.hidden_size, options.hidden, self.external.encoder.width,
-                        Stream(setting.seed, "init/repa"))
+        self.spatial_norm = options.spatial_norm
+        width, out, stream = setting.student.hidden_size, self.external.encoder.width, Stream(setting.seed, "init/repa")
+        self.head = Convolution(width, out, stream) if options.projector == "conv" else mlp(width, options.hidden, out, stream)
 
     def forward(self, context: Context) -> Tensor:
-        return -cosine(self.head(context.features[self.taps[0]]), self.external(context).tokens)
+        tokens = self.external(context).tokens
+        if self.spatial_norm is not None:
+            tokens = standardised(tokens, self.spatial_norm)
+        return -cosine(self.head(context.features[self.taps[0]]), tokens)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self.external.describe()}
@@ -59,3 +74,9 @@ class Repa(Alignment):
     @property
     def frozen(self) -> list[nn.Module]:
         return [self.external.encoder]
+
+
+def standardised(tokens: Tensor, share: float) -> Tensor:
+    """(N, T, D) tokens less `share` of their mean over space, over their standard deviation there, channel by channel, in float32."""
+    tokens = tokens.float()
+    return (tokens - share * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)

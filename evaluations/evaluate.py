@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = launch.accelerator()
     reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size, options.grey)
     scorer = Scorer(reference, extractor, accelerator=accelerator, precision_recall_mode=options.precision_recall_mode,
-                    shuffle=options.shuffle)
+                    shuffle=options.shuffle, mind=options.scores.mind)
     for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
     runs = []

@@ -50,7 +50,7 @@ class Scores:
 
     def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, latent: tuple[int, ...]) -> None:
         self.every, self.count, self.weights = config.eval_steps, config.num_fid_samples, config.eval_weights
-        self.preset = config.eval_preset
+        self.preset, self.mind = config.eval_preset, config.scores.mind
         self.settings = preview.SETTINGS if self.preset is None else presets.sampling(self.preset)
         self.codec, self.accelerator = codec, accelerator
         self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)
@@ -75,7 +75,7 @@ class Scores:
         self._score(Sampler(network, self.codec, preview.REHEARSAL, 8, dtype), "rehearsal: sampling")
 
     def _score(self, sampler: Sampler, title: str) -> dict[str, float]:
-        scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator)
+        scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator, mind=self.mind)
         add_drawn(scorer, sampler, sampler.count, BATCH, title)
         return scorer.result()["metrics"]
 

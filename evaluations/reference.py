@@ -159,6 +159,13 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
+def read_compact(path: Path | str) -> Reference:
+    """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
+    archive = NpzArchive(path)
+    require("about" in archive.names, f"{path} was not written by evaluations.reference; make one with it for the wanted extractor")
+    return _read_compact(archive)
+
+
 def _read_compact(archive: NpzArchive) -> Reference:
     try:
         about = json.loads(str(archive.read("about")))
@@ -192,7 +199,7 @@ class Options:
     workers: int | None = option(None, help="decoding processes for --resolution (default: the CPU cores)")
     num_images: int | None = option(None, help="with --features none: a random choice of this many (default: all, in order)")
     seed: int = option(0, help="seed of that choice")
-    scores: FeatureOptions = group(FeatureOptions)
+    scores: FeatureOptions = group(FeatureOptions, without=("mind",))
     keep: int = option(10_000, help="images whose features are kept, for precision and recall; statistics are of all")
     batch_size: int = option(64, help="images per pass through the extractor, on each process")
 

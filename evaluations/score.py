@@ -29,7 +29,7 @@ from evaluations.images import ArrayImages
 from evaluations.reference import Reference
 from runtime import progress
 from runtime.arithmetic import exact_arithmetic
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -43,12 +43,16 @@ class Scorer:
     """Metrics of images that arrive in batches, against a reference: nothing is written, no image is kept.
 
     precision_recall_mode: "adm_fp16" or "fp32" (metrics.precision_recall); None takes ADM's for the features ADM uses, and
-    the exact one for all others. shuffle: a seed to shuffle by before the Inception Score is cut into chunks.
+    the exact one for all others. shuffle: a seed to shuffle by before the Inception Score is cut into chunks. mind: compute MIND
+    too, which needs features of single images: UserError for a reference that holds statistics alone.
     """
 
     def __init__(self, reference: Reference, extractor: Extractor, *, accelerator: Accelerator | None = None,
-                 precision_recall_mode: str | None = None, shuffle: int | None = None) -> None:
+                 precision_recall_mode: str | None = None, shuffle: int | None = None, mind: bool = False) -> None:
         reference.require(extractor)
+        require(not mind or reference.pool is not None, f"--mind compares single images, and {reference.name} holds statistics alone: "
+                                                        f"give a reference with images or features, or leave it out")
+        self.mind = mind
         self.reference, self.extractor, self.accelerator = reference, extractor, accelerator
         self.precision_recall_mode = precision_recall_mode or ("adm_fp16" if extractor.name == "inception" else "fp32")
         self.shuffle = shuffle
@@ -87,6 +91,8 @@ class Scorer:
             values["sfd"] = metrics.frechet(samples.spatial, reference.spatial)
         if self.extractor.head is not None:
             values["is"] = metrics.inception_score(self._logits(samples.pool))
+        if self.mind:
+            values["mind"] = metrics.mind(samples.pool, reference.pool)
         if reference.pool is not None:
             x, r = samples.pool.to(device), reference.pool.to(device)
             values["precision"], values["recall"] = metrics.precision_recall(x, r, mode=self.precision_recall_mode)

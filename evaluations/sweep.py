@@ -194,7 +194,8 @@ def sweep(config: SweepConfig) -> Path:
     accelerator, count = source.accelerator, config.num_fid_samples
     reference, extractor = open_pair(config.reference, config.scores, accelerator, config.source.batch_size)
     settings = source.settings(config.at(points[0]), count) | {
-        "reference": reference.digest, "features": extractor.name, "features_weights": extractor.weights}
+        "reference": reference.digest, "features": extractor.name, "features_weights": extractor.weights,
+        **({"mind": True} if config.scores.mind else {})}
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
     out = Path(config.out) if config.out else source.folder / "sweep" / source.checkpoint.path.name
@@ -209,7 +210,7 @@ def sweep(config: SweepConfig) -> Path:
             print(cost(config, source, todo, len(points)), flush=True)
         began = time.monotonic()
         for number, point in enumerate(todo, 1):
-            scorer = Scorer(reference, extractor, accelerator=accelerator)
+            scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
             add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
                       f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
             results.points[point] = scorer.result()["metrics"]

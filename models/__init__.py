@@ -13,11 +13,23 @@ import torch
 from torch import Tensor
 
 from models import lightningdit, sit
-from models.backbone import QK, Backbone, ModelSpec, Output, Tap, check_weights, initial_weights, load_weights, parameter_count
+from models.backbone import (
+    CONDITION,
+    QK,
+    VELOCITY,
+    Backbone,
+    ModelSpec,
+    Output,
+    Tap,
+    check_weights,
+    initial_weights,
+    load_weights,
+    parameter_count,
+)
 from models.layers import patchify, unpatchify
 from runtime.errors import UserError, nearest
 
-__all__ = ["QK", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
+__all__ = ["CONDITION", "QK", "VELOCITY", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
            "parameter_count", "parameter_names", "patchify", "require_architecture", "require_finite", "spec", "unpatchify"]
 
 ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,10 @@ class QK(NamedTuple):
     block: int
 
 
-Tap = int | QK
-"""What a forward pass can return beside the velocity: n is f_n, the raw output of block n, (N, T, D)."""
+CONDITION, VELOCITY = "condition", "velocity"
+Tap = int | QK | str
+"""What a forward pass can return beside the velocity: n is f_n, the raw output of block n, (N, T, D); CONDITION is c, (N, D), and
+VELOCITY the velocity itself, (N, C, H, W)."""
 
 
 class Output(NamedTuple):
@@ -168,6 +170,14 @@ class Backbone(nn.Module):
         out = spec.patch_size**2 * spec.in_channels
         self.final_layer = FinalLayer(width, out, self.norm(width)) if depth is None else None
 
+    PARTS: ClassVar[dict[str, int]] = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
+    """Weights of a block that hold several matrices, one below the other, and how many: q, k, v; shifts, scales and gates."""
+
+    def matrices(self) -> dict[str, int]:
+        """The blocks' weight matrices by name, and how many each of them holds."""
+        return {name: self.PARTS.get(name.split(".", 2)[2], 1) for name, parameter in self.named_parameters()
+                if name.startswith("blocks.") and parameter.ndim == 2}
+
     @staticmethod
     def norm(width: int) -> nn.Module:
         """The norm before attention, MLP and final layer."""
@@ -198,14 +208,14 @@ class Backbone(nn.Module):
             x: (N, C, H, W) noisy latents.
             t: (N,) times in [0, 1], 1 is noise.
             y: (N,) int64 labels, the null label where the class was dropped.
-            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned, and QK(n) for queries and keys.
+            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned, QK(n) for queries and keys, CONDITION, VELOCITY.
             exit_early: stop after the last tap; the velocity is then None.
 
         Raises:
             UserError: a tap beyond the depth.
         """
         depth = len(self.blocks)
-        tapped = [tap.block if isinstance(tap, QK) else tap for tap in taps]
+        tapped = [tap.block if isinstance(tap, QK) else tap for tap in taps if not isinstance(tap, str)]
         for number in tapped:
             if not 1 <= number <= depth:
                 raise UserError(f"block {number} does not exist: this {self.spec.name} has blocks 1 to {depth}")
@@ -214,7 +224,7 @@ class Backbone(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         rotation = self.rotation()
-        features: dict[Tap, Tensor] = {}
+        features: dict[Tap, Tensor] = {CONDITION: c} if CONDITION in taps else {}
         for number, block in enumerate(self.blocks[: max(tapped, default=0)] if exit_early else self.blocks, start=1):
             if QK(number) in taps:
                 tokens, features[QK(number)] = block(tokens, c, rotation, tapped=True)
@@ -223,7 +233,7 @@ class Backbone(nn.Module):
             if number in taps:
                 features[number] = tokens
         velocity = None if exit_early else unpatchify(self.final_layer(tokens, c), self.spec.patch_size)
-        return Output(velocity, features)
+        return Output(velocity, features | {VELOCITY: velocity} if VELOCITY in taps else features)
 
 
 def block_number(depth: int, share: float, chosen: int | None, what: str) -> int:

@@ -5,8 +5,8 @@
                               over its own content
       network.safetensors     the trained network, published parameter names
       ema.safetensors         its exponential moving average; ema-0.9995.safetensors, ...: further averages
-      heads.safetensors       the alignments' heads, separate: sampling never loads them
-      optimizer.safetensors   optimiser state by parameter name; optimizer.json holds its groups
+      heads.safetensors       the alignments' heads, apart; NAME-head-ema.safetensors: average of one that predicts the velocity
+      optimizer.safetensors   optimiser state by parameter name, name[part] for Muon's; optimizer.json holds its groups
 
 `Checkpoint.open` accepts such a folder, a run that holds some (its latest) or RUN@STEP, and needs nothing else to rebuild
 the network.

@@ -1,13 +1,75 @@
-"""Heads: small networks from a block's tokens to what an alignment compares, initialised from a stream of their own."""
+"""Heads: small networks from a block's tokens to what an alignment compares, initialised from a stream of their own.
+
+One that predicts the velocity is described by a `VelocityHead`, which a checkpoint stores: sampling rebuilds it from that alone.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from models import ARCHITECTURES, CONDITION, ModelSpec, Tap, unpatchify
+from models.backbone import FinalLayer
+from runtime import schema
+from runtime.errors import require
 from runtime.streams import Stream
+
+KINDS = ("mlp", "mlp-norm-linear", "final-layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityHead:
+    """A head on a block that predicts patches (N, T, p*p*C), as JSON in a checkpoint. Its kind:
+
+        mlp              the paper's MLP on each token
+        mlp-norm-linear  the authors' longer one
+        final-layer      a second final layer of the network, modulated by its condition
+    """
+
+    kind: str
+    block: int
+    """Number of the block that it reads, from 1."""
+    hidden: int = 0
+    layers: int = 0
+    """Width and number of the linear layers of an MLP."""
+    low: float = 0.0
+    high: float = 1.0
+    """The times that it was trained on."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: object) -> VelocityHead:
+        """Raises UserError where the description is damaged."""
+        head = schema.checked(cls, dict(value), where, "use another checkpoint")
+        require(head.kind in KINDS, f"{where} names a head of kind {head.kind}; known are {', '.join(KINDS)}: use another checkpoint")
+        return head
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What it reads of a forward pass, in the order of its arguments."""
+        return (self.block, CONDITION) if self.kind == "final-layer" else (self.block,)
+
+    def build(self, model: ModelSpec, stream: Stream) -> nn.Module:
+        """The head on the tokens of `model`, MLPs with weights from `stream`; a final layer starts at zero, as the network's own."""
+        width, out = model.hidden_size, model.patch_size**2 * model.in_channels
+        if self.kind == "final-layer":
+            with torch.device("meta"):
+                head = FinalLayer(width, out, ARCHITECTURES[model.architecture].norm(width))
+            start = {name: torch.full(value.shape, float(name == "norm_final.weight")) for name, value in head.state_dict().items()}
+            head.load_state_dict(start, assign=True)
+            return head
+        if self.kind == "mlp":
+            return mlp(width, self.hidden, out, stream, self.layers)
+        return nn.Sequential(mlp(width, self.hidden, width, stream, self.layers),
+                             nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), linear(width, out, stream))
+
+    def velocity(self, head: nn.Module, features: Mapping[Tap, Tensor], patch: int) -> Tensor:
+        """(N, C, H, W) what `head` predicts from the tapped `features`."""
+        return unpatchify(head(*(features[tap] for tap in self.taps)), patch)
 
 
 def linear(width: int, out: int, stream: Stream) -> nn.Linear:
@@ -25,3 +87,18 @@ def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> n
     widths = [width] + [hidden] * (layers - 1)
     inner = [module for before, after in zip(widths, widths[1:]) for module in (linear(before, after, stream), nn.SiLU())]
     return nn.Sequential(*inner, linear(hidden, out, stream))
+
+
+class Convolution(nn.Module):
+    """A 3x3 convolution over the square grid of tokens, zeros beyond its rim: (N, T, width) -> (N, T, out). Xavier weights."""
+
+    def __init__(self, width: int, out: int, stream: Stream) -> None:
+        super().__init__()
+        self.conv = nn.utils.skip_init(nn.Conv2d, width, out, kernel_size=3, padding=1)
+        bound = math.sqrt(6 / (9 * (width + out)))
+        self.conv.weight.data.copy_(torch.from_numpy((stream.uniform(9 * width * out) * 2 - 1) * bound).view(out, width, 3, 3))
+        self.conv.bias.data.zero_()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        return self.conv(tokens.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)

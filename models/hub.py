@@ -4,7 +4,8 @@
     python -m models.hub exps/stage2 --to /shared/stage2             # the same files in a folder
     python generate.py --ckpt hub:user/name                          # or hub:user/name@REVISION
 
-What travels: the network, its averages, `config.json`, and a model card. Heads and optimiser stay at home.
+What travels: the network, its averages, those of a head that predicts the velocity (sampling may guide with it), `config.json`,
+and a model card. Other heads and the optimiser stay at home.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
 
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
     """Write the travelling copy of a checkpoint to the folder `out`, in one step."""
-    names = [name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema")]
+    names = [name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name]
     with files.replacing(out, checkpoint.is_checkpoint) as folder:
         folder.mkdir()
         for name in names:

@@ -51,6 +51,8 @@ class SwiGLU(nn.Module):
 class LightningDiT(Backbone):
     """RMSNorm everywhere, SwiGLU, rotation of queries and keys."""
 
+    PARTS = {**Backbone.PARTS, "mlp.w12.weight": 2}
+
     def __init__(self, spec: ModelSpec, depth: int | None = None) -> None:
         super().__init__(spec, depth)
         cos, sin = rotary_tables(spec.hidden_size // spec.num_heads, spec.side, spec.position_span)

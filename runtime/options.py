@@ -32,12 +32,14 @@ Given = dict[str, Any]
 
 
 def option(default: Any = MISSING, *, help: str, choices: Sequence[str] | None = None, flag: str | None = None,
-           heading: str | None = None) -> Any:
+           heading: str | None = None, later: bool = False) -> Any:
     """A dataclass field that is also a command-line flag. Without `default` the flag is required.
 
-    `heading` starts a group of `--help`, to which the fields that follow belong too.
+    `heading` starts a group of `--help`, to which the fields that follow belong too. `later` is for an option that is younger
+    than records on disk: at its default it is left out of them (`as_dict`), so that the record of an older command stays the same.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "heading": heading})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "heading": heading,
+                                                        "later": later})
 
 
 def group(schema: type, *, without: Sequence[str] = ()) -> Any:
@@ -233,13 +235,13 @@ def _filled(schema: type[T], values: Given) -> T:
     return schema(**arguments)
 
 
-def as_dict(config: Any) -> Given:
-    """A config as plain JSON values by option name, its groups laid flat."""
+def as_dict(config: Any, whole: bool = False) -> Given:
+    """A config as plain JSON values by option name, its groups laid flat; `whole`: with `later` options at their defaults too."""
     values: Given = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "group" in field.metadata:
-            values |= {k: v for k, v in as_dict(value).items() if k not in field.metadata["without"]}
-        else:
+            values |= {k: v for k, v in as_dict(value, whole).items() if k not in field.metadata["without"]}
+        elif whole or not field.metadata.get("later") or value != field.default:
             values[field.name] = list(value) if isinstance(value, tuple) else value
     return values

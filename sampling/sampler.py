@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import interpolant
 from config import SamplingConfig
 from models import Backbone
 from models.latents import Codec
@@ -22,6 +23,7 @@ from runtime.errors import require
 from runtime.streams import Stream
 from runtime.transfer import sent
 from sampling import solvers
+from sampling.internal import Inner
 
 
 class Sampler:
@@ -32,14 +34,15 @@ class Sampler:
         count: how many samples there are in all (balanced labels are a shuffle of that many).
         dtype: bfloat16 for autocast, None for float32. Solver states are float64 either way.
         chosen: (count,) labels, sample by sample, in place of drawn ones.
+        inner: the velocity of a shallow block, to guide internally with; needed where `internal_scale` is not 1.
 
     Raises:
         UserError: guidance for a network without a null label (a single class has one too; label dropout made it).
     """
 
     def __init__(self, network: Backbone, codec: Codec, settings: SamplingConfig, count: int,
-                 dtype: torch.dtype | None = None, chosen: np.ndarray | None = None) -> None:
-        self.chosen = chosen
+                 dtype: torch.dtype | None = None, chosen: np.ndarray | None = None, inner: Inner | None = None) -> None:
+        self.chosen, self.inner = chosen, inner if settings.internal_scale != 1 else None
         self.network, self.codec, self.settings, self.count, self.dtype = network, codec, settings, count, dtype
         self.device = next(network.parameters()).device
         spec = network.spec
@@ -133,8 +136,12 @@ class Sampler:
         def predict(x: Tensor, t: float, labels: Tensor) -> Tensor:
             times = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
             mixed = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+            guides = self.inner is not None and self.inner.low <= t <= self.inner.high
             with mixed:
-                return self.network(x.float(), times, labels).velocity.double()
+                output = self.network(x.float(), times, labels, taps=self.inner.taps if guides else ())
+                shallow = self.inner(output.features).double() if guides else None
+            velocity = output.velocity.double()
+            return interpolant.guide(shallow, velocity, self.settings.internal_scale) if guides else velocity
 
         def pair(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
             unconditional, conditional = predict(torch.cat([x, x]), t, torch.cat([null, y])).chunk(2)

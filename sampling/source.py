@@ -16,7 +16,8 @@ from models.vae import open_codec
 from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
-from sampling import presets
+from sampling import internal, presets
+from sampling.internal import Inner
 from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -38,13 +39,16 @@ class Source:
     precision: str
     decoder: str
     """The VAE's name."""
+    inner: Inner | None = None
+    """A shallow block's velocity, where it is to guide."""
 
     @classmethod
     def open(cls, options: SourceOptions, sampling: SamplingConfig, preset: str | None = None) -> Source:
         """Load what `options` names, with the weights that `sampling` asks for and the decoder of a `preset`, where it has one.
 
         Raises:
-            UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class.
+            UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class, internal guidance
+                for one without a velocity head.
         """
         accelerator = launch.accelerator()
         device = accelerator.device
@@ -57,20 +61,22 @@ class Source:
         if note:
             accelerator.print(note)
         network = checkpoint.network(sampling.weights).to(device)
+        inner = internal.open_inner(checkpoint, sampling, device) if sampling.internal_scale != 1 else None
         compiling, _ = launch.compiles(options.compile, device)
         if compiling:
-            launch.compile_network(network, [], options.compile, device)
+            launch.compile_network(network, [inner.head] if inner else [], options.compile, device)
         hold_in(network, dtype)
         if device.type == "cuda":
             accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")
         space = checkpoint.space
         vae = options.vae or presets.decoder(preset, space) or space.vae
         codec = open_codec(vae, space=space, device=device, compile=compiling)
-        return cls(options, accelerator, checkpoint, network, codec, dtype, launch.precision_name(dtype, tf32), vae or space.name)
+        return cls(options, accelerator, checkpoint, network, codec, dtype, launch.precision_name(dtype, tf32), vae or space.name,
+                   inner)
 
     def sampler(self, sampling: SamplingConfig, count: int, chosen: np.ndarray | None = None) -> Sampler:
         """A sampler of `count` images, of the labels `chosen` (count,) where they are given."""
-        return Sampler(self.network, self.codec, sampling, count, self.dtype, chosen)
+        return Sampler(self.network, self.codec, sampling, count, self.dtype, chosen, self.inner)
 
     @property
     def name(self) -> str:
@@ -90,6 +96,7 @@ class Source:
         s, each = sampling, self.sampler(sampling, count).evaluations
         solver = f"SDE, {s.num_steps} steps" if s.mode == "sde" else f"ODE by {s.solver}"
         guidance = f"guidance {s.cfg_scale:g} for t in {s.guidance_low:g} to {s.guidance_high:g}" if s.cfg_scale != 1 else "no guidance"
+        guidance += f", internal guidance {s.internal_scale:g} by {self.inner}" if self.inner else ""
         return (f"{count:,} samples of {self.name} ({self.checkpoint.spec.name}, {s.weights} weights): {solver}, "
                 f"{'an adaptive number of' if each is None else each} network evaluations each, {guidance}, seed {s.seed}, "
                 f"decoder {self.decoder}, {self.precision}")
@@ -102,7 +109,7 @@ class Source:
             "evaluations": self.sampler(sampling, count).evaluations, "precision": self.precision, **batch,
             "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
             "space": self.checkpoint.space.to_json(),
-            "decoder": self.decoder}
+            "decoder": self.decoder, **({"internal": self.inner.describe()} if self.inner else {})}
 
 
 def name_of(checkpoint: Checkpoint) -> str:

@@ -41,7 +41,10 @@ def build(teacher: Path, encoder: Path) -> Callable[..., Alignment]:
         kind = find(name)
         small = {"hidden": 32} if "hidden" in kind.Options.__dataclass_fields__ else {}
         chosen = kind.resolve(kind.Options(**{**small, **own.get(name, {}), **options}), SPEC)
-        return kind(chosen, Setting(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
+        one = kind(chosen, Setting(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
+        if name == "internal":  # its head starts at zero, where nothing passes
+            torch._foreach_add_([p.data for p in one.parameters()], 0.05)
+        return one
 
     return make
 
@@ -249,6 +252,53 @@ def test_repa_against_a_loop_over_tokens(build: Callable[..., Alignment]) -> Non
             a, b = repa.head(seen.features[repa.taps[0]][n, i]).detach(), tokens[0, 1 + i]  # the class token comes first
             total += float(a @ b / (a.norm() * b.norm()))
         assert float(value[n].detach()) == pytest.approx(-total / 16, abs=1e-5)
+
+
+def test_irepa_against_loops(build: Callable[..., Alignment]) -> None:
+    """The convolution and the mean and deviation over space, element by element."""
+    network, share = perturbed(SPEC), 0.6
+    irepa = build("repa", projector="conv", spatial_norm=share)
+    assert find("repa").presets["irepa"]["options"] == {"projector": "conv", "spatial_norm": share}
+    seen = context(network, batch(irepa), irepa.taps)
+    value, feature = irepa(seen).detach(), seen.features[irepa.taps[0]].detach()
+    weight, bias = irepa.head.conv.weight.detach(), irepa.head.conv.bias.detach()
+    for n in (0, 5):
+        tokens = irepa.external.encoder.model.forward_features(seen.columns["image"][n : n + 1].permute(0, 3, 1, 2) / 127.5 - 1)[0, 1:]
+        centre, spread = tokens.mean(0), ((tokens - tokens.mean(0)) ** 2).sum(0).div(15).sqrt()
+        total = 0.0
+        for row in range(4):
+            for column in range(4):
+                a = bias.clone()
+                for down, right in ((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)):
+                    if 0 <= row + down < 4 and 0 <= column + right < 4:
+                        a += weight[:, :, down + 1, right + 1] @ feature[n, 4 * (row + down) + column + right]
+                b = (tokens[4 * row + column] - share * centre) / (spread + 1e-6)
+                total += float(a @ b / (a.norm() * b.norm()))
+        assert float(value[n]) == pytest.approx(-total / 16, abs=1e-5)
+
+
+def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) -> None:
+    from alignment.contrastive import others
+
+    network, one = perturbed(SPEC), build("contrastive")
+    whole = batch(one)
+    whole = Batch(whole.x0, whole.eps, whole.t, whole.y, torch.tensor([0, 0, 1, 1, 1, 0]), draws={"contrastive": {
+        "choice": torch.tensor([0.0, 0.4, 0.99, 0.5, 0.34, 0.999])}})
+    pairs = [2, 3, 5, 1, 1, 4]  # the floor(3 u)-th of the three samples of the other class, in order
+    velocity = network(interpolant.corrupt(whole.x0, whole.eps, whole.t), whole.t, whole.y).velocity.detach()
+    total = sum(float(((velocity[i] - (whole.eps[j] - whole.x0[j])) ** 2).mean()) for i, j in enumerate(pairs))
+    assert float(one(context(network, whole, one.taps, "contrastive")).detach()) == pytest.approx(-total / 6, rel=1e-5)
+    # one class: any other sample; one sample: none
+    choice = torch.linspace(0, 0.999, 9).repeat(3)[:25]
+    for labels, candidates in ((torch.zeros(25), 24), (torch.arange(25) % 5, 20), (torch.arange(25), 24)):
+        index, exists = others(labels, choice)
+        assert exists.all() and (index != torch.arange(25)).all()
+        assert candidates == 24 or (labels[index] != labels).all()
+        for i in range(25):
+            allowed = [j for j in range(25) if j != i and (candidates == 24 or labels[j] != labels[i])]
+            assert int(index[i]) == allowed[int(choice[i] * candidates)]
+    index, exists = others(torch.zeros(1), torch.tensor([0.7]))
+    assert not exists.any() and index.tolist() == [0]
 
 
 def test_haste_attention_against_loops(build: Callable[..., Alignment]) -> None:

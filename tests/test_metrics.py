@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 import torch
 
 from evaluations import metrics
@@ -212,3 +214,54 @@ def test_exact_arithmetic_switches_tf32_and_autocast_off_and_restores():
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_mind_by_optimal_assignment_along_every_direction():
+    """Along each direction the distance of the best pairing, found among all of them; sets of equal and of unequal sizes."""
+    x, r = normal(1, 40, 6), normal(2, 55, 6) * 1.5 + 0.3
+    for count, samples, reference in ((40, x, r[:40]), (40, x, r), (40, r, x)):
+        generator = torch.Generator().manual_seed(2020)  # the recipe of torch-fidelity: subset of the larger, then directions
+        sets = [s if len(s) == count else s[torch.randperm(len(s), generator=generator)[:count]] for s in (samples, reference)]
+        directions = torch.randn(1000, 6, generator=generator).double()
+        costs = []
+        for u in directions / directions.norm(dim=1, keepdim=True):
+            a, b = (s.double() @ u for s in sets)
+            table = (a[:, None] - b).square().numpy()
+            costs.append(table[scipy.optimize.linear_sum_assignment(table)].mean())
+        assert metrics.mind(samples, reference) == pytest.approx(18 * np.mean(costs), rel=1e-5)
+
+
+def test_mind_of_gaussians_in_closed_form():
+    """N(0, I) against N(m, s^2 I): every direction sees N(0, 1) and N(u.m, s^2), whose W2^2 is (u.m)^2 + (s - 1)^2; (u.m)^2 is |m|^2 / D
+    in the mean."""
+    x = normal(1, 20_000, 12)
+    shift = normal(2, 12)
+    assert metrics.mind(x, x[torch.randperm(20_000, generator=torch.Generator().manual_seed(1))]) == pytest.approx(0, abs=1e-9)
+    assert metrics.mind(x, 3 * x + shift) == pytest.approx(3 * 12 * (float(shift @ shift) / 12 + 4), rel=0.05)
+    assert metrics.mind(2 * x, 6 * x + 2 * shift) == pytest.approx(4 * metrics.mind(x, 3 * x + shift), rel=1e-6)
+    with pytest.raises(UserError, match="12 features and the reference 5"):
+        metrics.mind(x, normal(3, 10, 5))
+
+
+def test_scores_hold_mind_where_it_is_asked_for_and_the_reference_can(tmp_path):
+    from config import FeatureOptions
+    from evaluations import evaluate
+    from evaluations.extractors import open_extractor
+
+    images = [np.random.RandomState(seed).randint(0, 256, (24, 4, 4, 1)).astype(np.uint8) for seed in (1, 2)]
+    for name, value in zip(("samples", "real"), images, strict=True):
+        np.savez(tmp_path / f"{name}.npz", arr_0=value)
+    words = [str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "real.npz"), "--features", "pixels", "--out"]
+    found = []
+    for more in ((), ("--mind",)):
+        evaluate.main(["--samples", *words, str(tmp_path / "m.json"), *more])
+        found.append(json.loads((tmp_path / "m.json").read_text())["metrics"])
+    pixels = [torch.from_numpy(value).flatten(1).float() / 127.5 - 1 for value in images]
+    assert found[1].pop("mind") == pytest.approx(metrics.mind(*pixels), rel=1e-6) and found[0] == found[1]
+    from evaluations.reference import Reference
+    from evaluations.score import Scorer
+
+    extractor = open_extractor(FeatureOptions(features="pixels"))
+    whole = Reference.open(tmp_path / "real.npz", extractor)
+    with pytest.raises(UserError, match="--mind compares single images"):
+        Scorer(dataclasses.replace(whole, pool=None), extractor, mind=True)

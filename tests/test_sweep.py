@@ -105,7 +105,8 @@ def test_scores_during_training(data, real, words, tmp_path, capsys):
 
     checkpoint = scored / "checkpoints" / "0000002"  # the same, from the checkpoint's EMA weights afterwards
     how = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(SETTINGS)}
-    flags = [word for name, value in how.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [word for name, value in how.items() if value is not None
+             for word in (f"--{name.replace('_', '-')}", str(value))]
     out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "16", "--reference", str(real), "--features",
                          "pixels", "--out", str(tmp_path / "out")])
     after = json.loads((out / "metrics.json").read_text())["metrics"]

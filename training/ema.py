@@ -1,12 +1,11 @@
-"""Exponential moving average of the network's weights, in one fused operation a step."""
+"""Exponential moving average of a network's weights, in one fused operation a step."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-
-from models import Backbone
+from torch import nn
 
 
 class EMA:
@@ -16,7 +15,7 @@ class EMA:
     d = min(decay, (1 + s) / (10 + s)).
     """
 
-    def __init__(self, network: Backbone, decay: float, warmup: bool = False) -> None:
+    def __init__(self, network: nn.Module, decay: float, warmup: bool = False) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
         self.warmup = warmup

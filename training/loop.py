@@ -21,10 +21,11 @@ from runtime.options import as_dict
 from training import balance, preflight
 from training.between import ENDED_EARLY, Between, Callback
 from training.log import Meter, RunLog
+from training.muon import Muon
 from training.run import Run
 
 
-def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], optimizer: torch.optim.Optimizer,
+def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], optimizer: torch.optim.Optimizer | Muon,
            max_grad_norm: float, meter: Meter | None = None) -> Tensor:
     """One optimiser step: L = L_diff + sum over alignments of weight x loss, averaged over the micro-batches.
 
@@ -39,7 +40,7 @@ def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], o
             (total / len(micros)).backward()
         if meter is not None:
             meter.add(losses, batch.t, len(micros))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = list(learner.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_grad_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

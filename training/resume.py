@@ -106,7 +106,7 @@ def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, 
     """(name, saved value, value now) of each option that differs and may not; an option that is younger than `saved` had its default."""
     defaults = {option.field.name: option.field.default for option in options_of(type(options))}
     free = FREE_ON_RESUME - (set() if getattr(options, "lr_scheduler", "constant") == "constant" else {"max_train_steps"})
-    for key, value in json.loads(json.dumps(as_dict(options))).items():
+    for key, value in json.loads(json.dumps(as_dict(options, whole=True))).items():
         then = saved[key] if key in saved else json.loads(json.dumps(defaults.get(key, value), default=list))
         if key not in free and then != value:  # (a cosine of the rate ends at --max-train-steps)
             yield key, then, value
@@ -134,7 +134,7 @@ def branch(setup: Setup, precision: str) -> Checkpoint:
         for key, then, now in changes(options, saved[name]):
             require(key in TIMED, f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
                                   f"{', '.join(TIMED)}")
-        before = build(type(options), {key: value for key, value in saved[name].items() if key in as_dict(options)})
+        before = build(type(options), {key: value for key, value in saved[name].items() if key in as_dict(options, whole=True)})
         if (step := _first_difference(before, options, trunk.step, setup.epoch_steps)) is not None:
             raise UserError(f"{where}: the weight of {name} at step {step} was {before.weight_at(step, setup.epoch_steps):g}, not "
                             f"{options.weight_at(step, setup.epoch_steps):g}: branch before that step, or keep the weights up to it")
@@ -216,8 +216,10 @@ def teacher_loader(folder: Path, resolved: Mapping[str, Any]) -> Callable[[str],
 def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer,
             names: Mapping[Tensor, str]) -> None:
     """Load the averages by name, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
+    missing = [name for name in averages if "-head-" in name and f"{name}.safetensors" not in earlier.files]
     for name, average in averages.items():
-        average.load_state_dict(earlier.tensors(name))
+        if name not in missing:
+            average.load_state_dict(earlier.tensors(name))
     needed = {f"{name}.{key}" for name, alignment in alignments.items() for key in alignment.state_dict()}
     if needed:
         heads = earlier.tensors("heads")
@@ -226,6 +228,9 @@ def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: 
         for name, alignment in alignments.items():
             alignment.load_state_dict({key.removeprefix(f"{name}."): value for key, value in heads.items()
                                        if key.startswith(f"{name}.")})
+    for name in missing:
+        note(f"{earlier.path} is from before heads had averages: that of {name.split('-head-')[0]} begins at its weights of this step")
+        averages[name].load_state_dict(alignments[name.split("-head-")[0]].head.state_dict())
     earlier.require_intact("optimizer.json")
     living = ("network.", *(f"{name}." for name in alignments))
     state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(living)}

@@ -23,6 +23,7 @@ from runtime.presence import Presence
 from training import resume, tracker
 from training.batches import Batches
 from training.ema import EMA
+from training.muon import Muon
 from training.setup import Setup
 
 MANY_EPOCHS = 3000
@@ -72,6 +73,9 @@ class Run:
                           micro_batch=config.batch_size // parts)
         self.alignments = {name: alignment.to(self.device)
                            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
+        self.averages |= {f"{name}-head-{of}": EMA(alignment.head, average.decay, average.warmup)
+                          for name, alignment in self.alignments.items() if alignment.velocity_head is not None
+                          for of, average in self.averages.items()}
         self.optimizer = self._optimizer()
         if self.resumed:
             resume.restore(self.resumed, {name: average.network for name, average in self.averages.items()}, self.alignments,
@@ -115,16 +119,18 @@ class Run:
         """Whether gradient norms of alignments and denoising are compared in optimiser step `step`, counted from 1."""
         return bool(self.config.grad_ratio_steps) and step % self.config.grad_ratio_steps == 0
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> torch.optim.Optimizer | Muon:
         config = self.config
-        groups = [{"name": "network", "params": list(self.network.parameters())}]
+        matrices = self.network.matrices() if config.optimizer == "muon" else {}
+        groups = [{"name": "network", "params": [p for name, p in self.network.named_parameters() if name not in matrices]}]
         groups += [{"name": name, "params": heads} for name, alignment in self.alignments.items()
                    if (heads := list(alignment.parameters()))]
         # one kernel for all; on a CPU in float32 the loop over parameters, whose bits earlier runs have
         fused = self.device.type == "cuda" or self.dtype is not None
-        return torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=fused)
+        return Muon(self.network, adamw, lr=config.learning_rate, weight_decay=config.adam_weight_decay) if matrices else adamw
 
     def _compile(self) -> str:
         """Compile blocks where that is wanted; returns what to say of it."""
@@ -171,7 +177,7 @@ class Run:
                 group["lr"] = self.config.learning_rate_at(self.step)
 
     def end_alignments(self) -> list[str]:
-        """Drop the alignments that end here, with their heads and optimiser state; returns their names."""
+        """Drop the alignments that end here, with their heads, those's averages and optimiser state; returns their names."""
         alive = self.setup.alive(self.step)
         ended = [name for name in self.alignments if name not in alive]
         for name in ended:
@@ -180,12 +186,14 @@ class Run:
                     self.optimizer.state.pop(parameter, None)
                 self.optimizer.param_groups.remove(group)
             del self.alignments[name]
+            self.averages = {of: average for of, average in self.averages.items() if not of.startswith(f"{name}-head-")}
         return ended
 
     def parameter_names(self) -> dict[Tensor, str]:
         """Trained parameters and their names, as the optimiser's state is stored under."""
         modules: dict[str, nn.Module] = {"network": self.network, **self.alignments}
-        return {p: f"{prefix}.{name}" for prefix, module in modules.items() for name, p in module.named_parameters()}
+        names = {p: f"{prefix}.{name}" for prefix, module in modules.items() for name, p in module.named_parameters()}
+        return names | {part: f"network.{name}" for part, name in getattr(self.optimizer, "parts", {}).items()}
 
     def save(self) -> None:
         """Write the checkpoint of the current step, on the main process; the others wait for it."""
@@ -201,10 +209,15 @@ class Run:
                 data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
                       "class_names": data.manifest["class_names"]},
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
-                resolved=self.resolved, precision=launch.precision_name(self.dtype, self.tf32),
+                resolved=self.resolved, **self._velocity_heads(), precision=launch.precision_name(self.dtype, self.tf32),
                 kept=self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps)
             resume.prune(self.folder, self.config.checkpoints_total_limit, self.config.keep_every)
         self.accelerator.wait_for_everyone()
+
+    def _velocity_heads(self) -> dict[str, Any]:
+        """For the checkpoint: what rebuilds each head that predicts the velocity, by its alignment."""
+        heads = {name: as_dict(alignment.velocity_head) for name, alignment in self.alignments.items() if alignment.velocity_head}
+        return {"velocity_heads": heads} if heads else {}
 
     def settings(self) -> dict[str, Any]:
         """All that the run was told and what it came to, laid flat: for a tracker."""

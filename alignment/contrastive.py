@@ -1,0 +1,69 @@
+"""Contrastive Flow Matching (arXiv 2506.05350): the velocity is also kept away from that of another sample.
+
+    L_neg = - mean |v_theta(x_t, t, y) - (eps' - x0')|^2
+
+beside the flow-matching loss, with weight 0.05, at all times. (x0', eps') are data and noise of another sample of the batch, drawn
+among those of another class; where there is none, among all others; a sample that is alone has no loss. The batch is what one
+process holds in one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import interpolant
+from alignment.base import Alignment, AlignOptions, Context, squared_error
+from models import VELOCITY
+from runtime.options import option
+from runtime.streams import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveOptions(AlignOptions):
+    """Options of Contrastive Flow Matching; the defaults are the paper's."""
+
+    weight: float = option(0.05, help="lambda, the weight of this loss beside the flow-matching loss")
+
+
+class Contrastive(Alignment):
+    """Negative squared distance to another sample's velocity, a scalar."""
+
+    name = "contrastive"
+    Options = ContrastiveOptions
+    coupled = True
+    taps = (VELOCITY,)
+    presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"paper": {"options": {}}}
+
+    def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
+        return {"choice": stream.uniform(count)}
+
+    def forward(self, context: Context) -> Tensor:
+        other, exists = others(context.labels, context.draws["choice"])
+        target = interpolant.velocity(context.x0, context.eps)[other]
+        return -(squared_error(context.features[VELOCITY], target) * exists).mean()
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "batch": "of one process and micro-batch"}
+
+
+def others(labels: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """For each sample another one, and whether there is one.
+
+    Args:
+        labels: (N,) classes.
+        choice: (N,) numbers in [0, 1): where among the candidates, in their order.
+
+    Returns:
+        (N,) int64 indices, of another class where there is one; (N,) bool.
+    """
+    apart = labels[:, None] != labels
+    allowed = torch.where(apart.any(1, keepdim=True), apart, ~torch.eye(len(labels), dtype=torch.bool, device=labels.device))
+    count = allowed.sum(1)
+    place = torch.minimum((choice * count).long(), (count - 1).clamp(min=0))
+    index = (allowed.cumsum(1) <= place[:, None]).sum(1)  # candidates before the wanted one, and all that is none
+    return index.clamp(max=len(labels) - 1), count > 0

@@ -1,0 +1,134 @@
+"""FDr: the Frechet distance of samples in units of that between real images, averaged over extractors (FD-Loss, arXiv 2604.28190).
+
+    FDr = mean over extractors of FD(samples, train) / FD(val, train)
+
+    python -m evaluations.reference --images imagenet/train --resolution 256 --features inception --out train/inception.npz
+    python -m evaluations.reference --images imagenet/val --resolution 256 --features inception --out val/inception.npz
+    python -m evaluations.fdr --samples samples/stage2 --train train --val val
+
+`--train` and `--val` are folders of references as that command writes them, one for each extractor; the samples go through each
+extractor in turn. FDr6 is the mean over six extractors (`SIX`). Without `--val` their published normalisers are taken, which belong
+to the training and validation sets of ImageNet at 256 pixels. A ratio says nothing without its normaliser: each is printed and kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import FeatureOptions
+from evaluations import metrics
+from evaluations.collect import collect
+from evaluations.evaluate import about, open_samples, samples_file
+from evaluations.extractors import open_extractor
+from evaluations.reference import Reference, read_compact
+from runtime import errors, files, launch
+from runtime.errors import require
+from runtime.options import option, read
+from runtime.text import aligned
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from evaluations.images import Images
+
+SIX = {"inception": 1.68, "timm:convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87, "timm:vit_large_patch14_dinov2.lvd142m@256": 14.19,
+       "timm:vit_large_patch16_224.mae@224": 0.04, "timm:vit_so400m_patch16_siglip_256.v2_webli@256": 0.60,
+       "timm:vit_large_patch14_clip_224.openai@256": 5.60}
+"""The extractors of FDr6 with their published FD(val, train), rounded as published: of ImageNet at 256 pixels. Their pooling (mean
+over space, class token, attention) is timm's default. They were measured in bfloat16; features here are float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m evaluations.fdr`."""
+
+    samples: str = option(help="samples: .npz, a folder that generate.py wrote, or a folder of PNG files", heading="images")
+    train: str = option(help="folder of references of the training images, one for each extractor")
+    val: str | None = option(None, help="folder of references of the validation images (default: published normalisers)")
+    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
+    batch_size: int = option(64, help="images per pass through an extractor, on each process")
+    out: str = option("fdr.json", help="where the result goes", heading="output")
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
+        require(not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as fdr.json")
+
+
+def references(folder: str) -> dict[str, Reference]:
+    """The references in `folder`, by extractor. Raises UserError where there is none, or two of one extractor."""
+    found: dict[str, Reference] = {}
+    for file in sorted(Path(folder).glob("*.npz")):
+        one = read_compact(file)
+        require(one.features not in found, f"{folder} holds two references of {one.features} features; take one away")
+        found[one.features] = one
+    require(bool(found), f"{folder} holds no reference (.npz); python -m evaluations.reference writes them, one for each extractor")
+    return found
+
+
+def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -> dict[str, tuple[float, str]]:
+    """FD(val, train) of each extractor, and where it is from. Raises UserError where it is unknown or not positive."""
+    found = {}
+    for name, real in train.items():
+        if val is None:
+            require(name in SIX, f"there is no published normaliser for {name} features: give --val, a folder of references of validation "
+                                 f"images")
+            found[name] = SIX[name], "published, ImageNet at 256 pixels"
+            continue
+        require(name in val, f"--val lacks a reference of {name} features, which --train has; make one with evaluations.reference")
+        other = val[name]
+        require(None in (real.weights, other.weights) or real.weights == other.weights,
+                f"the references of {name} features in --train and --val were made with other weights; build one again")
+        distance = metrics.frechet(other.statistics, real.statistics)
+        require(distance > 1e-9, f"the {name} features of --val and --train do not differ: their distance cannot be a unit; give other "
+                                 f"images to one of them")
+        found[name] = distance, f"{other.name} against {real.name}"
+    return found
+
+
+def ratios(samples: Images, train: dict[str, Reference], units: dict[str, tuple[float, str]], options: Options,
+           accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Of each extractor: distance of the samples, normaliser, ratio. To be called by every process."""
+    rows = []
+    for name, real in train.items():
+        with accelerator.main_process_first():  # who downloads the weights
+            chosen = FeatureOptions(features=name, inception_weights=options.inception_weights if name == "inception" else None)
+            extractor = open_extractor(chosen, accelerator.device)
+        real.require(extractor)
+        real.require_shape(options.samples, tuple(samples.shape))
+        found = collect(samples, extractor, accelerator=accelerator, batch_size=options.batch_size, title=name)
+        distance, (unit, origin) = metrics.frechet(found.statistics, real.statistics), units[name]
+        rows.append({"features": name, "weights_sha256": extractor.weights, "fd": distance, "normaliser": unit, "normaliser_from": origin,
+                     "ratio": distance / unit, "reference": real.describe()})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command; returns what it wrote."""
+    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.fdr", description=__doc__)
+    train = references(options.train)
+    units = normalisers(train, None if options.val is None else references(options.val))
+    path = samples_file(options.samples)
+    samples, accelerator = open_samples(path), launch.accelerator()
+    rows = ratios(samples, train, units, options, accelerator)
+    name = f"fdr{len(rows)}"
+    result = {"metrics": {name: statistics.fmean(row["ratio"] for row in rows)}, "six": set(train) == set(SIX), "extractors": rows,
+              "num_samples": len(samples), "samples": about(path, samples)}
+    if accelerator.is_main_process:
+        files.write_json(options.out, result)
+        lines = [("features", "FD", "normaliser", "ratio", "normaliser from")]
+        lines += [(row["features"], f"{row['fd']:.4f}", f"{row['normaliser']:.4f}", f"{row['ratio']:.3f}", row["normaliser_from"])
+                  for row in rows]
+        print(aligned([*lines, (name, "", "", f"{result['metrics'][name]:.3f}", "")], left=(0, 4), rule=False))
+        if not result["six"]:
+            print("note: these are not the six extractors of FDr6: the mean does not compare with published ones")
+        print(f"{len(samples):,} samples; written to {options.out}", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    errors.run(main)
