@@ -177,7 +177,7 @@ class Run:
                 group["lr"] = self.config.learning_rate_at(self.step)
 
     def end_alignments(self) -> list[str]:
-        """Drop the alignments that end here, with their heads, those's averages and optimiser state; returns their names."""
+        """Drop the alignments that end here, with their heads, the averages of those, and optimiser state; returns their names."""
         alive = self.setup.alive(self.step)
         ended = [name for name in self.alignments if name not in alive]
         for name in ended:
