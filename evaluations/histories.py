@@ -78,7 +78,8 @@ PROTOCOL = ("mode", "solver", "num_steps", "grid", "timestep_shift", "last_step"
 def protocol(score: ScoreFile) -> dict[str, Any]:
     """All that two numbers must share to stand in one column or figure."""
     settings = score["samples"]["settings"]
-    return {**{name: settings.get(name) for name in PROTOCOL}, "features": score["features"],
+    internal = {name: settings[name] for name in ("internal_scale", "internal") if name in settings}  # only where it guides
+    return {**{name: settings.get(name) for name in PROTOCOL}, **internal, "features": score["features"],
             "reference": score["reference"]["sha256"], "precision_recall": score["precision_recall"]}
 
 

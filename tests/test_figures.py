@@ -89,6 +89,16 @@ def test_scores_against_steps_are_means_over_seeds_with_the_stop_marked(tmp_path
         drawn("steps", "--runs", tmp_path)
 
 
+def test_internal_guidance_is_part_of_a_protocol_and_its_absence_is_not() -> None:
+    def told(**settings: object) -> dict:
+        return histories.protocol({"metrics": {}, "samples": {"settings": settings}, "features": {}, "reference": {"sha256": "r"},
+                                   "precision_recall": None})
+
+    plain, guided = told(cfg_scale=1.0), told(cfg_scale=1.0, internal_scale=1.5, internal={"block": 2, "low": 0.0, "high": 1.0})
+    assert plain != guided != told(cfg_scale=1.0, internal_scale=1.4, internal={"block": 2, "low": 0.0, "high": 1.0})
+    assert not {name for name in plain if "internal" in name}  # keys of records from before stay what they are
+
+
 def score(file: Path, step: int, value: float, **more: object) -> str:
     settings = {"step": step, "cfg_scale": 1.0, "mode": "sde", "solver": "euler", "num_steps": 250, "weights": "ema", **more}
     file.write_text(json.dumps({"metrics": {"fid": value}, "features": {"name": "pixels"}, "reference": {"sha256": "r"},
