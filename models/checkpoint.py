@@ -29,7 +29,7 @@ import models
 from models import Backbone, ModelSpec, hub_client
 from models.latents import LatentSpace
 from runtime import files, schema
-from runtime.errors import UserError, note, require
+from runtime.errors import UserError, require
 
 FORMAT = 2
 """2 seals config.json (`runtime.files.seal`); 1 had no seal, and is read with a note."""
@@ -76,10 +76,7 @@ class Checkpoint:
         config = files.read_json(file)
         if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") not in (1, FORMAT):
             raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint")
-        if config["format"] == FORMAT:
-            files.require_sealed(file, config)
-        else:
-            note(f"{folder} is of format 1: its config.json has no seal, so that damage in it would not be seen")
+        files.require_sealed_since_2(file, config)
         schema.checked(Config, config, file, "use another checkpoint")
         require(folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],
                 f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another checkpoint")

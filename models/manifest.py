@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from models.latents import LatentSpace
 from runtime import files, schema
-from runtime.errors import UserError, note, require
+from runtime.errors import UserError, require
 from runtime.mapped import map_shard
 
 FORMAT = 2
@@ -56,10 +56,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = files.read_json(file)
     if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         raise UserError(f"{file} is not of format {FORMAT}; encode the set again with this version")
-    if manifest["format"] == FORMAT:
-        files.require_sealed(file, manifest)
-    else:
-        note(f"{path} is of format 1: its {MANIFEST} has no seal, so that damage in it would not be seen")
+    files.require_sealed_since_2(file, manifest)
     schema.checked(Manifest, manifest, file, "encode the set again")
     for shard in manifest["shards"]:
         require(Path(shard["file"]).name == shard["file"],

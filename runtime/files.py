@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import UserError
+from runtime.errors import UserError, note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +164,14 @@ def require_sealed(path: Path | str, value: dict[str, Any]) -> None:
     if value.get(SEAL) != seal(value):
         raise UserError(f"{path} was damaged or edited since it was written: its seal does not fit its content; restore it, or "
                         f"accept an edit with: python -m runtime.seal {path}")
+
+
+def require_sealed_since_2(path: Path | str, value: dict[str, Any]) -> None:
+    """`require_sealed` for a file that had no seal in format 1, which is read with a note."""
+    if value["format"] == 1:
+        note(f"{Path(path).parent} is of format 1: its {Path(path).name} has no seal, so that damage in it would not be seen")
+    else:
+        require_sealed(path, value)
 
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
