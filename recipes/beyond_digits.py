@@ -10,19 +10,17 @@ again to continue: what is finished is kept.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from recipes.compare_digits import prepare
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
-from runtime.text import aligned
+from runtime.text import aligned, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +55,8 @@ class Digits:
     """Trains, draws and scores; every result is a file that another call finds again."""
 
     def __init__(self, config: BeyondConfig) -> None:
-        from preprocessing import digits
-
         self.config, self.out = config, Path(config.out)
-        if not (self.out / "data" / "manifest.json").is_file():
-            digits.main(["--out", str(self.out / "data")])
-        if not (self.out / "reference.npz").is_file():
-            images, labels = digits.load()
-            with files.replacing(self.out / "reference.npz") as temporary, open(temporary, "wb") as handle:
-                np.savez(handle, arr_0=images, labels=labels)
+        prepare(self.out)
 
     def train(self, name: str, seed: int, words: str = "", steps: int | None = None) -> Path:
         """The run `name` under `seed`, to its last step, and beside it the processor seconds that it took."""
@@ -130,12 +121,9 @@ def muon(digits: Digits) -> dict[str, dict[int, float]]:
 
 def table(found: dict[str, dict[int, float]]) -> str:
     """Mean and standard deviation of each row, and of its difference, seed by seed, to the first."""
-    def spread(values: Sequence[float]) -> str:
-        return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
     base = next(iter(found.values()))
     lines = [("row", "Frechet (lower)", "less the first row's")]
-    lines += [(name, spread(list(values.values())), "" if values is base else spread([values[seed] - base[seed] for seed in values]))
+    lines += [(name, spread(list(values.values()), 3), "" if values is base else spread([values[seed] - base[seed] for seed in values], 3))
               for name, values in found.items()]
     return aligned(lines)
 

@@ -11,8 +11,8 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipes.rows import Row
-from recipes.scale import ENCODED, Scale
+from recipes.rows import ENCODED, Row
+from recipes.scale import Scale
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     """The chain of `row`; everything lies in the folder `work`."""
     data = work / "data" / scale.data(row)
     links = [Link("latents", scale.data_words(scale.data(row), data), data / "manifest.json", scale.name == "paper")]
-    if scale.encoder_command and {row.method, row.teacher.method if row.teacher else ""} & set(ENCODED):
+    if scale.encoder_command and row.encoded:
         encoder = work / "encoder"
         links.append(Link("encoder", (*scale.encoder_command, "--out", str(encoder)), encoder / "accuracy.json", False))
     teacher = None

@@ -11,7 +11,6 @@ four fifths of the digits, its accuracy on the last fifth printed in the row. Ru
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from recipes.encoder import train_encoder
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
-from runtime.text import aligned
+from runtime.text import aligned, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +78,10 @@ METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from preprocessing import digits
-
     config = read(CompareConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.compare_digits",
                   description=__doc__)
     out = Path(config.out)
-    if not (out / "data" / "manifest.json").is_file():
-        digits.main(["--out", str(out / "data")])
-    if not (out / "reference.npz").is_file():
-        images, labels = digits.load()
-        with files.replacing(out / "reference.npz") as temporary, open(temporary, "wb") as handle:
-            np.savez(handle, arr_0=images, labels=labels)
+    prepare(out)
     accuracy = train_encoder(out / "encoder")
     rows = [row for row in ROWS if config.rows is None or row.key in config.rows]
     results: dict[str, dict[int, dict[str, float]]] = {row.key: {} for row in rows}
@@ -97,6 +89,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows:
             results[row.key][seed] = run_row(row, config, out, seed)
         report(rows, results, config, accuracy)
+
+
+def prepare(out: Path) -> None:
+    """The digits as a latent set and as a reference, below `out`, unless they are there."""
+    from preprocessing import digits
+
+    if not (out / "data" / "manifest.json").is_file():
+        digits.main(["--out", str(out / "data")])
+    if not (out / "reference.npz").is_file():
+        images, labels = digits.load()
+        with files.replacing(out / "reference.npz") as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, arr_0=images, labels=labels)
 
 
 def run_row(row: Row, config: CompareConfig, out: Path, seed: int) -> dict[str, float]:
@@ -149,16 +153,11 @@ def table(rows: Sequence[Row], names: dict[str, str], results: dict[str, dict[in
     lines = [["method", *METRICS.values(), "Frechet - plain"]]
     for row in rows:
         values = results[row.key]
-        cells = [names[row.key], *(_spread([metrics[key] for metrics in values.values()]) for key in METRICS)]
+        cells = [names[row.key], *(spread([metrics[key] for metrics in values.values()], 3) for key in METRICS)]
         plain = results.get("plain", {})
         paired = [metrics["fd"] - plain[seed]["fd"] for seed, metrics in values.items() if seed in plain]
-        lines.append([*cells, _spread(paired) if paired and row.key != "plain" else ""])
+        lines.append([*cells, spread(paired, 3) if paired and row.key != "plain" else ""])
     return aligned(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":

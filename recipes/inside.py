@@ -15,6 +15,7 @@ from recipes import chain, rows
 from recipes.scale import Scale
 from runtime import files
 from runtime.errors import require
+from runtime.text import spread
 
 LOOKED_AT = {"plain, 40 epochs": ("plain", 40), "stage 1, 40 epochs (the teacher)": ("stage1", 40), "plain, 80 epochs": ("plain", 80),
              "stage 2, 80 epochs": ("full", 80)}
@@ -64,7 +65,7 @@ def summary(probes: Sequence[dict[str, Any]], block: int = 4) -> list[list[str]]
                       and row["block"] in (None, block)]
             if values:
                 seeds.append(statistics.mean(values))
-        return f"{statistics.mean(seeds):.3f}" + (f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else "") if seeds else ""
+        return spread(seeds, 3)
 
     seen = {(row["checkpoint"], row["features"], row["omega"]): None for one in probes for row in one["rows"]}
     lines = [["features", "class, linear probe", "class, nearest neighbours", "mask, mIoU"]]

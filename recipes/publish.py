@@ -15,6 +15,7 @@ from typing import Any
 from recipes import claims, inside, record, rows, table
 from runtime import files
 from runtime.errors import require
+from runtime.text import spread
 
 PAGES = ("README.md", "docs/study.md")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -47,8 +48,8 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
             for score in one["scores"] if one["row"] == row.name else ():
                 scores.setdefault(score["epochs"], []).append(score)
         for epochs, found in sorted(scores.items()):
-            lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", table.spread([table.quality(score) for score in found]),
-                          table.spread([score["metrics"]["class_accuracy"] for score in found]), str(len(found)),
+            lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", spread([table.quality(score) for score in found]),
+                          spread([score["metrics"]["class_accuracy"] for score in found]), str(len(found)),
                           f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}"])
     return markdown(lines)
 

@@ -23,7 +23,7 @@ from config import require_precision
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
-from runtime.text import aligned
+from runtime.text import aligned, spread
 
 MODEL = "SiT-Tiny/2"
 TEACHER, HALF, FULL = 400, 400, 800
@@ -162,9 +162,7 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
     for index, row in enumerate(next(iter(results.values()))):
         cells = [row["name"], str(row["step"]), str(row["total"])]
         for key in METRICS:
-            values = [rows[index][key] for rows in results.values()]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
+            cells.append(spread([rows[index][key] for rows in results.values()], 3))
         lines.append(cells)
     return aligned(lines)
 

@@ -14,6 +14,9 @@ from models import published
 from models.published import Published
 from runtime.errors import UserError, nearest
 
+ENCODED = ("repa", "haste")
+"""Methods with an external encoder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
@@ -53,6 +56,11 @@ class Row:
     def family(self) -> str:
         """sit or lightningdit."""
         return "lightningdit" if self.model.startswith("LightningDiT") else "sit"
+
+    @property
+    def encoded(self) -> bool:
+        """Whether it, or its teacher, is trained with an external encoder."""
+        return bool({self.method, self.teacher.method if self.teacher else ""} & set(ENCODED))
 
     def of_teacher(self) -> Row:
         """The training of its guiding model: the same run whatever row asks for it, as far as this one needs it."""

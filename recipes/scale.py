@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import models
-from recipes.rows import Row
+from recipes.rows import ENCODED, Row
 from runtime.errors import UserError, nearest
 
-ENCODED = ("repa", "haste")
-"""Methods with an external encoder."""
 OWN_PRECISION = ("dispersive", "layersync")
 """Methods whose preset says in which precision they run."""
 BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
@@ -51,7 +49,7 @@ class Scale:
 
     def data(self, row: Row) -> str:
         """The latent set, by name."""
-        images = "-images" if _encoded(row) else ""
+        images = "-images" if row.encoded else ""
         flips = "-flips" if row.method in ("dispersive", "layersync") else ""
         return "vavae256" + images if row.family == "lightningdit" else f"imagenet{row.resolution}{images}{flips}"
 
@@ -160,10 +158,6 @@ class _Tiny(_Small):
 
     def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
         return ("--reference", str(work / "data" / "digits"), "--features", "pixels")
-
-
-def _encoded(row: Row) -> bool:
-    return row.method in ENCODED or (row.teacher is not None and row.teacher.method in ENCODED)
 
 
 SCALES = {

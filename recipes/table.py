@@ -10,7 +10,7 @@ from typing import Any
 from recipes import costs
 from recipes.record import newest
 from recipes.rows import Row
-from runtime.text import aligned
+from runtime.text import aligned, spread
 
 SPREAD = 0.013
 """Relative spread of an FID over training seeds (arXiv 2606.20536)."""
@@ -89,13 +89,6 @@ def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) ->
 def quality(score: dict[str, Any]) -> float:
     """The Frechet distance of a score."""
     return next(score["metrics"][name] for name in METRICS if name in score["metrics"])
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds; empty for no value."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str, target: float) -> str:

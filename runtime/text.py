@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Sequence
 
 
@@ -14,3 +15,10 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: 
     text = ["  ".join(cell.ljust(width) if column in left else cell.rjust(width)
                       for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]] if rule else text)
+
+
+def spread(values: Sequence[float], decimals: int = 2) -> str:
+    """Mean and, of several values, standard deviation (divisor n - 1); empty for none."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.{decimals}f}" + (f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else "")
