@@ -22,22 +22,56 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import GenerateConfig
+from config import FeatureOptions
 from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import Given, peek, read
+from runtime.options import Given, group, option, peek, read
 from sampling import presets
+from sampling.config import SamplingConfig, SourceOptions
 
 if TYPE_CHECKING:
     from sampling.sampler import Sampler
     from sampling.source import Source
     from sampling.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Options of `generate.py`."""
+
+    source: SourceOptions = group(SourceOptions)
+    preset: str | None = option(None, help="settings of a published number, see --list-presets", heading="samples")
+    list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
+    num_fid_samples: int = option(50_000, help="how many samples")
+    classes: tuple[str, ...] = option((), help="draw these classes, names or numbers, in this order, instead of --num-fid-samples")
+    per_class: int | None = option(None, help="with --classes: samples of each (default 8)")
+    compare: tuple[str, ...] = option((), help="with --classes: further checkpoints, a row each below --ckpt's in one picture; a column "
+                                               "has one class and one noise")
+    out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
+    overwrite: bool = option(False, help="replace samples of other settings, or damaged ones, that lie in --out")
+    sampling: SamplingConfig = group(SamplingConfig)
+    reference: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples",
+                                   heading="scores")
+    scores: FeatureOptions = group(FeatureOptions)
+
+    def __post_init__(self) -> None:
+        require(self.reference is not None or self.scores == FeatureOptions(),
+                "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE")
+        require(self.num_fid_samples > 0, f"--num-fid-samples {self.num_fid_samples} must be positive")
+        require(bool(self.classes) or (self.per_class is None and not self.compare),
+                "--per-class and --compare say how to draw chosen classes: add --classes NAME ...")
+        require(self.per_class is None or self.per_class > 0, f"--per-class {self.per_class} must be positive")
+        require(not self.classes or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
+                "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and --reference")
+        require(self.reference is None or self.num_fid_samples >= 4,
+                f"{self.num_fid_samples} samples are too few for a score: at least 4")
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:

@@ -19,8 +19,9 @@ from typing import Any, get_args, get_origin
 from alignment import find
 from benchmarks import bad_files
 from benchmarks.bad_world import MAINS, World
-from config import GenerateConfig, TrainConfig
+from config import TrainConfig
 from evaluations import evaluate, figures, probe, reference, sweep
+from generate import GenerateConfig
 from models import convert
 from preprocessing import import_latents, job, scenes, verify
 from runtime import errors

@@ -20,11 +20,11 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.train_step import training_step
-from config import SamplingConfig, SourceOptions
 from preprocessing import digits
 from recipes import quickstart
 from runtime import errors
 from runtime.options import option, read
+from sampling.config import SamplingConfig, SourceOptions
 from sampling.source import Source
 from training import command
 from training.run import Run

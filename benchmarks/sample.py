@@ -22,7 +22,6 @@ import torch
 
 import models
 from benchmarks import measure, peer
-from config import SamplingConfig
 from models import Backbone, attention
 from models.latents import LatentSpace
 from models.layers import hold_in
@@ -30,6 +29,7 @@ from models.vae import open_codec
 from runtime import errors, launch
 from runtime.errors import require
 from runtime.options import option, read
+from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
 
 SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 import interpolant
-from config import SamplingConfig, SourceOptions
 from evaluations import drawing, histories, representation
 from evaluations.taps import Items, Probed, chunks
 from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
 from runtime.options import group, option, read
 from sampling.classes import labels_of, names_of
+from sampling.config import SamplingConfig, SourceOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from config import FeatureOptions, SamplingConfig, SourceOptions
+from config import FeatureOptions
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
 from models.peers import PEERS
@@ -33,6 +33,7 @@ from runtime.launch import on_main
 from runtime.locks import locked
 from runtime.options import group, option, read
 from runtime.text import aligned
+from sampling.config import SamplingConfig, SourceOptions
 from sampling.source import Source
 
 if TYPE_CHECKING:

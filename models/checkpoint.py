@@ -14,13 +14,11 @@ the network.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
@@ -272,26 +270,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], list[dict]]:
-    """The optimiser's state by parameter name: tensors under 'name/slot', and its groups as JSON values."""
-    tensors = {f"{names[parameter]}/{slot}": torch.as_tensor(value)
-               for parameter, state in optimizer.state.items() for slot, value in state.items()}
-    groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
-              for group in optimizer.param_groups]
-    return tensors, json.loads(json.dumps(groups))
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
-    """Give each parameter the state saved under its name, on its device. State of unknown names is refused."""
-    parameters = {name: parameter for parameter, name in names.items()}
-    for key, value in tensors.items():
-        name, slot = key.rsplit("/", 1)
-        if name not in parameters:
-            raise UserError(f"the optimiser state names {name}, which this run does not train")
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU unless fused or capturable
-        device = "cpu" if slot == "step" and not any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups) \
-            else parameter.device
-        optimizer.state[parameter][slot] = value.to(device)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import models
-from config import SamplingConfig
 from models import Tap
 from models.checkpoint import Checkpoint
 from models.heads import VelocityHead
 from runtime.errors import note, require
 from runtime.streams import Stream
+from sampling.config import SamplingConfig
 
 
 class Inner:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from config import SamplingConfig
 from models import published
 from models.latents import LatentSpace
 from runtime.errors import UserError, nearest
 from runtime.options import Given
 from runtime.text import aligned
+from sampling.config import SamplingConfig
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 FREE = ("seed",)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import SamplingConfig
 from models import Backbone
 from models.latents import Codec
 from runtime import files
+from sampling.config import SamplingConfig
 from sampling.sampler import Sampler, grid_picture
 
 SETTINGS = SamplingConfig(mode="ode", solver="heun", num_steps=25)

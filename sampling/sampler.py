@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import interpolant
-from config import SamplingConfig
 from models import Backbone
 from models.latents import Codec
 from models.pixels import to_uint8
@@ -23,6 +22,7 @@ from runtime.errors import require
 from runtime.streams import Stream
 from runtime.transfer import sent
 from sampling import solvers
+from sampling.config import SamplingConfig
 from sampling.internal import Inner
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import SamplingConfig, SourceOptions
 from models import Backbone, attention
 from models.checkpoint import Checkpoint
 from models.hub_client import PREFIX
@@ -17,6 +16,7 @@ from runtime import launch
 from runtime.errors import require
 from runtime.options import as_dict
 from sampling import internal, presets
+from sampling.config import SamplingConfig, SourceOptions
 from sampling.internal import Inner
 from sampling.sampler import Sampler
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from config import RECIPES, GenerateConfig, TrainConfig
+from config import RECIPES, TrainConfig
+from generate import GenerateConfig
 from models.peers import PEERS
 from runtime.errors import UserError
 from runtime.options import as_dict, build, flags_of, group, option, options_of, parse, peek, read

@@ -16,7 +16,7 @@ from torch import nn
 import generate
 import train
 from alignment import Alignment
-from config import GenerateConfig
+from generate import GenerateConfig
 from models.peers import PEERS
 from recipes import rows
 from recipes.__main__ import COMMANDS, Options

@@ -11,12 +11,12 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from config import SamplingConfig, SourceOptions
 from evaluations import drawing, figures, histories
 from evaluations.taps import Items, Probed
 from runtime.errors import UserError
 from runtime.options import read
 from runtime.streams import Stream
+from sampling.config import SamplingConfig, SourceOptions
 from sampling.source import Source
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import generate
-from config import GenerateConfig, SamplingConfig
+from generate import GenerateConfig
 from models.checkpoint import Checkpoint
 from models.pixels import PixelCodec, pixels, to_uint8
 from runtime.errors import UserError
 from runtime.locks import LOCK
 from runtime.options import build
+from sampling.config import SamplingConfig
 from sampling.sampler import Sampler, grid_picture
 from sampling.store import Store
 from tests.locks import held_elsewhere

@@ -13,7 +13,6 @@ import torch
 import generate
 import models
 import train
-from config import SamplingConfig
 from evaluations import sweep
 from models.checkpoint import Checkpoint
 from models.heads import VelocityHead
@@ -21,6 +20,7 @@ from models.layers import modulate
 from models.pixels import PixelCodec, pixels
 from runtime import files
 from runtime.errors import UserError
+from sampling.config import SamplingConfig
 from sampling.internal import Inner, open_inner
 from sampling.sampler import Sampler
 from tests.networks import inputs, perturbed

@@ -456,7 +456,8 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, words: Words, monkeypat
 
 def test_the_page_on_long_runs_names_what_there_is() -> None:
     from benchmarks import torture
-    from config import GenerateConfig, TrainConfig
+    from config import TrainConfig
+    from generate import GenerateConfig
     from runtime.options import flags_of, options_of
 
     text = (ROOT / "docs" / "long-runs.md").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from config import GenerateConfig
+from generate import GenerateConfig
 from preprocessing import digits
 from recipes import __main__ as recipes
 from recipes import chain, record, rows, runner, scale, table

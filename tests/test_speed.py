@@ -22,13 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from alignment.interval import Selection
-from config import SamplingConfig, SourceOptions
 from models import vae
 from models.latents import Codec
 from models.pixels import PixelCodec, pixels
 from runtime import launch
 from runtime.streams import Stream
 from sampling import solvers
+from sampling.config import SamplingConfig, SourceOptions
 from sampling.sampler import Sampler
 from sampling.source import Source
 from tests.image_sets import tiny_vae

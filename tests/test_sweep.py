@@ -17,9 +17,9 @@ import pytest
 
 import generate
 import train
-from config import GenerateConfig
 from evaluations import evaluate, reference, sweep
 from evaluations.sweep import SweepConfig, values
+from generate import GenerateConfig
 from runtime import options
 from runtime.errors import UserError
 from runtime.locks import LOCK

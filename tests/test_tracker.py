@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import train
-from config import SamplingConfig
 from runtime import launch
 from runtime.errors import UserError
 from sampling import preview
+from sampling.config import SamplingConfig
 from training.log import read
 
 Words = Callable[..., list[str]]

@@ -25,6 +25,7 @@ from models.checkpoint import Checkpoint
 from runtime import files, launch
 from runtime.errors import UserError, note, require
 from runtime.options import as_dict, build, options_of
+from training import optimizers
 from training.setup import Setup
 
 
@@ -234,4 +235,4 @@ def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: 
     earlier.require_intact("optimizer.json")
     living = ("network.", *(f"{name}." for name in alignments))
     state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(living)}
-    checkpoint.restore_optimizer(optimizer, state, names)
+    optimizers.restore(optimizer, state, names)

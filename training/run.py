@@ -20,10 +20,9 @@ from runtime import launch, locks, presence
 from runtime.errors import require
 from runtime.options import as_dict
 from runtime.presence import Presence
-from training import resume, tracker
+from training import optimizers, resume, tracker
 from training.batches import Batches
 from training.ema import EMA
-from training.muon import Muon
 from training.setup import Setup
 
 MANY_EPOCHS = 3000
@@ -76,7 +75,8 @@ class Run:
         self.averages |= {f"{name}-head-{of}": EMA(alignment.head, average.decay, average.warmup)
                           for name, alignment in self.alignments.items() if alignment.velocity_head is not None
                           for of, average in self.averages.items()}
-        self.optimizer = self._optimizer()
+        self.optimizer = optimizers.build(config, self.network, self.alignments,
+                                          fused=self.device.type == "cuda" or self.dtype is not None)
         if self.resumed:
             resume.restore(self.resumed, {name: average.network for name, average in self.averages.items()}, self.alignments,
                            self.optimizer, self.parameter_names())
@@ -118,19 +118,6 @@ class Run:
     def compares_at(self, step: int) -> bool:
         """Whether gradient norms of alignments and denoising are compared in optimiser step `step`, counted from 1."""
         return bool(self.config.grad_ratio_steps) and step % self.config.grad_ratio_steps == 0
-
-    def _optimizer(self) -> torch.optim.Optimizer | Muon:
-        config = self.config
-        matrices = self.network.matrices() if config.optimizer == "muon" else {}
-        groups = [{"name": "network", "params": [p for name, p in self.network.named_parameters() if name not in matrices]}]
-        groups += [{"name": name, "params": heads} for name, alignment in self.alignments.items()
-                   if (heads := list(alignment.parameters()))]
-        # one kernel for all; on a CPU in float32 the loop over parameters, whose bits earlier runs have
-        fused = self.device.type == "cuda" or self.dtype is not None
-        adamw = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay, eps=config.adam_epsilon, fused=fused)
-        return Muon(self.network, adamw, lr=config.learning_rate, weight_decay=config.adam_weight_decay) if matrices else adamw
 
     def _compile(self) -> str:
         """Compile blocks where that is wanted; returns what to say of it."""
@@ -205,7 +192,7 @@ class Run:
                 averages={name: average.network.state_dict() for name, average in self.averages.items() if average is not self.ema},
                 heads={f"{name}.{key}": value for name, alignment in self.alignments.items()
                        for key, value in alignment.state_dict().items()},
-                optimizer=checkpoint.optimizer_state(self.optimizer, self.parameter_names()),
+                optimizer=optimizers.state_of(self.optimizer, self.parameter_names()),
                 data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
                       "class_names": data.manifest["class_names"]},
                 train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
