@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,9 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, help="clip the global gradient norm; 0 for no clipping")
     ema_decay: float = option(0.9999, help="decay of the weights' moving average")
     ema_extra_decays: tuple[float, ...] = option((), help="decays of further averages, kept beside the first: --weights ema-DECAY")
+    ema_lengths: tuple[float, ...] = option((), help="lengths of averages of which any other can be made later (python -m "
+                                            "training.posthoc), such as 0.05 0.1: shares of the time trained", later=True)
+    ema_snapshot_steps: int | None = option(None, help="keep those every N steps (default: a 32nd of --max-train-steps)", later=True)
     ema_warmup: bool = option(False, help="shorten the average early on: min(decay, (1 + s) / (10 + s))")
 
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)", heading="precision")
@@ -143,6 +147,9 @@ class TrainConfig:
         require(all(0 <= decay < 1 and decay != self.ema_decay for decay in self.ema_extra_decays)
                 and len(set(self.ema_extra_decays)) == len(self.ema_extra_decays),
                 "--ema-extra-decays must lie in [0, 1) and differ from --ema-decay and from each other")
+        require_lengths("--ema-lengths", self.ema_lengths)
+        require(self.ema_snapshot_steps is None or (self.ema_snapshot_steps > 0 and bool(self.ema_lengths)),
+                "--ema-snapshot-steps is a positive number of steps and goes with --ema-lengths")
         require(self.checkpoints_total_limit is None or self.checkpoints_total_limit > 0, "--checkpoints-total-limit must be at least 1")
         require(self.keep_every is None or (self.keep_every > 0 and self.checkpoints_total_limit is not None),
                 "--keep-every is a positive number of steps and goes with --checkpoints-total-limit")
@@ -153,6 +160,11 @@ class TrainConfig:
         require_precision(self.mixed_precision, self.tf32)
         require(self.branch_from is None or self.init_ckpt is None, "give --branch-from (everything goes on) or --init-ckpt (the "
                                                                     "network alone starts anew), not both")
+
+    def keeps_averages_at(self, step: int) -> bool:
+        """Whether the averages of --ema-lengths are kept after optimiser step `step`, counted from 1; the last step's always are."""
+        every = self.ema_snapshot_steps or max(1, self.max_train_steps // 32)
+        return bool(self.ema_lengths) and (step % every == 0 or step == self.max_train_steps)
 
     def learning_rate_at(self, step: int) -> float:
         """AdamW's rate in optimiser step `step`, counted from 0."""
@@ -165,8 +177,19 @@ class TrainConfig:
 
 
 def require_weights(flag: str, name: str) -> None:
-    """Raise UserError unless `name` can be a checkpoint's weights: raw, ema, or ema-DECAY."""
-    require(re.fullmatch(r"raw|ema(-0\.\d+)?", name) is not None, f"{flag} {name} is neither raw nor ema nor ema-DECAY")
+    """Raise UserError unless `name` can be a checkpoint's weights: raw, ema, ema-DECAY or ema-length-LENGTH."""
+    require(re.fullmatch(r"raw|ema(-(length-)?0\.\d+)?", name) is not None,
+            f"{flag} {name} is neither raw nor ema nor ema-DECAY nor ema-length-LENGTH")
+
+
+LONGEST = 0.28
+"""Of an average's lengths: one that weighs all steps alike has 1 / sqrt(12); beyond, early steps would count more than late ones."""
+
+
+def require_lengths(flag: str, lengths: Sequence[float]) -> None:
+    """Raise UserError unless each length is one that an average can have, and is given once."""
+    require(all(0.005 <= length <= LONGEST for length in lengths) and len(set(lengths)) == len(lengths),
+            f"{flag} {' '.join(f'{length:g}' for length in lengths)}: give lengths from 0.005 to {LONGEST}, each once")
 
 
 def require_precision(wanted: str | None, tf32: bool | None) -> None:
@@ -205,4 +228,4 @@ FREE_ON_RESUME = frozenset({"data_dir", "resident", "max_train_steps", "checkpoi
                             "eval_weights", "reference", "num_fid_samples", "features", "inception_weights", "feature_weights", "mind",
                             "gradient_accumulation_steps", "compile", "activation_checkpointing", "dry_run", "images_per_second",
                             "checkpointing_minutes", "max_hours", "skip_steps", "verify", "timeout_minutes", "mixed_precision", "tf32",
-                            "grad_ratio_steps"})
+                            "grad_ratio_steps", "ema_snapshot_steps"})

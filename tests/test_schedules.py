@@ -91,7 +91,7 @@ def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: 
 def test_further_averages_follow_the_definition_and_are_counted(tmp_path: Path, words: Words) -> None:
     argv = words(tmp_path, "run", "--ema-extra-decays", 0.5)
     run = Run(*command.resolve(argv, "train.py", None))
-    known = {name: (average.decay, average.warmup) for name, average in run.averages.items()}
+    known = {name: (average.decay.decay, average.decay.warmup) for name, average in run.averages.items()}
     assert known == {"ema": (0.9999, True), "ema-0.5": (0.5, True)}
     assert all(isinstance(average, EMA) for average in run.averages.values()) and run.averages["ema"] is run.ema
     account = cost.estimate(run.config, {})

@@ -36,7 +36,7 @@ from tests.networks import perturbed
 from training import command, loop
 from training.batches import AHEAD, Batches
 from training.cost import Alive
-from training.ema import EMA
+from training.ema import EMA, Exponential
 from training.log import Meter
 from training.run import Run
 
@@ -72,7 +72,7 @@ def test_two_steps_are_read_ahead_and_none_beyond_the_end(tmp_path: Path, words:
 def test_the_average_follows_parameters_that_have_moved(tmp_path: Path, words: Words):
     """`Module.to` and `copy_` leave the parameter and replace, or fill, what it holds: both must be seen."""
     network = opened(words(tmp_path, "run")).network
-    ema = EMA(network, 0.5)
+    ema = EMA(network, Exponential(0.5))
     weight, average = network.x_embedder.proj.weight, ema.network.x_embedder.proj.weight
     start = average.clone()
     held = weight.data_ptr()

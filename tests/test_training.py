@@ -244,11 +244,11 @@ def test_every_step_logs_loss_by_quarter_of_t(teacher: Path) -> None:
 
 
 def test_ema_follows_its_definition(words: Words, tmp_path: Path) -> None:
-    from training.ema import EMA
+    from training.ema import EMA, Exponential
 
     run = trainer("train", words(tmp_path, "run"))
     for warmup in (False, True):
-        ema = EMA(run.network, 0.9, warmup)
+        ema = EMA(run.network, Exponential(0.9, warmup))
         expected = run.network.x_embedder.proj.weight.detach().clone()
         for step in range(1, 30):
             with torch.no_grad():
@@ -257,7 +257,7 @@ def test_ema_follows_its_definition(words: Words, tmp_path: Path) -> None:
             expected = decay * expected + (1 - decay) * run.network.x_embedder.proj.weight.detach()
             ema.update(step)
         torch.testing.assert_close(ema.network.x_embedder.proj.weight, expected)
-        assert ema.decay_at(10_000) == 0.9 and not ema.network.training
+        assert ema.decay(10_000) == 0.9 and not ema.network.training
 
 
 def test_short_runs_without_warm_up_are_warned(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:

@@ -88,6 +88,8 @@ class Between:
         for name, path in pictures.items():
             self.log.picture(step, name, path)
         self.owed = saves and meter.streak > 0  # weights that led to no finite gradient are not kept
+        if config.keeps_averages_at(step):
+            run.keep_averages()
         if saves and not self.owed:
             self._save()
         if ends:

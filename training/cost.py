@@ -139,7 +139,7 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
                 config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
-                recomputed, dtype, 1 + len(config.ema_extra_decays))
+                recomputed, dtype, 1 + len(config.ema_extra_decays) + len(config.ema_lengths))
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:

@@ -1,32 +1,69 @@
-"""Exponential moving average of a network's weights, in one fused operation a step."""
+"""Moving averages of a network's weights, each in one fused operation a step.
+
+Two profiles: exponential (`Exponential`), and a power of time (`Power`), of which averages of any length can be made after
+training (`training.posthoc`).
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """The decay d of an exponential average: constant, or under warm-up min(decay, (1 + s) / (10 + s)) in update s."""
+
+    decay: float
+    warmup: bool = False
+
+    def __call__(self, step: int) -> float:
+        """d of update `step`, counted from 1."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+
+@dataclass(frozen=True)
+class Power:
+    """The decay d = (1 - 1/s)^(gamma + 1) of an average whose profile is the power gamma of time (EDM2, arXiv 2312.02696, eq. 127)."""
+
+    length: float
+    """The profile's standard deviation over the time trained, which fixes gamma."""
+
+    def __call__(self, step: int) -> float:
+        """d of update `step`, counted from 1."""
+        return (1 - 1 / step) ** (exponent(self.length) + 1)
+
+
+@cache
+def exponent(length: float) -> float:
+    """gamma of the profile of `length`: the largest root of length^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (EDM2, eq. 126)."""
+    return float(max(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real))
+
+
+def stored_name(length: float) -> str:
+    """What the average of `length` is called among a checkpoint's weights."""
+    return f"ema-length-{length}"
 
 
 class EMA:
     """Keeps `network`, a frozen copy in eval mode whose parameters follow the trained ones.
 
-    After update s (counted from 1): ema <- d ema + (1 - d) weights, with d = decay, or under warm-up
-    d = min(decay, (1 + s) / (10 + s)).
+    After update s (counted from 1): ema <- d ema + (1 - d) weights, with d = `decay`(s).
     """
 
-    def __init__(self, network: nn.Module, decay: float, warmup: bool = False) -> None:
+    def __init__(self, network: nn.Module, decay: Callable[[int], float]) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
-        self.warmup = warmup
         # parameters, not their values: one that is moved stays the same object, so that the lists never go stale
         self._averages, self._trained = list(self.network.parameters()), list(network.parameters())
-
-    def decay_at(self, step: int) -> float:
-        """The decay d of update `step`."""
-        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights; `step` counts optimiser updates from 1."""
-        torch._foreach_lerp_(self._averages, self._trained, 1 - self.decay_at(step))
+        torch._foreach_lerp_(self._averages, self._trained, 1 - self.decay(step))

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-import models
 from runtime import files, launch
 from runtime.errors import UserError, note, require
 from training.between import Callback
+from training.ema import Power
 from training.run import Run
 
 
@@ -29,9 +30,17 @@ def check(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Bytes of one checkpoint: network, average and AdamW's two moments, heads with theirs, all in float32."""
-    heads = sum(p.numel() for alignment in run.alignments.values() for p in alignment.parameters())
-    return 4 * (4 * models.parameter_count(run.network) + 3 * heads)
+    """Bytes of one checkpoint: network and heads with AdamW's two moments, and the averages, all in float32."""
+    return 4 * (3 * _count(run.network, *run.alignments.values()) + _count(*(average.network for average in run.averages.values())))
+
+
+def snapshot_bytes(run: Run) -> int:
+    """Bytes of the averages of --ema-lengths, which are kept apart."""
+    return 4 * _count(*(average.network for average in run.averages.values() if isinstance(average.decay, Power)))
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _disk(run: Run) -> None:
@@ -41,12 +50,13 @@ def _disk(run: Run) -> None:
     to_come = max(0, -(-last // every) - run.step // every)
     passing = 2 if config.checkpointing_minutes else 0
     free = shutil.disk_usage(_existing(run.folder)).free
+    kept = snapshot_bytes(run) * sum(map(config.keeps_averages_at, range(run.step + 1, last + 1)))
     shown = f"{size / 2**30:.2f} GiB each, {free / 2**30:.1f} GiB are free"
     require(free > 1.05 * size or not to_come,
             f"{run.folder} has no room for a checkpoint ({shown}); free some space or choose another --output-dir")
-    if free < 1.05 * size * (to_come + passing):
+    if free < 1.05 * (size * (to_come + passing) + kept):
         note(f"{to_come} checkpoints are to come at --checkpointing-steps {every}, and {passing} more by the clock, {shown}: they do not "
-             f"all fit")
+             f"all fit" + (f", with {kept / 2**30:.1f} GiB of --ema-lengths" if kept else ""))
 
 
 def _existing(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from runtime.options import as_dict
 from runtime.presence import Presence
 from training import optimizers, resume, tracker
 from training.batches import Batches
-from training.ema import EMA
+from training.ema import EMA, Exponential, Power, stored_name
 from training.setup import Setup
 
 MANY_EPOCHS = 3000
@@ -64,15 +64,16 @@ class Run:
         self.step: int = self.resumed.step if self.resumed else 0
         network, self.origin = resume.network(self.setup, self.resumed)
         self.network, self.spec = network.to(self.device).train(), network.spec
-        self.ema = EMA(self.network, config.ema_decay, config.ema_warmup)
-        self.averages = {"ema": self.ema} | {f"ema-{decay}": EMA(self.network, decay, config.ema_warmup)
-                                             for decay in config.ema_extra_decays}
+        self.ema = EMA(self.network, Exponential(config.ema_decay, config.ema_warmup))
+        decays = {f"ema-{decay}": Exponential(decay, config.ema_warmup) for decay in config.ema_extra_decays}
+        decays |= {stored_name(length): Power(length) for length in config.ema_lengths}
+        self.averages = {"ema": self.ema} | {name: EMA(self.network, decay) for name, decay in decays.items()}
         setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
                           resume.teacher_loader(self.folder, self.resolved), self.data,
                           micro_batch=config.batch_size // parts)
         self.alignments = {name: alignment.to(self.device)
                            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
-        self.averages |= {f"{name}-head-{of}": EMA(alignment.head, average.decay, average.warmup)
+        self.averages |= {f"{name}-head-{of}": EMA(alignment.head, average.decay)
                           for name, alignment in self.alignments.items() if alignment.velocity_head is not None
                           for of, average in self.averages.items()}
         self.optimizer = optimizers.build(config, self.network, self.alignments,
@@ -185,26 +186,35 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint of the current step, on the main process; the others wait for it."""
         if self.accelerator.is_main_process:
-            data = self.data
             checkpoint.write(
-                self.folder / "checkpoints" / f"{self.step:07d}", spec=self.spec, space=data.space, step=self.step,
+                self.folder / "checkpoints" / f"{self.step:07d}", **self._about(),
                 network=self.network.state_dict(), ema=self.ema.network.state_dict(),
                 averages={name: average.network.state_dict() for name, average in self.averages.items() if average is not self.ema},
                 heads={f"{name}.{key}": value for name, alignment in self.alignments.items()
                        for key, value in alignment.state_dict().items()},
                 optimizer=optimizers.state_of(self.optimizer, self.parameter_names()),
-                data={"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
-                      "class_names": data.manifest["class_names"]},
-                train=as_dict(self.config), align={name: as_dict(chosen) for name, chosen in self.setup.options.items()},
-                resolved=self.resolved, **self._velocity_heads(), precision=launch.precision_name(self.dtype, self.tf32),
                 kept=self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps)
             resume.prune(self.folder, self.config.checkpoints_total_limit, self.config.keep_every)
         self.accelerator.wait_for_everyone()
 
-    def _velocity_heads(self) -> dict[str, Any]:
-        """For the checkpoint: what rebuilds each head that predicts the velocity, by its alignment."""
-        heads = {name: as_dict(alignment.velocity_head) for name, alignment in self.alignments.items() if alignment.velocity_head}
-        return {"velocity_heads": heads} if heads else {}
+    def keep_averages(self) -> None:
+        """Write the averages of --ema-lengths alone, on the main process: what `training.posthoc` makes others of."""
+        if self.accelerator.is_main_process:
+            checkpoint.write(
+                self.folder / "averages" / f"{self.step:07d}", **self._about(), network={},
+                averages={name: average.network.state_dict() for name, average in self.averages.items()
+                          if isinstance(average.decay, Power)})
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint of the current step says of itself."""
+        data, heads = self.data, {name: as_dict(alignment.velocity_head) for name, alignment in self.alignments.items()
+                                  if alignment.velocity_head is not None}
+        return {"spec": self.spec, "space": data.space, "step": self.step,
+                "data": {"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
+                         "class_names": data.manifest["class_names"]},
+                "train": as_dict(self.config), "align": {name: as_dict(chosen) for name, chosen in self.setup.options.items()},
+                "resolved": self.resolved, **({"velocity_heads": heads} if heads else {}),
+                "precision": launch.precision_name(self.dtype, self.tf32)}
 
     def settings(self) -> dict[str, Any]:
         """All that the run was told and what it came to, laid flat: for a tracker."""
