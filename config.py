@@ -23,7 +23,7 @@ class FeatureOptions:
     """What a score compares."""
 
     features: str = option("inception", help="what scores compare: inception, pixels, scenes, or timm:NAME[@SIDE], a "
-                          "model or a folder", heading="scores")
+                          "model or a folder (fdr:NAME[@SIDE]: as FDr pools it)", heading="scores")
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
     feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
     mind: bool = option(False, help="MIND too: for few samples; needs a reference with images or features", later=True)

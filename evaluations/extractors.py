@@ -5,26 +5,29 @@ from __future__ import annotations
 import torch
 
 from config import FeatureOptions
-from evaluations.features import SCENES, Extractor, Pixels, Timm
+from evaluations.features import SCENES, Extractor, FDr, Pixels, Timm
 from evaluations.inception import Inception
 from runtime.errors import UserError, nearest
 
 
 def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor that `options` names (inception, pixels, scenes or timm:NAME) on `device`, with weights from a file if one is given.
+    """The extractor that `options` names (inception, pixels, scenes, timm:NAME or fdr:NAME) on `device`, with weights from a file if one is
+    given.
 
     Raises UserError for an unknown name, or weights that belong to another extractor.
     """
     name = options.features
     if options.inception_weights and name != "inception":
         raise UserError(f"--inception-weights does not go with --features {name}")
-    if options.feature_weights and not name.startswith("timm:"):
-        raise UserError(f"--feature-weights goes with --features timm:NAME, not {name}; leave it out")
+    if options.feature_weights and not name.startswith(("timm:", "fdr:")):
+        raise UserError(f"--feature-weights goes with --features timm:NAME or fdr:NAME, not {name}; leave it out")
     if name == "pixels":
         return Pixels(device)
     if name == "inception":
         return Inception(options.inception_weights, device)
     if name == SCENES or name.startswith("timm:"):
         return Timm(name, options.feature_weights, device)
+    if name.startswith("fdr:"):
+        return FDr(name, options.feature_weights, device)
     raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels', SCENES])}; "
-                    f"use inception, pixels, scenes or timm:NAME")
+                    f"use inception, pixels, scenes, timm:NAME or fdr:NAME")

@@ -7,8 +7,9 @@
     python -m evaluations.fdr --samples samples/stage2 --train train --val val
 
 `--train` and `--val` are folders of references as that command writes them, one for each extractor; the samples go through each
-extractor in turn. FDr6 is the mean over six extractors (`SIX`). Without `--val` their published normalisers are taken, which belong
-to the training and validation sets of ImageNet at 256 pixels. A ratio says nothing without its normaliser: each is printed and kept.
+extractor in turn. FDr6 is the mean over six extractors (`SIX`), each with the pooling and the side of its authors' code: Inception,
+and five networks as `fdr:NAME@SIDE` takes them. Without `--val` their published normalisers are taken, which belong to the training and
+validation sets of ImageNet at 256 pixels. A ratio says nothing without its normaliser: each is printed and kept.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
 
     from evaluations.images import Images
 
-SIX = {"inception": 1.68, "timm:convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87, "timm:vit_large_patch14_dinov2.lvd142m@256": 14.19,
-       "timm:vit_large_patch16_224.mae@224": 0.04, "timm:vit_so400m_patch16_siglip_256.v2_webli@256": 0.60,
-       "timm:vit_large_patch14_clip_224.openai@256": 5.60}
-"""The extractors of FDr6 with their published FD(val, train), rounded as published: of ImageNet at 256 pixels. Their pooling (mean
-over space, class token, attention) is timm's default. They were measured in bfloat16; features here are float32."""
+SIX = {"inception": 1.68, "fdr:convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87, "fdr:vit_large_patch14_dinov2.lvd142m@256": 14.19,
+       "fdr:vit_large_patch16_224.mae@224": 0.04, "fdr:vit_so400m_patch16_siglip_256.v2_webli@224": 0.60,
+       "fdr:vit_large_patch14_clip_224.openai@256": 5.60}
+"""The extractors of FDr6 with their published FD(val, train), rounded as published (0.04 stands for anything from 0.035 to 0.045): of
+ImageNet at 256 pixels, in bfloat16 but for Inception, whose training set is ADM's statistics. Features here are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,8 @@ def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -
     found = {}
     for name, real in train.items():
         if val is None:
-            require(name in SIX, f"there is no published normaliser for {name} features: give --val, a folder of references of validation "
-                                 f"images")
+            require(name in SIX, f"there is no published normaliser for {name} features, only for those of FDr6: give --val, a folder of "
+                                 f"references of validation images")
             found[name] = SIX[name], "published, ImageNet at 256 pixels"
             continue
         require(name in val, f"--val lacks a reference of {name} features, which --train has; make one with evaluations.reference")

@@ -59,7 +59,7 @@ class Pixels:
 
 
 class Timm:
-    """Pooled features of a timm model: `timm:NAME` or `timm:NAME@SIDE` (images scaled to SIDE, else to its own size).
+    """Pooled features of a timm model, as timm pools them: `timm:NAME` or `timm:NAME@SIDE` (images scaled to SIDE, else to its own size).
 
     NAME may be a folder that timm's `save_for_hf` wrote; `scenes` is the one of this package that knows the scenes.
 
@@ -77,42 +77,75 @@ class Timm:
 
     def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
-        model_name, _, side = (name.removeprefix("timm:") if name != SCENES else str(Path(__file__).with_name(SCENES))).partition("@")
+        model_name, _, side = (name.partition(":")[2] if name != SCENES else str(Path(__file__).with_name(SCENES))).partition("@")
         kept = Path(model_name) / "model.safetensors"
         self.weights = checked_digest(Path(weights)) if weights else files.digest(kept) if kept.is_file() else None
         if side and not side.isdecimal():
-            raise UserError(f"--features {name}: {side} is not a size in pixels; write timm:NAME@224")
-        self._model = _timm_model(model_name, weights).eval().requires_grad_(False).to(self.device)
+            raise UserError(f"--features {name}: {side} is not a size in pixels; write {name.partition('@')[0]}@224")
+        self._model = _timm_model(name.partition("@")[0], model_name, weights).eval().requires_grad_(False).to(self.device)
         source = self._model.pretrained_cfg
         self._side = int(side) if side else source["input_size"][1]
-        if side and hasattr(self._model, "set_input_size"):
-            self._model.set_input_size(img_size=(self._side, self._side))
+        if (side or self._filling()) and hasattr(self._model, "set_input_size"):
+            self._model.set_input_size(img_size=(self._side + self._filling(),) * 2)
         self._mean, self._std = (torch.tensor(source[key], device=self.device)[:, None, None]
                                  for key in ("mean", "std"))
 
     def __call__(self, images: Tensor) -> Features:
         with exact_arithmetic():
             x = images.to(self.device).permute(0, 3, 1, 2).float() / 255
-            size = (self._side, self._side)
-            x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
-            return Features(self._model((x - self._mean) / self._std).float())  # broadcasts grey to three channels
+            x = nn.functional.interpolate(x, (self._side, self._side), mode="bicubic", antialias=True)
+            return Features(self._pooled(x).float())
+
+    def _filling(self) -> int:
+        """Pixels to be added on the right and below."""
+        return 0
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """Scaled images (n, C, side, side) to (n, D); the difference broadcasts grey to three channels."""
+        return self._model((x.clamp(0, 1) - self._mean) / self._std)
 
 
-def _timm_model(name: str, weights: Path | str | None) -> nn.Module:
+class FDr(Timm):
+    """`fdr:NAME@SIDE`: the features of a timm model that FDr compares, after its authors' code (FD-Loss, arXiv 2604.28190).
+
+    Of a network with a class token, this token after the final norm; of one without, its attention pool, or the mean of its
+    tokens where there is none; of a convolutional network the mean over space, without the norm of the head that timm's own
+    features pass. Images are scaled as for `timm:NAME`, but what the bicubic weights carry beyond black and white stays.
+    A side that the patch does not divide (256 by 14) is filled up with zeros after the normalisation.
+
+    The authors ran the networks under autocast in bfloat16; features here are float32.
+    """
+
+    def _filling(self) -> int:
+        return -self._side % self._model.patch_embed.patch_size[0] if hasattr(self._model, "patch_embed") else 0
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad((x - self._mean) / self._std, (0, self._filling()) * 2)
+        found = self._model.forward_features(x)
+        if found.ndim == 4:
+            return found.mean((2, 3))
+        if self._model.num_prefix_tokens:
+            return found[:, 0]
+        attention = getattr(self._model, "attn_pool", None)
+        return found.mean(1) if attention is None else attention(found)
+
+
+def _timm_model(given: str, name: str, weights: Path | str | None) -> nn.Module:
     import timm
 
     if (Path(name) / "config.json").is_file():
         if weights is not None:
-            raise UserError(f"--features timm:{name} is a folder with weights of its own: leave out --feature-weights")
+            raise UserError(f"--features {given} is a folder with weights of its own: leave out --feature-weights")
         return open_folder(Path(name))
     if not timm.is_model(name):
-        raise UserError(f"--features timm:{name}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()")
+        raise UserError(f"--features {given}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()")
     if weights is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0)
         except (OSError, RuntimeError) as error:
             raise UserError(f"the weights of timm's {name} are neither in the cache nor within reach "
-                            f"({str(error).splitlines()[0]}); give them as --feature-weights FILE") from error
+                            f"({str(error).splitlines()[0]}); where there is a network, run: hf download timm/{name}; or give "
+                            f"--feature-weights FILE where the command takes it") from error
     try:
         return timm.create_model(name, pretrained=True, num_classes=0,
                                  pretrained_cfg_overlay={"state_dict": read_weights(weights)})

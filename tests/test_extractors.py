@@ -288,7 +288,7 @@ def test_timm_refusals(vit, tmp_path, monkeypatch):
     torch.save({"cls_token": torch.zeros(1, 1, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds no weights of timm's test_vit"):
         open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(tmp_path / "other.pth")))
-    with pytest.raises(UserError, match="--feature-weights goes with --features timm:NAME, not pixels"):
+    with pytest.raises(UserError, match="--feature-weights goes with --features timm:NAME or fdr:NAME, not pixels"):
         open_extractor(FeatureOptions(features="pixels", feature_weights=str(path)))
     with pytest.raises(UserError, match="--inception-weights does not go with --features timm"):
         open_extractor(FeatureOptions(features="timm:test_vit", inception_weights=str(path)))
