@@ -21,7 +21,7 @@ from torch import Tensor
 import models
 from models import ModelSpec
 from models.checkpoint import Checkpoint
-from models.convert import reverse_time
+from models.layouts import reverse_time
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read

@@ -49,6 +49,8 @@ _HEUN = {"mode": "ode", "solver": "heun", "num_steps": 125}
 _DOPRI = {"mode": "ode", "solver": "dopri5"}
 _LIGHTNING = {"mode": "ode", "solver": "euler", "num_steps": 250, "grid": "points", "timestep_shift": 0.3,
               "guidance_channels": "first3"}
+_INTERNAL = {"mode": "ode", "solver": "heun", "num_steps": 125, "grid": "points", "timestep_shift": 0.3}
+_LAST = "the authors' last step is Heun's, ours Euler's"
 _XL = "SiT-XL/2"
 
 
@@ -92,6 +94,12 @@ PRESETS: dict[str, Preset] = {
                                        vae=None, note="whether the shift was used without guidance is not stated"),
     "lightningdit-800ep": Preset("LightningDiT-XL/1, 800 epochs", {**_LIGHTNING, "cfg_scale": 6.7, "guidance_high": 0.875},
                                  _of("none", "LightningDiT-XL/1", 800, "cfg 6.7, t <= 0.875, 3 channels", status="reported"), vae=None),
+    # Internal Guidance, from the configuration of its weights; SiT's script leaves open at which times it guides
+    "internal-680ep-nocfg": Preset("LightningDiT-XL/1 with Internal Guidance, 680 epochs", {**_INTERNAL, "internal_scale": 1.7},
+                                   _of("internal", "LightningDiT-XL/1", 680, "internal 1.7"), vae=None, note=_LAST),
+    "internal-680ep": Preset("LightningDiT-XL/1 with Internal Guidance, 680 epochs",
+                             {**_INTERNAL, "cfg_scale": 1.45, "guidance_high": 0.81, "internal_scale": 1.4},
+                             _of("internal", "LightningDiT-XL/1", 680, "cfg 1.45, t <= 0.81, internal 1.4"), vae=None, note=_LAST),
 }
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+import generate
 import models
-from models import convert
+from models import convert, layouts
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
+from sampling.config import SamplingConfig
+from sampling.internal import open_inner
 from tests.image_sets import tiny_vae
 from tests.networks import inputs, parity, perturbed
 
 
-def save(path: Path, weights: dict[str, Tensor], *, wrapped: bool = False) -> Path:
+def save(path: Path, weights: dict, *, wrapped: bool = False) -> Path:
     """Weights as a trainer leaves them: flat, or beside the raw ones, the optimiser and an argument list."""
     if wrapped:
         raw = {f"module.{name}".replace("attn.", "_orig_mod.attn."): value + 1 if name == "final_layer.linear.bias" else value
@@ -154,15 +159,120 @@ def test_reversing_time_changes_the_direction_and_nothing_else():
     spec = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10)
     network = perturbed(spec)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
-    convert.reverse_time(weights)
+    layouts.reverse_time(weights)
     x, t, y = inputs(spec)
     expected = network(x, t, y, taps=range(1, 7))
     output = models.build(spec, weights=weights)(x, 1 - t, y, taps=range(1, 7))
     torch.testing.assert_close(output.velocity, -expected.velocity, rtol=1e-5, atol=2e-5)
     for number, feature in expected.features.items():
         torch.testing.assert_close(output.features[number], feature, rtol=1e-5, atol=2e-5)
-    convert.reverse_time(weights)
+    layouts.reverse_time(weights)
     torch.testing.assert_close(weights["t_embedder.mlp.0.weight"], network.state_dict()["t_embedder.mlp.0.weight"])
+
+
+def second_layer(weights: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Internal Guidance's second final layer for a network: the names and shapes of its own, other values."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name.replace("final_layer.", "final_layer_xr."): 0.1 * torch.randn(value.shape, generator=generator)
+            for name, value in weights.items() if name.startswith("final_layer.")}
+
+
+def second_velocity(weights: dict[str, Tensor], t: Tensor, y: Tensor, tokens: Tensor, patch: int) -> Tensor:
+    """What the layout says in its own direction of time, from the peer's tokens of the block: adaLN, projection, patches put in place."""
+    angles = t[:, None] * torch.exp(-np.log(10000) * torch.arange(128) / 128)
+    c = torch.cat([angles.cos(), angles.sin()], dim=1)
+    for layer in ("t_embedder.mlp.0", "t_embedder.mlp.2"):
+        c = F.linear(c if layer.endswith("0") else F.silu(c), weights[f"{layer}.weight"], weights[f"{layer}.bias"])
+    c = c + weights["y_embedder.embedding_table.weight"][y]
+    scale = weights.get("final_layer_xr.norm_final.weight")
+    centred = tokens - tokens.mean(-1, keepdim=True) if scale is None else tokens  # LayerNorm, or RMSNorm with a weight
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 if scale is None else scale)
+    shift, gain = F.linear(F.silu(c), weights["final_layer_xr.adaLN_modulation.1.weight"],
+                           weights["final_layer_xr.adaLN_modulation.1.bias"])[:, None].chunk(2, dim=-1)
+    patches = F.linear(normed * (1 + gain) + shift, weights["final_layer_xr.linear.weight"], weights["final_layer_xr.linear.bias"])
+    side, channels = int(tokens.shape[1] ** 0.5), patches.shape[-1] // patch**2
+    out = torch.zeros(len(tokens), channels, side * patch, side * patch)
+    for number in range(tokens.shape[1]):
+        row, column = divmod(number, side)
+        out[:, :, row * patch:(row + 1) * patch, column * patch:(column + 1) * patch] = \
+            patches[:, number].reshape(-1, patch, patch, channels).permute(0, 3, 1, 2)
+    return out
+
+
+@pytest.mark.parametrize(("name", "patch", "reversed_time"), [
+    ("repa_sit", 2, False), ("lightningdit", 1, True), ("lightningdit_qknorm", 1, True)])
+def test_internal_guidance_brings_its_second_velocity(name, patch, reversed_time, tmp_path, capsys):
+    """Both velocities are the peer's: noise at t = 1 for SiT, at 0 for LightningDiT, as in its authors' two folders."""
+    weights, stored = parity(name)
+    weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")} | second_layer(weights)
+    extra = ["--statistics", statistics(tmp_path, 8)] if reversed_time else []
+    argv = [str(save(tmp_path / "ig.pt", {"ema": weights})), "--num-heads", "4", *extra]
+    found = Checkpoint.open(convert.main([*argv, "--out", str(tmp_path / "out"), "--internal-block", "2"]))
+    assert "Internal Guidance" in found.config["source"]["layout"] and found.config["source"]["ignored"] == []
+    assert "second velocity from block 2 (--internal-scale)" in capsys.readouterr().out
+    compare(found, stored, reversed_time)
+    inner = open_inner(found, SamplingConfig(internal_scale=1.4))
+    assert (inner.name, inner.spec.kind, inner.spec.block, inner.low, inner.high) == ("internal", "final-layer", 2, 0.0, 1.0)
+    t = 1 - stored["t"] if reversed_time else stored["t"]
+    velocity = inner(found.network()(stored["x"], t, stored["y"], taps=inner.taps).features)
+    expected = second_velocity(weights, stored["t"], stored["y"], stored["block2"], patch)
+    torch.testing.assert_close(velocity, -expected if reversed_time else expected, rtol=0, atol=2e-5)
+    assert expected.abs().mean() > 0.05
+
+    again = tmp_path / "again"  # where the file says otherwise, both velocities turn
+    turned = Checkpoint.open(convert.main([*argv, "--out", str(again), "--internal-block", "2", "--noise-at", str(int(reversed_time))]))
+    inner = open_inner(turned, SamplingConfig(internal_scale=1.4))
+    opposite = inner(turned.network()(stored["x"], 1 - t, stored["y"], taps=inner.taps).features)
+    torch.testing.assert_close(opposite, -velocity, rtol=0, atol=2e-5)
+
+
+def test_converted_internal_guidance_samples_at_once(tmp_path, capsys):
+    spec = models.spec("SiT-Tiny/2", in_channels=3, input_size=8, num_classes=3)
+    networks = {"model": perturbed(spec, seed=1), "ema": perturbed(spec, seed=2)}
+    sets = {name: {**network.state_dict(), "pos_embed": network.pos_embed} for name, network in networks.items()}
+    sets = {name: weights | second_layer(weights, seed) for seed, (name, weights) in enumerate(sets.items())}
+    torch.save({**sets, "opt": {"state": {}}, "args": argparse.Namespace(encoder_depth=8), "steps": 4_000_000}, tmp_path / "4000000.pt")
+    source = [str(tmp_path / "4000000.pt"), "--vae", "pixels", "--out"]
+    with pytest.raises(UserError, match="block 8 of its second final layer is not among blocks 1 to 6: .*--internal-block"):
+        convert.main([*source, str(tmp_path / "out")])
+    out = convert.main([*source, str(tmp_path / "out"), "--internal-block", "2"])
+    for weights, name in (("raw", "model"), ("ema", "ema")):
+        head = open_inner(Checkpoint.open(out), SamplingConfig(internal_scale=2.0, weights=weights)).head
+        assert torch.equal(head.linear.weight, sets[name]["final_layer_xr.linear.weight"])
+
+    def draw(name: str, *more: str) -> np.ndarray:
+        words = ["--ckpt", str(out), "--num-fid-samples", "4", "--mode", "ode", "--num-steps", "3", "--out", str(tmp_path / name), *more]
+        with np.load(generate.main(words) / "samples.npz") as found:
+            return found["arr_0"]
+
+    plain = draw("plain")
+    assert not np.array_equal(plain, draw("guided", "--internal-scale", "5"))
+    assert "internal guidance 5 by block 2 (internal) for t in 0 to 1" in capsys.readouterr().out
+
+
+def test_the_second_velocity_is_of_block_8_unless_said_and_must_fit(tmp_path):
+    spec = models.ModelSpec(name="custom", architecture="sit", depth=9, hidden_size=16, num_heads=2, patch_size=2, in_channels=4,
+                            input_size=4, num_classes=3, qk_norm=False)
+    network = models.build(spec)
+    weights = network.state_dict() | {"pos_embed": network.pos_embed}
+    second = second_layer(weights)
+
+    def converted(tensors: dict[str, Tensor], *more: str) -> dict:
+        torch.save(tensors, tmp_path / "a.pt")
+        argv = [str(tmp_path / "a.pt"), "--num-heads", "2", "--out", str(tmp_path / "out"), *more]
+        return Checkpoint.open(convert.main(argv)).config["velocity_heads"]["internal"]
+
+    assert converted(weights | second)["block"] == 8
+    assert converted(weights | second, "--internal-block", "4")["block"] == 4
+    bias = "final_layer_xr.linear.bias"
+    for tensors, more, message in (
+            (weights, ("--internal-block", "4"), r"no second final layer \(final_layer_xr.\*\): leave out --internal-block"),
+            (weights | second, ("--internal-block", "10"), "block 10 of its second final layer is not among blocks 1 to 9"),
+            (weights | second | {bias: torch.zeros(8)}, (), rf"{bias} is \(8,\) where \(16,\) is needed"),
+            (weights | {name: value for name, value in second.items() if name != bias}, (), f"{bias} is missing where"),
+            (weights | second | {"final_layer_xr.extra": torch.zeros(1)}, (), r"final_layer_xr.extra is \(1,\) where nothing is")):
+        with pytest.raises(UserError, match=message):
+            converted(tensors, *more)
 
 
 def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):

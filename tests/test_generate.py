@@ -207,7 +207,7 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         "repa-nocfg": 5.90, "repa-cfg": 1.42, "sit-nocfg-sde": 8.3, "sit-cfg-sde": 2.06, "sit-cfg-ode": 2.15,
         "layersync-nocfg-ode": 11.24, "layersync-nocfg-sde": 8.29, "dispersive-nocfg": 32.35, "dispersive-cfg": 5.09,
         "lightningdit-64ep-nocfg": 5.14, "lightningdit-64ep": 2.11, "lightningdit-800ep-nocfg": 2.17, "lightningdit-800ep": 1.35,
-        "study": None}
+        "internal-680ep-nocfg": 1.34, "internal-680ep": 1.19, "study": None}
     assert {name: preset.published for name, preset in PRESETS.items()} == published
     assert generate.main(["--list-presets"]) is None
     listed = capsys.readouterr().out
