@@ -84,7 +84,8 @@ class Timm:
             raise UserError(f"--features {name}: {side} is not a size in pixels; write {name.partition('@')[0]}@224")
         self._model = _timm_model(name.partition("@")[0], model_name, weights).eval().requires_grad_(False).to(self.device)
         source = self._model.pretrained_cfg
-        self._side = int(side) if side else source["input_size"][1]
+        own = getattr(getattr(self._model, "patch_embed", None), "img_size", None)  # releases differ in what a saved folder says
+        self._side = int(side) if side else (own or source["input_size"][1:])[0]
         if (side or self._filling()) and hasattr(self._model, "set_input_size"):
             self._model.set_input_size(img_size=(self._side + self._filling(),) * 2)
         self._mean, self._std = (torch.tensor(source[key], device=self.device)[:, None, None]

@@ -124,7 +124,8 @@ def _load(vae: str) -> AutoencoderKL:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True,
+        # low_cpu_mem_usage: older releases raise where a tensor is missing, and do not say which file it is
+        model, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
                                                     ignore_mismatched_sizes=True, output_loading_info=True)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, OSError, ZeroDivisionError, RuntimeError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
