@@ -18,6 +18,7 @@ from recipes.rows import Row
 from recipes.scale import Scale
 from runtime import files
 from training import command, cost
+from training.account import Cost
 
 TERAFLOPS = 396.0
 """What a GPU is taken to sustain where hours are computed: 40 % of an H100's dense bf16 peak."""
@@ -78,7 +79,7 @@ def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
 
 
 @functools.cache
-def training_cost(row: Row, scale: Scale) -> cost.Cost:
+def training_cost(row: Row, scale: Scale) -> Cost:
     """The account of the row's training command, without memory (not of its teacher's)."""
     plan = chain.build(row, scale, 0, Path("work"))
     link = next(link for link in reversed(plan.links) if link.name == "train")

@@ -95,7 +95,7 @@ def test_further_averages_follow_the_definition_and_are_counted(tmp_path: Path, 
     assert known == {"ema": (0.9999, True), "ema-0.5": (0.5, True)}
     assert all(isinstance(average, EMA) for average in run.averages.values()) and run.averages["ema"] is run.ema
     account = cost.estimate(run.config, {})
-    assert account.memory()["EMA"] == 2 * 4 * account.parts[0].parameters
+    assert account.memory()["EMA"] == pytest.approx(2 * 4 * account.parts[0].parameters, rel=1e-3)
     for wrong in ([1.0], [0.9999], [0.5, 0.5]):
         with pytest.raises(UserError, match="--ema-extra-decays"):
             config(ema_extra_decays=tuple(wrong))

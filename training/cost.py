@@ -2,15 +2,15 @@
 
 Nothing is computed: the very learner that would train runs once, forward and backward, on tensors without values
 (torch's FakeTensorMode), while FlopCounterMode counts the products of matrices, and what is alive between the two is what the
-backward pass will need. So an alignment has no cost to declare or to forget, and the count is that of the code.
+backward pass will need; the run's own optimiser and averages, on the meta device, say what is held between steps. So nothing has a
+cost to declare or to forget, and the count is that of the code.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,81 +29,9 @@ from models.checkpoint import Checkpoint
 from models.recompute import recompute
 from runtime import launch
 from runtime.streams import Stream
-from runtime.text import aligned
+from training import ema, optimizers
+from training.account import Cost, Part, report
 from training.setup import Setup
-
-
-@dataclass(frozen=True)
-class Part:
-    """One line of the account. FLOPs are of one training step, per image of the batch (a multiply-add is two)."""
-
-    name: str
-    parameters: int
-    trained: bool
-    flops: float
-    stop: int | None = None
-    """The step after which it is gone, None for never."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The account of one configuration; memory in bytes on each process."""
-
-    parts: list[Part]
-    steps: int
-    epoch_steps: int
-    batch_size: int
-    micro_batch: int
-    accumulation: int
-    kept: float
-    """Activations kept for the backward pass, per image, and those of the one block that is being computed again."""
-    casts: float
-    """Copies of weights in lower precision, kept for the backward pass."""
-    recomputed: float
-    """FLOPs per image that activation checkpointing adds."""
-    dtype: torch.dtype | None
-    averages: int = 1
-    """Moving averages of the network."""
-
-    @property
-    def plain(self) -> float:
-        """FLOPs per image of plain training."""
-        return self.parts[0].flops
-
-    def ratio(self, step: int = 0) -> float:
-        """FLOPs of step `step` (from 0) in units of a plain step."""
-        return sum(part.flops for part in self.parts if part.stop is None or step < part.stop) / self.plain
-
-    def mean_ratio(self) -> float:
-        """FLOPs of the whole run in units of a plain run of as many steps."""
-        return sum(part.flops * min(1.0, (self.steps if part.stop is None else part.stop) / self.steps)
-                   for part in self.parts) / self.plain
-
-    def flops(self, step: int) -> float:
-        """FLOPs of the run up to `step`."""
-        return self.batch_size * sum(part.flops * (step if part.stop is None else min(step, part.stop)) for part in self.parts)
-
-    def memory(self) -> dict[str, float]:
-        """Bytes at the peak of a step: trained parameters with gradient and Adam's two moments (16 bytes each), the EMA,
-        frozen networks, and the activations. The allocator's slack, workspaces and frozen networks' passing activations
-        are left out; compilation keeps less."""
-        trained = sum(part.parameters for part in self.parts if part.trained)
-        frozen = sum(part.parameters for part in self.parts if not part.trained)
-        return {"parameters, gradients, Adam": 16.0 * trained, "EMA": 4.0 * self.averages * self.parts[0].parameters,
-                "frozen networks": (2.0 if self.dtype else 4.0) * frozen,
-                "activations": self.kept * self.micro_batch + self.casts}
-
-    def largest(self, gigabytes: float) -> int | None:
-        """The largest micro-batch that divides a process's share of the batch and leaves a tenth of the memory free, None if none."""
-        share = self.micro_batch * self.accumulation
-        fixed = sum(self.memory().values()) - self.kept * self.micro_batch
-        fitting = [size for size in range(1, share + 1) if share % size == 0 and fixed + self.kept * size <= 0.9 * gigabytes * 1e9]
-        return max(fitting, default=None)
-
-    def hours(self, rate: float) -> tuple[float, float]:
-        """Hours at `rate` images per second: throughout, and if the rate grows as the FLOPs fall after a stop."""
-        slow = self.steps * self.batch_size / rate / 3600
-        return slow, slow * self.mean_ratio() / self.ratio()
 
 
 def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: LatentSet | None = None,
@@ -111,7 +39,7 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
     """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here.
 
     `data` and `load` stand in for a data set and for teachers that are not there yet: only their shapes are asked for.
-    Without `memory` its activations are not counted, which takes most of the time; they are NaN then.
+    Without `memory` it is not counted, which takes most of the time; the activations are NaN then.
     """
     setup = Setup.of(config, options, data=data)
     data, spec, epoch_steps = setup.data, setup.spec, setup.epoch_steps
@@ -139,7 +67,7 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
                 config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
-                recomputed, dtype, 1 + len(config.ema_extra_decays) + len(config.ema_lengths))
+                recomputed, dtype, held(setup, alignments) if memory else {})
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
@@ -205,7 +133,7 @@ class _Probe:
 
         learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
         recompute(self.network, mode)
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
             batch = self._batch(alignments, count)
             with Alive() as alive:
                 losses = learner(batch)
@@ -238,11 +166,46 @@ class _Probe:
         return Batch(x, x.clone(), t, labels, labels, columns, draws)
 
 
+def _attention_on_cpu() -> dict[Any, Callable[..., int]]:
+    """FLOPs of attention's kernel for CPUs, forward and backward: torch 2.10 has no formula for it and would count none."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+    return {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)}
+
+
 def hollow(spec: models.ModelSpec, depth: int | None = None) -> Backbone:
     """A network (or its first `depth` blocks) whose parameters are never touched, so that they take no memory."""
     network = models.outline(spec, depth=depth)
     network.load_state_dict({name: torch.empty(value.shape) for name, value in network.state_dict().items()}, assign=True)
     return network
+
+
+def held(setup: Setup, alignments: Mapping[str, Alignment]) -> dict[str, int]:
+    """Bytes that a run holds from step to step, but for frozen networks, by what they are: those of its own optimiser and averages.
+
+    `alignments` go to the meta device, where these are built, and are of no use afterwards.
+    """
+    network = models.outline(setup.spec)
+    heads = {name: alignment.to("meta") for name, alignment in alignments.items()}
+    trained = [parameter for module in (network, *heads.values()) for parameter in module.parameters()]
+    buffers = [buffer for module in (network, *heads.values()) for buffer in module.buffers()]
+    optimizer = optimizers.build(setup.config, network, heads, fused=False)
+    members = [(group["name"], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    alike = {(name, parameter.shape): parameter for name, parameter in members}  # one step of these shows the state of all
+    for parameter in alike.values():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    states = [optimizer.state[alike[name, parameter.shape]].values() for name, parameter in members]
+    averages = [average.network for average in ema.averages(setup.config, network, heads).values()]
+    return {"parameters and gradients": _bytes(trained) * 2 + _bytes(buffers), "optimizer": sum(map(_bytes, states)),
+            "EMA": sum(_bytes(average.parameters()) + _bytes(average.buffers()) for average in averages)}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _frozen(alignment: Alignment) -> dict[str, nn.Module]:
@@ -251,47 +214,3 @@ def _frozen(alignment: Alignment) -> dict[str, nn.Module]:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def report(cost: Cost, rate: float | None = None) -> str:
-    """The account as aligned text; with `rate`, images per second measured at the start of such a run, the hours too."""
-    lines = [["", "parameters", "GFLOP per image", "of a plain step"]]
-    lines += [[part.name, f"{part.parameters / 1e6:.2f}M", f"{part.flops / 1e9:.2f}", f"{part.flops / cost.plain:.4f}"]
-              for part in cost.parts]
-    lines.append(["total", f"{sum(part.parameters for part in cost.parts) / 1e6:.2f}M",
-                  f"{cost.ratio() * cost.plain / 1e9:.2f}", f"{cost.ratio():.4f}"])
-    for stop in sorted({part.stop for part in cost.parts if part.stop is not None and part.stop < cost.steps}):
-        lines.append([f"from step {stop} on", "", f"{cost.ratio(stop) * cost.plain / 1e9:.2f}", f"{cost.ratio(stop):.4f}"])
-    lines.append(["mean over the run", "", f"{cost.mean_ratio() * cost.plain / 1e9:.2f}", f"{cost.mean_ratio():.4f}"])
-    text = [aligned(lines, rule=False)]
-    memory = cost.memory()
-    text += [f"steps: {cost.epoch_steps} per epoch, {cost.steps} in all = {cost.steps / cost.epoch_steps:.1f} epochs",
-             f"memory per process, {launch.precision_name(cost.dtype)}, {cost.micro_batch} images at once: "
-             f"{sum(memory.values()) / 2**30:.2f} GiB = "
-             + " + ".join(f"{value / 2**30:.2f} {name}" for name, value in memory.items() if value)
-             + " (eager; counted from tensor shapes, without the allocator's slack and workspaces)"]
-    if cost.recomputed:
-        text.append(f"computed twice in the backward pass: {cost.recomputed / 1e9:.2f} GFLOP per image, "
-                    f"{cost.recomputed / cost.plain:.4f} of a plain step")
-    text.append("largest micro-batch that fits, a tenth of the memory left free: " + ", ".join(_fits(cost, size) for size in memories()))
-    if rate is not None:
-        slow, fast = cost.hours(rate)
-        text.append(f"time at {rate:g} images per second: {slow:.2f} hours" + (
-            f", or {fast:.2f} if the rate grows as the FLOPs fall" if fast < slow else ""))
-    return "\n".join(text)
-
-
-CARDS = (24, 40, 80, 141)
-"""Gigabytes of memory of common GPUs."""
-
-
-def memories() -> tuple[float, ...]:
-    """Gigabytes of this machine's GPU, of common ones where there is none."""
-    return (torch.cuda.get_device_properties(0).total_memory / 1e9,) if torch.cuda.is_available() else CARDS
-
-
-def _fits(cost: Cost, gigabytes: float) -> str:
-    size = cost.largest(gigabytes)
-    if size is None:
-        return f"{gigabytes:.0f} GB none"
-    return f"{gigabytes:.0f} GB {size} (--gradient-accumulation-steps {cost.micro_batch * cost.accumulation // size})"

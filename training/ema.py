@@ -7,13 +7,17 @@ training (`training.posthoc`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
+
+from alignment import Alignment
+from config import TrainConfig
+from models import Backbone
 
 
 @dataclass(frozen=True)
@@ -67,3 +71,14 @@ class EMA:
     def update(self, step: int) -> None:
         """Move the averages towards the weights; `step` counts optimiser updates from 1."""
         torch._foreach_lerp_(self._averages, self._trained, 1 - self.decay(step))
+
+
+def averages(config: TrainConfig, network: Backbone, alignments: Mapping[str, Alignment]) -> dict[str, EMA]:
+    """Every average of a run by its name in a checkpoint: `ema`, those of `--ema-extra-decays` and `--ema-lengths`, and for each of
+    them one of each head that predicts the velocity."""
+    decays: dict[str, Callable[[int], float]] = {"ema": Exponential(config.ema_decay, config.ema_warmup)}
+    decays |= {f"ema-{decay}": Exponential(decay, config.ema_warmup) for decay in config.ema_extra_decays}
+    decays |= {stored_name(length): Power(length) for length in config.ema_lengths}
+    heads = {name: alignment.head for name, alignment in alignments.items() if alignment.velocity_head is not None}
+    return {name: EMA(network, decay) for name, decay in decays.items()} | {
+        f"{name}-head-{of}": EMA(head, decay) for name, head in heads.items() for of, decay in decays.items()}

@@ -20,9 +20,8 @@ from runtime import launch, locks, presence
 from runtime.errors import require
 from runtime.options import as_dict
 from runtime.presence import Presence
-from training import optimizers, resume, tracker
+from training import ema, optimizers, resume, tracker
 from training.batches import Batches
-from training.ema import EMA, Exponential, Power, stored_name
 from training.setup import Setup
 
 MANY_EPOCHS = 3000
@@ -64,18 +63,13 @@ class Run:
         self.step: int = self.resumed.step if self.resumed else 0
         network, self.origin = resume.network(self.setup, self.resumed)
         self.network, self.spec = network.to(self.device).train(), network.spec
-        self.ema = EMA(self.network, Exponential(config.ema_decay, config.ema_warmup))
-        decays = {f"ema-{decay}": Exponential(decay, config.ema_warmup) for decay in config.ema_extra_decays}
-        decays |= {stored_name(length): Power(length) for length in config.ema_lengths}
-        self.averages = {"ema": self.ema} | {name: EMA(self.network, decay) for name, decay in decays.items()}
         setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
                           resume.teacher_loader(self.folder, self.resolved), self.data,
                           micro_batch=config.batch_size // parts)
         self.alignments = {name: alignment.to(self.device)
                            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
-        self.averages |= {f"{name}-head-{of}": EMA(alignment.head, average.decay)
-                          for name, alignment in self.alignments.items() if alignment.velocity_head is not None
-                          for of, average in self.averages.items()}
+        self.averages = ema.averages(config, self.network, self.alignments)
+        self.ema = self.averages["ema"]
         self.optimizer = optimizers.build(config, self.network, self.alignments,
                                           fused=self.device.type == "cuda" or self.dtype is not None)
         if self.resumed:
@@ -203,7 +197,7 @@ class Run:
             checkpoint.write(
                 self.folder / "averages" / f"{self.step:07d}", **self._about(), network={},
                 averages={name: average.network.state_dict() for name, average in self.averages.items()
-                          if isinstance(average.decay, Power)})
+                          if isinstance(average.decay, ema.Power)})
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint of the current step says of itself."""
