@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,19 +10,21 @@ import torch
 from accelerate import Accelerator
 
 from config import TrainConfig
+from dataset import LatentSet
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
 from models import Backbone, ModelSpec
-from models.latents import Codec, LatentSpace
+from models.latents import Codec
 from models.vae import open_codec
 from runtime import launch
 from sampling import presets, preview
+from sampling.classes import spoken
 from sampling.sampler import Sampler, image_shape
 
 BATCH = 64  # samples per network call in each process
 
 
-def watch(config: TrainConfig, folder: Path, spec: ModelSpec, space: LatentSpace, accelerator: Accelerator) -> list[Scores | Previews]:
+def watch(config: TrainConfig, folder: Path, spec: ModelSpec, data: LatentSet, accelerator: Accelerator) -> list[Scores | Previews]:
     """What `config` asks for, opened: to be called before the first step, so that what is missing is missed then.
 
     Raises:
@@ -31,13 +33,13 @@ def watch(config: TrainConfig, folder: Path, spec: ModelSpec, space: LatentSpace
     if not (config.sampling_steps or config.eval_steps):
         return []
     compiling, _ = launch.compiles(config.compile, accelerator.device)
-    vae = config.vae or presets.decoder(config.eval_preset, space) or space.vae
-    codec = open_codec(vae, space=space, device=accelerator.device, compile=compiling)
+    vae = config.vae or presets.decoder(config.eval_preset, data.space) or data.space.vae
+    codec = open_codec(vae, space=data.space, device=accelerator.device, compile=compiling)
     watched: list[Scores | Previews] = []
     if config.eval_steps:
         watched.append(Scores(config, codec, accelerator, (spec.in_channels, spec.input_size, spec.input_size)))
     if config.sampling_steps:
-        watched.append(Previews(config, codec, accelerator, folder / "samples"))
+        watched.append(Previews(config, codec, accelerator, folder / "samples", spoken(data.manifest["class_names"])))
     return watched
 
 
@@ -81,22 +83,26 @@ class Scores:
 
 
 class Previews:
-    """A grid of samples as a picture, drawn by the main process, which gets its path."""
+    """A grid of samples as a picture, drawn by the main process, which gets its path.
 
-    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, folder: Path) -> None:
-        self.every, self.seed, self.codec, self.folder = config.sampling_steps, config.seed, codec, folder
+    Args:
+        names: of the classes, in the order of their labels.
+    """
+
+    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, folder: Path, names: Sequence[str]) -> None:
+        self.every, self.codec, self.folder, self.names = config.sampling_steps, codec, folder, names
         self.main = accelerator.is_main_process
 
     def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, Path]:
         if not self.main:
             return {}
         path = self.folder / f"{step:07d}.png"
-        preview.write(path, networks["ema"], self.codec, dtype, self.seed)
+        preview.write(path, networks["ema"], self.codec, self.names, dtype)
         return {"samples": path}
 
     def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
         """Draw a grid of two steps, and drop it: what cannot be drawn is known before the first step of training."""
         if self.main:
             picture = self.folder / "rehearsal.png"
-            preview.write(picture, network, self.codec, dtype, self.seed, preview.REHEARSAL)
+            preview.write(picture, network, self.codec, self.names, dtype, preview.REHEARSAL)
             picture.unlink()

@@ -21,13 +21,17 @@ def imagenet() -> dict[str, str]:
     return dict(line.split("\t") for line in lines)
 
 
+def spoken(class_names: Sequence[str]) -> list[str]:
+    """What the classes of a data set are called: their own names, those of synsets in words."""
+    return [imagenet().get(name, name) for name in class_names]
+
+
 def names_of(checkpoint: Checkpoint) -> list[str]:
     """What the classes of a checkpoint are called: one name a label."""
-    data, known = checkpoint.config.get("data") or {}, imagenet()
+    data, count = checkpoint.config.get("data") or {}, checkpoint.spec.num_classes
     if names := data.get("class_names"):
-        return [known.get(name, name) for name in names]
-    count = checkpoint.spec.num_classes
-    return list(known.values()) if count == len(known) else [str(label) for label in range(count)]
+        return spoken(names)
+    return list(imagenet().values()) if count == len(imagenet()) else [str(label) for label in range(count)]
 
 
 def labels_of(words: Sequence[str], names: Sequence[str]) -> list[int]:

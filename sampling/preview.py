@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 
 from models import Backbone
 from models.latents import Codec
-from runtime import files
+from sampling import picture
 from sampling.config import SamplingConfig
-from sampling.sampler import Sampler, grid_picture
+from sampling.sampler import Sampler
 
 SETTINGS = SamplingConfig(mode="ode", solver="heun", num_steps=25)
 
@@ -20,14 +21,15 @@ REHEARSAL = SamplingConfig(mode="ode", solver="heun", num_steps=2)
 """Settings to try, before a run begins, whether samples can be drawn at all."""
 
 
-def write(path: Path, network: Backbone, codec: Codec, dtype: torch.dtype | None, seed: int,
+def write(path: Path, network: Backbone, codec: Codec, names: Sequence[str], dtype: torch.dtype | None,
           settings: SamplingConfig = SETTINGS) -> None:
-    """Write a PNG of up to eight classes in rows, eight samples each; the same noise and labels every time."""
-    from PIL import Image
+    """Write a PNG of up to eight classes in rows, eight samples each; the same noise and labels every time.
 
-    classes = min(8, network.spec.num_classes)
-    labels = np.repeat(np.arange(classes) * network.spec.num_classes // classes, 8)
+    `names` are those of all classes, in the order of their labels.
+    """
+    rows = min(8, network.spec.num_classes)
+    shown = np.arange(rows) * network.spec.num_classes // rows
+    labels = np.repeat(shown, 8)
     sampler = Sampler(network, codec, settings, len(labels), dtype)
     images = sampler.images(range(len(labels)), labels)
-    with files.replacing(path) as temporary:
-        Image.fromarray(grid_picture(images, 8, scale=max(1, 64 // images.shape[1]))).save(temporary, format="PNG")
+    picture.write(path, np.split(images, rows), [names[label] for label in shown])

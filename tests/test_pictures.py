@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 import generate
+import models
 from models.checkpoint import Checkpoint
+from models.pixels import PixelCodec, pixels
 from runtime.errors import UserError
-from sampling import picture
+from sampling import picture, preview
 from sampling.classes import imagenet, labels_of, names_of
+from sampling.sampler import Sampler
+from tests.networks import perturbed
 
 
 def test_imagenets_classes_in_the_order_of_their_labels() -> None:
@@ -72,6 +76,25 @@ def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tm
                   ["--classes", "1", "--labels", "balanced"], ["--classes", "1", "--per-class", "0"]):
         with pytest.raises(UserError, match="--classes|--per-class"):
             generate.main(["--ckpt", str(teacher), *wrong])
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(3, [0, 1, 2]), (20, [0, 2, 5, 7, 10, 12, 15, 17])])
+def test_a_preview_names_its_rows(tmp_path: Path, classes: int, shown: list[int]) -> None:
+    """Every tile is the sample of its noise and class, and each row has its own class's name left of it, and nothing else there."""
+    network = perturbed(models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=classes), seed=0).requires_grad_(False)
+    codec, names = PixelCodec(pixels(1)), ["class" + label * "m" for label in range(classes)]
+    preview.write(tmp_path / "a.png", network, codec, names, None, preview.REHEARSAL)
+    drawn = np.asarray(Image.open(tmp_path / "a.png"))
+    labels, side = np.repeat(shown, 8), 66
+    images = Sampler(network, codec, preview.REHEARSAL, len(labels), None).images(range(len(labels)), labels)
+    top, left = 2, drawn.shape[1] - 8 * side
+    assert drawn.shape[0] == top + len(shown) * side
+    for number, image in enumerate(images):
+        y, x = top + number // 8 * side, left + number % 8 * side
+        assert np.array_equal(drawn[y : y + 64 : 8, x : x + 64 : 8, :1], image)
+    widths = [(drawn[top + row * side :][:side, :left] < 128).any((0, 2)).nonzero()[0] for row in range(len(shown))]
+    wanted = [ImageFont.load_default(picture.FONT).getlength(names[label]) for label in shown]
+    assert [np.ptp(ink) for ink in widths] == pytest.approx(wanted, abs=3) and all(np.diff(wanted) > 3)
 
 
 def test_the_grid_has_a_row_a_class_in_order(tmp_path: Path) -> None:

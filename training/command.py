@@ -85,7 +85,7 @@ def main(argv: Sequence[str], prog: str, description: str | None, watch: Callabl
          always: tuple[str, ...] = ()) -> Path:
     """Resolve the options and train, or say what that would cost; returns the run's folder.
 
-    `watch(config, folder, spec, space, accelerator)` opens what is to be done between steps (previews and scores), before
+    `watch(config, folder, spec, data, accelerator)` opens what is to be done between steps (previews and scores), before
     the first one, so that what is missing is missed then.
     """
     config, options = resolve(argv, prog, description, always, taken_over)
@@ -96,4 +96,4 @@ def main(argv: Sequence[str], prog: str, description: str | None, watch: Callabl
         return Path(config.output_dir) / config.exp_name
     with ExitStack() as held:
         run = Run(config, options, held)
-        return loop.train(run, watch(config, run.folder, run.spec, run.data.space, run.accelerator))
+        return loop.train(run, watch(config, run.folder, run.spec, run.data, run.accelerator))
