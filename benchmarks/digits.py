@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             for precision, row in rows.items():
                 results.add(f"{kind}, {precision}", row)
     results.add("quickstart, bf16", {"float32, times as long": round(hours(results.rows, "float32") / hours(results.rows, "bf16"), 3)})
-    print(measure.table(results.rows, {"images/s": lambda row: f"{row['images_per_second']['median']:g}",
-                                       "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}"}))
+    print(measure.table(results.rows, measure.RATE))
     print(f"float32 takes {results.rows['quickstart, bf16']['float32, times as long']} times as long over the whole quickstart")
     return results.result()
 

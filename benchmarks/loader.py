@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, threads in (("latents", 0), ("latents and images, 1 thread", 1), (f"latents and images, {cores} threads", cores)):
             if name not in results.rows:
                 results.add(name, timed(config, data, device, threads))
-    print(measure.table(results.rows, {
-        "images/s": lambda row: f"{row['images_per_second']['median']:g}",
-        "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}"}))
+    print(measure.table(results.rows, measure.RATE))
     return results.result()
 
 

@@ -171,6 +171,12 @@ def png(side: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
+RATE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "images/s": lambda row: f"{row['images_per_second']['median']:g}",
+    "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}"}
+"""The columns of a table of rates."""
+
+
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
     """Aligned text: one line a row, a cell for each column (a blank where the row lacks it)."""
     def cell(column: Callable[[Mapping[str, Any]], str], row: Mapping[str, Any]) -> str:

@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def report(found: dict[str, dict[str, Any]]) -> str:
     """The table of a result."""
     return measure.table(found, {
-        "images/s": lambda row: f"{row['images_per_second']['median']:g}",
-        "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}",
+        **measure.RATE,
         "evaluations": lambda row: f"{row['evaluations']}", "peak GiB": lambda row: f"{row['peak_gib']:.1f}",
         "times faster": lambda row: f"{row['latents, times faster']['median']:.2f}"})
 

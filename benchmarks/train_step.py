@@ -93,8 +93,7 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
     """The table of a result."""
     plain = rows.get("plain", {}).get("images_per_second", {}).get("median")
     return measure.table(rows, {
-        "images/s": lambda row: f"{row['images_per_second']['median']:g}",
-        "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}",
+        **measure.RATE,
         "of plain": lambda row: f"{row['images_per_second']['median'] / plain:.2f}",
         "MFU": lambda row: f"{row['mfu']:.3f}", "launches": lambda row: f"{row['launches']:.0f}",
         "host us": lambda row: f"{row['host_microseconds']:.0f}", "operators": lambda row: f"{row['operators']:.0f}",

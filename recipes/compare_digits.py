@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from recipes.encoder import train_encoder
+from recipes.quickstart import METRICS
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
@@ -72,7 +73,6 @@ ROWS = (
     Row("sra-cosine", "SRA (authors' token cosine)",
         "--align sra --align-distance token-cosine --align-weight 0.5 --align-schedule constant"),
 )
-METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall", "class_accuracy": "class accuracy"}
 
 
 

@@ -43,11 +43,8 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
     chosen = claims.study_records(records, "study")
     lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
-        scores: dict[float, list[dict[str, Any]]] = {}
-        for one in chosen:
-            for score in one["scores"] if one["row"] == row.name else ():
-                scores.setdefault(score["epochs"], []).append(score)
-        for epochs, found in sorted(scores.items()):
+        for epochs, at in table.by_epochs(chosen, row.name).items():
+            found = [score for _, score in at]
             lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", spread([table.quality(score) for score in found]),
                           spread([score["metrics"]["class_accuracy"] for score in found]), str(len(found)),
                           f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}"])

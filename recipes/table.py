@@ -34,6 +34,17 @@ def verdict(published: float | None, ours: Sequence[float]) -> str:
     return "reproduced" if abs(statistics.mean(ours) - published) <= tolerance else "differs"
 
 
+def by_epochs(records: Sequence[dict[str, Any]], row: str,
+              key: str | None = None) -> dict[float, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Epochs, in their order -> every score of `row` there, behind its record; of one protocol where its `key` is given."""
+    found: dict[float, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for record in records:
+        for score in record["scores"] if record["row"] == row else ():
+            if key in (None, score["key"]):
+                found.setdefault(score["epochs"], []).append((record, score))
+    return dict(sorted(found.items()))
+
+
 def columns(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Protocol key -> what its column is called; one column for each protocol among the scores of `records`."""
     named: dict[str, str] = {}
@@ -45,17 +56,21 @@ def columns(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> str:
     """The table of `rows` at one scale: a block for each protocol, published numbers at the paper's scale alone."""
-    records = [record for record in newest(records) if record["scale"] == scale]
-    by_row = {row.name: [record for record in records if record["row"] == row.name] for row in rows}
-    shown = [record for row in rows for record in by_row[row.name]]
+    shown = _of(rows, records, scale)
     blocks = []
     for key, title in columns(shown).items() or {"": "no record yet"}.items():
         lines = [["row", "epochs", "published", "ours", "difference", "verdict", "class accuracy", "device hours", "with stage 1",
                   "images/s", "PFLOPs"]]
-        lines += [line for row in rows for line in _lines(row, by_row[row.name], key, scale)]
+        lines += [line for row in rows for line in _lines(row, shown, key, scale)]
         kept = [place for place, column in enumerate(zip(*lines, strict=True)) if any(column[1:]) or column[0] != "class accuracy"]
         blocks.append(f"{title}\n{aligned([[line[place] for place in kept] for line in lines])}")
     return "\n\n".join(blocks)
+
+
+def _of(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
+    """The newest records of `rows` at one scale, row by row."""
+    records = [record for record in newest(records) if record["scale"] == scale]
+    return [record for row in rows for record in records if record["row"] == row.name]
 
 
 def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) -> list[list[str]]:
@@ -63,16 +78,12 @@ def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) ->
     name = row.name.split("/", 1)[1]
     published = row.published.metrics["fid"] if row.published and scale == "paper" else None
     shown = "" if published is None else f"{published:.2f}"
-    scored: dict[float, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for record in records:
-        for score in record["scores"]:
-            if score["key"] == key:
-                scored.setdefault(score["epochs"], []).append((record, score))
+    scored = by_epochs(records, row.name, key)
     if not scored:
         hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
         return [[name, f"{row.epochs:g}", shown, "", "", verdict(published, []) + hours, *[""] * 5]]
     lines = []
-    for epochs, found in sorted(scored.items()):
+    for epochs, found in scored.items():
         number = published if epochs == row.epochs else None
         ours = [quality(score) for _, score in found]
         classes = [score["metrics"]["class_accuracy"] for _, score in found if "class_accuracy" in score["metrics"]]
@@ -97,7 +108,7 @@ def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str
     for key, curves in figure_points(rows, records, scale).items():
         lines = [["row", f"epochs to {target:g}"]]
         for row, points in curves.items():
-            reached = [epochs for epochs, values in sorted(points.items()) if statistics.mean(values) <= target]
+            reached = [epochs for epochs, values in points.items() if statistics.mean(values) <= target]
             lines.append([row.split("/", 1)[1], f"{reached[0]:g}" if reached else f"not by {max(points):g}"])
         blocks.append(f"[{key}]\n{aligned(lines)}")
     return "\n\n".join(blocks)
@@ -105,10 +116,7 @@ def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str
 
 def figure_points(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> dict[str, dict[str, dict[float, list[float]]]]:
     """Protocol key -> row -> epochs -> values over seeds: what a figure draws."""
-    points: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for row in rows:
-        for record in newest(records):
-            if record["row"] == row.name and record["scale"] == scale:
-                for score in record["scores"]:
-                    points.setdefault(score["key"], {}).setdefault(row.name, {}).setdefault(score["epochs"], []).append(quality(score))
-    return points
+    shown = _of(rows, records, scale)
+    scored = {key: {row.name: by_epochs(shown, row.name, key) for row in rows} for key in columns(shown)}
+    return {key: {row: {epochs: [quality(score) for _, score in found] for epochs, found in at.items()} for row, at in of.items() if at}
+            for key, of in scored.items()}
