@@ -64,7 +64,7 @@ def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: P
         kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=cost.attention_on_cpu()) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             losses = learner(batch)
         sum(value.mean() for value in losses.values()).backward()

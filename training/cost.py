@@ -133,7 +133,7 @@ class _Probe:
 
         learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
         recompute(self.network, mode)
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter:
             batch = self._batch(alignments, count)
             with Alive() as alive:
                 losses = learner(batch)
@@ -166,7 +166,7 @@ class _Probe:
         return Batch(x, x.clone(), t, labels, labels, columns, draws)
 
 
-def _attention_on_cpu() -> dict[Any, Callable[..., int]]:
+def attention_on_cpu() -> dict[Any, Callable[..., int]]:
     """FLOPs of attention's kernel for CPUs, forward and backward: torch 2.10 has no formula for it and would count none."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
