@@ -164,8 +164,8 @@ SCALES = {
     "paper": Scale(name="paper", epoch_steps={"sit": 5000, "lightningdit": 1250}, batch_size={"sit": 256, "lightningdit": 1024},
                    processes=8),
     "study": _Study(name="study", epoch_steps={"sit": 12.5, "lightningdit": 12.5}, batch_size={"sit": 32, "lightningdit": 32}, processes=1),
-    "tiny": _Tiny(name="tiny", epoch_steps={"sit": 0.05, "lightningdit": 0.05}, batch_size={"sit": 16, "lightningdit": 16}, processes=1,
-                  encoder_command=("-m", "recipes.encoder", "--epochs", "2")),
+    "tiny": _Tiny(name="tiny", epoch_steps={"sit": 0.05, "lightningdit": 0.0125}, batch_size={"sit": 16, "lightningdit": 16}, processes=1,
+                  encoder_command=("-m", "recipes.encoder", "--epochs", "1")),
 }
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -29,7 +27,6 @@ from runtime.errors import UserError
 from runtime.mapped import map_shard
 from training import log
 
-ROOT = Path(__file__).parents[1]
 TABLE = bad_inputs.rows()
 SHAPES = [row for row in TABLE if ".json " in row.name]  # one field of another shape: every third, the torture has them all
 SHORT = [row for row in TABLE if row not in SHAPES[1::3] + SHAPES[2::3]]
@@ -178,11 +175,11 @@ def test_any_log_is_read(tmp_path: Path, lines: list[bytes]) -> None:
     assert log.read(tmp_path / "log.jsonl")[-1]["step"] == 3
 
 
-def test_a_short_torture_loses_nothing(tmp_path: Path) -> None:
-    """Kills and flips as real processes: the short form; the long one is run by hand."""
+def test_a_short_torture_loses_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real process killed, and flips: the short form; the long one is run by hand."""
+    monkeypatch.setattr(bad_world, "build", lambda _: world)
     short = ["--kills", "1", "--steps", "16", "--flips", "22", "--starts", "0", "--inputs", "0", "--out", str(tmp_path / "torture.json")]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.torture", *short], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    torture.main(short)
     found = files.read_json(tmp_path / "torture.json")
     assert found["kills"]["done"] == found["kills"]["counts"]["runs with the same bits"] == 1 and not found["kills"]["faults"]
     assert found["flips"]["done"] == sum(found["flips"]["counts"].values()) == 22 and not found["flips"]["faults"]
