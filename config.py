@@ -26,7 +26,8 @@ class FeatureOptions:
                           "model or a folder (fdr:NAME[@SIDE]: as FDr pools it)", heading="scores")
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
     feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
-    mind: bool = option(False, help="MIND too: for few samples; needs a reference with images or features", later=True)
+    mind: bool | None = option(None, help="MIND too: for few samples; needs a reference with images or features (default: while "
+                               "training, with such a reference)", later=True)
 
 
 @dataclass(frozen=True, kw_only=True)

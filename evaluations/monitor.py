@@ -52,10 +52,11 @@ class Scores:
 
     def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, latent: tuple[int, ...]) -> None:
         self.every, self.count, self.weights = config.eval_steps, config.num_fid_samples, config.eval_weights
-        self.preset, self.mind = config.eval_preset, config.scores.mind
+        self.preset = config.eval_preset
         self.settings = preview.SETTINGS if self.preset is None else presets.sampling(self.preset)
         self.codec, self.accelerator = codec, accelerator
         self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)
+        self.mind = self.reference.pool is not None if config.scores.mind is None else config.scores.mind
         self.reference.require_shape("the samples", image_shape(codec, latent, accelerator.device))
 
     def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:

@@ -48,11 +48,11 @@ class Scorer:
     """
 
     def __init__(self, reference: Reference, extractor: Extractor, *, accelerator: Accelerator | None = None,
-                 precision_recall_mode: str | None = None, shuffle: int | None = None, mind: bool = False) -> None:
+                 precision_recall_mode: str | None = None, shuffle: int | None = None, mind: bool | None = None) -> None:
         reference.require(extractor)
         require(not mind or reference.pool is not None, f"--mind compares single images, and {reference.name} holds statistics alone: "
                                                         f"give a reference with images or features, or leave it out")
-        self.mind = mind
+        self.mind = bool(mind)
         self.reference, self.extractor, self.accelerator = reference, extractor, accelerator
         self.precision_recall_mode = precision_recall_mode or ("adm_fp16" if extractor.name == "inception" else "fp32")
         self.shuffle = shuffle
@@ -91,10 +91,10 @@ class Scorer:
             values["sfd"] = metrics.frechet(samples.spatial, reference.spatial)
         if self.extractor.head is not None:
             values["is"] = metrics.inception_score(self._logits(samples.pool))
-        if self.mind:
-            values["mind"] = metrics.mind(samples.pool, reference.pool)
         if reference.pool is not None:
             x, r = samples.pool.to(device), reference.pool.to(device)
+            if self.mind:
+                values["mind"] = metrics.mind(x, r)
             values["precision"], values["recall"] = metrics.precision_recall(x, r, mode=self.precision_recall_mode)
             if samples.labels is not None and reference.labels is not None:
                 values["class_accuracy"] = metrics.class_accuracy(x, samples.labels, r, reference.labels)

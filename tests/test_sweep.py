@@ -98,7 +98,7 @@ def test_scores_during_training(data, real, words, tmp_path, capsys):
                               "pixels", "--num-fid-samples", "16"))
     lines = read(scored / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 3]  # losses and scores of a step share its line
-    assert "eval/fd@16" in lines[0] and "eval/precision@16" in lines[0] and "eval/fd@16" not in lines[1]
+    assert {"eval/fd@16", "eval/precision@16", "eval/mind@16"} <= lines[0].keys() and "eval/fd@16" not in lines[1]
     assert "eval/fd@16" in capsys.readouterr().out
     plain = train.main(words(tmp_path, "plain", *more))
     assert [line["loss/diffusion"] for line in read(plain / "log.jsonl")] == [line["loss/diffusion"] for line in lines]
@@ -108,9 +108,10 @@ def test_scores_during_training(data, real, words, tmp_path, capsys):
     flags = [word for name, value in how.items() if value is not None
              for word in (f"--{name.replace('_', '-')}", str(value))]
     out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "16", "--reference", str(real), "--features",
-                         "pixels", "--out", str(tmp_path / "out")])
+                         "pixels", "--mind", "--out", str(tmp_path / "out")])
     after = json.loads((out / "metrics.json").read_text())["metrics"]
     assert lines[0]["eval/fd@16"] == pytest.approx(after["fd"], rel=1e-5)
+    assert lines[0]["eval/mind@16"] == pytest.approx(after["mind"], rel=1e-4)
 
 
 def test_scores_during_training_need_a_sound_reference(data, words, tmp_path):
