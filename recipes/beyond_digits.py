@@ -120,12 +120,15 @@ def muon(digits: Digits) -> dict[str, dict[int, float]]:
 
 
 def table(found: dict[str, dict[int, float]]) -> str:
-    """Mean and standard deviation of each row, and of its difference, seed by seed, to the first."""
-    base = next(iter(found.values()))
-    lines = [("row", "Frechet (lower)", "less the first row's")]
-    lines += [(name, spread(list(values.values()), 3), "" if values is base else spread([values[seed] - base[seed] for seed in values], 3))
-              for name, values in found.items()]
-    return aligned(lines)
+    """Mean and standard deviation of each row, and of its difference, seed by seed, to the first row and to the row of the same network
+    at scale 1."""
+    def less(values: dict[int, float], base: dict[int, float] | None) -> str:
+        return "" if base is None or values is base else spread([values[seed] - base[seed] for seed in values], 3)
+
+    first, own = next(iter(found.values())), {name: found.get(f"{name.rpartition(', w = ')[0]}, w = 1") for name in found}
+    lines = [("row", "Frechet (lower)", "less the first row's", "less its own at w = 1")]
+    lines += [(name, spread(list(values.values()), 3), less(values, first), less(values, own[name])) for name, values in found.items()]
+    return aligned(lines if any(own.values()) else [line[:3] for line in lines])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, float]]]:

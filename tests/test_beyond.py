@@ -26,3 +26,11 @@ def test_every_row_is_trained_drawn_and_kept(tmp_path: Path) -> None:
     trained = {file: file.stat().st_mtime_ns for file in runs.glob("*/seconds.json")}
     assert beyond_digits.main([*words, "--parts", "internal"])["internal"] == found["internal"]
     assert {file: file.stat().st_mtime_ns for file in runs.glob("*/seconds.json")} == trained
+
+
+def test_a_row_is_compared_seed_by_seed_with_the_first_and_with_its_own_network() -> None:
+    found = {"plain, w = 1": {0: 3.0, 1: 5.0}, "second, w = 1": {0: 2.0, 1: 6.0}, "second, w = 1.4": {0: 1.0, 1: 5.5}}
+    lines = [line.split("  ") for line in beyond_digits.table(found).splitlines()]
+    last = [cell.strip() for cell in lines[-1] if cell.strip()]
+    assert last == ["second, w = 1.4", "3.250 ± 3.182", "-0.750 ± 1.768", "-0.750 ± 0.354"]
+    assert "own" not in beyond_digits.table({"adamw, rate 1": {0: 1.0}, "muon, rate 1": {0: 2.0}})
