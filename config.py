@@ -17,6 +17,9 @@ from typing import Any
 from runtime.errors import UserError, require
 from runtime.options import group, option
 
+YEAR = 525_600  # minutes
+MOST_SAMPLES = 100_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureOptions:
@@ -118,17 +121,22 @@ class TrainConfig:
                 "--batch-size, --gradient-accumulation-steps and --max-train-steps must be positive")
         require(self.checkpointing_steps > 0 and self.log_steps > 0, "--checkpointing-steps and --log-steps must be positive")
         require(self.checkpointing_minutes >= 0, f"--checkpointing-minutes {self.checkpointing_minutes} must not be negative; 0 is never")
-        for flag, value in (("--max-hours", self.max_hours), ("--timeout-minutes", self.timeout_minutes)):
-            require(value is None or value > 0, f"{flag} {value} must be positive")
-        require(self.skip_steps is None or 0 < self.skip_steps[0] <= self.skip_steps[1],
-                f"--skip-steps {' '.join(map(str, self.skip_steps or ()))}: give the first and the last step, counted from 1")
+        require(self.max_hours is None or self.max_hours > 0, f"--max-hours {self.max_hours} must be positive")
+        require(self.timeout_minutes is None or 0 < self.timeout_minutes <= YEAR,
+                f"--timeout-minutes {self.timeout_minutes} must be positive and at most {YEAR}, a year")
+        require(self.skip_steps is None or 0 < self.skip_steps[0] <= min(self.skip_steps[1], self.max_train_steps),
+                f"--skip-steps {' '.join(map(str, self.skip_steps or ()))}: give the first and the last step, counted from 1 up to "
+                f"--max-train-steps {self.max_train_steps}")
         require((self.eval_steps > 0) == (self.reference is not None),
                 "--eval-steps and --reference go together: give both, or neither")
         require(self.eval_steps > 0 or (self.eval_preset, self.eval_weights) == (None, ("ema",)),
                 "--eval-preset and --eval-weights say how to score while training: add --eval-steps and --reference")
+        require_samples(self.num_fid_samples, 4)
+        require(self.eval_steps > 0 or (self.num_fid_samples, self.scores) == (5000, FeatureOptions()),
+                "--num-fid-samples, --features, --inception-weights, --feature-weights and --mind say how to score while training: add "
+                "--eval-steps and --reference")
         require(0 < len(set(self.eval_weights)) == len(self.eval_weights) and set(self.eval_weights) <= {"ema", "raw"},
                 f"--eval-weights {' '.join(self.eval_weights)} must be ema, raw, or ema raw")
-        require(self.num_fid_samples > 3, f"--num-fid-samples {self.num_fid_samples} must be at least 4")
         require(self.images_per_second is None or (self.dry_run and self.images_per_second > 0),
                 "--images-per-second is a positive rate and belongs to --dry-run")
         require(min(self.sampling_steps, self.eval_steps, self.grad_ratio_steps) >= 0,
@@ -145,9 +153,10 @@ class TrainConfig:
         require(self.lr_warmup_steps >= 0, f"--lr-warmup-steps {self.lr_warmup_steps} must not be negative")
         require(self.lr_scheduler == "constant" or self.lr_warmup_steps < self.max_train_steps,
                 f"--lr-warmup-steps {self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps to --lr-scheduler cosine")
-        require(all(0 <= decay < 1 and decay != self.ema_decay for decay in self.ema_extra_decays)
+        require(all(1e-4 <= decay < 1 and decay != self.ema_decay for decay in self.ema_extra_decays)
                 and len(set(self.ema_extra_decays)) == len(self.ema_extra_decays),
-                "--ema-extra-decays must lie in [0, 1) and differ from --ema-decay and from each other")
+                f"--ema-extra-decays {' '.join(map(str, self.ema_extra_decays))} must lie in [0.0001, 1) and differ from --ema-decay and "
+                f"from each other")
         require_lengths("--ema-lengths", self.ema_lengths)
         require(self.ema_snapshot_steps is None or (self.ema_snapshot_steps > 0 and bool(self.ema_lengths)),
                 "--ema-snapshot-steps is a positive number of steps and goes with --ema-lengths")
@@ -180,7 +189,7 @@ class TrainConfig:
 def require_weights(flag: str, name: str) -> None:
     """Raise UserError unless `name` can be a checkpoint's weights: raw, ema, ema-DECAY or ema-length-LENGTH."""
     require(re.fullmatch(r"raw|ema(-(length-)?0\.\d+)?", name) is not None,
-            f"{flag} {name} is neither raw nor ema nor ema-DECAY nor ema-length-LENGTH")
+            f"{flag} {name} is neither raw nor ema nor ema-DECAY nor ema-length-LENGTH: give one of them")
 
 
 LONGEST = 0.28
@@ -191,6 +200,11 @@ def require_lengths(flag: str, lengths: Sequence[float]) -> None:
     """Raise UserError unless each length is one that an average can have, and is given once."""
     require(all(0.005 <= length <= LONGEST for length in lengths) and len(set(lengths)) == len(lengths),
             f"{flag} {' '.join(f'{length:g}' for length in lengths)}: give lengths from 0.005 to {LONGEST}, each once")
+
+
+def require_samples(count: int, least: int = 1) -> None:
+    """Raise UserError unless `count` is a number of samples that can be drawn, at least `least`."""
+    require(least <= count <= MOST_SAMPLES, f"--num-fid-samples {count} must be at least {least} and at most {MOST_SAMPLES:,}")
 
 
 def require_precision(wanted: str | None, tf32: bool | None) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import FeatureOptions
+from config import FeatureOptions, require_samples
 from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
@@ -64,14 +64,12 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(self.reference is not None or self.scores == FeatureOptions(),
                 "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE")
-        require(self.num_fid_samples > 0, f"--num-fid-samples {self.num_fid_samples} must be positive")
+        require_samples(self.num_fid_samples, 1 if self.reference is None else 4)  # a score needs four
         require(bool(self.classes) or (self.per_class is None and not self.compare),
                 "--per-class and --compare say how to draw chosen classes: add --classes NAME ...")
         require(self.per_class is None or self.per_class > 0, f"--per-class {self.per_class} must be positive")
         require(not self.classes or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
                 "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and --reference")
-        require(self.reference is None or self.num_fid_samples >= 4,
-                f"{self.num_fid_samples} samples are too few for a score: at least 4")
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:

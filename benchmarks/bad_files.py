@@ -158,6 +158,25 @@ def _of_kind(row: Callable[..., Any]) -> Iterator[Any]:
     for what, array in arrays.items():
         yield row("evaluate", f"samples of {what}",
                   damage=partial(made, "s.npz", "--samples", lambda file, a=array: np.savez(file, arr_0=a)))
+    yield row("evaluate", "samples of a negative shape", damage=partial(made, "s.npz", "--samples", _negative))
+    for what, labels in {"a fraction": np.full(4, 0.5), "too few": np.zeros(3, np.int64)}.items():
+        yield row("evaluate", f"samples with labels: {what}", damage=partial(made, "s.npz", "--samples", lambda file, a=labels: np.savez(
+            file, arr_0=np.zeros((4, 8, 8, 1), np.uint8), labels=a)))
+    for key, value in {"mu": np.zeros(3), "sigma": np.zeros((3, 3)), "pool": np.zeros((16, 3), np.float32), "labels": np.zeros(3, np.int64),
+                       "about": np.array("no JSON"), "about []": np.array("[]"), "about 3": np.array('{"name": 3}')}.items():
+        for command in ("evaluate", "sweep"):
+            yield row(command, f"reference with another {key}", damage=partial(_reference, key.split()[0], value))
+    plain = np.zeros((1797, 8, 8), np.uint8)
+    for what, arrays in {"too few": {"masks": plain[:5]}, "another size": {"masks": plain[:, :7, :7]},
+                         "no pixels": {"masks": plain[:, :0, :0]},
+                         "a third value": {"masks": plain + 2}, "fractions": {"masks": plain.astype(float)}, "none": {"x": plain},
+                         "too few groups": {"masks": plain, "groups": np.arange(4)},
+                         "groups of fractions": {"masks": plain, "groups": np.full(1797, 0.5)}}.items():
+        yield row("probe", f"masks: {what}",
+                  damage=partial(made, "m.npz", "--masks", lambda file, a=arrays: np.savez_compressed(file, **a)))
+    for damage in (truncated, emptied, text, zeros, folder):
+        yield row("probe", f"masks {damage.__name__}",
+                  damage=partial(made, "m.npz", "--masks", lambda file, d=damage: _damaged_masks(d, file)))
     yield row("evaluate", "samples under another name", damage=partial(
         made, "s.npz", "--samples", lambda file: np.savez(file, images=np.zeros((4, 8, 8, 1), np.uint8))))
     yield row("evaluate", "samples with objects", damage=partial(
@@ -182,6 +201,23 @@ def _of_kind(row: Callable[..., Any]) -> Iterator[Any]:
     yield row("encode", "a link that loops", ("--vae", "pixels"), damage=_loop)
     yield row("encode", "a picture of 60,000 x 2", ("--vae", "pixels", "--resolution", "256"), damage=_narrow)
     yield row("encode", "escape codes in a name", ("--vae", "pixels"), damage=_escape)
+
+
+def _negative(file: Path) -> None:
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (-4, 8, 8, 1), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(256))
+
+
+def _reference(key: str, value: np.ndarray, world: World, scratch: Path) -> Found:
+    with np.load(world.path("reference.npz")) as sound:
+        np.savez(scratch / "r.npz", **{**sound, key: value})
+    return ["--reference", str(scratch / "r.npz")], ["r.npz", key]
+
+
+def _damaged_masks(damage: Callable[[Path], None], file: Path) -> None:
+    np.savez(file, masks=np.zeros((1797, 8, 8), np.uint8))
+    damage(file)
 
 
 def _zip_of_text(file: Path) -> None:

@@ -14,24 +14,26 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from alignment import find
 from benchmarks import bad_files
 from benchmarks.bad_world import MAINS, World
 from config import TrainConfig
-from evaluations import evaluate, figures, probe, reference, sweep
+from evaluations import evaluate, fdr, figures, probe, reference, sweep
 from generate import GenerateConfig
-from models import convert
+from models import convert, export, hub
 from preprocessing import import_latents, job, scenes, verify
+from recipes import __main__ as recipes
 from runtime import errors
-from runtime.options import Option, flags_of, options_of
+from runtime.options import flags_of, kind_of, options_of
 
 SCHEMAS: dict[str, type] = {"train.py": TrainConfig, "generate.py": GenerateConfig, "encode": job.Options, "verify": verify.Options,
                             "import_latents": import_latents.Options, "convert": convert.Options, "evaluate": evaluate.Options,
                             "reference": reference.Options, "sweep": sweep.SweepConfig, "scenes": scenes.Options,
-                            "probe": probe.ProbeConfig, "pca": figures.PcaOptions}
-REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|"
+                            "probe": probe.ProbeConfig, "fdr": fdr.Options, "hub": hub.Options, "export": export.Options,
+                            **{kind: schema for kind, (schema, _) in figures.KINDS.items()}, "recipes run": recipes.Options}
+REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|build|"
                     r"copy|get|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|known|"
                     r"convert|expected|install|raise|lower|takes|go together|accept|check|knows?|nothing to set|belong)\b")
 
@@ -107,29 +109,18 @@ def _of_options() -> Iterator[Row]:
     schemas += [("train_guide.py", "guided", opt) for opt in options_of(find("guided").Options)]
     for command, section, opt in schemas:
         flag = flags_of(opt.field, section)[0]
-        for value in _wrong(opt):
-            words = (*(() if section in ("", "guided") else ("--align", section)), flag, value)
-            yield Row(command, f"{flag} {value!r}", words, (flag, value))
-        if "no value" not in opt.field.name and not _is_bool(opt):
+        kind, count = kind_of(opt.hint)
+        for value in ["nonesuch"] if opt.field.metadata["choices"] else WRONG[kind]:
+            words = (*(() if section in ("", "guided") else ("--align", section)), flag, *[value] * (count if type(count) is int else 1))
+            yield Row(command, f"{flag} {value!r}", words, (flag, value.encode("unicode_escape").decode()))
+        if kind is not bool:
             yield Row(command, f"{flag} without a value", (flag,), (flag,))
         misspelt = f"{flag[:-1]}{'q' if flag[-1] != 'q' else 'x'}"
         yield Row(command, misspelt, (misspelt, "1"), (misspelt,))
 
 
-def _is_bool(opt: Option) -> bool:
-    return opt.hint is bool
-
-
-def _wrong(opt: Option) -> list[str]:
-    """Words that are no value of an option."""
-    kinds = {part for part in (opt.hint, *get_args(opt.hint)) for part in (part, *get_args(part)) if get_origin(part) is None}
-    if opt.field.metadata["choices"]:
-        return ["nonesuch"]
-    if get_origin(opt.hint) is tuple or any(get_origin(part) is tuple for part in get_args(opt.hint)):
-        return []
-    if int in kinds:
-        return ["many", "1.5"]
-    return ["much", "nan"] if float in kinds else []
+WRONG = {int: ("many", "1.5", str(2**64)), float: ("much", "nan", "1e300"), str: ("", "\x07", "\udcff"), bool: ()}
+"""Words that are no value of an option, by its kind."""
 
 
 HAND: dict[str, list[tuple[str, ...]]] = {
@@ -142,6 +133,10 @@ HAND: dict[str, list[tuple[str, ...]]] = {
         ("--mixed-precision", "fp16"), ("--mixed-precision", "fp8"), ("--exp-name", ""), ("--exp-name", ".."), ("--exp-name", "../x"),
         ("--exp-name", "a/b"), ("--exp-name", "/abs"), ("--checkpointing-steps", "0"), ("--checkpointing-minutes", "-1"),
         ("--max-hours", "0"), ("--max-hours", "-2"), ("--timeout-minutes", "0"), ("--skip-steps", "5", "2"), ("--skip-steps", "0", "2"),
+        ("--timeout-minutes", "1e9"), ("--skip-steps", "2", "3"), ("--ema-extra-decays", "1e-9"), ("--ema-extra-decays", "1"),
+        ("--ema-extra-decays", "0.5", "0.5"), ("--features", "pixels"), ("--mind",), ("--eval-weights", "raw"), ("--eval-preset", "sit"),
+        ("--optimizer", "muon", "--adam-beta1", "1"), ("--grad-ratio-steps", "-1"), ("--lr-warmup-steps", "-1"),
+        ("--align", "internal", "--align-depth", "99"), ("--align", "contrastive", "--align-weight", "-1"),
         ("--log-steps", "0"), ("--sampling-steps", "-1"), ("--eval-steps", "5"), ("--eval-steps", "-1"), ("--num-fid-samples", "2"),
         ("--images-per-second", "5"), ("--uniform-from-epoch", "3"), ("--model", "SiT-B/3"), ("--model", ""),
         ("--align", "latnt"), ("--align", "none", "latent"), ("--align", "latent", "latent"), ("--preset", "paper"),
@@ -169,12 +164,17 @@ HAND: dict[str, list[tuple[str, ...]]] = {
         ("--solver", "dopri5"), ("--mode", "sde", "--solver", "heun"), ("--mode", "sde", "--grid", "points"), ("--preset", "repa-cgf"),
         ("--preset", "repa-cfg"), ("--features", "pixels"), ("--mixed-precision", "fp16"), ("--vae", "/nowhere"),
         ("--reference", "/nowhere", "--features", "pixels"),
+        ("--cfg-scale", "1e9"), ("--internal-scale", "-1"), ("--internal-scale", "2"), ("--internal-scale", "1e9"),
+        ("--internal-low", "0.5"),
+        ("--num-fid-samples", "9" * 18), ("--mind",),
+        ("--num-steps", "9" * 18), ("--timestep-shift", "1e-9"), ("--weights", "best"), ("--per-class", "2"), ("--compare", "x"),
         ("--model", "SiT-B/2"), ("--out", "/dev/null/x"), ("--out", "a" * 300), ("--num-classes", "3"), ("--per-proc-batch-size", "3")],
     "encode": [
         ("--images", "/nowhere"), ("--images", "/dev/null"), ("--vae", "/nowhere"), ("--vae", "pixels", "--statistics", "x"), ("--grey",),
         ("--resolution", "0"), ("--resolution", "-16"), ("--resolution", "17"), ("--batch-size", "0"), ("--shard-size", "0"),
         ("--workers", "-1"), ("--skip-bad", "-1"), ("--out", "/dev/null/x"), ("--out", "b" * 300), ("--statistics", "/nowhere")],
     "import_latents": [("--vae", "/nowhere"), ("--shard-size", "0"), ("--num-classes", "0"), ("--num-classes", "1"), ("--keep-images",),
+                       ("--num-classes", "9" * 18), ("--statistics", "x"),
                        ("--out", "/dev/null/x"), ("--source", "/nowhere"), ("--source", "/dev/null")],
     "verify": [("--data-dir", "/nowhere"), ("--num-images", "-1"), ("--vae", "/nowhere", "--num-images", "2")],
     "convert": [("--num-heads", "0"), ("--num-heads", "-2"), ("--num-heads", "7"), ("--source", "/nowhere"), ("--source", "/dev"),
@@ -193,12 +193,31 @@ HAND: dict[str, list[tuple[str, ...]]] = {
     "digits": [("--out", "/dev/null/x")],
     "scenes": [("--out", "/dev/null/x"), ("--count", "0"), ("--count", "9"), ("--resolution", "15"), ("--resolution", "6"),
                ("--digits", "3"), ("--classes", "1"), ("--classes", "11"), ("--colours", "2"), ("--gradient", "-1"),
+               ("--jitter", "99"), ("--clutter", "9" * 18), ("--count", "9" * 18), ("--resolution", "9" * 18), ("--size", "1", "99"),
                ("--jitter", "-1"), ("--clutter", "-1"), ("--size", "1"), ("--size", "1", "0.5"), ("--size", "0", "1")],
     "probe": [*(LOOKED := [("--ckpt", "/nowhere"), ("--data-dir", "/nowhere"), ("--blocks", "7"), ("--blocks", "0"), ("--t", "1.5"),
                            ("--items", "0"), ("--items", "-3"), ("--batch-size", "0"), ("--features", "f"), ("--out", "/dev/null/x")]),
               ("--items", "4"), ("--masks", "/nowhere"), ("--masks", "/dev/null"), ("--encoder", "dinov9"), ("--encoder-weights", "x"),
-              ("--labels", "none")],
-    "pca": [*LOOKED, ("--classes", "10"), ("--classes", "cat")],
+              ("--labels", "none"), ("--omega", "-1"), ("--weights", "best")],
+    "pca": [*(DRAWN := [*LOOKED, ("--classes", "10"), ("--classes", "cat"), ("--omega", "-1")]), ("--items", "101"), ("--out", ".")],
+    "tsne": [*DRAWN, ("--items", "50001"), ("--items", "4"), ("--out", "..")],
+    "steps": [("--scores", "/nowhere"), ("--scores", "/dev/null"), ("--scores", "/dev"), ("--metric", "fid"),
+              ("--out", "/dev/null/x"), ("--out", "/")],
+    "seeds": [("--ckpt", "/nowhere"), ("--classes", "10"), ("--num-steps", "1"), ("--cfg-scale", "-1"), ("--out", "/dev/null/x"),
+              ("--internal-scale", "2"), ("--out", "x/..")],
+    "time": [("--runs", "/nowhere"), ("--runs", "/dev/null"), ("--out", "/dev/null/x")],
+    "fdr": [("--samples", "/nowhere"), ("--train", "/nowhere"), ("--train", "/dev/null"), ("--val", "/dev"), ("--batch-size", "0"),
+            ("--out", "/"), ("--out", "/dev/null/x.json"), ("--inception-weights", "w.pth")],
+    "hub": [("--ckpt", "/nowhere"), ("--to", "/dev/null"), ("--to", "/dev/null/x"), ("--metrics", "/nowhere"), ("--metrics", "/dev/null"),
+            ("--private",)],
+    "export": [("--ckpt", "/nowhere"), ("--out", "/dev/null/x.pt"), ("--out", "/"), ("--layout", "sitt")],
+    "recipes list": [("--results", "/dev/null"), ("--seeds", "nan")],
+    "recipes run": [("--seeds", ":"), ("--seeds", "1:2:3"), ("--seeds", "2:1"), ("--seeds", "-1"), ("--seeds", "9" * 30),
+                    ("--processes", "0"), ("--nodes", "0"), ("--hours", "0"), ("--hours", "1e9"), ("--teraflops", "-1"),
+                    ("--images-per-second", "0"),
+                    ("--scale", "medium"), ("--work", "/dev/null"), ("--results", "/dev/null")],
+    "recipes table": [("--target", "inf"), ("--seeds", "0:9999")],
+    "recipes check": [("--results", "/dev/null")],
 }
 
 

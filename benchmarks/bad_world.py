@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +21,33 @@ from PIL import Image
 import generate
 import train
 import train_guide
-from evaluations import evaluate, figures, probe, reference, sweep
-from models import convert
+from evaluations import evaluate, fdr, figures, probe, reference, sweep
+from models import convert, export, hub
 from models.checkpoint import Checkpoint
 from models.vae import WEIGHTS
 from preprocessing import digits, encode, import_latents, scenes, verify
+from recipes import __main__ as recipes
 from runtime import files, seal
 from runtime.streams import Stream
+
+
+def _second(main: Callable[[Sequence[str]], object], kind: str, argv: Sequence[str]) -> object:
+    return main([kind, *argv])
+
 
 MAINS: dict[str, Callable[[Sequence[str]], object]] = {
     "train.py": train.main, "train_guide.py": train_guide.main, "generate.py": generate.main, "encode": encode.main,
     "digits": digits.main, "import_latents": import_latents.main, "verify": verify.main, "convert": convert.main,
     "evaluate": evaluate.main, "reference": reference.main, "sweep": sweep.main, "seal": seal.main, "scenes": scenes.main,
-    "probe": probe.main, "pca": lambda argv: figures.main(["pca", *argv])}
+    "probe": probe.main, "fdr": fdr.main, "hub": hub.main, "export": export.main,
+    **{kind: partial(_second, figures.main, kind) for kind in ("pca", "tsne", "steps", "seeds", "time")},
+    **{f"recipes {kind}": partial(_second, recipes.main, kind) for kind in ("list", "run", "table", "check")}}
+"""Every command. Of the recipes those that take no time where nothing is wrong."""
 MODULES = {"encode": "preprocessing.encode", "digits": "preprocessing.digits", "import_latents": "preprocessing.import_latents",
            "verify": "preprocessing.verify", "convert": "models.convert", "evaluate": "evaluations.evaluate",
            "reference": "evaluations.reference", "sweep": "evaluations.sweep", "seal": "runtime.seal", "scenes": "preprocessing.scenes",
-           "probe": "evaluations.probe", "pca": "evaluations.figures pca"}
+           "probe": "evaluations.probe", "fdr": "evaluations.fdr", "hub": "models.hub", "export": "models.export",
+           **{kind: f"evaluations.figures {kind}" for kind in ("pca", "tsne", "steps", "seeds", "time")}}
 
 
 @dataclass(frozen=True)
@@ -71,12 +82,18 @@ class World:
             "reference": ["--images", p("data"), "--features", "pixels", "--out", out / "r.npz"],
             "sweep": [*drawn[:-2], "--cfg-scale", 1.5, *scores, "--out", out],
             "seal": [p("data/manifest.json")], "scenes": ["--out", out, "--count", 10], "probe": [*looked, "--out", out],
-            "pca": [*looked, "--out", out / "pca"]}
+            "pca": [*looked, "--out", out / "pca"], "tsne": [*looked, "--out", out / "tsne"],
+            "steps": ["--scores", f"x={p('scores/metrics.json')}", "--out", out / "steps"],
+            "seeds": [*drawn[:2], *drawn[4:], "--out", out / "seeds"], "time": ["--runs", p("exps/stage1"), "--out", out / "time.json"],
+            "fdr": ["--samples", p("samples/samples.npz"), "--train", p("train"), "--val", p("val"), "--out", out / "fdr.json"],
+            "hub": [p("exps/stage1"), "--to", out], "export": [p("exps/stage1"), "--layout", "repa", "--out", out / "e.pt"],
+            "recipes list": ["--results", out], "recipes run": ["table4/SiT-B-2/plain", "--slurm", "--work", out, "--results", out],
+            "recipes table": ["4", "--results", out], "recipes check": ["--results", out]}
         return [str(word) for word in words[command]]
 
     def process(self, command: str) -> list[str]:
         """The words that start `command` as a process of its own."""
-        return [command] if command.endswith(".py") else ["-m", *MODULES[command].split()]
+        return [command] if command.endswith(".py") else ["-m", *MODULES.get(command, command).split()]
 
 
 def build(root: Path) -> World:
@@ -91,7 +108,9 @@ def build(root: Path) -> World:
         _vae(root / "vae")
         _peers(root)
         generate.main([*world.words("generate.py"), "--num-fid-samples", "8", "--out", str(root / "samples")])
-        reference.main([*world.words("reference"), "--out", str(root / "reference.npz"), "--keep", "16"])
+        for name, images in {"reference.npz": "data", "train/pixels.npz": "data", "val/pixels.npz": "samples/samples.npz"}.items():
+            reference.main([*world.words("reference"), "--images", str(root / images), "--out", str(root / name), "--keep", "16"])
+        generate.main([*world.words("generate.py"), *world.words("evaluate")[2:6], "--out", str(root / "scores")])
     return world
 
 

@@ -18,7 +18,7 @@ def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") 
     """
     name = options.features
     if options.inception_weights and name != "inception":
-        raise UserError(f"--inception-weights does not go with --features {name}")
+        raise UserError(f"--inception-weights does not go with --features {name}; leave it out")
     if options.feature_weights and not name.startswith(("timm:", "fdr:")):
         raise UserError(f"--feature-weights goes with --features timm:NAME or fdr:NAME, not {name}; leave it out")
     if name == "pixels":

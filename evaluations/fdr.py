@@ -67,7 +67,7 @@ def references(folder: str) -> dict[str, Reference]:
         one = read_compact(file)
         require(one.features not in found, f"{folder} holds two references of {one.features} features; take one away")
         found[one.features] = one
-    require(bool(found), f"{folder} holds no reference (.npz); python -m evaluations.reference writes them, one for each extractor")
+    require(bool(found), f"{folder} holds no reference (.npz); make one for each extractor with python -m evaluations.reference")
     return found
 
 
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command; returns what it wrote."""
     options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.fdr", description=__doc__)
     train = references(options.train)
+    require(options.inception_weights is None or "inception" in train,
+            f"--inception-weights: {options.train} holds no reference of inception features; leave it out")
     units = normalisers(train, None if options.val is None else references(options.val))
     path = samples_file(options.samples)
     samples, accelerator = open_samples(path), launch.accelerator()

@@ -61,11 +61,16 @@ class LookOptions:
         require(all(0 <= t <= 1 for t in self.t), f"--t {' '.join(map(str, self.t))} must lie between 0 and 1")
         wrong = sorted(set(self.features) - {"u", "c", "g"})
         require(not wrong, f"--features has no {wrong[0] if wrong else ''}; there are u, c and g")
+        require(all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative")
         require(self.batch_size > 0, "--batch-size must be positive")
 
 
-def _require_items(count: int) -> None:
-    require(count > 0, f"--items {count} must be positive")
+def _require_items(count: int, most: int) -> None:
+    require(0 < count <= most, f"--items {count} must be positive and at most {most:,}: a figure shows no more")
+
+
+def _require_stem(out: str) -> None:
+    require(Path(out).name not in ("", ".."), f"--out {out} is a folder: name the files, without .png and .svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,8 @@ class PcaOptions:
     out: str = option("pca", help="the files' name, without .png and .svg", heading="output")
 
     def __post_init__(self) -> None:
-        _require_items(self.items)
+        _require_items(self.items, 100)
+        _require_stem(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,8 @@ class TsneOptions:
     out: str = option("tsne", help="the files' name, without .png and .svg", heading="output")
 
     def __post_init__(self) -> None:
-        _require_items(self.items)
+        _require_items(self.items, 50_000)
+        _require_stem(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,7 @@ class StepsOptions:
 
     def __post_init__(self) -> None:
         require(bool(self.runs) != bool(self.scores), "give --runs or --scores, one of them")
+        _require_stem(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,9 @@ class SeedsOptions:
     classes: tuple[str, ...] = option(("0",), help="classes by name or number, each with rows of its own")
     sampling: SamplingConfig = group(SamplingConfig, without=("labels",))
     out: str = option("seeds", help="the files' name, without .png and .svg", heading="output")
+
+    def __post_init__(self) -> None:
+        _require_stem(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +191,7 @@ def tsne(options: TsneOptions) -> Figure:
     items, names = chosen_items(options.look, options.items)
     present = sorted(set(items.labels.tolist()))
     require(len(present) <= len(GLYPHS), f"{len(present)} classes are too many to tell apart: choose up to {len(GLYPHS)} with --classes")
-    require(len(items) >= 5, f"{len(items)} images are too few for t-SNE: use at least 5")
+    require(len(items) >= 5, f"--items: {len(items)} images are too few for t-SNE: use at least 5")
     panels = [(f"{where}\n{what}", x) for where, what, x in views(options.look, items, pooled=True)]
     columns = min(len(panels), 4)
     figure = drawing.canvas(3.2 * columns, 3.4 * -(-len(panels) // columns) + 0.4)
@@ -188,7 +199,7 @@ def tsne(options: TsneOptions) -> Figure:
     for axes in grid:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, (title, x) in zip(grid, progress.bar(panels, desc="t-SNE", unit="panel")):
-        points = TSNE(perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.look.seed).fit_transform(
+        points = TSNE(perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.look.seed % 2**32).fit_transform(
             representation.standardise(x, x).numpy())
         for number, label in enumerate(present):
             mine = points[items.labels.numpy() == label]

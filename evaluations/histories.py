@@ -42,8 +42,9 @@ def from_logs(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
     shared = sorted(set.intersection(*known))
     if metric is None:
         metric = next((name for kind in FIRST for name in shared if name.split("/")[-1].split("@")[0] == kind), None)
-    require(metric in shared, f"the runs' logs share no score {metric or 'at all'}; shared are {', '.join(shared) or 'none'} "
-                              f"(train.py --eval-steps writes them; scores of files: --scores)")
+    require(bool(shared), "the runs' logs share no score: give runs that train.py --eval-steps has scored (scores of files: --scores)")
+    require(metric in shared, f"the runs' logs share no score {metric or 'that is a Frechet distance'}; shared are {', '.join(shared)}: "
+                              f"choose --metric among them")
     curves: Curves = {}
     for name, _, lines in logs:
         for line in lines:
@@ -96,7 +97,7 @@ def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
         step, told = score["samples"]["settings"].get("step"), protocol(score)
         require(isinstance(step, int), f"{file} does not say which step it scored: give scores of a run's checkpoint")
         metric = metric or next((known for known in FIRST if known in score["metrics"]), None)
-        require(metric in score["metrics"], f"{file} has no {metric}; it has {', '.join(score['metrics'])}")
+        require(metric in score["metrics"], f"{file} has no {metric}; choose --metric among {', '.join(score['metrics'])}")
         first = first or (str(file), told)
         other = next((key for key, value in told.items() if value != first[1][key]), None)
         require(other is None, f"{file} and {first[0]} have different {other} ({told.get(other or '')} and {first[1].get(other or '')}): "
@@ -121,7 +122,7 @@ def spent(run: Path, batch_size: int, step: int) -> tuple[float, float]:
     """Hours of the steps up to `step`, from the rates in the run's log, and their mean rate in images per second."""
     seconds, before = 0.0, 0
     for line in read(run / "log.jsonl"):
-        if "images_per_second" in line and before < line["step"] <= step:
+        if line.get("images_per_second", 0) > 0 and before < line["step"] <= step:
             seconds += (line["step"] - before) * batch_size / line["images_per_second"]
             before = line["step"]
     return seconds / 3600, before * batch_size / seconds if seconds else 0.0

@@ -224,6 +224,7 @@ class NpzArchive:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
+            require(min(shape, default=0) >= 0, f"{self.path}: {name} claims the shape {shape}; copy it again")
             if fortran and len(shape) > 1:
                 raise UserError(f"{self.path}: {name} is in Fortran order; save np.ascontiguousarray of it")
             yield stream, shape, dtype
@@ -256,5 +257,5 @@ def _checked_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndar
     if labels is None:
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}, not integers ({count},), one per image")
+        raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}, not integers ({count},): give one for each image")
     return labels.astype(np.int64)

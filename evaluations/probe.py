@@ -77,6 +77,7 @@ class ProbeConfig:
         wrong = sorted(set(self.features) - set(KINDS))
         require(not wrong, f"--features has no {wrong[0] if wrong else ''}{errors.nearest(wrong[0], KINDS) if wrong else ''}; "
                            f"there are {', '.join(KINDS)}")
+        require(all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative")
         require(self.items > 0 and self.batch_size > 0, "--items and --batch-size must be positive")
         require(self.encoder_weights is None or self.encoder is not None, "--encoder-weights belong to an encoder: give --encoder too")
 

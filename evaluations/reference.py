@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from config import FeatureOptions
 from evaluations.collect import collect
@@ -33,7 +34,7 @@ from evaluations.extractors import open_extractor
 from evaluations.features import Extractor
 from evaluations.images import Images, NpzArchive, NpzImages, open_images, write_npz
 from evaluations.metrics import Statistics
-from runtime import errors, files, launch, progress
+from runtime import errors, files, launch, progress, schema
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
 from runtime.streams import Stream
@@ -150,7 +151,7 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
         pair = Statistics(*(torch.from_numpy(archive.read(name).astype(np.float64)) for name in (mean, covariance)))
         if pair.mean.ndim != 1 or pair.covariance.shape != (len(pair.mean), len(pair.mean)):
             raise UserError(f"{archive.path}: {mean} {tuple(pair.mean.shape)} and {covariance} "
-                            f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D)")
+                            f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D); get the file again")
         if not (pair.mean.isfinite().all() and pair.covariance.isfinite().all()):
             raise UserError(f"{archive.path}: {mean} or {covariance} holds NaN or infinite values; get the file again")
         pairs.append(pair)
@@ -166,20 +167,32 @@ def read_compact(path: Path | str) -> Reference:
     return _read_compact(archive)
 
 
+class About(TypedDict):
+    """What a compact reference says of itself."""
+
+    name: str
+    sha256: str
+    features: str
+    weights_sha256: str | None
+    shape: list[int] | None
+    statistics: str
+
+
 def _read_compact(archive: NpzArchive) -> Reference:
     try:
-        about = json.loads(str(archive.read("about")))
-        given = {"name": about["name"], "digest": about["sha256"], "features": about["features"],
-                 "weights": about["weights_sha256"], "origin": about["statistics"],
-                 "shape": about["shape"] and tuple(about["shape"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{archive.path} is not a reference of this format ({error}); build it again") from error
+        told = json.loads(str(archive.read("about")))
+    except ValueError as error:
+        raise UserError(f"{archive.path}: about is not that of a reference ({error}); make it again") from error
+    about = schema.checked(About, told, f"{archive.path}: about", "make it again")
     first, second = _stored(archive)
-    tensors = {name: torch.from_numpy(archive.read(name)) if name in archive.names else None
-               for name in ("pool", "labels")}
-    if tensors["pool"] is not None and not tensors["pool"].isfinite().all():
-        raise UserError(f"{archive.path}: pool holds NaN or infinite values; build it again")
-    return Reference(statistics=first, spatial=second, **tensors, **given)
+    pool, labels = (torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels"))
+    require(pool is None or (pool.ndim == 2 and pool.shape[1] == len(first.mean) and pool.is_floating_point() and pool.isfinite().all()),
+            f"{archive.path}: pool must be finite features of {len(first.mean)} numbers an image; make it again")
+    require(labels is None or (pool is not None and labels.shape == pool.shape[:1] and labels.dtype == torch.int64),
+            f"{archive.path}: labels must be whole numbers, one for each image of pool; make it again")
+    return Reference(statistics=first, spatial=second, pool=pool, labels=labels, name=about["name"], digest=about["sha256"],
+                     features=about["features"], weights=about["weights_sha256"], origin=about["statistics"],
+                     shape=about["shape"] and tuple(about["shape"]))
 
 
 def open_pair(reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from config import FeatureOptions
+from config import FeatureOptions, require_samples
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
 from models.peers import PEERS
@@ -58,7 +58,7 @@ class SweepConfig:
     scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
-        require(self.num_fid_samples >= 4, f"--num-fid-samples {self.num_fid_samples} are too few for a score: at least 4")
+        require_samples(self.num_fid_samples, 4)
         for point in self.points():
             self.at(point)  # each has SamplingConfig's own checks
 

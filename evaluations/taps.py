@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +18,12 @@ from torch import Tensor
 import interpolant
 import models
 from dataset import LatentSet
+from evaluations.images import NpzArchive
 from models import Backbone
 from models.checkpoint import Checkpoint
 from models.encoders import Encoder
 from runtime.arithmetic import exact_arithmetic
-from runtime.errors import UserError, require
+from runtime.errors import require
 from runtime.streams import Stream
 from sampling.source import name_of
 
@@ -94,18 +94,12 @@ class Items:
 
 def read_masks(file: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(count, H, W) uint8 masks and, where the file has them, (count,) int64 groups. Raises UserError where they do not fit."""
-    require(Path(file).is_file(), f"--masks {file} is missing; give an .npz file with masks (N, H, W) of 0 and 1")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            names = set(archive.files)
-            masks = archive["masks"] if "masks" in names else None
-            groups = archive["groups"] if "groups" in names else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--masks {file} cannot be read ({error}); give an .npz file with masks (N, H, W) of 0 and 1") from error
-    require(masks is not None and masks.ndim == 3 and masks.dtype in (np.uint8, np.bool_) and masks.shape[1] == masks.shape[2]
+    archive = NpzArchive(file)
+    masks, groups = (archive.read(name) if name in archive.names else None for name in ("masks", "groups"))
+    require(masks is not None and masks.ndim == 3 and masks.dtype in (np.uint8, np.bool_) and masks.shape[1] == masks.shape[2] > 0
             and masks.max(initial=0) <= 1, f"--masks {file} needs an array masks of shape (N, H, H), uint8, with 0 and 1 in it")
-    require(len(masks) == count and (groups is None or groups.shape == (count,)),
-            f"--masks {file} holds {len(masks)} masks, the data set {count} items: they must be in the same order, one for each")
+    require(len(masks) == count and (groups is None or (groups.shape == (count,) and groups.dtype.kind in "iu")),
+            f"--masks {file} holds {len(masks)} masks, the data set {count} items: they must be in one order, one for each, groups too")
     return masks.astype(np.uint8), groups
 
 
@@ -158,7 +152,7 @@ class Probed:
                 f"{f' ({difference})' if difference else ''}: they must agree")
         require(items.masks is None or items.masks.shape[-1] % spec.side == 0,
                 f"--masks: {0 if items.masks is None else items.masks.shape[-1]} pixels a side cannot be cut into the {spec.side} tokens "
-                f"a side of {name}")
+                f"a side of {name}: give masks of the images' size")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(checkpoint, checkpoint.network(weights, depth=max(wanted)).to(device), wanted, device)
 

@@ -50,7 +50,7 @@ class ModelSpec:
             if getattr(self, name) < 1:
                 raise UserError(f"model {self.name}: {name} must be at least 1, not {getattr(self, name)}")
             if getattr(self, name) > _MOST.get(name, 1_000_000):
-                raise UserError(f"model {self.name}: {name} {getattr(self, name)} is beyond {_MOST.get(name, 1_000_000)}")
+                raise UserError(f"model {self.name}: {name} {getattr(self, name)} must be at most {_MOST.get(name, 1_000_000)}")
         for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "

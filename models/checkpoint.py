@@ -135,7 +135,8 @@ class Checkpoint:
         file = self.path / f"{'network' if name == 'raw' else name}.safetensors"
         recorded = self.files.get(file.name)
         if recorded is None:
-            raise UserError(f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)} (--weights and its like)")
+            raise UserError(f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)}: choose one (--weights and "
+                            f"its like)")
         self.require_intact(file.name)
         return files.load_tensors(file)
 

@@ -35,6 +35,9 @@ class Options:
     layout: str = option(choices=("repa", "sit"), help="whose code is to read it")
     out: str = option(help="file to write (.pt)")
 
+    def __post_init__(self) -> None:
+        require(not Path(self.out).exists(), f"--out {self.out} exists: choose another name, or remove it")
+
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the file."""

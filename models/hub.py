@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import models
-from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.hub_client import PREFIX, answered
 from runtime import errors, files
@@ -77,7 +76,7 @@ def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
     """Write the travelling copy of a checkpoint to the folder `out`, in one step."""
     names = [name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name]
-    with files.replacing(out, checkpoint.is_checkpoint) as folder:
+    with files.replacing(out, is_packed) as folder:
         folder.mkdir()
         for name in names:
             source.tensors(name.removesuffix(".safetensors"))  # verified
@@ -85,6 +84,13 @@ def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) ->
         files.write_sealed(folder / "config.json", {**source.config, "files": {name: source.files[name] for name in names},
                                                     "packed_from": source.digest})
         (folder / "README.md").write_text(card(source, result), encoding="utf-8")
+
+
+def is_packed(path: Path) -> bool:
+    """Whether `path` is a folder that `pack` wrote, with nothing else in it: a run's own checkpoint is none."""
+    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
+    return isinstance(config, dict) and "packed_from" in config and isinstance(config.get("files"), dict) and \
+        {file.name for file in path.iterdir()} <= {"config.json", "README.md", *config["files"]}
 
 
 def card(source: Checkpoint, result: dict[str, Any] | None) -> str:

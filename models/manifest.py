@@ -50,7 +50,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
     if not (path / MANIFEST).exists():
-        begun = "is unfinished: run its preprocessing command again" if any(path.glob("shard-*")) else "is not a latent set"
+        begun = "is unfinished: run its preprocessing command again" if any(path.glob("shard-*")) else \
+            "is not a latent set: give the folder of one, as python -m preprocessing.encode makes it"
         raise UserError(f"{path} {begun} ({MANIFEST} is missing)")
     file = path / MANIFEST
     manifest = files.read_json(file)

@@ -54,7 +54,8 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self.shard_size > 0, f"--shard-size {self.shard_size} must be at least 1")
-        require(self.num_classes is None or self.num_classes > 0, f"--num-classes {self.num_classes} must be at least 1")
+        require(self.num_classes is None or 0 < self.num_classes <= LARGEST_LABEL,
+                f"--num-classes {self.num_classes} must be at least 1 and at most {LARGEST_LABEL}")
 
 
 class Layout(Protocol):
@@ -111,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def recognised(options: Options) -> Layout:
     """The layout of `options.source`. Raises UserError where it is neither."""
     source = Path(options.source)
-    if (source / "vae-sd").is_dir():
-        return REPA(source / "vae-sd", options)
-    if (source / LABELS).exists():
-        return REPA(source, options)
+    repa = source / "vae-sd" if (source / "vae-sd").is_dir() else source
+    if repa != source or (source / LABELS).exists():
+        require(options.statistics is None, f"--statistics scales LightningDiT's latents, {source} holds REPA's: leave it out")
+        return REPA(repa, options)
     if any(source.glob("*.safetensors")):
         require(not options.keep_images, "--keep-images: LightningDiT's folders hold no images")
         return LightningDiT(source, options)

@@ -21,7 +21,7 @@ SAMPLE = 8            # items that are looked at after encoding
 
 def spread(count: int, chosen: int) -> np.ndarray:
     """At most `chosen` places, evenly spread over 0 .. count - 1."""
-    return np.unique(np.linspace(0, count - 1, chosen).astype(int))
+    return np.unique(np.linspace(0, count - 1, min(count, chosen)).astype(int))
 
 
 def decoded(latents: LatentSet, chosen: np.ndarray, codec: Codec) -> np.ndarray:

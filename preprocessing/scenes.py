@@ -32,6 +32,7 @@ from runtime.options import group, option, read
 from runtime.streams import Stream
 
 MASKS = "masks.npz"
+MOST = 10_000_000  # scenes in a set
 GROUPS = 5
 """Parts into which the real digits are dealt; the last is held out where something is measured on unseen handwriting."""
 
@@ -50,12 +51,15 @@ class Dials:
     size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
 
     def __post_init__(self) -> None:
-        require(self.resolution >= 8 and self.resolution % 2 == 0, f"--resolution {self.resolution} must be even and at least 8")
+        require(8 <= self.resolution <= 1024 and self.resolution % 2 == 0,
+                f"--resolution {self.resolution} must be even, at least 8 and at most 1024")
         require(self.digits in (1, 2), f"--digits {self.digits} must be 1 or 2")
         require(2 <= self.classes <= 10**self.digits, f"--classes {self.classes} must lie between 2 and {10**self.digits}")
         require(0 <= self.colours <= 1 and 0 <= self.gradient <= 1, "--colours and --gradient must lie in [0, 1]")
-        require(self.jitter >= 0 and self.clutter >= 0, "--jitter and --clutter must not be negative")
-        require(len(self.size) == 2 and 0 < self.size[0] <= self.size[1], "--size takes the smallest and the largest, both positive")
+        require(0 <= self.jitter <= self.resolution, f"--jitter {self.jitter} must lie between 0 and --resolution {self.resolution}")
+        require(0 <= self.clutter <= 100, f"--clutter {self.clutter} must lie between 0 and 100")
+        require(len(self.size) == 2 and 0.1 <= self.size[0] <= self.size[1] <= 10,
+                f"--size {' '.join(map(str, self.size))}: give the smallest and the largest, between 0.1 and 10")
 
     def pair(self, label: int) -> tuple[int, ...]:
         """The digits of a class, from left to right. From 20 pairs on no digit alone tells the class: each is in two or more of them."""
@@ -152,7 +156,8 @@ class Options:
     dials: Dials = group(Dials)
 
     def __post_init__(self) -> None:
-        require(self.count >= self.dials.classes, f"--count {self.count} must be at least --classes {self.dials.classes}")
+        require(self.dials.classes <= self.count <= MOST,
+                f"--count {self.count} must be at least --classes {self.dials.classes} and at most {MOST:,}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

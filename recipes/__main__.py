@@ -50,19 +50,23 @@ class Options:
     hours: float = option(24.0, help="time limit in the sbatch file")
 
     def __post_init__(self) -> None:
-        require(self.nodes > 0 and (self.processes or 1) > 0, "--nodes and --processes must be positive")
+        require(self.nodes > 0 and (self.processes is None or self.processes > 0), "--nodes and --processes must be positive")
         require(self.images_per_second is None or self.images_per_second > 0, "--images-per-second must be positive")
         require(self.teraflops > 0, "--teraflops must be positive")
-        require(self.hours > 0, "--hours must be positive")
+        require(1 / 60 <= self.hours <= 8760, f"--hours {self.hours} must lie between a minute (0.02) and a year (8760)")
+        for flag, folder in (("--work", self.work), ("--results", self.results)):
+            require(not Path(folder).exists() or Path(folder).is_dir(), f"{flag} {folder} is a file: give a folder")
+        self.seed_range()
 
     def seed_range(self) -> range:
         """The seeds that --seeds names. Raises UserError where it names none."""
         first, _, end = self.seeds.partition(":")
         require(first.isdecimal() and (not end or end.isdecimal()) and self.seeds.count(":") < 2 and not self.seeds.endswith(":"),
-                f"--seeds {self.seeds} is neither a seed nor FIRST:END")
-        chosen = range(int(first), int(end) if end else int(first) + 1)
-        require(len(chosen) > 0, f"--seeds {self.seeds} holds no seed")
-        return chosen
+                f"--seeds {self.seeds} is neither a seed nor FIRST:END; give one of them")
+        start, stop = int(first), int(end) if end else int(first) + 1
+        require(start < stop <= min(start + 1000, 2**32), f"--seeds {self.seeds} holds no seed, more than 1,000, or one beyond 32 bits; "
+                                                          f"give FIRST:END with FIRST < END")
+        return range(start, stop)
 
 
 def list_rows(names: Sequence[str], options: Options) -> None:
@@ -82,8 +86,7 @@ def list_rows(names: Sequence[str], options: Options) -> None:
 def show(names: Sequence[str], options: Options) -> None:
     """The chain of commands of each row and what it costs."""
     size = scale.find(options.scale)
-    for name in names:
-        row = rows.find(name)
+    for row in [rows.find(name) for name in names]:
         for seed in options.seed_range():
             plan = chain.build(row, size, seed, Path(options.work))
             print(f"# {row.name}, {size.name}, seed {seed}", *plan.lines(options.processes or size.processes, options.nodes), sep="\n")
@@ -107,8 +110,8 @@ def print_costs(names: Sequence[str], options: Options) -> None:
     size = scale.find(options.scale)
     finished = {one["row"] for one in record.load(Path(options.results)) if (one["scale"], one["status"]) == (size.name, "finished")}
     lines, everything = [["", "rows to run", "EFLOP", f"hours at {options.teraflops:g} TFLOP/s"]], []
-    for name in names or rows.TABLES:
-        chosen = rows.of_table(name) if name in rows.TABLES else [rows.find(name)]
+    every = {name: rows.of_table(name) if name in rows.TABLES else [rows.find(name)] for name in names or rows.TABLES}
+    for name, chosen in every.items():
         left = [row for row in chosen if row.name not in finished]
         everything += left
         lines.append([name, str(len(left)), *_sizes(costs.outstanding(left, size), options.teraflops)])
@@ -146,8 +149,7 @@ def print_table(names: Sequence[str], options: Options) -> None:
     """Tables of the paper with verdicts."""
     from recipes import record, table
 
-    for name in names:
-        chosen = rows.of_table(f"table{name}" if name.isdecimal() else name)
+    for chosen in [rows.of_table(f"table{name}" if name.isdecimal() else name) for name in names]:
         records = record.load(Path(options.results))
         print(table.render(chosen, records, options.scale))
         if options.target is not None:
@@ -205,7 +207,7 @@ def check(names: Sequence[str], options: Options) -> None:
     for folder, found in faults.items():
         print(f"{folder.name}: {'; '.join(found) or 'holds'}")
     wrong = [folder.name for folder, found in faults.items() if found]
-    require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}")
+    require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}; restore them, or remove them")
     if names:
         return
     if not folders:
@@ -213,10 +215,10 @@ def check(names: Sequence[str], options: Options) -> None:
     else:
         ledger = results / "ledger.csv"
         require(ledger.is_file() and ledger.read_text(encoding="utf-8") == record.ledger(results),
-                f"{ledger} is not what the records say: python -m recipes publish --results {results}")
+                f"{ledger} is not what the records say: run python -m recipes publish --results {results}")
     if results.resolve() == Path("results").resolve():  # the records that the pages are about
         stale = publish.stale(Path(), results)
-        require(not stale, f"the tables of {', '.join(map(str, stale))} are not what the records say: python -m recipes publish")
+        require(not stale, f"the tables of {', '.join(map(str, stale))} are not what the records say: run python -m recipes publish")
 
 
 NONE, ANY, SOME = range(3)
@@ -239,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     names = words[1:flags]
     options = read(Options, words[flags:], prog=f"python -m recipes {words[0]}", description=__doc__)
-    require(bool(names) or takes != SOME, f"python -m recipes {words[0]} needs a name; python -m recipes list shows them")
+    require(bool(names) or takes != SOME, f"python -m recipes {words[0]} needs a name; choose one that python -m recipes list shows")
     require(not names or takes != NONE, f"python -m recipes {words[0]} takes no name: leave out {' '.join(names)}")
     action(names, options)
 

@@ -55,7 +55,8 @@ def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[t
     found: dict[tuple[str, float], dict[int, float]] = {}
     for record in study_records(records, scale):
         for score in record["scores"]:
-            found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
+            if metric in score["metrics"]:
+                found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
     return found
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from recipes import chain, rows
 from recipes.scale import Scale
-from runtime import files
+from runtime import files, schema
 from runtime.errors import require
 from runtime.text import spread
 
@@ -51,12 +52,30 @@ def probe(scale: Scale, seed: int, work: Path, results: Path) -> Path:
     return target
 
 
-def load(results: Path, scale: str = "study") -> list[dict[str, Any]]:
-    """The probes of every seed."""
-    return [files.read_json(file) for file in sorted((results / "probes").glob(f"{scale}-s*.json"))]
+class Probe(TypedDict):
+    """What is read of a row."""
+
+    checkpoint: str | None
+    features: str
+    omega: float | None
+    block: int | None
+    accuracy: float
+    knn: float
+    miou: float
 
 
-def summary(probes: Sequence[dict[str, Any]], block: int = 4) -> list[list[str]]:
+class Probes(TypedDict):
+    """What is read of a seed's file."""
+
+    rows: list[Probe]
+
+
+def load(results: Path, scale: str = "study") -> list[Probes]:
+    """The probes of every seed. Raises UserError where a file is none."""
+    return [schema.read(Probes, file) for file in sorted((results / "probes").glob(f"{scale}-s*.json"))]
+
+
+def summary(probes: Sequence[Probes], block: int = 4) -> list[list[str]]:
     """Lines of cells: each network's features at one block, mean over seeds and times, with the standard deviation over seeds."""
     def of(metric: str, network: str | None, features: str, omega: float | None) -> str:
         seeds = []

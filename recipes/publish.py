@@ -46,7 +46,8 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
         for epochs, at in table.by_epochs(chosen, row.name).items():
             found = [score for _, score in at]
             lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", spread([table.quality(score) for score in found]),
-                          spread([score["metrics"]["class_accuracy"] for score in found]), str(len(found)),
+                          spread([score["metrics"]["class_accuracy"] for score in found if "class_accuracy" in score["metrics"]]),
+                          str(len(found)),
                           f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}"])
     return markdown(lines)
 

@@ -21,10 +21,11 @@ import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from typing_extensions import NotRequired, TypedDict
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from evaluations.histories import protocol, spent
 from models.checkpoint import Checkpoint, versions
@@ -36,6 +37,8 @@ from runtime.errors import require
 from training.log import read
 
 RESULTS = Path("results")
+METRICS = ("fid", "fd")
+"""The Frechet distance of a score: the first of these that it has is what a table shows."""
 
 
 def key(values: dict[str, Any]) -> str:
@@ -98,24 +101,38 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
             "images_per_second": rate}
 
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+DeviceHours = TypedDict("DeviceHours", {"training": Number, "stage 1": Number})
+
+
 class Score(TypedDict):
     """One entry of metrics.json."""
 
     preset: str
-    epochs: float
+    epochs: Number
     step: int
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
     num_samples: int
     key: str
     protocol: dict[str, Any]
-    device_hours: dict[str, float]
-    flops: float
+    device_hours: DeviceHours
+    flops: Number
 
 
 class Scores(TypedDict):
     """metrics.json."""
 
     scores: list[Score]
+
+
+class _Train(TypedDict):
+    batch_size: int
+
+
+class Told(TypedDict):
+    """What is read of config.json."""
+
+    train: _Train
 
 
 class Summary(TypedDict):
@@ -129,8 +146,13 @@ class Summary(TypedDict):
     status: Literal["finished", "failed"]
     processes: int
     files: dict[str, str]
-    step: NotRequired[int]
-    images_per_second: NotRequired[float]
+
+
+class Finished(Summary):
+    """... and where it finished."""
+
+    step: int
+    images_per_second: Number
 
 
 def folders(results: Path) -> list[Path]:
@@ -141,12 +163,16 @@ def folders(results: Path) -> list[Path]:
 def open_record(folder: Path) -> dict[str, Any]:
     """A record with its folder's name and, where it finished, its scores. Raises UserError where it is none, or damaged."""
     require((folder / "record.json").is_file(), f"{folder} is not a record: it has no record.json; give the folder of one, or remove it")
-    summary, scores = files.read_json(folder / "record.json"), {"scores": []}
-    finished = schema.checked(Summary, summary, folder / "record.json")["status"] == "finished"
-    if finished:
-        scores = files.read_json(folder / "metrics.json")
-        schema.checked(Scores, scores, folder / "metrics.json")
-    return {**summary, "folder": folder.name, "scores": scores["scores"]}
+    summary, scores = files.read_json(folder / "record.json"), []
+    if schema.checked(Summary, summary, folder / "record.json")["status"] == "finished":
+        schema.checked(Finished, summary, folder / "record.json")
+        metrics = files.read_json(folder / "metrics.json")
+        schema.checked(Scores, metrics, folder / "metrics.json")
+        scores = metrics["scores"]
+        for score in scores:
+            require(bool({*METRICS} & score["metrics"].keys()),
+                    f"{folder / 'metrics.json'} has a score without {' or '.join(METRICS)}; restore it from a copy")
+    return {**summary, "folder": folder.name, "scores": scores}
 
 
 def load(results: Path) -> list[dict[str, Any]]:
@@ -205,7 +231,7 @@ def check(folder: Path) -> list[str]:
         faults.append(f"its folder should be called after {summary['date']}, {summary['row']}, {summary['scale']} and {summary['seed']}")
     if summary["status"] != "finished" or faults:
         return faults
-    train = files.read_json(folder / "config.json")["train"]
+    train = schema.read(Told, folder / "config.json")["train"]
     for score in summary["scores"]:
         step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
         if score["step"] != step or abs(score["flops"] - flops) > 1e-6 * flops:

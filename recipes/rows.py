@@ -192,7 +192,7 @@ def rows() -> dict[str, Row]:
 def find(name: str) -> Row:
     """The row called `name`. Raises UserError with the nearest name."""
     if name not in rows():
-        raise UserError(f"no row is called {name}{nearest(name, rows())}; python -m recipes list shows them")
+        raise UserError(f"no row is called {name}{nearest(name, rows())}; choose one that python -m recipes list shows")
     return rows()[name]
 
 

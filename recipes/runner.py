@@ -13,7 +13,7 @@ from recipes import chain, record
 from recipes.chain import Link
 from recipes.rows import Row
 from recipes.scale import Scale
-from runtime import signals
+from runtime import files, signals
 from runtime.errors import UserError
 from training.between import ENDED_EARLY
 
@@ -28,6 +28,9 @@ def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes:
         UserError: a link failed; its record, with status `failed`, is written first.
         SystemExit: a link was asked to stop and has saved (exit code 75).
     """
+    for folder in (work, results):  # what would fail at the end fails now
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     plan = chain.build(row, scale, seed, work)
     commands = [link.command(processes, nodes) for link in plan.links]
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 
 def script(row: str, scale: str, seeds: range, nodes: int, gpus: int, hours: float, work: str, results: str) -> str:
     """The text of an sbatch file that runs `row` at a scale under `seeds` as an array.
@@ -9,7 +11,8 @@ def script(row: str, scale: str, seeds: range, nodes: int, gpus: int, hours: flo
     The job is asked to stop ten minutes before its time is over (SIGUSR1): the run then saves, leaves with exit code 75, and
     is queued again; the chain goes on from what is there.
     """
-    array = f"{seeds.start}-{seeds.stop - 1}"
+    array, minutes = f"{seeds.start}-{seeds.stop - 1}", round(hours * 60)
+    work, results, log = map(shlex.quote, (work, results, f"{work}/slurm-%A_%a.out"))
     return f"""#!/bin/bash
 #SBATCH --job-name={row.replace('/', '-')}
 #SBATCH --array={array}
@@ -17,11 +20,11 @@ def script(row: str, scale: str, seeds: range, nodes: int, gpus: int, hours: flo
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={gpus}
 #SBATCH --cpus-per-task={gpus * 8}
-#SBATCH --time={int(hours):02d}:{round(hours % 1 * 60):02d}:00
+#SBATCH --time={minutes // 60:02d}:{minutes % 60:02d}:00
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={work}/slurm-%A_%a.out
+#SBATCH --output={log}
 
 set -u
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

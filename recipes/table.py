@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from recipes import costs
-from recipes.record import newest
+from recipes.record import METRICS, newest
 from recipes.rows import Row
 from runtime.text import aligned, spread
 
 SPREAD = 0.013
 """Relative spread of an FID over training seeds (arXiv 2606.20536)."""
-METRICS = ("fid", "fd")
-"""The first of these that a score has is what a table shows."""
 
 
 def verdict(published: float | None, ours: Sequence[float]) -> str:

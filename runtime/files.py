@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import UserError, note
+from runtime.errors import UserError, note, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
     disk, a size limit), naming the path.
     """
     path = Path(os.path.abspath(path))
+    require(path.name != "", f"{path} is the root of all folders: choose another place")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     before = path.with_name(f".{path.name}.before.{os.getpid()}.tmp")
     try:
@@ -82,7 +83,9 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
+        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):  # the latter is torch.save's
+            raise
         raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
 
 
@@ -119,9 +122,12 @@ def _flush_names(folder: Path) -> None:
 
 
 def digest(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError where it cannot be read, or is a folder."""
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path, or restore it from a copy") from error
 
 
 def _digest(handle: Any) -> str:

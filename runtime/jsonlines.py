@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a log, [] where there is none; a last line cut short by a kill is left out."""
+    """The lines of a log, [] where there is none; what is no step with numbers (a line cut short by a kill) is left out."""
     if not path.is_file():
         return []
     lines = []
@@ -16,6 +16,6 @@ def read(path: Path) -> list[dict[str, float]]:
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
+        if isinstance(values, dict) and type(values.get("step")) is int and {type(value) for value in values.values()} <= {int, float}:
             lines.append(values)
     return lines

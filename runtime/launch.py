@@ -42,15 +42,31 @@ def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelera
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if timeout_minutes is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)))
+    wanted = world_size()
     _note_unused_gpu()
-    processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **kwargs)
+    try:
+        processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **kwargs)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot start: {error}; correct its configuration, or drop the variables of its name") from error
     _watch_launcher()
     atexit.unregister(end)
     atexit.register(end)
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
     require(processes.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {processes.num_processes} process takes part: launch "
                                            f"with accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
     return processes
+
+
+def world_size() -> int:
+    """How many processes the launcher says there are. Raises UserError where its variables are no numbers, or some are missing."""
+    numbered = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for variable in numbered:
+        value = os.environ.get(variable, "0")
+        require(value.removeprefix("-").isdecimal(), f"{variable} is {value!r}, not a number: drop it, or start with accelerate launch")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    missing = [variable for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
+    require(world < 2 or not missing, f"WORLD_SIZE is {world} but there is no {' and no '.join(missing)}: start with accelerate launch "
+                                      f"--multi_gpu --num_processes {world}, on CPU too, or drop WORLD_SIZE")
+    return world
 
 
 def end() -> None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import types
 import typing
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
@@ -165,7 +165,7 @@ class _Store(argparse.Action):
 
 def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     field = opt.field
-    kind, count = _kind(opt.hint)
+    kind, count = kind_of(opt.hint)
     text = field.metadata["help"]
     if field.default is MISSING:
         text += " (required)"  # by `build`: an unknown flag is the better thing to complain about first
@@ -178,22 +178,41 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     else:
         choices = field.metadata["choices"]
         metavar = None if choices else kind.__name__.upper()
-        parser.add_argument(*flags, action=_Store, type=finite if kind is float else kind, nargs=count, choices=choices,
+        parser.add_argument(*flags, action=_Store, type=_TYPES.get(kind, kind), nargs=count, choices=choices,
                             metavar=metavar, **arguments)
 
 
 def finite(word: str) -> float:
-    """A finite number; the type of every float option."""
+    """A finite number, with which single precision can still count; the type of every float option."""
     value = float(word)
-    if not math.isfinite(value):
+    if not abs(value) <= 1e30:  # NaN is not
         raise ValueError(word)
     return value
 
 
-finite.__name__ = "float"  # what argparse calls it
+def whole(word: str) -> int:
+    """A whole number of at most 64 bits; the type of every int option."""
+    value = int(word)
+    if not -2**63 <= value < 2**63:
+        raise ValueError(word)
+    return value
 
 
-def _kind(hint: Any) -> tuple[type, int | str | None]:
+def printable(word: str) -> str:
+    """Characters that a file, a log and a terminal can show; the type of every str option."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("it is empty (a variable that is not set?): give a value, or leave the option out")
+    odd = next((letter for letter in word if unicodedata.category(letter) in ("Cc", "Cs")), None)
+    if odd is not None:
+        raise argparse.ArgumentTypeError(f"{word[:40]} holds {odd!r}, a control character or a byte that is no UTF-8: choose another value")
+    return word
+
+
+finite.__name__, whole.__name__, printable.__name__ = "float", "int", "str"  # what argparse calls them
+_TYPES = {float: finite, int: whole, str: printable}
+
+
+def kind_of(hint: Any) -> tuple[type, int | str | None]:
     """The scalar type of an annotation, and how many values its flag takes (None: one; '+': a tuple of any length)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))

@@ -11,6 +11,8 @@ from config import require_precision, require_weights
 from runtime.errors import require
 from runtime.options import option
 
+MOST_SCALE, MOST_STEPS = 1000, 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -39,15 +41,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_weights("--weights", self.weights)
-        require(self.cfg_scale >= 0, f"--cfg-scale {self.cfg_scale} must not be negative; 1 is no guidance")
-        require(self.num_steps >= 2, f"--num-steps {self.num_steps} must be at least 2")
+        for flag, scale in (("--cfg-scale", self.cfg_scale), ("--internal-scale", self.internal_scale)):
+            require(0 <= scale <= MOST_SCALE, f"{flag} {scale} must not be negative, and at most {MOST_SCALE}; 1 is no guidance")
+        require(2 <= self.num_steps <= MOST_STEPS, f"--num-steps {self.num_steps} must be at least 2 and at most {MOST_STEPS:,}")
         require(0 <= self.guidance_low <= self.guidance_high <= 1,
                 f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")
-        require(self.internal_scale >= 0, f"--internal-scale {self.internal_scale} must not be negative; 1 is no guidance")
         require(self.internal_scale != 1 or (self.internal_low, self.internal_high) == (None, None),
                 "--internal-low and --internal-high say when to guide internally: add --internal-scale")
         require(0 < self.last_step < 1, f"--last-step {self.last_step} must lie between 0 and 1")
-        require(self.timestep_shift > 0, f"--timestep-shift {self.timestep_shift} must be positive")
+        require(1e-3 <= self.timestep_shift <= 1e3, f"--timestep-shift {self.timestep_shift} must lie between 0.001 and 1000")
         require(self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
                 "--solver dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
         if self.mode == "sde":

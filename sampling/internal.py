@@ -55,8 +55,8 @@ def open_inner(checkpoint: Checkpoint, sampling: SamplingConfig, device: torch.d
         UserError: there is none, its weights are missing or damaged, or low is above high.
     """
     known: dict[str, Any] = checkpoint.config.get("velocity_heads", {}) or _before(checkpoint)
-    require(bool(known), f"{checkpoint.path} has no velocity head to guide internally with (--internal-scale): train one with --align "
-                         f"internal, or with --align latent --latent-target velocity")
+    require(bool(known), f"{checkpoint.path} has no velocity head to guide internally with (--internal-scale): use one trained with "
+                         f"--align internal, or with --align latent --latent-target velocity")
     name = next(iter(known))
     spec = VelocityHead.from_json(known[name], f"the velocity head of {checkpoint.path}")
     low = spec.low if sampling.internal_low is None else sampling.internal_low

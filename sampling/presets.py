@@ -106,7 +106,7 @@ PRESETS: dict[str, Preset] = {
 def find(name: str) -> Preset:
     """The preset called `name`. Raises UserError with the nearest known name."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}; generate.py --list-presets shows them")
+        raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}; choose one that generate.py --list-presets shows")
     return PRESETS[name]
 
 

@@ -18,6 +18,7 @@ import torch
 import generate
 import train
 import train_guide
+from models import export
 from models.checkpoint import Checkpoint
 from runtime import errors, files, launch
 from runtime.errors import UserError
@@ -121,7 +122,10 @@ def test_required_options_are_named() -> None:
 def test_launcher_configurations_that_are_not_supported(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value, word in (("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
                                   ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"), ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16"),
-                                  ("WORLD_SIZE", "2", "WORLD_SIZE")):
+                                  ("WORLD_SIZE", "2", "there is no RANK"), ("WORLD_SIZE", "two", "'two', not a number"),
+                                  ("RANK", "x", "RANK is 'x'"), ("LOCAL_WORLD_SIZE", "", "LOCAL_WORLD_SIZE"),
+                                  ("ACCELERATE_USE_CPU", "maybe", "invalid truth value maybe"),
+                                  ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron")):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             refused(train.main, words(tmp_path, "x"), word)
@@ -197,6 +201,12 @@ def test_a_full_disk_while_sampling(tmp_path: Path, guided: Path) -> None:
     with size_limit(20_000):
         refused(generate.main, argv, "cannot write")
     assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_a_full_disk_while_exporting(tmp_path: Path, guided: Path) -> None:
+    with size_limit(20_000):
+        refused(export.main, [guided, "--layout", "repa", "--out", tmp_path / "out.pt"], "cannot write", "out.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> None:

@@ -104,6 +104,11 @@ def test_a_folder_takes_a_checkpoint_as_well(guided: Path, tmp_path: Path) -> No
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(UserError, match="not what this command wrote there"):
         hub.main([str(guided), "--to", str(tmp_path / "mine")])
+    hub.main([str(guided), "--to", str(folder)])  # its own copy it may write again
+    own = Checkpoint.open(shutil.copytree(guided, tmp_path / "run")).path
+    with pytest.raises(UserError, match="not what this command wrote there"):  # a run's checkpoint has an optimiser to lose
+        hub.main([str(guided), "--to", str(own)])
+    Checkpoint.open(own).require_whole()
 
 
 @pytest.mark.parametrize("kind, name", [("repa", "repa_sit"), ("sit", "sit_original")])
@@ -129,6 +134,8 @@ def test_a_run_survives_the_way_there_and_back(guided: Path, tmp_path: Path) -> 
     known = Checkpoint.open(guided)
     for kind in ("repa", "sit"):
         file = export.main([str(guided), "--layout", kind, "--out", str(tmp_path / f"{kind}.pt")])
+        with pytest.raises(UserError, match="exists"):
+            export.main([str(guided), "--layout", kind, "--out", str(file)])
         again = Checkpoint.open(convert.main([str(file), "--out", str(tmp_path / kind), "--vae", "pixels"]))
         assert again.spec == known.spec and again.step == 4
         for weights in ("ema", "raw"):

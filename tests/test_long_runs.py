@@ -300,14 +300,18 @@ def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypa
     assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
 
 
-def test_averaged_weights_are_looked_at_before_they_are_saved(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "said"), [
+    (lambda run: run.ema.network, "EMA of "), (lambda run: run.averages["ema-0.5"].network, "ema-0.5 of "),
+    (lambda run: run.alignments["latent"], "the head of latent: ")])
+def test_averages_and_heads_are_looked_at_before_they_are_saved(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
+                                                                module: Callable[[Run], torch.nn.Module], said: str) -> None:
     def spoil(state: Between) -> None:
         with torch.no_grad():
-            next(iter(state.run.ema.network.parameters())).fill_(float("nan"))
+            next(iter(module(state.run).parameters())).fill_(float("nan"))
 
     at_step(monkeypatch, 1, spoil)
-    with pytest.raises(UserError, match="EMA of .* is not finite"):
-        train.main(words(tmp_path, "run", "--max-train-steps", 1))
+    with pytest.raises(UserError, match=f"^{said}.* is not finite"):
+        train.main(words(tmp_path, "run", "--max-train-steps", 1, "--align", "latent", "--align-hidden", 8, "--ema-extra-decays", 0.5))
     assert not checkpoint.saved(tmp_path / "run")
 
 
@@ -421,10 +425,10 @@ def test_what_would_fail_later_fails_before_the_first_step(tmp_path: Path, words
         with pytest.raises(UserError, match="no room for a checkpoint .* are free"):
             train.main(words(tmp_path, "full", "--max-train-steps", 1))
         patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 40_000_000))
-        train.main(words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1))
+        train.main(words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1, "--ema-extra-decays", 0.5))
     assert "3 checkpoints are to come" in capsys.readouterr().out
     size = sum(file.stat().st_size for file in Checkpoint.open(tmp_path / "tight").path.glob("*.safetensors"))
-    run = Run(*train.command.resolve(words(tmp_path, "tight"), "train.py", None))
+    run = Run(*train.command.resolve(words(tmp_path, "tight", "--ema-extra-decays", 0.5), "train.py", None))
     assert preflight.checkpoint_bytes(run) == pytest.approx(size, rel=0.02)
     with monkeypatch.context() as patch:
         patch.setattr("runtime.files.load_tensors", lambda _: {"tensor": torch.zeros(1000)})

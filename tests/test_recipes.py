@@ -199,7 +199,7 @@ def test_the_ledger_is_checked_and_made_anew(place: Path, tmp_path: Path, capsys
     ledger = tmp_path / "results" / "ledger.csv"
     whole = ledger.read_text()
     ledger.write_text(whole.replace("finished", "failed", 1))
-    with pytest.raises(UserError, match="ledger.csv is not what the records say: python -m recipes publish"):
+    with pytest.raises(UserError, match="ledger.csv is not what the records say: run python -m recipes publish"):
         recipes.main(["check", "--results", str(tmp_path / "results")])
     recipes.main(["check", "--results", str(place / "results")])
     recipes.main(["check", "--results", str(tmp_path / "none")])

@@ -117,8 +117,9 @@ class Between:
     def _save(self) -> None:
         run, began = self.run, time.monotonic()
         run.data.require_intact(wait=10.0)
-        weights = [("", run.network), ("EMA of ", run.ema.network)]
-        self._require_finite(prefix + name for prefix, network in weights for name, value in network.named_parameters()
+        weights = {"": run.network, **{f"the head of {name}: ": alignment for name, alignment in run.alignments.items()},
+                   **{"EMA of " if name == "ema" else f"{name} of ": average.network for name, average in run.averages.items()}}
+        self._require_finite(prefix + name for prefix, module in weights.items() for name, value in module.named_parameters()
                              if not torch.isfinite(value).all())
         run.save()
         self.saved_at = time.monotonic()

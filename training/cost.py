@@ -64,7 +64,7 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
         if alignment.reads_ema:
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
     kept, casts, recomputed = probe.memory(alignments) if memory else (math.nan, math.nan, 0.0)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launch.world_size()
     return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
                 config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
                 recomputed, dtype, held(setup, alignments) if memory else {})
