@@ -148,11 +148,13 @@ class TrainConfig:
                 f"--exp-name {self.exp_name!r} must name the run, one folder inside --output-dir")
         require(self.uniform_from_epoch is None or self.time_sampling != "uniform",
                 "--uniform-from-epoch ends another --time-sampling: add --time-sampling logit-normal")
+        require((self.uniform_from_epoch or 0) >= 0, f"--uniform-from-epoch {self.uniform_from_epoch} must not be negative")
         require(0 <= self.cfg_prob <= 1, f"--cfg-prob {self.cfg_prob} must lie in [0, 1]")
         require(0 <= self.ema_decay < 1, f"--ema-decay {self.ema_decay} must lie in [0, 1)")
         require(self.lr_warmup_steps >= 0, f"--lr-warmup-steps {self.lr_warmup_steps} must not be negative")
         require(self.lr_scheduler == "constant" or self.lr_warmup_steps < self.max_train_steps,
-                f"--lr-warmup-steps {self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps to --lr-scheduler cosine")
+                f"--lr-warmup-steps {self.lr_warmup_steps} leaves none of the {self.max_train_steps} steps to --lr-scheduler cosine: give "
+                f"fewer")
         require(all(1e-4 <= decay < 1 and decay != self.ema_decay for decay in self.ema_extra_decays)
                 and len(set(self.ema_extra_decays)) == len(self.ema_extra_decays),
                 f"--ema-extra-decays {' '.join(map(str, self.ema_extra_decays))} must lie in [0.0001, 1) and differ from --ema-decay and "

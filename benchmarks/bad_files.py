@@ -198,6 +198,14 @@ def _of_kind(row: Callable[..., Any]) -> Iterator[Any]:
     for what, header in {"overlap": [[0, 64], [0, 64]], "negative": [[-64, 0], [0, 64]], "beyond": [[0, 64], [64, 2**60]],
                          "gap": [[0, 64], [128, 192]], "reversed": [[64, 0], [64, 128]]}.items():
         yield row("import_latents", f"safetensors offsets {what}", damage=partial(_offsets, header))
+    scores = {"metrics": (3, {"fd": "x"}, {"fd": 10**400}), "num_samples": (None, "4"), "reference": (3, {}),
+              "samples": (3, {}, {"settings": 3}), "runs": ([], 3, [3])}
+    for key, values in scores.items():
+        for value in values:
+            yield row("hub", f"metrics.json {key} {str(value)[:20]}", damage=partial(_scores, key, value, "--metrics", ""))
+            if key in ("metrics", "samples", "reference"):
+                yield row("steps", f"metrics.json {key} {str(value)[:20]}", damage=partial(_scores, key, value, "--scores", "x="))
+    yield row("train.py", "a reference of other features", ("--eval-steps", "1", "--features", "scenes"), damage=_other_features)
     yield row("encode", "a link that loops", ("--vae", "pixels"), damage=_loop)
     yield row("encode", "a picture of 60,000 x 2", ("--vae", "pixels", "--resolution", "256"), damage=_narrow)
     yield row("encode", "escape codes in a name", ("--vae", "pixels"), damage=_escape)
@@ -215,9 +223,18 @@ def _reference(key: str, value: np.ndarray, world: World, scratch: Path) -> Foun
     return ["--reference", str(scratch / "r.npz")], ["r.npz", key]
 
 
+def _scores(key: str, value: Any, flag: str, before: str, world: World, scratch: Path) -> Found:
+    (scratch / "metrics.json").write_text(json.dumps({**files.read_json(world.path("scores/metrics.json")), key: value}))
+    return [flag, f"{before}{scratch / 'metrics.json'}"], ["metrics.json", key]
+
+
 def _damaged_masks(damage: Callable[[Path], None], file: Path) -> None:
     np.savez(file, masks=np.zeros((1797, 8, 8), np.uint8))
     damage(file)
+
+
+def _other_features(world: World, scratch: Path) -> Found:
+    return ["--reference", str(world.path("reference.npz"))], ["scenes", "--features pixels"]
 
 
 def _zip_of_text(file: Path) -> None:

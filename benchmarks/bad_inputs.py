@@ -33,9 +33,9 @@ SCHEMAS: dict[str, type] = {"train.py": TrainConfig, "generate.py": GenerateConf
                             "reference": reference.Options, "sweep": sweep.SweepConfig, "scenes": scenes.Options,
                             "probe": probe.ProbeConfig, "fdr": fdr.Options, "hub": hub.Options, "export": export.Options,
                             **{kind: schema for kind, (schema, _) in figures.KINDS.items()}, "recipes run": recipes.Options}
-REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|build|"
-                    r"copy|get|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|known|"
-                    r"convert|expected|install|raise|lower|takes|go together|accept|check|knows?|nothing to set|belong)\b")
+REMEDY = re.compile(r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|"
+                    r"copy|get|build|did you mean|there are|at least|at most|count from|positive|pass|fetch|name|save|leave|wait|unpack|"
+                    r"known|convert|expected|install|raise|lower|takes|go together|accept|check|knows?|nothing to set|belong)\b")
 
 
 BAR = re.compile(r"\d+%\||/s\]")  # of progress
@@ -135,6 +135,7 @@ HAND: dict[str, list[tuple[str, ...]]] = {
         ("--max-hours", "0"), ("--max-hours", "-2"), ("--timeout-minutes", "0"), ("--skip-steps", "5", "2"), ("--skip-steps", "0", "2"),
         ("--timeout-minutes", "1e9"), ("--skip-steps", "2", "3"), ("--ema-extra-decays", "1e-9"), ("--ema-extra-decays", "1"),
         ("--ema-extra-decays", "0.5", "0.5"), ("--features", "pixels"), ("--mind",), ("--eval-weights", "raw"), ("--eval-preset", "sit"),
+        ("--time-sampling", "logit-normal", "--uniform-from-epoch", "-1"), ("--lr-scheduler", "cosine", "--lr-warmup-steps", "1"),
         ("--optimizer", "muon", "--adam-beta1", "1"), ("--grad-ratio-steps", "-1"), ("--lr-warmup-steps", "-1"),
         ("--align", "internal", "--align-depth", "99"), ("--align", "contrastive", "--align-weight", "-1"),
         ("--log-steps", "0"), ("--sampling-steps", "-1"), ("--eval-steps", "5"), ("--eval-steps", "-1"), ("--num-fid-samples", "2"),

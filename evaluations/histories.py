@@ -13,6 +13,7 @@ from models.checkpoint import Checkpoint
 from runtime import schema
 from runtime.errors import require
 from runtime.jsonlines import read
+from runtime.schema import Number
 from runtime.text import aligned
 
 Curves = dict[str, dict[float, list[float]]]
@@ -64,7 +65,7 @@ class _Reference(TypedDict):
 class ScoreFile(TypedDict):
     """What is read of a metrics.json of `generate.py --reference`."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
     samples: _Samples
     features: Any
     reference: _Reference

@@ -15,14 +15,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 import models
 from models.checkpoint import Checkpoint
 from models.hub_client import PREFIX, answered
-from runtime import errors, files
-from runtime.errors import UserError, require
+from runtime import errors, files, schema
+from runtime.errors import require
 from runtime.options import option, read
+from runtime.schema import Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +39,37 @@ class Options:
     private: bool = option(False, help="make the hub's repository a private one")
 
 
+class _Samples(TypedDict):
+    settings: dict[str, Any] | None
+
+
+class _Run(TypedDict):
+    samples: _Samples
+
+
+class _Reference(TypedDict):
+    name: str
+    sha256: str
+
+
+class Metrics(TypedDict):
+    """What is read of a metrics.json."""
+
+    metrics: dict[str, Number]
+    num_samples: int
+    reference: _Reference
+    samples: NotRequired[_Samples]
+    runs: NotRequired[Annotated[list[_Run], Field(min_length=1)]]
+
+
 def main(argv: Sequence[str] | None = None) -> Path | str:
     """Run the command; returns where the checkpoint lies now."""
     options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt")
     source = Checkpoint.open(options.ckpt)
-    result = files.read_json(options.metrics) if options.metrics else None
-    if result is not None:
+    result = None
+    if options.metrics is not None:
+        result = files.read_json(options.metrics)
+        schema.checked(Metrics, result, options.metrics, "give the metrics.json of this checkpoint's samples")
         require_own(source, result, options.metrics)
     if not options.to.startswith(PREFIX):
         require(not options.private, "--private is for the hub: --to hub:user/name")
@@ -68,9 +97,9 @@ def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) ->
 
 def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
     """Raise UserError unless the metrics are of samples of this very checkpoint."""
-    settings = (result.get("runs", [result])[0].get("samples") or {}).get("settings") or {}
-    if settings.get("checkpoint") != source.digest:
-        raise UserError(f"{path} does not say that its samples are of {source.path}: score samples that generate.py drew from it")
+    settings = result.get("runs", [result])[0].get("samples", {}).get("settings") or {}
+    require(settings.get("checkpoint") == source.digest,
+            f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew from it")
 
 
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:

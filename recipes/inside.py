@@ -16,6 +16,7 @@ from recipes import chain, rows
 from recipes.scale import Scale
 from runtime import files, schema
 from runtime.errors import require
+from runtime.schema import Number
 from runtime.text import spread
 
 LOOKED_AT = {"plain, 40 epochs": ("plain", 40), "stage 1, 40 epochs (the teacher)": ("stage1", 40), "plain, 80 epochs": ("plain", 80),
@@ -59,9 +60,9 @@ class Probe(TypedDict):
     features: str
     omega: float | None
     block: int | None
-    accuracy: float
-    knn: float
-    miou: float
+    accuracy: Number
+    knn: Number
+    miou: Number
 
 
 class Probes(TypedDict):

@@ -21,10 +21,9 @@ import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from evaluations.histories import protocol, spent
@@ -34,6 +33,7 @@ from recipes.chain import Chain
 from recipes.scale import Scale
 from runtime import files, launch, schema
 from runtime.errors import require
+from runtime.schema import Number
 from training.log import read
 
 RESULTS = Path("results")
@@ -101,7 +101,6 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
             "images_per_second": rate}
 
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 DeviceHours = TypedDict("DeviceHours", {"training": Number, "stage 1": Number})
 
 

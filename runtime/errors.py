@@ -62,8 +62,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit("interrupted", code=130)
     except MemoryError as error:
-        _exit(f"out of memory{f' ({error})' if str(error) else ''}: free some, or lower what is held at once (--batch-size, "
-              f"--workers, --resident disk, --num-fid-samples)")
+        _exit(_out_of_memory(str(error)))
     except OSError as error:
         if error.errno not in _PLACES:
             raise
@@ -72,9 +71,16 @@ def run(main: Callable[[], None]) -> None:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
             _exit("CUDA out of memory: lower --batch-size, or raise --gradient-accumulation-steps")
+        if "can't allocate memory" in str(error):
+            _exit(_out_of_memory())
         if contact_lost(error):
             _exit("lost contact with another process of this launch; its own message says why it ended", code=1)
         raise
+
+
+def _out_of_memory(about: str = "") -> str:
+    return (f"out of memory{f' ({about})' if about else ''}: free some, or lower what is held at once (--batch-size, --workers, "
+            f"--resident disk, --num-fid-samples, the width of a head)")
 
 
 def contact_lost(error: RuntimeError) -> bool:
@@ -90,6 +96,8 @@ def shown(text: object) -> str:
 
 
 def _exit(message: str, code: int = 2, word: str = "error") -> None:
+    if progress := sys.modules.get("runtime.progress"):
+        progress.end()
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
     print(f"{word}{where}: {' '.join(shown(message).split())}", file=sys.stderr, flush=True)

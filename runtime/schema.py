@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from runtime import files
 from runtime.errors import UserError
 
 T = TypeVar("T")
+Number = Annotated[float, Field(allow_inf_nan=False)]
+"""A finite number."""
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ import train
 import train_guide
 from models import export
 from models.checkpoint import Checkpoint
-from runtime import errors, files, launch
+from runtime import errors, files, launch, progress
 from runtime.errors import UserError
 
 Words = Callable[..., list[str]]
@@ -219,6 +219,16 @@ def test_errors_are_one_line_with_exit_code_2(capsys: pytest.CaptureFixture) -> 
     assert capsys.readouterr().err == "error: something is wrong; correct it\n"
 
 
+def test_an_error_has_a_line_of_its_own_under_a_bar(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        for _ in progress.bar(range(3)):
+            raise UserError("something is wrong; correct it")
+
+    with pytest.raises(SystemExit):
+        errors.run(main)
+    assert capsys.readouterr().err.endswith("\nerror: something is wrong; correct it\n")
+
+
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         errors.run(lambda: 1 / 0)
@@ -226,6 +236,7 @@ def test_bugs_keep_their_traceback() -> None:
 
 @pytest.mark.parametrize("error, said", [
     (MemoryError(), "out of memory: free some, or lower what is held at once (--batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: free some, or lower what is held at once"),
     (MemoryError("an array of 9 TiB"), "out of memory (an array of 9 TiB): free some"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), "CUDA out of memory: lower --batch-size, or raise --gradient-accu"),
     (OSError(errno.EROFS, "Read-only file system", "/x/y"), "cannot use /x/y: Read-only file system; choose another place")])

@@ -94,3 +94,11 @@ def test_probes_are_averaged_over_times_and_then_over_seeds(tmp_path: Path) -> N
     assert lines[2][:2] == ["latents", "0.100"]
     with pytest.raises(UserError, match="is missing: python -m recipes run study/SiT-B-2/plain --scale study --seeds 3"):
         inside.probe(scale.find("study"), 3, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
+def test_probes_of_another_shape_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "study-s0.json").write_text(text)
+    with pytest.raises(UserError, match="study-s0.json is damaged or from another version.*restore it"):
+        inside.load(tmp_path)

@@ -102,7 +102,7 @@ UINT8 = np.zeros((9, 6, 6, 1), np.uint8)
     ({"arr_0": UINT8[:0]}, "holds no images"),
     ({"arr_0": UINT8[:3]}, "at least 4 samples, got 3"),
     ({"arr_0": UINT8[:, :4, :4]}, "images are 4 x 4 x 1, those of reference.npz are 6 x 6 x 1"),
-    ({"arr_0": UINT8, "labels": np.zeros(8, int)}, "one per image"),
+    ({"arr_0": UINT8, "labels": np.zeros(8, int)}, "one for each image"),
     ({"arr_0": UINT8, "labels": np.zeros(9)}, "not integers"),
     ({"arr_0": UINT8, "mu": np.zeros(3), "sigma": np.eye(3)}, "stored statistics"),
     ({"arr_0": np.array([{}])}, "object, not uint8"),
@@ -261,7 +261,7 @@ def test_references_that_do_not_fit_are_refused(pair):
     with pytest.raises(UserError, match="mu or sigma holds NaN"):
         run(folder, reference="ref.npz")
     np.savez(folder / "ref.npz", **arrays | {"about": np.array("{}")})
-    with pytest.raises(UserError, match="not a reference of this format"):
+    with pytest.raises(UserError, match="about is damaged"):
         run(folder, reference="ref.npz")
     other = arrays["about"].item().replace('"pixels"', '"inception"')
     np.savez(folder / "ref.npz", **arrays | {"about": np.array(other)})

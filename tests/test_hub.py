@@ -76,7 +76,8 @@ def test_what_the_hub_or_the_metrics_refuse_is_one_line(guided: Path, teacher: P
     with pytest.raises(UserError, match="cannot fetch hub:lab/none@v2: no such repository: lab/none v2"):
         Checkpoint.open("hub:lab/none@v2")
     settings = {"checkpoint": Checkpoint.open(teacher).digest}
-    (tmp_path / "other.json").write_text(json.dumps({"metrics": {}, "samples": {"settings": settings}}))
+    (tmp_path / "other.json").write_text(json.dumps({
+        "metrics": {}, "num_samples": 4, "reference": {"name": "r", "sha256": "0"}, "samples": {"settings": settings}}))
     with pytest.raises(UserError, match="does not say that its samples are of"):
         hub.main([str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "other.json")])
     with pytest.raises(UserError, match="--private is for the hub"):

@@ -346,7 +346,7 @@ def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path:
     np.savez(tmp_path / "odd.npz", masks=np.zeros((1797, 6, 6), np.uint8))
     np.savez(tmp_path / "grey.npz", masks=np.full((1797, 8, 8), 128, np.uint8))
     for more, message in ((("--features", "f"), "--features has no f"), (("--t", 1.5), "must lie between 0 and 1"),
-                          (("--blocks", 7), "blocks 1 to 6"), (("--masks", tmp_path / "absent.npz"), "is missing"),
+                          (("--blocks", 7), "blocks 1 to 6"), (("--masks", tmp_path / "absent.npz"), "cannot read"),
                           (("--masks", tmp_path / "few.npz"), "3 masks, the data set 1797 items"),
                           (("--masks", tmp_path / "odd.npz"), "6 pixels a side"), (("--masks", tmp_path / "grey.npz"), "0 and 1 in it"),
                           (("--items", 3), "too few"), (("--encoder-weights", "x"), "give --encoder too"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluations.histories import spent
 from generate import GenerateConfig
 from preprocessing import digits
 from recipes import __main__ as recipes
@@ -185,13 +186,48 @@ def test_numbers_that_do_not_follow_from_the_rest_are_named(place: Path, tmp_pat
         summary["files"][name] = files.digest(folder / name)  # as someone would who edits a record by hand
         (folder / "record.json").write_text(json.dumps(summary))
         assert re.search(said, " ".join(record.check(folder)))
-    for text, wrong in (("{}", "row: field required"), ("[]", "record.json is damaged"), ('{"row": 3}', "row: .* not 3")):
+    whole = json.loads((source / "record.json").read_text())
+    without = [{key: value for key, value in whole.items() if key != left_out} for left_out in ("step", "images_per_second")]
+    for text, wrong in (("{}", "row: field required"), ("[]", "record.json is damaged"), ('{"row": 3}', "row: .* not 3"),
+                        *((json.dumps(one), "field required") for one in without)):
         (folder / "record.json").write_text(text)
         shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
         shutil.copytree(folder, tmp_path / "damaged" / "records" / "one")
         for words in (["check"], ["list"], ["table", "4"], ["claims"], ["publish"]):
             with pytest.raises(UserError, match=wrong):
                 recipes.main([*words, "--results", str(tmp_path / "damaged")] if words != ["check"] else ["check", str(folder)])
+
+
+SCORE = {"preset": "p", "epochs": 1, "step": 1, "metrics": {"fd": 1.0}, "num_samples": 4, "key": "k", "protocol": {},
+         "device_hours": {"training": 1, "stage 1": 0}, "flops": 1}
+
+
+@pytest.mark.parametrize(("name", "text", "wrong"), [
+    ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"precision": 1.0}}]}), "a score without fid or fd; restore it"),
+    ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"fd": 10**400}}]}), "metrics.fd: input should be a finite number"),
+    ("metrics.json", json.dumps({"scores": [{**SCORE, "epochs": 10**400}]}), "epochs: input should be a finite number"),
+    ("metrics.json", json.dumps({"scores": [{**SCORE, "device_hours": {"training": 1}}]}), "stage 1: field required"),
+    ("config.json", "{}", "train: field required"), ("config.json", '{"train": {"batch_size": "x"}}', "train.batch_size: .* not \"x\"")])
+def test_a_record_whose_files_are_of_another_shape_is_refused(name: str, text: str, wrong: str, place: Path, tmp_path: Path) -> None:
+    from runtime import files
+
+    folder = Path(shutil.copytree(next((place / "results" / "records").glob("*table4*")), tmp_path / "records" / "one"))
+    (folder / name).write_text(text)
+    summary = json.loads((folder / "record.json").read_text())
+    summary["files"][name] = files.digest(folder / name)
+    named = folder.rename(folder.with_name(f"{summary['date']}-{summary['row'].replace('/', '-')}-tiny-s0"))
+    (named / "record.json").write_text(json.dumps(summary))
+    for words in ([["check"], ["list"], ["table", "4"], ["publish"]] if name == "metrics.json" else [["check"]]):
+        with pytest.raises(UserError, match=wrong):
+            recipes.main([*words, "--results", str(tmp_path)])
+
+
+def test_a_rate_of_nothing_in_a_log_is_no_crash(place: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(next((place / "results" / "records").glob("*table4*")), tmp_path / "one"))
+    for line in ('{"step": 4, "images_per_second": 0}', '{"step": 4, "images_per_second": "x"}', '{"step": "x"}', "[]", "nonsense"):
+        (folder / "log.jsonl").write_text(line)
+        assert any("log.jsonl has changed" in fault for fault in record.check(folder))
+        assert spent(folder, 16, 4) == (0.0, 0.0)
 
 
 def test_the_ledger_is_checked_and_made_anew(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -279,6 +315,8 @@ def test_the_job_file_is_whole(capsys: pytest.CaptureFixture, tmp_path: Path) ->
     recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--scale", "study"])
     other = capsys.readouterr().out
     assert "--scale study --seeds" in other and "--processes 1 --nodes 1" in other and "--gpus-per-node=1" in other
+    recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--work", "a b; $(touch x)", "--hours", "1.999"])
+    assert "--work 'a b; $(touch x)' --results" in (odd := capsys.readouterr().out) and "--time=02:00:00" in odd
     (tmp_path / "job.sh").write_text(text)
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
 
@@ -323,7 +361,8 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
     (["list", "table9"], "there is no table9"), (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
     (["--scale", "tiny"], "say what to do"), (["check", "nowhere"], "nowhere is not a record"), (["figure", "3"], "there is no figure3"),
     (["show", RUN[3], "--seeds", "4:2"], "no seed"), (["claims", "study"], "takes no name: leave out study"),
-    (["figure", "table1"], "table1 is a table"), (["claims", "--scale", "study"], "no two rows of the study have records")])
+    (["figure", "table1"], "table1 is a table"), (["cost", "table1", "table99"], "no row is called table99"),
+    (["claims", "--scale", "study"], "no two rows of the study have records")])
 def test_mistakes_are_one_line(words: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         recipes.main([*words, *([] if words[0].startswith("-") else ["--results", str(tmp_path)])])

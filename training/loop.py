@@ -78,9 +78,9 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
         files.write_json(run.folder / "run.json", {"train": as_dict(config), "align": run.resolved})
     log = RunLog(run.folder, run.accelerator, run.step, config.max_train_steps, run.settings(), config.report_to,
                  run.introduction())
-    if run.step < config.max_train_steps:
-        preflight.check(run, callbacks)
     try:
+        if run.step < config.max_train_steps:
+            preflight.check(run, callbacks)
         with signals.noted() as asked:
             _segments(run, log, Between(run, log, callbacks, asked))
     except RuntimeError as error:
