@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -74,11 +75,16 @@ def folder(file: Path) -> None:
     file.mkdir()
 
 
+def pipe(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)  # whoever reads it waits for a writer for ever
+
+
 def removed(file: Path) -> None:
     file.unlink()
 
 
-DAMAGES = (truncated, cut, emptied, garbled, text, zeros, folder, removed)
+DAMAGES = (truncated, cut, emptied, garbled, text, zeros, folder, removed, pipe)
 HARMLESS = {  # values of a file that has no checksum of its own, the end of a PNG, a folder that is called like a picture
     ("img00000001.npy", "garbled"), ("img00000001.npy", "zeros"), (WEIGHTS, "garbled"), ("weights.safetensors", "garbled"),
     ("latents_rank00_shard000.safetensors", "garbled"), ("1.png", "cut"), ("1.png", "folder"), ("1.png", "removed")}
@@ -101,7 +107,7 @@ def _damaged(artefact: str, name: str, flag: str, damage: Callable[[Path], None]
     place = copied(world, artefact, scratch)
     file = place / name if name else place
     damage(file)
-    culprit = Path(artefact).name if damage in (removed, folder) or not name else Path(name).name
+    culprit = Path(artefact).name if damage in (removed, folder, pipe) or not name else Path(name).name
     return [flag, str(place)], [culprit.split(".")[0]]
 
 
@@ -174,7 +180,7 @@ def _of_kind(row: Callable[..., Any]) -> Iterator[Any]:
                          "groups of fractions": {"masks": plain, "groups": np.full(1797, 0.5)}}.items():
         yield row("probe", f"masks: {what}",
                   damage=partial(made, "m.npz", "--masks", lambda file, a=arrays: np.savez_compressed(file, **a)))
-    for damage in (truncated, emptied, text, zeros, folder):
+    for damage in (truncated, emptied, text, zeros, folder, pipe):
         yield row("probe", f"masks {damage.__name__}",
                   damage=partial(made, "m.npz", "--masks", lambda file, d=damage: _damaged_masks(d, file)))
     yield row("evaluate", "samples under another name", damage=partial(

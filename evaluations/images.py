@@ -203,6 +203,7 @@ class NpzArchive:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        files.require_plain(path)
         with self._guard(), zipfile.ZipFile(self.path) as archive:
             self.names = {name.removesuffix(".npy") for name in archive.namelist()}
 

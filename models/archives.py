@@ -27,6 +27,7 @@ def read_archive(path: Path | str) -> Any:
         UserError: the file is missing, damaged, or asks to run code.
     """
     path = Path(path)
+    files.require_plain(path)
     if path.suffix == ".safetensors":
         return files.load_tensors(path)
     try:

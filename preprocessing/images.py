@@ -34,6 +34,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from runtime import files
 from runtime.errors import UserError, require, shown
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
@@ -134,7 +135,10 @@ class ImageFiles:
         return self._archive[1]
 
     def _read(self, name: str) -> bytes:
-        return self._zip().read(name) if self.path.is_file() else (self.path / name).read_bytes()
+        if self.path.is_file():
+            return self._zip().read(name)
+        files.require_plain(self.path / name)
+        return (self.path / name).read_bytes()
 
 
 def _first_twice(names: Iterable[str]) -> str | None:

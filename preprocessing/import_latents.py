@@ -34,7 +34,7 @@ from models.vae import open_codec, read_statistics
 from preprocessing import shards
 from preprocessing.images import LABELS, LARGEST_LABEL, match_labels
 from preprocessing.job import begin
-from runtime import errors, progress
+from runtime import errors, files, progress
 from runtime.errors import UserError, require
 from runtime.options import option, read
 
@@ -157,6 +157,7 @@ class REPA:
         self.folder, self.keep = folder, options.keep_images
         self.names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy"))
         require(bool(self.names), f"{folder} holds no .npy file")
+        files.require_plain(folder / LABELS)
         try:
             text = (folder / LABELS).read_bytes()
         except OSError as error:
@@ -183,6 +184,7 @@ class REPA:
         return {"latents": loaded, "names": names, "images": [self._image(name) for name in names] if self.keep else None}
 
     def _load(self, name: str) -> np.ndarray:
+        files.require_plain(self.folder / name)
         try:
             moments = np.load(self.folder / name)
         except (OSError, ValueError, EOFError, MemoryError) as error:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,8 +30,9 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
     that `ours` recognises. Raises UserError where the place cannot be written (a path under a file, no permission, a full
     disk, a size limit), naming the path.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     require(path.name != "", f"{path} is the root of all folders: choose another place")
+    require_plain(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     before = path.with_name(f".{path.name}.before.{os.getpid()}.tmp")
     try:
@@ -53,6 +55,13 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
         if before.exists() and not path.exists():
             os.replace(before, path)
         _remove(before)
+
+
+def require_plain(path: Path | str) -> None:
+    """Raise UserError where `path` is a pipe, a socket or a device: reading it may never end, and writing would replace it."""
+    with suppress(OSError):
+        mode = os.stat(path).st_mode
+        require(stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{path} is a pipe or a device: give the path of a plain file")
 
 
 def require_replaceable(path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place") -> None:
@@ -123,6 +132,7 @@ def _flush_names(folder: Path) -> None:
 
 def digest(path: Path | str) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError where it cannot be read, or is a folder."""
+    require_plain(path)
     try:
         with open(path, "rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
@@ -145,6 +155,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 def read_json(path: Path | str) -> Any:
     """Read JSON. Raises UserError where the file is missing or broken."""
+    require_plain(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -193,6 +204,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    require_plain(path)
     try:
         return load_file(path)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import files
 from runtime.errors import UserError
 
 DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U8": np.uint8}
@@ -21,6 +22,7 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is missing, truncated or not a safetensors file, or its header does not describe it.
     """
+    files.require_plain(file)
     try:
         size = file.stat().st_size
         with open(file, "rb") as handle:

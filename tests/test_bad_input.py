@@ -188,6 +188,18 @@ def test_places_that_cannot_be_written(tmp_path: Path, words: Words, guided: Pat
             "cannot write")
 
 
+def test_pipes_and_devices_are_not_replaced(tmp_path: Path) -> None:
+    """Else a privileged process would put a plain file in the place of /dev/full; a link stays, its target is written."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            files.write_json(place, {})
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    files.write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink() and files.read_json(tmp_path / "target") == [1]
+
+
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, words: Words) -> None:
     with size_limit(1_000_000):
         refused(train.main, words(tmp_path, "run", "--max-train-steps", 1), "cannot write", "0000001")
