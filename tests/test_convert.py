@@ -92,7 +92,7 @@ def test_without_an_average_the_weights_that_are_there_count(tmp_path):
         found = Checkpoint.open(convert.main([str(tmp_path / "0000007.pt"), "--out", str(tmp_path / name), "--num-heads", "4"]))
         compare(found, stored, reversed_time=False)
         assert found.step == 7 and "epoch" in found.config["source"]["ignored"]
-        with pytest.raises(UserError, match="has no network.safetensors; its weights are ema "):
+        with pytest.raises(UserError, match="has no network.safetensors; its weights are ema: "):
             found.network("raw")
 
 

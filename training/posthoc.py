@@ -89,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     kept = snapshots(options.run)
     require(bool(kept), f"{options.run} keeps no averages to make others of: train with --ema-lengths 0.05 0.1")
     step = kept[-1].step if options.step is None else options.step
+    known = [one.step for one in kept]
+    require(step in known, f"--step {step}: {options.run} keeps no averages of that step; choose one of {', '.join(map(str, known))}")
     kept = [earlier for earlier in kept if earlier.step <= step]
-    require(bool(kept) and kept[-1].step == step, f"--step {step}: {options.run} keeps no averages of that step; look into "
-                                                  f"{Path(options.run) / 'averages'}")
     out = Path(options.out or Path(options.run) / "posthoc")
     return [write(out / f"{step:07d}-{length:g}", kept, length) for length in options.lengths]
 
