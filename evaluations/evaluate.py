@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate", description=__doc__)
     paths = [samples_file(path) for path in options.samples]
+    files.require_not_read(options.out, [*paths, options.reference])
     samples = open_all(paths, options.grey)
     accelerator = launch.accelerator()
     reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size, options.grey)

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"--inception-weights: {options.train} holds no reference of inception features; leave it out")
     units = normalisers(train, None if options.val is None else references(options.val))
     path = samples_file(options.samples)
+    files.require_not_read(options.out, [path])
     samples, accelerator = open_samples(path), launch.accelerator()
     rows = ratios(samples, train, units, options, accelerator)
     name = f"fdr{len(rows)}"

@@ -232,6 +232,7 @@ IMAGES = "none"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference", description=__doc__)
+    files.require_not_read(options.out, [options.images])
     if options.scores.features == IMAGES:
         write_images(options)
         return

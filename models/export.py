@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             f"{source.path} is a {source.spec.name}{'' if source.spec.position_span is None else ' with stretched positions'}: only SiT "
             f"networks as published can be read by REPA's and SiT's code")
     sets = {"ema": source.tensors("ema")} | ({"model": source.tensors("raw")} if "raw" in source.weights else {})
+    for name, weights in sets.items():
+        models.require_finite(weights, f"{source.path} ({name})")
     archive = {name: layout(weights, source.spec, options.layout) for name, weights in sets.items()}
     with files.replacing(options.out) as temporary:
         torch.save({**archive, "steps": source.step}, temporary)

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,12 @@ def require_plain(path: Path | str) -> None:
     with suppress(OSError):
         mode = os.stat(path).st_mode
         require(stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{path} is a pipe or a device: give the path of a plain file")
+
+
+def require_not_read(out: Path | str, read: Iterable[Path | str]) -> None:
+    """Raise UserError where `out`, which is to be written, is one of what is `read`."""
+    require(Path(out).resolve() not in {Path(source).resolve() for source in read},
+            f"--out {out} is read by this command: give another name")
 
 
 def require_replaceable(path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place") -> None:

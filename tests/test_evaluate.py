@@ -309,3 +309,15 @@ def test_image_files_are_rgb_unless_grey(pair):
     by_file = run(folder)["metrics"]["fd"]
     assert run(folder, "--grey", samples="png", reference="real")["metrics"]["fd"] == pytest.approx(by_file)
     assert run(folder, samples="png", reference="real")["metrics"]["fd"] == pytest.approx(3 * by_file)  # three equal channels
+
+
+def test_nothing_is_written_over_what_is_read(pair):
+    folder, *_ = pair
+    before = {name: (folder / name).read_bytes() for name in ("samples.npz", "reference.npz")}
+    for out in before:
+        with pytest.raises(UserError, match=f"--out .*{out} is read by this command: give another name"):
+            evaluate.main(["--samples", str(folder / "samples.npz"), "--reference", str(folder / "reference.npz"), "--features", "pixels",
+                           "--out", str(folder / ".." / folder.name / out)])
+    with pytest.raises(UserError, match="is read by this command"):
+        reference.main(["--images", str(folder / "reference.npz"), "--features", "pixels", "--out", str(folder / "reference.npz")])
+    assert {name: (folder / name).read_bytes() for name in before} == before
