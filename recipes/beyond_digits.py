@@ -10,12 +10,16 @@ again to continue: what is finished is kept.
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.checkpoint import versions
 from recipes.compare_digits import prepare
 from runtime import errors, files
 from runtime.errors import require
@@ -133,7 +137,8 @@ def table(found: dict[str, dict[int, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, float]]]:
     """Run the command; returns part -> row -> seed -> Frechet distance."""
-    config = read(BeyondConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.beyond_digits", description=__doc__)
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = read(BeyondConfig, words, prog="python -m recipes.beyond_digits", description=__doc__)
     digits = Digits(config)
     found = {part: {"internal": internal, "muon": muon}[part](digits) for part in config.parts}
     text = (f"Digits, SiT-Tiny/2, batch {config.batch_size}, seeds {' '.join(map(str, config.seeds))}, {config.samples} samples (Heun, 12 "
@@ -141,8 +146,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, flo
     print(f"\n{text}", flush=True)
     with files.replacing(f"{config.results}.txt") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    files.write_json(f"{config.results}.json", {"steps": config.steps, "batch_size": config.batch_size, "samples": config.samples,
-                                                "rows": found})
+    files.write_json(f"{config.results}.json", {
+        "command": f"python -m recipes.beyond_digits {shlex.join(words)}", "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.system()}", "versions": versions(), "steps": config.steps,
+        "batch_size": config.batch_size, "samples": config.samples, "rows": found})
     return found
 
 
