@@ -18,4 +18,4 @@ quickstart: setup
 	$(VENV)/bin/python -m recipes.quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -18,6 +18,13 @@ from preprocessing import digits
 
 torch.set_num_threads(1)
 
+SLOW = ("test_recipes", "test_training", "test_long_runs", "test_refusals", "test_presets", "test_compare", "test_beyond", "test_clusters")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: (*SLOW, item.path.stem).index(item.path.stem))
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
