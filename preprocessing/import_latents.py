@@ -15,6 +15,7 @@ Started again after an interruption, it continues.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -165,7 +166,7 @@ class REPA:
         self.labels = match_labels(self.names, text, folder / LABELS)
         self.bounds = [*range(0, len(self.names), options.shard_size), len(self.names)]
         self.fingerprint = hashlib.sha256(text).hexdigest()
-        first = self._load(self.names[0])
+        first = self._moments(self.names[0], self._read(self.names[0]))
         self.space = open_codec(options.vae).space if options.vae else LatentSpace(
             name="sd-vae", channels=len(first) // 2, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse")
         _require_channels(self.space, len(first) // 2, folder)
@@ -175,7 +176,8 @@ class REPA:
         names = self.names[self.bounds[number]:self.bounds[number + 1]]
         loaded = np.empty((len(names), *self.shape), np.float32)
         with ThreadPoolExecutor() as readers:
-            for place, moments in enumerate(readers.map(self._load, names)):
+            for place, content in enumerate(readers.map(self._read, names)):
+                moments = self._moments(names[place], content)
                 if moments.size != loaded[place].size or moments.shape[1:] != self.shape[-2:]:
                     raise UserError(f"{self.folder / names[place]} has shape {moments.shape}, not that of {self.names[0]}")
                 loaded[place] = moments.reshape(self.shape)
@@ -183,10 +185,17 @@ class REPA:
                     raise UserError(f"{self.folder / names[place]} has a negative standard deviation; it is not mean and std")
         return {"latents": loaded, "names": names, "images": [self._image(name) for name in names] if self.keep else None}
 
-    def _load(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> bytes:
         files.require_plain(self.folder / name)
         try:
-            moments = np.load(self.folder / name)
+            return (self.folder / name).read_bytes()
+        except (OSError, MemoryError) as error:
+            raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
+
+    def _moments(self, name: str, content: bytes) -> np.ndarray:
+        """The array of a file; not for several threads: two that parse a header at once break CPython 3.11.7 (its gh-106905)."""
+        try:
+            moments = np.load(io.BytesIO(content))
         except (OSError, ValueError, EOFError, MemoryError) as error:
             raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
         if moments.ndim != 3 or len(moments) % 2 or moments.dtype.kind != "f":

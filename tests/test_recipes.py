@@ -204,8 +204,8 @@ SCORE = {"preset": "p", "epochs": 1, "step": 1, "metrics": {"fd": 1.0}, "num_sam
 
 @pytest.mark.parametrize(("name", "text", "wrong"), [
     ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"precision": 1.0}}]}), "a score without fid or fd; restore it"),
-    ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"fd": 10**400}}]}), "metrics.fd: input should be a finite number"),
-    ("metrics.json", json.dumps({"scores": [{**SCORE, "epochs": 10**400}]}), "epochs: input should be a finite number"),
+    ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"fd": 10**400}}]}), "metrics.fd: input should be a .* number"),
+    ("metrics.json", json.dumps({"scores": [{**SCORE, "epochs": 10**400}]}), "epochs: input should be a .* number"),
     ("metrics.json", json.dumps({"scores": [{**SCORE, "device_hours": {"training": 1}}]}), "stage 1: field required"),
     ("config.json", "{}", "train: field required"), ("config.json", '{"train": {"batch_size": "x"}}', "train.batch_size: .* not \"x\"")])
 def test_a_record_whose_files_are_of_another_shape_is_refused(name: str, text: str, wrong: str, place: Path, tmp_path: Path) -> None:
