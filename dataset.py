@@ -119,8 +119,8 @@ class LatentSet:
         """
         indices = np.asarray(indices, dtype=np.int64)
         chosen = np.zeros_like(indices) if views is None else np.asarray(views, dtype=np.int64)
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.count
-                                 and 0 <= chosen.min() and chosen.max() < self.views):
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.count
+                                 and chosen.min() >= 0 and chosen.max() < self.views):
             raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
         if self._on_device is not None:
             latents, labels = self._on_device

@@ -66,7 +66,7 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
                      "--warmup", "6", *words)
 
     rows, few = (("--rows", *chosen) for chosen in ((MAIN_ROWS[:2], MAIN_ROWS[:1]) if tiny else (MAIN_ROWS, MAIN_ROWS[::3])))
-    found = [Part("suite", ("-m", "pytest", "tests/test_cuda.py", f"--junitxml={out / 'suite.xml'}"), 5.0)]
+    found = [Part("suite", ("-m", "pytest", "tests/training/test_cuda.py", f"--junitxml={out / 'suite.xml'}"), 5.0)]
     found += [train(model, 256, *rows) for model in TRAINED[:2]]
     sampler = ("--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2", "--num-steps", "3", "--repetitions", "2", "--decoder",
                "tiny") if tiny else ("--model", "SiT-XL/2")

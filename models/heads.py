@@ -5,6 +5,7 @@ One that predicts the velocity is described by a `VelocityHead`, which a checkpo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def linear(width: int, out: int, stream: Stream) -> nn.Linear:
 def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> nn.Sequential:
     """An MLP that acts on each token; the paper's head has three layers: Linear, SiLU, Linear, SiLU, Linear."""
     widths = [width] + [hidden] * (layers - 1)
-    inner = [module for before, after in zip(widths, widths[1:]) for module in (linear(before, after, stream), nn.SiLU())]
+    inner = [module for before, after in itertools.pairwise(widths) for module in (linear(before, after, stream), nn.SiLU())]
     return nn.Sequential(*inner, linear(hidden, out, stream))
 
 

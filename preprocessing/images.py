@@ -202,7 +202,7 @@ def match_labels(names: list[str], text: bytes, where: Path) -> np.ndarray:
 def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
     try:
         pairs = json.loads(text)["labels"]
-        given = {name: label for name, label in pairs}
+        given = dict(pairs)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it') from error
     if twice := _first_twice(name for name, _ in pairs):

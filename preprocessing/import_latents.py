@@ -233,7 +233,7 @@ class LightningDiT:
                     f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,); write them anew")
         self.labels = np.concatenate([arrays["labels"] for arrays in opened]).astype(np.int64)
         require(len(self.labels) > 0, f"{folder} holds no latents")
-        require(0 <= int(self.labels.min()) and int(self.labels.max()) < LARGEST_LABEL,
+        require(int(self.labels.min()) >= 0 and int(self.labels.max()) < LARGEST_LABEL,
                 f"{folder} has labels from {self.labels.min()} to {self.labels.max()}; they count from 0 and end below {LARGEST_LABEL}")
         self.bounds = np.cumsum([0] + [len(arrays["labels"]) for arrays in opened]).tolist()
         stat = [[file.name, os.path.getsize(file)] for file in self.files]

@@ -5,6 +5,7 @@ The format is described in `dataset.py`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def names(file: Path) -> list[str]:
     """The names of the items of a shard."""
     shard = map_shard(file)
     text, ends = shard["name_bytes"].tobytes(), shard["name_offsets"].tolist()
-    return [os.fsdecode(text[begin:end]) for begin, end in zip(ends, ends[1:])]
+    return [os.fsdecode(text[begin:end]) for begin, end in itertools.pairwise(ends)]
 
 
 def require_space(folder: Path, needed: int) -> None:

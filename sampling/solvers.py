@@ -7,6 +7,7 @@ kept in the dtype of `x` (give float64 for agreement with published code); t is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,14 +60,14 @@ def guided(conditional: Velocity, pair: Pair, scale: float, low: float = 0.0, hi
 
 def euler(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
     """Euler's method for dx = v dt: one evaluation a step."""
-    for t, after in zip(grid[:-1], grid[1:], strict=True):
+    for t, after in itertools.pairwise(grid):
         x = x + (after - t) * velocity(x, t).to(x.dtype)
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
     """Heun's second-order method: two evaluations a step, one in the last (which is an Euler step)."""
-    for step, (t, after) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for step, (t, after) in enumerate(itertools.pairwise(grid)):
         here = velocity(x, t).to(x.dtype)
         ahead = x + (after - t) * here
         if step < len(grid) - 2:
@@ -80,7 +81,7 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: 
 
     `noise(k)` is the standard normal draw of step k, of x's shape.
     """
-    for step, (t, after) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for step, (t, after) in enumerate(itertools.pairwise(grid)):
         drift = interpolant.sde_drift(x, velocity(x, t).to(x.dtype), torch.full((len(x),), t, dtype=x.dtype, device=x.device))
         mean = x + (after - t) * drift
         last = step == len(grid) - 2

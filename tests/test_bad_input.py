@@ -22,8 +22,7 @@ from models import export
 from models.checkpoint import Checkpoint
 from runtime import errors, files, launch, progress
 from runtime.errors import UserError
-
-Words = Callable[..., list[str]]
+from tests.helpers import ROOT, Words
 
 
 def refused(main: Callable[[list[str]], object], argv: list[object], *said: str) -> None:
@@ -293,7 +292,7 @@ def test_a_gpu_that_this_torch_cannot_use_is_noted(monkeypatch: pytest.MonkeyPat
 
 def test_the_required_torch_is_beyond_the_known_flaws_of_loading() -> None:
     """CVE-2025-32434 below 2.6, CVE-2026-24747 below 2.10."""
-    text = (Path(__file__).parents[1] / "requirements.txt").read_text()
+    text = (ROOT / "requirements.txt").read_text()
     bounds = dict(re.findall(r"^([a-z-]+)>=([\d.]+)", text, flags=re.MULTILINE))
     assert [tuple(map(int, bounds[name].split("."))) for name in ("torch", "torchvision")] >= [(2, 10), (0, 25)]
 

@@ -22,7 +22,7 @@ from models.latents import LatentSpace
 from preprocessing import digits, shards
 from runtime import files, locks
 from runtime.errors import UserError
-from tests.locks import held_elsewhere
+from tests.helpers import held_elsewhere
 
 
 def write_set(folder: Path, latents: np.ndarray, labels: np.ndarray, *, classes: int = 10, per_shard: int = 7,

@@ -21,9 +21,9 @@ from models.peers import PEERS
 from recipes import rows
 from recipes.__main__ import COMMANDS, Options
 from runtime.options import flags_of, options_of, read
+from tests.helpers import ROOT
 from training import command
 
-ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 

@@ -20,7 +20,7 @@ from runtime.options import build
 from sampling.config import SamplingConfig
 from sampling.sampler import Sampler, grid_picture
 from sampling.store import Store
-from tests.locks import held_elsewhere
+from tests.helpers import held_elsewhere
 
 
 def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

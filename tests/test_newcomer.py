@@ -21,9 +21,8 @@ from models.checkpoint import Checkpoint
 from preprocessing import encode, verify
 from runtime import files
 from runtime.errors import UserError
-from tests.image_sets import photograph, tiny_vae
+from tests.helpers import ROOT, photograph, tiny_vae
 
-ROOT = Path(__file__).parents[1]
 TINY = ["--model", "SiT-Tiny/2", "--batch-size", "32", "--max-train-steps", "9", "--ema-decay", "0.9", "--ema-warmup", "--log-steps", "3",
         "--align-hidden", "32"]
 

@@ -247,5 +247,5 @@ class Run:
             lines.append(f"warning: {epochs:,.0f} epochs of {len(data):,} items: a network learns so few by heart; give --batch-size 32 "
                          f"--max-train-steps {1000 * max(1, len(data) // 32)} or fewer (docs/data.md)")
         if self.step >= config.max_train_steps:
-            return lines + [f"finished: step {self.step} is done; for more give --max-train-steps"]
+            return [*lines, f"finished: step {self.step} is done; for more give --max-train-steps"]
         return lines + ([f"continuing from step {self.step}"] if self.step else [])

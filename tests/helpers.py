@@ -1,0 +1,96 @@
+"""What tests of several folders share: paths, tiny networks, image sets, a real autoencoder, a lock held elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import models
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+
+Words = Callable[..., list[str]]
+"""The fixture `words`: the command line of a tiny run."""
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+
+
+def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, spec.in_channels, spec.input_size, spec.input_size, generator=generator)
+    return x, torch.rand(count, generator=generator), torch.arange(count) % (spec.num_classes + 1)
+
+
+def perturbed(spec: models.ModelSpec, **arguments) -> models.Backbone:
+    """A network none of whose weights is zero, so that every path carries signal."""
+    network = models.build(spec, **arguments)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def parity(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights in a parity file, and everything else in it."""
+    tensors = load_file(DATA / f"{name}.safetensors")
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    return weights, {key: value for key, value in tensors.items() if not key.startswith("weights.")}
+
+
+def photograph(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth random RGB picture."""
+    coarse = np.random.default_rng(seed).integers(256, size=(4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def class_folders(folder: Path, classes: int = 3, per_class: int = 5) -> Path:
+    """`classes` folders of pictures of different sizes and shapes."""
+    for label in range(classes):
+        (folder / f"n{label:02d}").mkdir(parents=True)
+        for number in range(per_class):
+            seed = label * per_class + number
+            photograph(seed, 20 + 7 * seed, 60 - 2 * seed).save(folder / f"n{label:02d}" / f"{number}.png")
+    return folder
+
+
+def zipped(folder: Path, file: Path) -> Path:
+    """The same set as one ZIP file."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, path.relative_to(folder).as_posix())
+    return file
+
+
+def tiny_vae(folder: Path, channels: int = 4) -> str:
+    """A real `AutoencoderKL` of stride 4 with random weights, written by `save_pretrained`."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
+                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                        scaling_factor=0.18215, sample_size=16)
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+@contextmanager
+def held_elsewhere(file: Path) -> Iterator[None]:
+    """Another process holds `file` inside the block."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.stdin.close()

@@ -1,0 +1,199 @@
+"""What `--dry-run` prints, against counts on real tensors, formulas on paper, and what it must leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+import train
+import train_guide
+from alignment.interval import expected_share
+from loss import Learner
+from models.latents import LatentSpace
+from preprocessing import shards
+from runtime.errors import UserError
+from tests.helpers import Words
+from training import account, command, cost, loop
+from training.batches import Batches
+from training.run import Run
+
+
+def estimate(argv: list[str], program: str = "train") -> account.Cost:
+    return cost.estimate(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+
+
+@pytest.fixture(scope="module")
+def imagenet_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four items with the shapes of ImageNet at 256 pixels in the SD-VAE's space, images kept."""
+    folder, buffer = tmp_path_factory.mktemp("shapes"), io.BytesIO()
+    Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(buffer, "PNG")
+    latents = np.zeros((4, 1, 2, 4, 32, 32), np.float16)
+    entry = shards.write_shard(folder, 0, latents, np.arange(4), images=[buffer.getvalue()] * 4)
+    shards.write_manifest(folder, space=LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,)),
+                          resolution=256, latent_size=32, views=1, parts=2, dtype="float16", crop="center", images=True,
+                          class_names=[str(n) for n in range(1000)], shards=[entry], source="shapes")
+    return folder
+
+
+@pytest.mark.parametrize("more", [("repa", "sra"), ("haste",), ("guided",)])
+def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: Path, words: Words, encoder: Path,
+                                                         teacher: Path) -> None:
+    program = "train_guide" if more == ("guided",) else "train"
+    argv = words(tmp_path, "x", "--max-train-steps", 1)
+    argv += ["--guiding-ckpt", str(teacher)] if program == "train_guide" else ["--align", *more]
+    argv += [] if program == "train_guide" else [f"--{more[0]}-encoder", str(encoder)]
+    found = estimate(argv, program)
+
+    run = Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+    learner = Learner(run.network, run.alignments, ema=run.ema.network)
+    (batch,), = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+    kept: dict[int, tuple[torch.Tensor, int]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with FlopCounterMode(display=False, custom_mapping=cost.attention_on_cpu()) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = learner(batch)
+        sum(value.mean() for value in losses.values()).backward()
+    assert found.ratio() * found.plain * 16 == pytest.approx(counter.get_total_flops(), rel=0.01)
+    weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
+    real = sum(size for pointer, (_, size) in kept.items() if pointer not in weights)
+    assert found.kept * 16 == pytest.approx(real, rel=0.01)
+    trained = sum(p.numel() for p in learner.parameters()) + run.network.pos_embed.numel()
+    assert sum(part.parameters for part in found.parts if part.trained) == trained
+
+
+def test_the_published_size_by_formulas_on_paper(imagenet_like: Path, tmp_path: Path) -> None:
+    """SiT-B/2 at 256 pixels: 3 x 23.00 GMAC a step; REPA's head and DINOv2-B at 224 pixels on the fly, 1.417 in all."""
+    found = estimate(["--data-dir", str(imagenet_like), "--exp-name", "x", "--output-dir", str(tmp_path), "--batch-size", "4",
+                      "--align", "repa", "--mixed-precision", "bf16"])
+    width, tokens, depth = 768, 256, 12
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
+    assert found.plain == pytest.approx(2 * 3 * depth * block, rel=0.015)  # embedders and the final layer are the rest
+    head = tokens * (768 * 2048 + 2048**2 + 2048 * 768)
+    shares = {part.name: part.flops for part in found.parts}
+    assert shares["repa: head and loss"] == pytest.approx(2 * 3 * head, rel=0.01)
+    assert shares["repa: encoder"] == pytest.approx(2 * 23.16e9, rel=0.01)
+    assert found.ratio() == pytest.approx(1.417, rel=0.01)
+    parameters = {part.name: part.parameters for part in found.parts}
+    assert parameters["network"] == models.parameter_count(models.outline(models.spec(
+        "SiT-B/2", in_channels=4, input_size=32, num_classes=1000)))
+    assert parameters["repa: encoder"] == pytest.approx(85.7e6, rel=0.002)
+    memory = found.memory()
+    trained = parameters["network"] + parameters["repa: head and loss"]
+    # the fixed position table has neither gradient nor moments; AdamW counts its steps
+    assert memory["parameters and gradients"] + memory["optimizer"] == pytest.approx(16 * trained, rel=0.002)
+    assert memory["EMA"] == pytest.approx(4 * parameters["network"], rel=1e-5)  # and the frequencies of the time embedding
+    assert memory["frozen networks"] == 2 * parameters["repa: encoder"]
+    # a block keeps some 34 numbers of 1 byte per token and channel in half precision (arXiv 2205.05198), more where float32 stays
+    assert 34 < found.kept / (depth * tokens * width) < 68 and 0 < found.casts < 2.2 * trained
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_held_is_what_a_run_holds(tmp_path: Path, words: Words, optimizer: str) -> None:
+    """Byte for byte, after a step: a head with averages of its own, one without, and several averages."""
+    argv = words(tmp_path, "x", "--align", "internal", "latent", "--latent-hidden", 16, "--ema-extra-decays", 0.9, "--optimizer", optimizer,
+                 "--max-train-steps", 1)
+    found = estimate(argv).memory()
+    run = Run(*command.resolve(argv, "train", None))
+    loop.train(run)
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    assert found["optimizer"] == sum(size(state.values()) for state in run.optimizer.state.values())
+    assert set(run.averages) == {"ema", "ema-0.9", "internal-head-ema", "internal-head-ema-0.9"}
+    assert found["EMA"] == sum(size([*average.network.parameters(), *average.network.buffers()]) for average in run.averages.values())
+    modules = [run.network, *run.alignments.values()]
+    trained = size(parameter for module in modules for parameter in module.parameters())
+    assert found["parameters and gradients"] == 2 * trained + size(buffer for module in modules for buffer in module.buffers())
+    matrices = size(parameter for name, parameter in run.network.named_parameters() if name in run.network.matrices())
+    saved = matrices if optimizer == "muon" else 0  # of a matrix, Muon has one momentum where Adam has two
+    assert found["parameters and gradients"] + found["optimizer"] == pytest.approx(4 * trained - saved, rel=0.005)
+    assert matrices > 0.8 * trained
+
+
+def test_the_teachers_share_follows_its_depth_and_the_interval(tmp_path: Path, words: Words, teacher: Path) -> None:
+    """Two passes to two thirds of the depth: 4/9 of a plain step whatever the size, 0.3 of that on 0.4 <= t <= 0.7."""
+    base = words(tmp_path, "x", "--guiding-ckpt", teacher, "--max-train-steps", 100)
+    share = {name: next(p.flops for p in found.parts if p.name == "guided: teacher") / found.plain for name, found in {
+        "all": estimate(base, "train_guide"), "some": estimate([*base, "--align-interval", "0.4", "0.7"], "train_guide")}.items()}
+    assert share["all"] == pytest.approx(4 / 9, rel=0.02)
+    assert share["some"] == pytest.approx(0.3 * share["all"])
+    normal = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal(200_000)))
+    for low, high in ((0.4, 0.7), (0.5, 1.0), (0.0, 0.2)):
+        assert expected_share((low, high), "select", "uniform") == pytest.approx(high - low)
+        measured = ((normal >= low) & (normal <= high)).mean()
+        assert expected_share((low, high), "select", "logit-normal") == pytest.approx(measured, abs=0.005)
+        assert expected_share((low, high), "upstream", "uniform") == 1.0
+
+
+def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words: Words) -> None:
+    found = estimate(words(tmp_path, "x", "--align", "latent", "--align-stop-steps", 25, "--max-train-steps", 100))
+    extra = found.ratio() - 1
+    assert extra > 0.01 and found.ratio(24) == found.ratio() and found.ratio(25) == 1
+    assert found.mean_ratio() == pytest.approx(1 + extra / 4)
+    slow, fast = found.hours(200.0)
+    assert slow == pytest.approx(100 * 16 / 200 / 3600) and fast == pytest.approx(slow * (1 + extra / 4) / (1 + extra))
+    assert found.micro_batch == 16 and found.epoch_steps == 1797 // 16
+
+
+def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, encoder: Path) -> None:
+    argv = words(tmp_path, "x", "--align", "repa", "--repa-encoder", encoder)
+    every_step, cached = estimate(argv), estimate([*argv, "--align-cache"])
+    (running,) = [part for part in every_step.parts if part.name == "repa: encoder"]
+    (kept,) = [part for part in cached.parts if part.name == "repa: encoder"]
+    assert running.flops > 0 and kept.flops == 0 and cached.ratio() < every_step.ratio()
+
+
+def test_plain_training_has_its_published_number_too() -> None:
+    assert "33.00" in cost.reported("SiT-B/2", [])[0]
+
+
+def test_activation_checkpointing_and_the_micro_batch_that_fits(imagenet_like: Path, tmp_path: Path) -> None:
+    """Blocks computed twice cost a third of a step, products kept cost none; what fits divides the batch and is not the next size."""
+    argv = ["--data-dir", str(imagenet_like), "--exp-name", "x", "--output-dir", str(tmp_path), "--batch-size", "4", "--mixed-precision",
+            "bf16", "--model", "SiT-Tiny/2", "--activation-checkpointing"]
+    none, some, full = (estimate([*argv, mode]) for mode in ("none", "selective", "full"))
+    width, tokens, depth = 128, 256, 6
+    forward = 2 * depth * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
+    assert none.recomputed == some.recomputed == 0 and full.recomputed == forward
+    assert none.plain == some.plain == full.plain and full.kept < some.kept / 2 < none.kept / 3
+    assert full.kept == pytest.approx(depth * tokens * width * 4 + none.kept / depth, rel=0.1)  # inputs of the blocks, and one block
+    many = dataclasses.replace(full, micro_batch=256, accumulation=2)
+    fixed = sum(many.memory().values()) - 256 * many.kept
+    for gigabytes in (0.1, 0.3, 1.0):
+        size = many.largest(gigabytes)
+        assert 512 % size == 0 and fixed + size * many.kept <= 0.9e9 * gigabytes < fixed + 2 * size * many.kept
+    assert many.largest(1000.0) == 512 and many.largest(fixed / 1e9) is None
+    text = account.report(many)
+    assert "computed twice" in text and "80 GB 512 (--gradient-accumulation-steps 1)" in text
+
+
+def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path,
+                                              capsys: pytest.CaptureFixture) -> None:
+    train_guide.main(words(tmp_path, "x", "--guiding-ckpt", teacher, "--align-stop-steps", 10, "--max-train-steps", 100,
+                           "--dry-run", "--images-per-second", 500))
+    text = capsys.readouterr().out
+    for word in ("network", "guided: head and loss", "guided: teacher", "total", "from step 10 on", "mean over the run",
+                 "112 per epoch", "memory per process", "time at 500 images per second"):
+        assert word in text, word
+    assert cost.reported("SiT-B/2", ["layersync", "repa"]) == [
+        "published with layersync: FID 30.00 after 80 epochs (ODE, Heun; trained with flips; ImageNet 256, no guidance)",
+        "published with repa: FID 24.40 after 80 epochs (SDE, 250 steps; trained without flips; ImageNet 256, no guidance)"]
+    assert cost.reported("SiT-Tiny/2", ["repa"]) == []
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="belongs to --dry-run"):
+        train.main(words(tmp_path, "x", "--images-per-second", 5))

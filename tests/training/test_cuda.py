@@ -1,0 +1,99 @@
+"""What only a GPU can show: exact resume, the losses of bf16 and of compiled code, no waiting, no compiling, no growing.
+
+`python -m benchmarks.gpu` runs this file first.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import train_guide
+from tests.helpers import Words
+from training import command, loop
+from training.log import Meter, read
+from training.run import Run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def opened(argv: list[str], program: str = "train") -> Run:
+    return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+
+
+def guided_words(words: Words, folder: Path, name: str, teacher: Path, *more: object) -> list[str]:
+    return words(folder, name, "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.3, 0.7, *more)
+
+
+def test_a_deterministic_run_resumes_bit_for_bit(tmp_path: Path, words: Words, teacher: Path):
+    from tests.training.test_training import assert_same_bits, losses
+
+    try:
+        more = ["--deterministic", "--align-stop-steps", 8]
+        whole = train_guide.main(guided_words(words, tmp_path / "a", "run", teacher, *more, "--max-train-steps", 12))
+        for steps in (6, 12):
+            train_guide.main(guided_words(words, tmp_path / "b", "run", teacher, *more, "--max-train-steps", steps))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(whole, tmp_path / "b" / "run")
+    assert losses(whole) == losses(tmp_path / "b" / "run")
+
+
+def test_bf16_and_compiled_losses_lie_within_the_spread_of_seeds(tmp_path: Path, words: Words):
+    """The mean of the last 100 of 300 steps: as far from float32 eager as another seed is, at most."""
+    def last(name: str, *more: object) -> float:
+        run = train.main(words(tmp_path, name, "--max-train-steps", 300, "--log-steps", 100, *more))
+        return read(run / "log.jsonl")[-1]["loss/diffusion"]
+
+    eager = [last(f"seed{seed}", "--seed", seed, "--mixed-precision", "no", "--compile", "off") for seed in range(4)]
+    spread = 3 * statistics.stdev(eager)
+    for name, more in {"bf16": ("--mixed-precision", "bf16", "--compile", "off"), "compiled": ("--mixed-precision", "no"),
+                       "both": ("--mixed-precision", "bf16"), "selective": ("--activation-checkpointing", "selective"),
+                       "full": ("--activation-checkpointing", "full")}.items():
+        assert abs(last(name, *more) - eager[0]) < spread, name
+
+
+def test_nothing_is_compiled_after_the_third_step_however_many_samples_are_selected(tmp_path: Path, words: Words, teacher: Path):
+    run = opened(guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 24), "train_guide")
+    counted = [torch._dynamo.utils.counters["stats"]["unique_graphs"] for _ in loop.steps(run, 24)]
+    assert counted[0] > 0 and counted[-1] == counted[3] and not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("method", ["none", "guided", "sra", "dispersive"])
+def test_no_step_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path, method: str):
+    more = ["--max-train-steps", 12, "--mixed-precision", "bf16"]
+    if method == "guided":
+        run = opened(guided_words(words, tmp_path, "run", teacher, *more, "--grad-ratio-steps", 2), "train_guide")
+    else:
+        run = opened(words(tmp_path, "run", "--align", method, *more))
+    stepping = loop.steps(run, 12, Meter(run.accelerator))
+    for _ in range(6):  # compilation and first allocations may wait
+        next(stepping)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            next(stepping)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_stays_flat(tmp_path: Path, words: Words, teacher: Path):
+    run = opened(guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 60), "train_guide")
+    held = [torch.cuda.memory_allocated() for _ in loop.steps(run, 60, Meter(run.accelerator))]
+    assert max(held[30:]) <= 1.02 * max(held[10:30])
+
+
+def test_the_chosen_attention_kernel_is_the_fastest_and_agrees_with_the_plain_one():
+    from models import attention
+
+    device = torch.device("cuda")
+    spent = attention.milliseconds(16, 256, 72, 32, torch.bfloat16, device, backward=True)
+    assert set(spent) >= {"flash", "efficient"} and all(value > 0 for value in spent.values())
+    q, k, v = torch.randn(3, 2, 16, 256, 72, device=device, dtype=torch.bfloat16)
+    expected = (q.float() @ k.float().mT * 72**-0.5).softmax(-1) @ v.float()
+    for kernel in spent:
+        torch.testing.assert_close(attention.attention(q, k, v, kernel).float(), expected, rtol=0.02, atol=0.02)

@@ -1,0 +1,470 @@
+"""Runs that are cut short, meet damage, or share a folder: what is kept, what is said, and that they go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from models import checkpoint
+from models.checkpoint import Checkpoint
+from runtime import errors, files, seal
+from runtime.errors import EndedEarly, UserError
+from runtime.locks import LOCK
+from tests.helpers import ROOT, Words, held_elsewhere
+from training.between import ENDED_EARLY, Between
+from training.log import read
+from training.run import Run
+
+
+def assert_same_bits(one: Path, two: Path) -> None:
+    first, second = Checkpoint.open(one), Checkpoint.open(two)
+    assert first.step == second.step
+    for name in ("network", "ema", "optimizer"):
+        here, there = first.tensors(name), second.tensors(name)
+        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Between], None]) -> None:
+    """Do something once, when a run has taken `step` steps."""
+    call = Between.__call__
+
+    def wrapped(self: Between, *args: Any) -> None:
+        if self.run.step == step:
+            action(self)
+        call(self, *args)
+
+    monkeypatch.setattr(Between, "__call__", wrapped)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture, name: str) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 3)
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # a suite that runs in the background was told to ignore some of them
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 2, lambda _: os.kill(os.getpid(), number))
+            with pytest.raises(SystemExit) as caught:
+                errors.run(lambda: train.main(argv))
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert caught.value.code == 75
+    said = capsys.readouterr().err.splitlines()[-1]  # after the bar's
+    assert said.startswith(f"ended early: asked to end by {name}: step 2 of 3 is saved")
+    assert Checkpoint.open(tmp_path / "run").step == 2 and (tmp_path / "run" / ENDED_EARLY).is_file()
+    if name == "SIGTERM":
+        train.main(argv)
+        assert_same_bits(tmp_path / "run", train.main(words(tmp_path / "whole", "run", "--max-train-steps", 3)))
+        assert not (tmp_path / "run" / ENDED_EARLY).exists()
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    program = ("import os, signal, sys, time\nfrom runtime import signals\nsignals.TWICE = 0.2\nwith signals.noted() as asked:\n"
+               " print('ready', flush=True)\n while True: time.sleep(0.02)")
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(3):  # a launcher passes on what its processes have got already: no second signal
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
+        assert process.poll() is None
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    from runtime import signals
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.noted() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+        assert asked.by is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_max_hours_ends_in_time_and_minutes_between_checkpoints(tmp_path: Path, words: Words) -> None:
+    with pytest.raises(EndedEarly, match="--max-hours 1e-06"):
+        train.main(words(tmp_path, "short", "--max-train-steps", 4, "--max-hours", 1e-6))
+    assert Checkpoint.open(tmp_path / "short").step == 1
+    run = train.main(words(tmp_path, "often", "--max-train-steps", 5, "--checkpointing-minutes", 1e-6, "--checkpointing-steps", 2))
+    steps = {int(path.name): files.read_json(path / "config.json")["kept"] for path in checkpoint.saved(run)}
+    assert steps == {1: False, 2: True, 3: False, 4: True, 5: True}  # of those by the clock, the last two
+    run = train.main(words(tmp_path, "more", "--max-train-steps", 5, "--checkpointing-minutes", 1e-6))
+    assert [path.name for path in checkpoint.saved(run)] == ["0000005", "0000004", "0000003"]
+    run = train.main(words(tmp_path, "never", "--max-train-steps", 3, "--checkpointing-minutes", 0))
+    assert [path.name for path in checkpoint.saved(run)] == ["0000003"]
+
+
+def test_a_run_holds_its_folder(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 1)
+    with held_elsewhere(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another process is writing .*run"):
+        train.main(argv)
+    seen = []
+    at_step(monkeypatch, 1, lambda state: seen.append(json.loads((state.run.folder / LOCK).read_text())))
+    train.main(argv)
+    assert seen[0]["process"] == os.getpid() and not (tmp_path / "run" / LOCK).exists()
+    program = f"import sys; sys.argv[1:] = {argv!r}; import train; from runtime import errors; errors.run(train.main)"
+    from runtime import locks
+    with locks.locked(tmp_path / "run", "wait"):  # a real second process is told who holds it
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"process {os.getpid()} on " in done.stderr and "since 20" in done.stderr
+
+
+def test_where_there_are_no_locks_a_claim_file_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture) -> None:
+    import errno
+
+    from runtime import locks
+
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    with locks.locked(tmp_path / "a", "wait"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), locks.locked(tmp_path / "a", "wait"):
+            pass
+    assert not (tmp_path / "a").exists()  # it was made for the lock alone
+    claim = tmp_path / locks.CLAIM
+    claim.write_text(json.dumps({**locks.me(), "process": 2**22 - 1}))  # of this machine, and gone
+    with locks.locked(tmp_path, "wait"):
+        assert json.loads(claim.read_text())["process"] == os.getpid()
+    assert "left by a process that is gone" in capsys.readouterr().out
+    claim.write_text(json.dumps({**locks.me(), "host": "elsewhere"}))
+    with pytest.raises(UserError, match="on elsewhere"), locks.locked(tmp_path, "wait"):
+        pass
+    os.utime(claim, (0, 0))  # no sign of life for long
+    with locks.locked(tmp_path, "wait"):
+        pass
+
+
+@pytest.mark.parametrize("how", ["network.safetensors", "optimizer.json", "config.json", "no config.json", "edited"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, how: str) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 4, "--checkpointing-steps", 2)
+    run = train.main(argv)
+    whole = {name: value.clone() for name, value in Checkpoint.open(run).tensors("network").items()}
+    newest = run / "checkpoints" / "0000004"
+    if how == "no config.json":
+        (newest / "config.json").unlink()
+    elif how == "edited":
+        config = newest / "config.json"
+        config.write_text(config.read_text().replace('"num_heads": 4', '"num_heads": 8'))
+    else:
+        content = bytearray((newest / how).read_bytes())
+        content[len(content) // 2] ^= 4
+        (newest / how).write_bytes(content)
+    (run / "checkpoints" / ".0000006.123.tmp").mkdir()
+    capsys.readouterr()
+    train.main(argv)
+    said = capsys.readouterr().out
+    assert "continuing from 0000002, the newest whole one; 0000004 is now 0000004.damaged" in said and ".0000006.123.tmp" in said
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["0000002", "0000004", "0000004.damaged"]
+    assert all(torch.equal(value, whole[name]) for name, value in Checkpoint.open(run).tensors("network").items())
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path, words: Words) -> None:
+    run = train.main(words(tmp_path, "run", "--max-train-steps", 1))
+    (run / "checkpoints" / "0000001" / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint of .*run is intact.*ema.safetensors is missing"):
+        train.main(words(tmp_path, "run", "--max-train-steps", 2))
+
+
+def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
+    run = train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 1))
+    folder = run / "checkpoints" / "0000001"
+    config = folder / "config.json"
+    sound = files.read_json(config)
+    config.write_text(json.dumps({**sound, "space": {**sound["space"], "scale": [2.0]}}))
+    with pytest.raises(UserError, match=r"edited since .* python -m runtime.seal .*config.json"):
+        Checkpoint.open(run)
+    seal.main([str(config)])
+    assert Checkpoint.open(run).space.scale == (2.0,) and "sealed" in capsys.readouterr().out
+    files.write_sealed(config, {**sound, "step": 7})
+    with pytest.raises(UserError, match="says it is step 7"):
+        Checkpoint.open(run)
+    files.write_sealed(config, {**sound, "files": {k: v for k, v in sound["files"].items() if not k.startswith("heads")}})
+    with pytest.raises(UserError, match="heads.safetensors"):
+        train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 2))
+    heads = files.load_tensors(folder / "heads.safetensors")
+    whole = (folder / "heads.safetensors").read_bytes()
+    lost = sorted(heads)[0]
+    files.save_tensors(folder / "heads.safetensors", {name: value for name, value in heads.items() if name != lost})
+    digests = {**sound["files"], "heads.safetensors": files.digest(folder / "heads.safetensors")}
+    files.write_sealed(config, {**sound, "files": digests})
+    with pytest.raises(UserError, match=f"lacks {lost} among its heads"):
+        train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 2))
+    (folder / "heads.safetensors").write_bytes(whole)
+    files.write_json(config, {k: v for k, v in {**sound, "format": 1}.items() if k != files.SEAL})
+    capsys.readouterr()
+    assert Checkpoint.open(run).step == 1 and "of format 1" in capsys.readouterr().out
+    files.write_sealed(config, {**sound, "model": {**sound["model"], "depth": 1_000_000}})
+    with pytest.raises(UserError, match=r"config.json: .*depth 1000000"):
+        Checkpoint.open(run)
+
+
+def broken_steps(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The steps whose gradients become no numbers."""
+    passes = Run.batches
+
+    def batches(self: Run, end: int) -> Any:
+        import dataclasses
+
+        for number, micros in enumerate(passes(self, end), self.step + 1):
+            yield [dataclasses.replace(micro, x0=micro.x0 * float("nan")) for micro in micros] if number in steps else micros
+
+    monkeypatch.setattr(Run, "batches", batches)
+
+
+def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = train.main(words(tmp_path / "a", "run", "--max-train-steps", 4, "--skip-steps", 2, 3))
+    broken_steps(monkeypatch, 2, 3)
+    run = train.main(words(tmp_path / "b", "run", "--max-train-steps", 4, "--log-steps", 4))
+    line = read(run / "log.jsonl")[-1]
+    assert line["skipped_steps"] == 2 and np.isfinite(line["loss/diffusion"])
+    here, there = Checkpoint.open(run).tensors("network"), Checkpoint.open(skipped).tensors("network")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_many_such_steps_end_the_run_and_its_remedies_work(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes back to its last good checkpoint; what the message says, word for word, leads on from there."""
+    argv = words(tmp_path / "a", "run", "--checkpointing-steps", 2, "--log-steps", 40, "--mixed-precision", "bf16")
+    run = tmp_path / "a" / "run"
+
+    def stopped(*more: str) -> str:
+        with pytest.raises(UserError) as caught:
+            train.main([*argv, "--max-train-steps", "30", *more])
+        return str(caught.value)
+
+    with monkeypatch.context() as patch:
+        broken_steps(patch, *range(4, 18))
+        said = stopped()
+        assert "\n" not in said and "gradient of steps 4 to 13 is not finite" in said
+        assert f"goes back to {run}@2, the last good checkpoint" in said and "--mixed-precision no" in said and "--qk-norm" in said
+        record = files.read_json(run / "not-finite.json")
+        assert record["steps"] == [4, 13] and len(record["items"]["4"]) == 16
+        assert f"items {', '.join(map(str, record['items']['4'][:4]))}, ..." in said
+        before = Checkpoint.open(run)
+        assert before.step == 2  # no checkpoint while gradients are not finite
+        assert stopped() == said  # without the remedy it meets them again
+        words_of = re.search(r"--skip-steps \d+ \d+", said)[0].split()
+        assert words_of == ["--skip-steps", "4", "13"]
+        train.main([*argv, "--max-train-steps", "20", *words_of])
+        at_once = train.main([*words(tmp_path / "b", "run"), *argv[-6:], "--max-train-steps", "20", *words_of])
+    assert sum(line.get("skipped_steps", 0) for line in read(run / "log.jsonl")) == 4  # 14 to 17: not yet too many
+    assert Checkpoint.open(run).step == 20
+    assert_same_bits(run, at_once)
+    with pytest.raises(UserError, match="say --mixed-precision"):
+        monkeypatch.setattr("runtime.launch.precision", lambda *_: None)
+        train.main([*argv[:-2], "--max-train-steps", "21"])
+
+
+def test_steps_that_are_skipped_already_stay_so_in_the_next_remedy(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = words(tmp_path, "run", "--max-train-steps", 30, "--log-steps", 11)
+    broken_steps(monkeypatch, *range(2, 22))
+    with pytest.raises(UserError, match="begins anew, as there is no checkpoint yet, with --skip-steps 2 11 past") as caught:
+        train.main(argv)
+    assert "--mixed-precision no" not in str(caught.value)  # that it is already
+    with pytest.raises(UserError, match="steps 12 to 21 is not finite.* with --skip-steps 2 21 past"):
+        train.main([*argv, "--skip-steps", "2", "11", "--qk-norm"])
+    train.main([*argv, "--skip-steps", "2", "21", "--exp-name", "on"])
+
+
+def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = words(tmp_path, "run", "--checkpointing-steps", 2, "--log-steps", 40, "--max-train-steps", 16)
+    with monkeypatch.context() as patch:
+        broken_steps(patch, *range(4, 17))
+        with pytest.raises(UserError, match="--mixed-precision no"):
+            train.main([*argv, "--mixed-precision", "bf16"])
+    train.main([*argv, "--mixed-precision", "no"])  # there, we take it, gradients are finite
+    assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(("module", "said"), [
+    (lambda run: run.ema.network, "EMA of "), (lambda run: run.averages["ema-0.5"].network, "ema-0.5 of "),
+    (lambda run: run.alignments["latent"], "the head of latent: ")])
+def test_averages_and_heads_are_looked_at_before_they_are_saved(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
+                                                                module: Callable[[Run], torch.nn.Module], said: str) -> None:
+    def spoil(state: Between) -> None:
+        with torch.no_grad():
+            next(iter(module(state.run).parameters())).fill_(float("nan"))
+
+    at_step(monkeypatch, 1, spoil)
+    with pytest.raises(UserError, match=f"^{said}.* is not finite"):
+        train.main(words(tmp_path, "run", "--max-train-steps", 1, "--align", "latent", "--align-hidden", 8, "--ema-extra-decays", 0.5))
+    assert not checkpoint.saved(tmp_path / "run")
+
+
+def test_a_damaged_shard_stops_training(tmp_path: Path, words: Words, data: Path) -> None:
+    import shutil
+
+    shutil.copytree(data, tmp_path / "flipped")
+    shard = next((tmp_path / "flipped").glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    argv = [*words(tmp_path, "run", "--max-train-steps", 2), "--data-dir", str(tmp_path / "flipped")]
+    with pytest.raises(UserError, match=r"shard-00000.safetensors is damaged"):
+        train.main(argv)
+    assert not checkpoint.saved(tmp_path / "run")
+    train.main([*argv, "--no-verify"])
+
+
+PAIR = """
+import json, os, sys, time
+import train
+from runtime import errors
+from runtime import presence
+from training.between import Between
+presence.EVERY, presence.SILENT = 0.3, 2.0
+call, begun = Between.__call__, time.monotonic()
+def wrapped(self, *args):
+    call(self, *args)
+    if self.run.step == 3:
+        open(f"{sys.argv[1]}-{self.run.accelerator.process_index}-{os.getpid()}", "w").close()
+    time.sleep(0.05)
+Between.__call__ = wrapped
+errors.run(lambda: train.main(sys.argv[2:]))
+"""
+
+
+def launched(tmp_path: Path, argv: list[str], steps: int) -> tuple[subprocess.Popen, list[int]]:
+    """Two processes that train, and their ids once they have taken three steps."""
+    (tmp_path / "pair.py").write_text(PAIR)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
+         str(tmp_path / "pair.py"), str(tmp_path / "at"), *argv, "--max-train-steps", str(steps)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 300  # a loaded machine starts slowly
+    while len(found := sorted(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+    if len(found) < 2:
+        process.kill()  # its processes notice, and end
+        pytest.fail(process.communicate()[0])
+    return process, [int(path.name.split("-")[-1]) for path in found]
+
+
+def test_two_processes_end_at_the_same_step_when_one_is_asked(tmp_path: Path, words: Words) -> None:
+    process, ranks = launched(tmp_path, words(tmp_path, "run"), 2000)
+    os.kill(ranks[1], signal.SIGUSR1)
+    said = process.communicate(timeout=300)[0]
+    assert "asked to end by SIGUSR1" in said and "another process was asked to end" in said, said
+    step = json.loads((tmp_path / "run" / ENDED_EARLY).read_text())["step"]
+    assert Checkpoint.open(tmp_path / "run").step == step < 200
+    assert not (tmp_path / "run" / LOCK).exists() and not (tmp_path / "run" / ".processes").exists()
+
+
+def test_processes_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: Words) -> None:
+    process, ranks = launched(tmp_path, words(tmp_path, "run"), 2000)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 300
+    while any(Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().split()[2] for rank in ranks) \
+            and time.monotonic() < until:
+        time.sleep(0.05)
+    assert time.monotonic() < until
+    assert "launcher is gone" in json.loads((tmp_path / "run" / ENDED_EARLY).read_text())["why"]
+
+
+def test_no_process_outlives_its_launcher_for_long() -> None:
+    """Whatever it does: here it waits for ever, as in a collective."""
+    child = ("import os, time\nfrom runtime import launch\nlaunch.WATCH = launch.GRACE = 0.1\nlaunch._watch_launcher()\n"
+             "print(os.getpid(), flush=True)\ntime.sleep(600)")
+    parent = f"import subprocess, sys, os\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nsys.stdin.read()\nos._exit(0)"
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.PIPE, env={**os.environ, "LOCAL_RANK": "0"}) as process:
+        number = int(process.stdout.readline())
+        assert Path(f"/proc/{number}").exists()
+        process.stdin.close()
+        assert "launcher of this process is gone" in process.stderr.read()  # to its end: the child holds it open
+
+
+def test_a_process_that_stands_still_is_named(tmp_path: Path, words: Words) -> None:
+    process, ranks = launched(tmp_path, words(tmp_path, "run", "--timeout-minutes", 0.1), 2000)
+    os.kill(ranks[1], signal.SIGSTOP)
+    try:
+        said, until = "", time.monotonic() + 300
+        while "lost contact" not in said and time.monotonic() < until:
+            said += process.stdout.readline()
+        assert f"process 1 ({ranks[1]} on " in said and "gave its last sign of life" in said, said
+    finally:
+        os.kill(ranks[1], signal.SIGCONT)
+        process.communicate(timeout=300)
+
+
+def test_what_would_fail_later_fails_before_the_first_step(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture) -> None:
+    from collections import namedtuple
+
+    from sampling import preview
+    from training import preflight
+
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 1_000_000))
+        with pytest.raises(UserError, match="no room for a checkpoint .* are free"):
+            train.main(words(tmp_path, "full", "--max-train-steps", 1))
+        patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 40_000_000))
+        train.main(words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1, "--ema-extra-decays", 0.5))
+    assert "3 checkpoints are to come" in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in Checkpoint.open(tmp_path / "tight").path.glob("*.safetensors"))
+    run = Run(*train.command.resolve(words(tmp_path, "tight", "--ema-extra-decays", 0.5), "train.py", None))
+    assert preflight.checkpoint_bytes(run) == pytest.approx(size, rel=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.files.load_tensors", lambda _: {"tensor": torch.zeros(1000)})
+        with pytest.raises(UserError, match="does not keep what is written"):
+            train.main(words(tmp_path, "lossy", "--max-train-steps", 1))
+
+    def unable(*_: Any) -> None:
+        raise UserError("cannot draw; use something else")
+
+    monkeypatch.setattr(preview, "write", unable)
+    with pytest.raises(UserError, match="cannot draw"):
+        train.main(words(tmp_path, "blind", "--max-train-steps", 9, "--sampling-steps", 9))
+    assert read(tmp_path / "blind" / "log.jsonl") == []
+
+
+def test_memory_and_open_files_stay_flat(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 90 steps with reports, checkpoints and previews; `benchmarks.torture --long-steps` is the long form."""
+    import psutil
+
+    process, seen = psutil.Process(), {}
+    for step in (30, 90):
+        at_step(monkeypatch, step, lambda state: seen.update({state.run.step: (process.memory_info().rss, process.num_fds(),
+                                                                               process.num_threads())}))
+    train.main(words(tmp_path, "run", "--batch-size", 2, "--log-steps", 5, "--max-train-steps", 90, "--checkpointing-steps", 20,
+                     "--sampling-steps", 29, "--align", "latent", "--align-hidden", 8))
+    (memory, opened, threads), (memory_later, opened_later, threads_later) = seen[30], seen[90]
+    assert opened_later <= opened and threads_later <= threads and memory_later < memory + 30e6
+
+
+def test_the_page_on_long_runs_names_what_there_is() -> None:
+    from benchmarks import torture
+    from config import TrainConfig
+    from generate import GenerateConfig
+    from runtime.options import flags_of, options_of
+
+    text = (ROOT / "docs" / "long-runs.md").read_text()
+    schemas = (TrainConfig, GenerateConfig, torture.Options)
+    known = {flag for schema in schemas for opt in options_of(schema) for flag in flags_of(opt.field)}
+    known |= {"--no-verify", "--align", "--num_processes", "--signal"}
+    assert set(re.findall(r"--[a-z][a-z_-]*", text)) <= known
+    assert f"| {errors.TRY_AGAIN} | ended early" in text and ENDED_EARLY in text and "`not-finite.json`" in text
+    assert "(60)" in text and next(opt for opt in options_of(TrainConfig) if opt.field.name == "checkpointing_minutes").field.default == 60
