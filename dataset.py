@@ -34,7 +34,17 @@ from runtime.mapped import map_shard
 from runtime.streams import Stream
 from runtime.transfer import sent
 
-__all__ = ["FORMAT", "MANIFEST", "LatentSet", "flips", "map_shard", "order", "read_manifest", "require_intact", "steps_per_epoch"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "LatentSet",
+    "flips",
+    "map_shard",
+    "order",
+    "read_manifest",
+    "require_intact",
+    "steps_per_epoch",
+]
 
 
 class LatentSet:
@@ -89,6 +99,7 @@ class LatentSet:
 
     def check_digests(self, rank: int = 0, world: int = 1) -> None:
         """Compare the shards with the manifest's digests in the background; every `world`th of them, beginning with `rank`."""
+
         def check() -> None:
             try:
                 for entry in self.manifest["shards"][rank::world]:
@@ -119,8 +130,9 @@ class LatentSet:
         """
         indices = np.asarray(indices, dtype=np.int64)
         chosen = np.zeros_like(indices) if views is None else np.asarray(views, dtype=np.int64)
-        if len(indices) and not (indices.min() >= 0 and indices.max() < self.count
-                                 and chosen.min() >= 0 and chosen.max() < self.views):
+        if len(indices) and not (
+            indices.min() >= 0 and indices.max() < self.count and chosen.min() >= 0 and chosen.max() < self.views
+        ):
             raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
         if self._on_device is not None:
             latents, labels = self._on_device
@@ -136,9 +148,14 @@ class LatentSet:
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """(n, parts, C, H, W) in the stored type: the given rows, a row being item x views + view."""
         shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
-        for shard in np.unique(shard_of) if self._mapped else ():  # the kernel ends who touches what is not there any more
+        for shard in (
+            np.unique(shard_of) if self._mapped else ()
+        ):  # the kernel ends who touches what is not there any more
             file, size = self._mapped[shard]
-            require(file.exists() and file.stat().st_size >= size, f"{file} was cut short while it was in use; copy or encode it again")
+            require(
+                file.exists() and file.stat().st_size >= size,
+                f"{file} was cut short while it was in use; copy or encode it again",
+            )
         latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
         for place, (shard, row) in enumerate(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist())):
             latents[place] = self._rows[shard][row]
@@ -194,18 +211,19 @@ class LatentSet:
     def _entry(self, column: str, index: int) -> bytes:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         offsets = self._shards[shard][f"{column}_offsets"]
-        begin, end = offsets[index - self._starts[shard]:][:2]
+        begin, end = offsets[index - self._starts[shard] :][:2]
         return self._shards[shard][f"{column}_bytes"][begin:end].tobytes()
 
     def _copied_to(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The whole set as (count, views, parts, C, H, W) in its stored type and (count,) int64, on `device`."""
-        latents = torch.empty((self.count, self.views, *self.shape), device=device,
-                              dtype=getattr(torch, self.manifest["dtype"]))
+        latents = torch.empty(
+            (self.count, self.views, *self.shape), device=device, dtype=getattr(torch, self.manifest["dtype"])
+        )
         flat = latents.view(-1, *self.shape)
         for begin, rows in zip(self._bounds, self._rows):
             for at in range(0, len(rows), 4096):  # in pieces, so that no shard is ever copied whole in host memory
-                piece = torch.from_numpy(np.array(rows[at:at + 4096]))
-                flat[begin + at:begin + at + len(piece)].copy_(piece)
+                piece = torch.from_numpy(np.array(rows[at : at + 4096]))
+                flat[begin + at : begin + at + len(piece)].copy_(piece)
         return latents, torch.from_numpy(self.labels).to(device)
 
     def _check(self, shards: list[dict[str, np.ndarray]]) -> None:
@@ -215,20 +233,28 @@ class LatentSet:
             if absent := needed - shard.keys():
                 raise UserError(f"{file} lacks {min(absent)}; it is not a shard of this set")
             if len(shard["labels"]) != count:
-                raise UserError(f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again")
+                raise UserError(
+                    f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again"
+                )
             expected = (count, self.views, *self.shape)
             if shard["latents"].shape != expected or shard["latents"].dtype != self.manifest["dtype"]:
-                raise UserError(f"{file} holds latents {shard['latents'].shape} of {shard['latents'].dtype}, the manifest "
-                                f"says {expected} of {self.manifest['dtype']}; encode it again")
+                raise UserError(
+                    f"{file} holds latents {shard['latents'].shape} of {shard['latents'].dtype}, the manifest "
+                    f"says {expected} of {self.manifest['dtype']}; encode it again"
+                )
         total = sum(entry["count"] for entry in self.manifest["shards"])
         if total != self.count or not total:
-            raise UserError(f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again")
+            raise UserError(
+                f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again"
+            )
 
     def _check_labels(self) -> None:
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
-            raise UserError(f"{self.name(wrong[0])} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
-                            f"{self.num_classes - 1} of its {self.num_classes} classes; encode it again")
+            raise UserError(
+                f"{self.name(wrong[0])} of {self.path} has label {self.labels[wrong[0]]}, outside 0.."
+                f"{self.num_classes - 1} of its {self.num_classes} classes; encode it again"
+            )
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
@@ -241,7 +267,7 @@ def steps_per_epoch(count: int, batch: int) -> int:
 def order(seed: int, step: int, batch: int, count: int) -> np.ndarray:
     """(batch,) int64: the items of global step `step` (from 0). Each epoch is one permutation, cut into whole batches."""
     epoch, within = divmod(step, steps_per_epoch(count, batch))
-    return _epoch(seed, epoch, count)[within * batch:(within + 1) * batch].copy()
+    return _epoch(seed, epoch, count)[within * batch : (within + 1) * batch].copy()
 
 
 @functools.lru_cache(maxsize=2)
@@ -257,11 +283,12 @@ def flips(seed: int, step: int, batch: int, views: int) -> np.ndarray:
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
     needed = sum(shard.nbytes for shard in shards)
     if (free := files.available_memory()) is not None and needed > free:
-        raise UserError(f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-                        "leave it on disk")
+        raise UserError(
+            f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk"
+        )
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
     at = 0
     for shard in progress.bar(shards, desc="reading into memory", unit="shard", main=len(shards) > 1):
-        rows[at:at + len(shard)] = shard
+        rows[at : at + len(shard)] = shard
         at += len(shard)
     return rows

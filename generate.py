@@ -50,26 +50,41 @@ class GenerateConfig:
     preset: str | None = option(None, help="settings of a published number, see --list-presets", heading="samples")
     list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
     num_fid_samples: int = option(50_000, help="how many samples")
-    classes: tuple[str, ...] = option((), help="draw these classes, names or numbers, in this order, instead of --num-fid-samples")
+    classes: tuple[str, ...] = option(
+        (), help="draw these classes, names or numbers, in this order, instead of --num-fid-samples"
+    )
     per_class: int | None = option(None, help="with --classes: samples of each (default 8)")
-    compare: tuple[str, ...] = option((), help="with --classes: further checkpoints, a row each below --ckpt's in one picture; a column "
-                                               "has one class and one noise")
-    out: str | None = option(None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)")
+    compare: tuple[str, ...] = option(
+        (),
+        help="with --classes: further checkpoints, a row each below --ckpt's in one picture; a column "
+        "has one class and one noise",
+    )
+    out: str | None = option(
+        None, help="folder of the samples (default: samples/ beside the checkpoint, named by settings)"
+    )
     overwrite: bool = option(False, help="replace samples of other settings, or damaged ones, that lie in --out")
     sampling: SamplingConfig = group(SamplingConfig)
-    reference: str | None = option(None, help="score against this reference as the samples are drawn, and write no samples",
-                                   heading="scores")
+    reference: str | None = option(
+        None, help="score against this reference as the samples are drawn, and write no samples", heading="scores"
+    )
     scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
-        require(self.reference is not None or self.scores == FeatureOptions(),
-                "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE")
+        require(
+            self.reference is not None or self.scores == FeatureOptions(),
+            "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE",
+        )
         require_samples(self.num_fid_samples, 1 if self.reference is None else 4)  # a score needs four
-        require(bool(self.classes) or (self.per_class is None and not self.compare),
-                "--per-class and --compare say how to draw chosen classes: add --classes NAME ...")
+        require(
+            bool(self.classes) or (self.per_class is None and not self.compare),
+            "--per-class and --compare say how to draw chosen classes: add --classes NAME ...",
+        )
         require(self.per_class is None or self.per_class > 0, f"--per-class {self.per_class} must be positive")
-        require(not self.classes or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
-                "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and --reference")
+        require(
+            not self.classes
+            or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
+            "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and --reference",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
@@ -82,8 +97,15 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         from runtime import launch
 
         launch.require_tf32()
-    config = read(GenerateConfig, words, prog="generate.py", description=__doc__, between=_preset, hints=PEERS,
-                  epilog=f"presets: {', '.join(presets.PRESETS)}")
+    config = read(
+        GenerateConfig,
+        words,
+        prog="generate.py",
+        description=__doc__,
+        between=_preset,
+        hints=PEERS,
+        epilog=f"presets: {', '.join(presets.PRESETS)}",
+    )
     if config.compare:
         return compare(config)
     return score(config) if config.reference else generate(config)
@@ -149,8 +171,12 @@ def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names:
     """Draw the samples that `store` lacks, in all processes together, and finish it; `names` are those of the classes."""
     accelerator, count, out = source.accelerator, store.count, store.out
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
-    with progress.bar(total=len(todo), desc=f"sampling {count} on {accelerator.num_processes} process(es)",
-                      unit="image", main=accelerator.is_main_process) as bar:
+    with progress.bar(
+        total=len(todo),
+        desc=f"sampling {count} on {accelerator.num_processes} process(es)",
+        unit="image",
+        main=accelerator.is_main_process,
+    ) as bar:
         for indices, images in sampler.stream(batches(todo, batch_size)):
             store.put(indices, images, sampler.labels(indices))
             bar.update(len(indices))
@@ -185,11 +211,22 @@ def compare(config: GenerateConfig) -> Path:
         chosen = labels_chosen(config, classes)
         sampler = source.sampler(config.sampling, len(chosen), chosen)
         source.accelerator.print(source.introduction(config.sampling, len(chosen)))
-        require(not rows or sampler.image_shape == rows[0].shape[1:], f"{ckpt} draws images of another size than {config.source.ckpt}: "
-                                                                      f"they do not fit into one picture")
+        require(
+            not rows or sampler.image_shape == rows[0].shape[1:],
+            f"{ckpt} draws images of another size than {config.source.ckpt}: they do not fit into one picture",
+        )
         if source.accelerator.is_main_process:
-            rows.append(np.concatenate([sampler.images(part) for part in batches(range(len(chosen)), config.source.batch_size)]))
-        told.append({"row": source.name, **source.settings(config.sampling, len(chosen)), "labels": "chosen", "classes": chosen.tolist()})
+            rows.append(
+                np.concatenate([sampler.images(part) for part in batches(range(len(chosen)), config.source.batch_size)])
+            )
+        told.append(
+            {
+                "row": source.name,
+                **source.settings(config.sampling, len(chosen)),
+                "labels": "chosen",
+                "classes": chosen.tolist(),
+            }
+        )
         heads = heads or [classes[label] for label in chosen]
         out = out or default_folder(source, config)
     if source.accelerator.is_main_process:
@@ -210,8 +247,10 @@ def default_folder(source: Source, config: GenerateConfig) -> Path:
         many = f"{len(config.classes)}classes-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         what = f"{words if len(words) < 60 else many}x{config.per_class or 8}"
     internal = f"-internal{sampling.internal_scale:g}" if sampling.internal_scale != 1 else ""
-    name = (f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}{internal}-{what}"
-            f"-seed{sampling.seed}")
+    name = (
+        f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}{internal}-{what}"
+        f"-seed{sampling.seed}"
+    )
     return source.folder / "samples" / name
 
 

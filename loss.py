@@ -56,8 +56,15 @@ def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tens
 class Learner(nn.Module):
     """Network plus alignments. No alignment is the empty mapping: plain training."""
 
-    def __init__(self, network: Backbone, alignments: Mapping[str, Alignment] | None = None, *, velocity_loss: str = "mse",
-                 autocast: torch.dtype | None = None, ema: Backbone | None = None) -> None:
+    def __init__(
+        self,
+        network: Backbone,
+        alignments: Mapping[str, Alignment] | None = None,
+        *,
+        velocity_loss: str = "mse",
+        autocast: torch.dtype | None = None,
+        ema: Backbone | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.alignments = nn.ModuleDict(alignments or {})
@@ -72,10 +79,23 @@ class Learner(nn.Module):
         xt = interpolant.corrupt(batch.x0, batch.eps, batch.t)
         with mixed:
             output = self.network(xt, batch.t, batch.y, taps=self.taps)
-            losses = {"diffusion": flow_matching(output.velocity, interpolant.velocity(batch.x0, batch.eps), self.velocity_loss)}
+            losses = {
+                "diffusion": flow_matching(
+                    output.velocity, interpolant.velocity(batch.x0, batch.eps), self.velocity_loss
+                )
+            }
             for name, alignment in self.alignments.items():
-                context = Context(batch.x0, batch.eps, xt, batch.t, batch.y, batch.labels,
-                                  {tap: output.features[tap] for tap in alignment.taps}, batch.columns,
-                                  batch.draws.get(name, {}), self._ema[0])
+                context = Context(
+                    batch.x0,
+                    batch.eps,
+                    xt,
+                    batch.t,
+                    batch.y,
+                    batch.labels,
+                    {tap: output.features[tap] for tap in alignment.taps},
+                    batch.columns,
+                    batch.draws.get(name, {}),
+                    self._ema[0],
+                )
                 losses[name] = batch.selections.get(name, ALL).mean(alignment, context, alignment.coupled)
         return losses

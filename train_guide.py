@@ -18,7 +18,9 @@ from training import command
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the run's folder."""
-    return command.main(sys.argv[1:] if argv is None else argv, "train_guide.py", __doc__, monitor.watch, always=("guided",))
+    return command.main(
+        sys.argv[1:] if argv is None else argv, "train_guide.py", __doc__, monitor.watch, always=("guided",)
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ for _module in pkgutil.iter_modules(__path__):
 def find(name: str) -> type[Alignment]:
     """The alignment class called `name`. Raises UserError with the nearest known name."""
     if name not in Alignment.registry:
-        raise UserError(f"unknown alignment {name}{nearest(name, Alignment.registry)}; "
-                        f"known: none, {', '.join(sorted(Alignment.registry))}")
+        raise UserError(
+            f"unknown alignment {name}{nearest(name, Alignment.registry)}; "
+            f"known: none, {', '.join(sorted(Alignment.registry))}"
+        )
     return Alignment.registry[name]
 
 

@@ -52,21 +52,32 @@ class AlignOptions:
     """Options that every alignment has."""
 
     weight: float = option(0.5, help="lambda, the weight of this loss beside the flow-matching loss")
-    schedule: str = option("constant", choices=("constant", "cosine", "linear"),
-                           help="lambda until the stop: constant, or decaying to 0 there")
+    schedule: str = option(
+        "constant",
+        choices=("constant", "cosine", "linear"),
+        help="lambda until the stop: constant, or decaying to 0 there",
+    )
     stop_steps: int | None = option(None, help="drop this loss after this many optimiser steps; 0: never")
     stop_epochs: float | None = option(None, help="drop this loss after this many epochs; 0: never")
     interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
-    mask: str = option("select", choices=intervals.MASKS,
-                       help="what the interval does: select the samples, or (upstream) weigh all by the share in range")
+    mask: str = option(
+        "select",
+        choices=intervals.MASKS,
+        help="what the interval does: select the samples, or (upstream) weigh all by the share in range",
+    )
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, f"--align-weight {self.weight} must not be negative")
-        require(self.stop_steps is None or self.stop_epochs is None,
-                "--align-stop-steps and --align-stop-epochs say the same: give one of them")
+        require(
+            self.stop_steps is None or self.stop_epochs is None,
+            "--align-stop-steps and --align-stop-epochs say the same: give one of them",
+        )
         for name in ("stop_steps", "stop_epochs"):
             value = getattr(self, name)
-            require(value is None or value >= 0, f"--align-{name.replace('_', '-')} {value} must not be negative; 0 means never")
+            require(
+                value is None or value >= 0,
+                f"--align-{name.replace('_', '-')} {value} must not be negative; 0 means never",
+            )
         require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         intervals.check(self.interval, self.mask)
 
@@ -81,8 +92,10 @@ class AlignOptions:
             stop = self.stop_steps or None
         else:
             stop = max(1, math.floor(self.stop_epochs * epoch_steps + 0.5)) if self.stop_epochs else None
-        require(stop is not None or self.schedule not in ("cosine", "linear"),
-                f"--align-schedule {self.schedule} falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs")
+        require(
+            stop is not None or self.schedule not in ("cosine", "linear"),
+            f"--align-schedule {self.schedule} falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs",
+        )
         return stop
 
     def weight_at(self, step: int, epoch_steps: int) -> float:
@@ -139,6 +152,7 @@ class Context:
 
     def take(self, index: Tensor) -> Context:
         """The context of the samples at `index`."""
+
         def pick(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value[index]

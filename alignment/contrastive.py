@@ -62,7 +62,9 @@ def others(labels: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
         (N,) int64 indices, of another class where there is one; (N,) bool.
     """
     apart = labels[:, None] != labels
-    allowed = torch.where(apart.any(1, keepdim=True), apart, ~torch.eye(len(labels), dtype=torch.bool, device=labels.device))
+    allowed = torch.where(
+        apart.any(1, keepdim=True), apart, ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    )
     count = allowed.sum(1)
     place = torch.minimum((choice * count).long(), (count - 1).clamp(min=0))
     index = (allowed.cumsum(1) <= place[:, None]).sum(1)  # candidates before the wanted one, and all that is none

@@ -50,9 +50,15 @@ class Dispersive(Alignment):
     Options = DispersiveOptions
     coupled = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
-        "paper": {"options": {"weight": 0.5, "temperature": 0.5, "share": 1 / 4, "published_batch": 16}, "train": TRAIN},
+        "paper": {
+            "options": {"weight": 0.5, "temperature": 0.5, "share": 1 / 4, "published_batch": 16},
+            "train": TRAIN,
+        },
         # the authors' PyTorch code: the last block, weight 0.25, tau 1; SiT-B/2 32.64
-        "pytorch": {"options": {"weight": 0.25, "temperature": 1.0, "share": 1.0, "published_batch": 32}, "train": TRAIN},
+        "pytorch": {
+            "options": {"weight": 0.25, "temperature": 1.0, "share": 1.0, "published_batch": 32},
+            "train": TRAIN,
+        },
     }
 
     @classmethod
@@ -69,10 +75,15 @@ class Dispersive(Alignment):
         if self.micro_batch in (0, published):
             return []
         parts = self.micro_batch / published
-        remedy = f": raise --gradient-accumulation-steps {parts:g} times, or launch as many more processes" \
-            if parts > 1 and parts.is_integer() else ""
-        return [f"warning: Dispersive Loss couples the {self.micro_batch} samples that a process sees at once; the published runs "
-                f"have {published}{remedy}"]
+        remedy = (
+            f": raise --gradient-accumulation-steps {parts:g} times, or launch as many more processes"
+            if parts > 1 and parts.is_integer()
+            else ""
+        )
+        return [
+            f"warning: Dispersive Loss couples the {self.micro_batch} samples that a process sees at once; the published runs "
+            f"have {published}{remedy}"
+        ]
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "batch": "of one process and micro-batch"}
@@ -106,4 +117,6 @@ class SquaredDistances(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (centred,) = ctx.saved_tensors
         both = (grad + grad.T).fill_diagonal_(0)
-        return 2 * torch.addmm(both.sum(1, keepdim=True) * centred, both, centred, alpha=-1)  # sum over j of 2 (g_ij + g_ji)(z_i - z_j)
+        return 2 * torch.addmm(
+            both.sum(1, keepdim=True) * centred, both, centred, alpha=-1
+        )  # sum over j of 2 (g_ij + g_ji)(z_i - z_j)

@@ -42,13 +42,20 @@ class External:
 
     def __init__(self, options: ExternalOptions, setting: Setting, attention: Collection[int] = ()) -> None:
         student = setting.student
-        self.encoder = open_encoder(options.encoder, grid=math.isqrt(student.tokens), weights=options.encoder_weights,
-                                    pretrained=not setting.dry)
+        self.encoder = open_encoder(
+            options.encoder,
+            grid=math.isqrt(student.tokens),
+            weights=options.encoder_weights,
+            pretrained=not setting.dry,
+        )
         self.digest = None if setting.dry else self.encoder.digest()
         depth = len(self.encoder.blocks)
         self.attention = tuple(number if number > 0 else depth + 1 + number for number in attention)
         for number in self.attention:
-            require(1 <= number <= depth, f"block {number} does not exist: encoder {options.encoder} has blocks 1 to {depth}")
+            require(
+                1 <= number <= depth,
+                f"block {number} does not exist: encoder {options.encoder} has blocks 1 to {depth}",
+            )
         self._frozen = Frozen(self.encoder, setting.device, setting.dtype)
         self._dtype = setting.dtype or torch.float32
         self.columns = ("row",) if options.cache and not setting.dry else ("image",)
@@ -70,7 +77,9 @@ class External:
         mixed = nullcontext() if setting.dtype is None else torch.autocast(device.type, setting.dtype)
         rows = np.arange(len(data) * data.views)
         parts: list[tuple[Tensor, ...]] = []
-        bar = progress.bar(total=len(rows), initial=0, desc=f"encoding with {self.encoder.name}", unit="image", main=True)
+        bar = progress.bar(
+            total=len(rows), initial=0, desc=f"encoding with {self.encoder.name}", unit="image", main=True
+        )
         for start in range(0, len(rows), batch):
             item, view = np.divmod(rows[start : start + batch], data.views)
             with mixed:
@@ -78,8 +87,11 @@ class External:
             parts.append(tuple(value.to(self._dtype) for value in (encoded.tokens, *encoded.attention.values())))
             if start == 0:
                 needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)
-                require(needed <= LIMIT, f"the encoder's tokens of all {len(rows)} rows take {needed / 2**30:.0f} GiB; the cache "
-                                         f"is for sets of up to {LIMIT / 2**30:.0f} GiB: leave out --align-cache")
+                require(
+                    needed <= LIMIT,
+                    f"the encoder's tokens of all {len(rows)} rows take {needed / 2**30:.0f} GiB; the cache "
+                    f"is for sets of up to {LIMIT / 2**30:.0f} GiB: leave out --align-cache",
+                )
             bar.update(len(item))
         bar.close()
         tokens, *attention = (torch.cat(values) for values in zip(*parts, strict=True))

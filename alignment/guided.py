@@ -38,21 +38,37 @@ EPOCHS = 40
 class GuidedOptions(AlignOptions):
     """Options of the stage-2 alignment; `guiding` is the teacher, `guided` the student."""
 
-    guiding_ckpt: str = option(help="the stage-1 checkpoint: a folder, a run (its latest) or RUN@STEP", flag="guiding-ckpt")
-    guiding_weights: str = option("raw", help="which of the teacher's weights: raw, ema, or ema-DECAY", flag="guiding-weights")
-    guiding_labels: str = option("true", choices=("true", "dropped", "skip"), flag="guiding-labels",
-                                 help="labels the teacher sees: the true ones, those after the student's dropout, or (skip) the true "
-                                      "ones without a guide loss on samples whose label was dropped")
-    guiding_precision: str = option("run", choices=("run", "fp32"), flag="guiding-precision",
-                                    help="the teacher's precision: the run's, or float32 without autocast (the authors' code)")
+    guiding_ckpt: str = option(
+        help="the stage-1 checkpoint: a folder, a run (its latest) or RUN@STEP", flag="guiding-ckpt"
+    )
+    guiding_weights: str = option(
+        "raw", help="which of the teacher's weights: raw, ema, or ema-DECAY", flag="guiding-weights"
+    )
+    guiding_labels: str = option(
+        "true",
+        choices=("true", "dropped", "skip"),
+        flag="guiding-labels",
+        help="labels the teacher sees: the true ones, those after the student's dropout, or (skip) the true "
+        "ones without a guide loss on samples whose label was dropped",
+    )
+    guiding_precision: str = option(
+        "run",
+        choices=("run", "fp32"),
+        flag="guiding-precision",
+        help="the teacher's precision: the run's, or float32 without autocast (the authors' code)",
+    )
     guiding_depth: int | None = option(None, help="teacher's block (default: 2/3 of its depth)", flag="guiding-depth")
     guided_depth: int | None = option(None, help="student's block (default: half its depth)", flag="guided-depth")
-    guide_scale: float | None = option(None, help="omega (default: 30 for SiT, 10 for LightningDiT)", flag="guide-scale")
+    guide_scale: float | None = option(
+        None, help="omega (default: 30 for SiT, 10 for LightningDiT)", flag="guide-scale"
+    )
     hidden: int = option(2048, help="width of the head's hidden layers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.guide_scale is None or self.guide_scale >= 0, f"--guide-scale {self.guide_scale} must not be negative")
+        require(
+            self.guide_scale is None or self.guide_scale >= 0, f"--guide-scale {self.guide_scale} must not be negative"
+        )
 
 
 class Guided(Alignment):
@@ -63,8 +79,10 @@ class Guided(Alignment):
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
         # the authors' --stop-epoch is compared with the optimiser step, whatever the size
-        "upstream": {"options": {"interval": (0.4, 0.7), "mask": "upstream", "stop_steps": 100_000, "guiding_precision": "fp32"},
-                     "train": {"qk_norm": True}},
+        "upstream": {
+            "options": {"interval": (0.4, 0.7), "mask": "upstream", "stop_steps": 100_000, "guiding_precision": "fp32"},
+            "train": {"qk_norm": True},
+        },
         "efficient": {"options": {"interval": (0.4, 0.7), "mask": "select", "guiding_weights": "ema"}},
     }
 
@@ -72,9 +90,11 @@ class Guided(Alignment):
     def resolve(cls, options: GuidedOptions, student: ModelSpec, batch_size: int = 256) -> GuidedOptions:
         never_said = options.stop_steps is None and options.stop_epochs is None
         return replace(
-            options, guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
+            options,
+            guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
             guide_scale=OMEGA[student.architecture] if options.guide_scale is None else options.guide_scale,
-            stop_epochs=(20 if student.hidden_size <= 768 else 10) if never_said else options.stop_epochs)
+            stop_epochs=(20 if student.hidden_size <= 768 else 10) if never_said else options.stop_epochs,
+        )
 
     def __init__(self, options: GuidedOptions, setting: Setting) -> None:
         super().__init__(options, setting)
@@ -85,10 +105,19 @@ class Guided(Alignment):
         self.guiding = block_number(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
         self.null = teacher.num_classes
         self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, Stream(setting.seed, "init/guided"))
-        self.teacher = Frozen(checkpoint.network(options.guiding_weights, depth=self.guiding), setting.device,
-                              setting.dtype if options.guiding_precision == "run" else None)
-        self.origin = {"path": str(checkpoint.path), "digest": checkpoint.digest, "step": checkpoint.step,
-                       "model": teacher.name, "weights": options.guiding_weights, "epochs": checkpoint.epochs}
+        self.teacher = Frozen(
+            checkpoint.network(options.guiding_weights, depth=self.guiding),
+            setting.device,
+            setting.dtype if options.guiding_precision == "run" else None,
+        )
+        self.origin = {
+            "path": str(checkpoint.path),
+            "digest": checkpoint.digest,
+            "step": checkpoint.step,
+            "model": teacher.name,
+            "weights": options.guiding_weights,
+            "epochs": checkpoint.epochs,
+        }
         self.doubt = checkpoint.space.doubt(setting.space)
 
     def forward(self, context: Context) -> Tensor:
@@ -98,10 +127,18 @@ class Guided(Alignment):
     def target(self, context: Context) -> Tensor:
         """f_g, (N, T, D of the teacher), float32 (equation 3)."""
         labels = context.y if self.options.guiding_labels == "dropped" else context.labels
-        with torch.autocast(labels.device.type, enabled=False) if self.options.guiding_precision == "fp32" else nullcontext():
-            doubled = self.teacher(torch.cat([context.xt, context.xt]), torch.cat([context.t, context.t]),
-                                   torch.cat([torch.full_like(labels, self.null), labels]),
-                                   taps=(self.guiding,), exit_early=True)
+        with (
+            torch.autocast(labels.device.type, enabled=False)
+            if self.options.guiding_precision == "fp32"
+            else nullcontext()
+        ):
+            doubled = self.teacher(
+                torch.cat([context.xt, context.xt]),
+                torch.cat([context.t, context.t]),
+                torch.cat([torch.full_like(labels, self.null), labels]),
+                taps=(self.guiding,),
+                exit_early=True,
+            )
         unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
         return interpolant.guide(unconditional, conditional, self.options.guide_scale)
 
@@ -112,10 +149,14 @@ class Guided(Alignment):
         """The teacher's identity, and a warning where it is not the one of the paper's schedule."""
         step, epochs = self.origin["step"], self.origin["epochs"]
         age = f"step {step}" + ("" if epochs is None else f" = {epochs:g} epochs")
-        lines = [f"teacher: {self.origin['path']} at {age}, {self.origin['model']}, {self.origin['weights']} weights, block {self.guiding}"]
+        lines = [
+            f"teacher: {self.origin['path']} at {age}, {self.origin['model']}, {self.origin['weights']} weights, block {self.guiding}"
+        ]
         if epochs is not None and abs(epochs - EPOCHS) > 0.5:
-            lines.append(f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its checkpoint "
-                         f"with --guiding-ckpt RUN@STEP")
+            lines.append(
+                f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its checkpoint "
+                f"with --guiding-ckpt RUN@STEP"
+            )
         return lines + ([f"warning: the teacher {self.origin['path']}: {self.doubt}"] if self.doubt else [])
 
     @property
@@ -127,15 +168,24 @@ def _require_compatible(checkpoint: Any, setting: Setting, options: GuidedOption
     """Refuse a teacher whose inputs or tokens differ; another width or depth is allowed."""
     teacher, student, source = checkpoint.spec, setting.student, options.guiding_ckpt
     grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]
-    require(grids[0] == grids[1], f"the teacher {source} has {grids[0]}x{grids[0]} tokens, the student {grids[1]}x{grids[1]}: "
-                                  f"use a teacher with the student's patch and latent size")
+    require(
+        grids[0] == grids[1],
+        f"the teacher {source} has {grids[0]}x{grids[0]} tokens, the student {grids[1]}x{grids[1]}: "
+        f"use a teacher with the student's patch and latent size",
+    )
     difference = checkpoint.space.difference(setting.space)
-    require(teacher.input_size == student.input_size and difference is None,
-            f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, "
-            f"the data is {student.input_size}x{student.input_size} of {setting.space.name}"
-            f"{f' ({difference})' if difference else ''}: they must agree")
-    require(checkpoint.has_null or options.guide_scale == 1,
-            f"the teacher {source} was trained without label dropout (--cfg-prob 0), so it has no null class for --guide-scale "
-            f"{options.guide_scale:g}: use another teacher, or scale 1")
-    require(teacher.num_classes == student.num_classes, f"the teacher {source} has {teacher.num_classes} classes, the data "
-                                                        f"has {student.num_classes}: they must agree")
+    require(
+        teacher.input_size == student.input_size and difference is None,
+        f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, "
+        f"the data is {student.input_size}x{student.input_size} of {setting.space.name}"
+        f"{f' ({difference})' if difference else ''}: they must agree",
+    )
+    require(
+        checkpoint.has_null or options.guide_scale == 1,
+        f"the teacher {source} was trained without label dropout (--cfg-prob 0), so it has no null class for --guide-scale "
+        f"{options.guide_scale:g}: use another teacher, or scale 1",
+    )
+    require(
+        teacher.num_classes == student.num_classes,
+        f"the teacher {source} has {teacher.num_classes} classes, the data has {student.num_classes}: they must agree",
+    )

@@ -37,7 +37,9 @@ class HasteOptions(ExternalOptions):
     """Options of HASTE; `depth` is 8 of 12, 24 and 28 blocks, two thirds of any other depth."""
 
     attention: float = option(1.0, help="weight of the attention term beside the feature term")
-    attention_depths: tuple[int, ...] | None = option(None, help="student's blocks (default: four that end at the depth)")
+    attention_depths: tuple[int, ...] | None = option(
+        None, help="student's blocks (default: four that end at the depth)"
+    )
     encoder_depths: tuple[int, ...] | None = option(None, help="encoder's blocks (default: its last, as many)")
 
 
@@ -53,15 +55,22 @@ class Haste(Alignment):
         depth = block_number(student.depth, 2 / 3, given_or(options.depth, BLOCKS.get(student.depth)), "--haste-depth")
         student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
         encoder_blocks = options.encoder_depths or tuple(range(-len(student_blocks), 0))
-        require(len(student_blocks) == len(encoder_blocks),
-                f"--haste-attention-depths names {len(student_blocks)} blocks and --haste-encoder-depths {len(encoder_blocks)}: they "
-                f"are compared in pairs")
+        require(
+            len(student_blocks) == len(encoder_blocks),
+            f"--haste-attention-depths names {len(student_blocks)} blocks and --haste-encoder-depths {len(encoder_blocks)}: they "
+            f"are compared in pairs",
+        )
         for number in student_blocks:
             block_number(student.depth, 1, number, "--haste-attention-depths")
         never_said = options.stop_steps is None and options.stop_epochs is None
         stop = max(1, round(IMAGES.get(student.depth, IMAGES[12] if student.depth < 12 else IMAGES[28]) / batch_size))
-        return replace(options, depth=depth, attention_depths=student_blocks, encoder_depths=encoder_blocks,
-                       stop_steps=stop if never_said else options.stop_steps)
+        return replace(
+            options,
+            depth=depth,
+            attention_depths=student_blocks,
+            encoder_depths=encoder_blocks,
+            stop_steps=stop if never_said else options.stop_steps,
+        )
 
     def __init__(self, options: HasteOptions, setting: Setting) -> None:
         super().__init__(options, setting)
@@ -71,24 +80,33 @@ class Haste(Alignment):
         self.pairs = tuple(zip(options.attention_depths, self.external.attention, strict=True))
         self.taps = (options.depth, *(QK(block) for block, _ in self.pairs))
         self.heads = min(setting.student.num_heads, self.external.encoder.heads)
-        self.head = mlp(setting.student.hidden_size, options.hidden, self.external.encoder.width,
-                        Stream(setting.seed, "init/haste"))
+        self.head = mlp(
+            setting.student.hidden_size, options.hidden, self.external.encoder.width, Stream(setting.seed, "init/haste")
+        )
 
     def forward(self, context: Context) -> Tensor:
         target = self.external(context)
         features = -cosine(self.head(context.features[self.taps[0]]), target.tokens)
         maps = [(context.features[QK(block)], target.attention[encoder_block]) for block, encoder_block in self.pairs]
-        attention = sum(attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads]) for student, teacher in maps) / len(maps)
+        attention = sum(
+            attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads]) for student, teacher in maps
+        ) / len(maps)
         return features + self.options.attention * attention
 
     def describe(self) -> dict[str, Any]:
-        return {"taps": [self.taps[0]], "attention_pairs": [list(pair) for pair in self.pairs], "attention_heads": self.heads,
-                **self.external.describe()}
+        return {
+            "taps": [self.taps[0]],
+            "attention_pairs": [list(pair) for pair in self.pairs],
+            "attention_heads": self.heads,
+            **self.external.describe(),
+        }
 
     def notes(self) -> list[str]:
         if self.student.architecture == "sit" and self.student.depth in BLOCKS:
             return []
-        return [f"note: HASTE is published for SiT-B, L and XL; its blocks and its stop for {self.student.name} are ours, by depth"]
+        return [
+            f"note: HASTE is published for SiT-B, L and XL; its blocks and its stop for {self.student.name} are ours, by depth"
+        ]
 
     @property
     def frozen(self) -> list[nn.Module]:

@@ -31,7 +31,9 @@ MASKS = ("select", "upstream")
 
 def check(interval: Interval | None, mask: str) -> None:
     """Raise UserError for an interval outside [0, 1] or upside down, and for a mask that has none to act on."""
-    require(interval is not None or mask == "select", "--align-mask upstream weighs by an interval: add --align-interval")
+    require(
+        interval is not None or mask == "select", "--align-mask upstream weighs by an interval: add --align-interval"
+    )
     if interval is not None:
         low, high = interval
         require(0 <= low < high <= 1, f"--align-interval {low} {high} must satisfy 0 <= a < b <= 1")
@@ -49,8 +51,15 @@ class Selection:
     """Samples in range, where `index` is given."""
 
     @classmethod
-    def of(cls, interval: Interval | None, mask: str, times: np.ndarray, part: slice, device: torch.device,
-           few_sizes: bool = False) -> Selection:
+    def of(
+        cls,
+        interval: Interval | None,
+        mask: str,
+        times: np.ndarray,
+        part: slice,
+        device: torch.device,
+        few_sizes: bool = False,
+    ) -> Selection:
         """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host.
 
         With `few_sizes` the index is filled up to a multiple of N / 16 by samples whose loss is then left out: on a GPU

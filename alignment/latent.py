@@ -39,7 +39,9 @@ class LatentOptions(AlignOptions):
 
     depth: int | None = option(None, help="guided block n, counted from 1 (default: a sixth of the depth)")
     target: str = option("latent", choices=("latent", "velocity"), help="what the head regresses")
-    distance: str = option("mse", choices=("mse", "smooth-l1"), help="distance to the target (smooth-l1: SRA 2's, beta 0.05)")
+    distance: str = option(
+        "mse", choices=("mse", "smooth-l1"), help="distance to the target (smooth-l1: SRA 2's, beta 0.05)"
+    )
     head: str = option("mlp", choices=("mlp", "mlp-norm-linear"), help="the paper's MLP, or the authors' longer head")
     layers: int = option(3, help="linear layers of the MLP (SRA 2: 5)")
     hidden: int = option(2048, help="width of the head's hidden layers")
@@ -75,7 +77,9 @@ class Latent(Alignment):
         self.patch = setting.student.patch_size
         self.taps = (options.depth,)
         low, high = options.trained_times
-        head = VelocityHead(kind=options.head, block=options.depth, hidden=options.hidden, layers=options.layers, low=low, high=high)
+        head = VelocityHead(
+            kind=options.head, block=options.depth, hidden=options.hidden, layers=options.layers, low=low, high=high
+        )
         self.head = head.build(setting.student, Stream(setting.seed, "init/latent"))
         self.velocity_head = head if options.target == "velocity" else None
 

@@ -46,7 +46,9 @@ class LayerSync(Alignment):
     def resolve(cls, options: LayerSyncOptions, student: ModelSpec, batch_size: int = 256) -> LayerSyncOptions:
         known = BLOCKS.get(student.depth, (None, None))
         depth = block_number(student.depth, 1 / 3, given_or(options.depth, known[0]), "--layersync-depth")
-        target = block_number(student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--layersync-target-depth")
+        target = block_number(
+            student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--layersync-target-depth"
+        )
         require(depth < target, f"--layersync-depth {depth} must come before --layersync-target-depth {target}")
         return replace(options, depth=depth, target_depth=target)
 

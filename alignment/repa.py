@@ -33,8 +33,12 @@ BLOCKS = {12: 4, 24: 8, 28: 8}
 class RepaOptions(ExternalOptions):
     """Options of REPA; `depth` is 4 of 12 blocks, 8 of 24 and 28, a third of any other depth."""
 
-    projector: str = option("mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution", later=True)
-    spatial_norm: float | None = option(None, help="standardise the encoder's tokens over space, less this share of their mean", later=True)
+    projector: str = option(
+        "mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution", later=True
+    )
+    spatial_norm: float | None = option(
+        None, help="standardise the encoder's tokens over space, less this share of their mean", later=True
+    )
 
 
 class Repa(Alignment):
@@ -60,7 +64,9 @@ class Repa(Alignment):
         self.taps = (options.depth,)
         self.spatial_norm = options.spatial_norm
         width, out, stream = setting.student.hidden_size, self.external.encoder.width, Stream(setting.seed, "init/repa")
-        self.head = Convolution(width, out, stream) if options.projector == "conv" else mlp(width, options.hidden, out, stream)
+        self.head = (
+            Convolution(width, out, stream) if options.projector == "conv" else mlp(width, options.hidden, out, stream)
+        )
 
     def forward(self, context: Context) -> Tensor:
         tokens = self.external(context).tokens

@@ -36,8 +36,11 @@ class SraOptions(AlignOptions):
     """Options of SRA; blocks as published for 12, 24 and 28 blocks, a quarter and two thirds of any other depth."""
 
     weight: float = option(0.2, help="lambda, the weight of this loss beside the flow-matching loss")
-    schedule: str = option("tail", choices=("tail", "constant", "cosine", "linear"),
-                           help="lambda: constant then an exponential tail, constant, or falling to 0 at the stop")
+    schedule: str = option(
+        "tail",
+        choices=("tail", "constant", "cosine", "linear"),
+        help="lambda: constant then an exponential tail, constant, or falling to 0 at the stop",
+    )
     tail_epoch: int = option(149, help="epoch, from 0, at which the tail begins (512 pixels: 99)")
     tail_length: float = option(1000.0, help="epochs in which the tail falls to a tenth (512 pixels: 800)")
     distance: str = option("smooth-l1", choices=("smooth-l1", "cosine", "token-cosine"), help="distance to the teacher")
@@ -47,7 +50,10 @@ class SraOptions(AlignOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.tail_length > 0 and self.tail_epoch >= 0, "--sra-tail-length must be positive, --sra-tail-epoch not negative")
+        require(
+            self.tail_length > 0 and self.tail_epoch >= 0,
+            "--sra-tail-length must be positive, --sra-tail-epoch not negative",
+        )
         require(0 <= self.offset <= 1, f"--sra-offset {self.offset} must lie in [0, 1]")
 
     def weight_at(self, step: int, epoch_steps: int) -> float:
@@ -72,8 +78,13 @@ class Sra(Alignment):
     @classmethod
     def resolve(cls, options: SraOptions, student: ModelSpec, batch_size: int = 256) -> SraOptions:
         known = BLOCKS.get(student.depth, (None, None))
-        return replace(options, depth=block_number(student.depth, 1 / 4, given_or(options.depth, known[0]), "--sra-depth"),
-                       target_depth=block_number(student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--sra-target-depth"))
+        return replace(
+            options,
+            depth=block_number(student.depth, 1 / 4, given_or(options.depth, known[0]), "--sra-depth"),
+            target_depth=block_number(
+                student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--sra-target-depth"
+            ),
+        )
 
     def __init__(self, options: SraOptions, setting: Setting) -> None:
         super().__init__(options, setting)

@@ -23,8 +23,13 @@ from models import attention
 from runtime import errors, launch
 from runtime.options import option, read
 
-SHAPES = {"SiT-B/2": (12, 256, 64), "SiT-L/2": (16, 256, 64), "SiT-XL/2": (16, 256, 72), "LightningDiT-XL/1": (16, 256, 72),
-          "SiT-XL/2, 512 pixels": (16, 1024, 72)}
+SHAPES = {
+    "SiT-B/2": (12, 256, 64),
+    "SiT-L/2": (16, 256, 64),
+    "SiT-XL/2": (16, 256, 72),
+    "LightningDiT-XL/1": (16, 256, 72),
+    "SiT-XL/2, 512 pixels": (16, 1024, 72),
+}
 SMALL = {"digits": (4, 16, 32), "SiT-S/2": (6, 256, 64)}
 
 
@@ -41,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns the result that is written to --out."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(AttentionConfig, words, prog="python -m benchmarks.attention", description=__doc__)
-    settings = {name: value for name, value in asdict(config).items() if name != "out"} | {"batch_size": list(config.batch_size)}
+    settings = {name: value for name, value in asdict(config).items() if name != "out"} | {
+        "batch_size": list(config.batch_size)
+    }
     results = measure.Results(config.out, f"python -m benchmarks.attention {shlex.join(words)}".strip(), settings)
     device = launch.accelerator().device
     for name, row in rows(config, device, results.rows):
@@ -51,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results.result()
 
 
-def rows(config: AttentionConfig, device: torch.device, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+def rows(
+    config: AttentionConfig, device: torch.device, known: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, float]]]:
     """The rows that are not known yet: a shape and a direction, with milliseconds by kernel."""
     for batch in config.batch_size:
         for shape, (heads, tokens, width) in (SHAPES if device.type == "cuda" else SMALL).items():
@@ -60,11 +69,22 @@ def rows(config: AttentionConfig, device: torch.device, known: dict[str, Any]) -
                 if name in known:
                     continue
                 if device.type == "cuda":
-                    yield name, attention.milliseconds(heads, tokens, width, batch, torch.bfloat16, device, backward, config.repetitions)
+                    yield (
+                        name,
+                        attention.milliseconds(
+                            heads, tokens, width, batch, torch.bfloat16, device, backward, config.repetitions
+                        ),
+                    )
                 else:
-                    yield name, {str(dtype).removeprefix("torch."): processor((batch, heads, tokens, width), dtype, backward,
-                                                                              config.repetitions)
-                                 for dtype in (torch.float32, torch.bfloat16)}
+                    yield (
+                        name,
+                        {
+                            str(dtype).removeprefix("torch."): processor(
+                                (batch, heads, tokens, width), dtype, backward, config.repetitions
+                            )
+                            for dtype in (torch.float32, torch.bfloat16)
+                        },
+                    )
 
 
 def processor(shape: tuple[int, ...], dtype: torch.dtype, backward: bool, repetitions: int) -> float:

@@ -50,13 +50,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = measure.Results(config.out, f"python -m benchmarks.digits {shlex.join(words)}".strip(), settings)
     with tempfile.TemporaryDirectory() as folder:
         for kind, calls, images, device in kinds(config, Path(folder)):
-            rows = measure.alternate(calls, images, device, steps=1 if kind == "sampling" else config.steps, warmup=1,
-                                     repetitions=config.repetitions)
+            rows = measure.alternate(
+                calls,
+                images,
+                device,
+                steps=1 if kind == "sampling" else config.steps,
+                warmup=1,
+                repetitions=config.repetitions,
+            )
             for precision, row in rows.items():
                 results.add(f"{kind}, {precision}", row)
-    results.add("quickstart, bf16", {"float32, times as long": round(hours(results.rows, "float32") / hours(results.rows, "bf16"), 3)})
+    results.add(
+        "quickstart, bf16",
+        {"float32, times as long": round(hours(results.rows, "float32") / hours(results.rows, "bf16"), 3)},
+    )
     print(measure.table(results.rows, measure.RATE))
-    print(f"float32 takes {results.rows['quickstart, bf16']['float32, times as long']} times as long over the whole quickstart")
+    print(
+        f"float32 takes {results.rows['quickstart, bf16']['float32, times as long']} times as long over the whole quickstart"
+    )
     return results.result()
 
 
@@ -64,7 +75,10 @@ def hours(rows: dict[str, Any], precision: str) -> float:
     """Processor time of the quickstart's steps and samples at the rates found."""
     guided, alone = quickstart.GUIDED_STEPS, 2 * quickstart.TEACHER + 2 * quickstart.FULL - quickstart.GUIDED_STEPS
     counts = {"plain": 64 * alone, "guided": 64 * guided, "sampling": 1000 * len(quickstart.ROWS)}
-    return sum(count / rows[f"{kind}, {precision}"]["images_per_second"]["median"] for kind, count in counts.items()) / 3600
+    return (
+        sum(count / rows[f"{kind}, {precision}"]["images_per_second"]["median"] for kind, count in counts.items())
+        / 3600
+    )
 
 
 def kinds(config: DigitsConfig, folder: Path):
@@ -73,8 +87,21 @@ def kinds(config: DigitsConfig, folder: Path):
         digits.main(["--out", str(folder / "data")])
 
     def run(name: str, precision: str, *more: str) -> Run:
-        argv = ["--recipe", "digits", "--data-dir", str(folder / "data"), "--output-dir", str(folder), "--exp-name", f"{name}-{precision}",
-                "--mixed-precision", precision, "--max-train-steps", "100000000", *more]
+        argv = [
+            "--recipe",
+            "digits",
+            "--data-dir",
+            str(folder / "data"),
+            "--output-dir",
+            str(folder),
+            "--exp-name",
+            f"{name}-{precision}",
+            "--mixed-precision",
+            precision,
+            "--max-train-steps",
+            "100000000",
+            *more,
+        ]
         return Run(*command.resolve(argv, "benchmarks.digits", None, ("guided",) if name == "guided" else ()))
 
     plain = {name: run("plain", word) for name, word in PRECISIONS.items()}
@@ -85,9 +112,18 @@ def kinds(config: DigitsConfig, folder: Path):
     guided = {name: run("guided", word, *teacher) for name, word in PRECISIONS.items()}
     yield "guided", {name: training_step(one) for name, one in guided.items()}, 64, device
     settings = SamplingConfig(mode="ode", solver="heun", num_steps=20, labels="balanced")
-    samplers = {name: Source.open(SourceOptions(ckpt=str(plain["bf16"].folder), mixed_precision=word), settings).sampler(settings, 1000)
-                for name, word in PRECISIONS.items()}
-    yield "sampling", {name: lambda one=one: one.latents(range(config.samples)) for name, one in samplers.items()}, config.samples, device
+    samplers = {
+        name: Source.open(SourceOptions(ckpt=str(plain["bf16"].folder), mixed_precision=word), settings).sampler(
+            settings, 1000
+        )
+        for name, word in PRECISIONS.items()
+    }
+    yield (
+        "sampling",
+        {name: lambda one=one: one.latents(range(config.samples)) for name, one in samplers.items()},
+        config.samples,
+        device,
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,14 @@ def flips(world: World, place: Path, chances: Iterable[tuple[int, random.Random]
     The number chooses the file, one after the other; the randomness the place in it.
     """
     readers: list[tuple[str, str, Callable[[Path], Any]]] = []
-    for name in ("config.json", "network.safetensors", "ema.safetensors", "heads.safetensors", "optimizer.safetensors", "optimizer.json"):
+    for name in (
+        "config.json",
+        "network.safetensors",
+        "ema.safetensors",
+        "heads.safetensors",
+        "optimizer.safetensors",
+        "optimizer.json",
+    ):
         readers.append(("exps/stage1/checkpoints/0000001", name, _checkpoint))
     for name in ("manifest.json", "shard-00000.safetensors"):
         readers.append(("data", name, _latents))
@@ -66,7 +73,9 @@ def _latents(folder: Path) -> Any:
     latents = LatentSet(folder)
     latents.check_digests()
     latents.require_intact(wait=None)
-    return {key: value for key, value in latents.manifest.items() if key != files.SEAL}, latents.read(np.arange(len(latents)))
+    return {key: value for key, value in latents.manifest.items() if key != files.SEAL}, latents.read(
+        np.arange(len(latents))
+    )
 
 
 def _samples(folder: Path) -> Any:
@@ -83,7 +92,9 @@ def _weights(file: Path) -> Any:
 def _same(one: Any, other: Any) -> bool:
     """Whether two nests of plain values, arrays and tensors are equal."""
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     return type(one) is type(other) and bool(np.array_equal(np.asarray(one), np.asarray(other)))

@@ -46,7 +46,11 @@ class Wanting:
     """Stands for an alignment that wants columns, and does nothing with them."""
 
     def __init__(self, *columns: str) -> None:
-        self.columns, self.options, self.coupled = columns, type("Options", (), {"interval": None, "mask": "select"}), False
+        self.columns, self.options, self.coupled = (
+            columns,
+            type("Options", (), {"interval": None, "mask": "select"}),
+            False,
+        )
 
     def draw(self, *_: Any) -> dict[str, Any]:
         return {}
@@ -60,8 +64,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = measure.Results(config.out, f"python -m benchmarks.loader {shlex.join(words)}".strip(), settings)
     device, cores = launch.accelerator().device, len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        data = measure.latent_set(Path(folder) / "set", channels=4, side=config.latent_size, classes=1000, items=config.items, images=True)
-        for name, threads in (("latents", 0), ("latents and images, 1 thread", 1), (f"latents and images, {cores} threads", cores)):
+        data = measure.latent_set(
+            Path(folder) / "set", channels=4, side=config.latent_size, classes=1000, items=config.items, images=True
+        )
+        for name, threads in (
+            ("latents", 0),
+            ("latents and images, 1 thread", 1),
+            (f"latents and images, {cores} threads", cores),
+        ):
             if name not in results.rows:
                 results.add(name, timed(config, data, device, threads))
     print(measure.table(results.rows, measure.RATE))

@@ -32,9 +32,15 @@ Call = Callable[[], Any]
 
 def environment(command: str) -> dict[str, Any]:
     """What a result depends on besides its row."""
-    return {"date": datetime.date.today().isoformat(), "command": command, "device": device_name(), "commit": launch.commit() or "unknown",
-            "threads": torch.get_num_threads(), "load": load(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "device": device_name(),
+        "commit": launch.commit() or "unknown",
+        "threads": torch.get_num_threads(),
+        "load": load(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
 
 
 def device_name() -> str:
@@ -75,12 +81,15 @@ class Results:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, lowest and highest, to five digits."""
-    return {name: float(f"{value:.5g}") for name, value in (("median", statistics.median(values)), ("low", min(values)),
-                                                            ("high", max(values)))}
+    return {
+        name: float(f"{value:.5g}")
+        for name, value in (("median", statistics.median(values)), ("low", min(values)), ("high", max(values)))
+    }
 
 
-def alternate(calls: Mapping[str, Call], images: int, device: torch.device, *, steps: int, warmup: int,
-              repetitions: int) -> dict[str, dict[str, Any]]:
+def alternate(
+    calls: Mapping[str, Call], images: int, device: torch.device, *, steps: int, warmup: int, repetitions: int
+) -> dict[str, dict[str, Any]]:
     """Images per second of each call, which makes `images` of them: `repetitions` rounds of `steps` calls each, in turns."""
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
@@ -109,7 +118,9 @@ def alternate(calls: Mapping[str, Call], images: int, device: torch.device, *, s
 def counts(call: Call, device: torch.device) -> dict[str, float]:
     """Of one call: operators, kernel launches and microseconds of the host until it returns (CUDA)."""
     times = 3 if device.type == "cuda" else 1
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    activities = [torch.profiler.ProfilerActivity.CPU] + (
+        [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    )
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         for _ in range(times):
             call()
@@ -155,9 +166,20 @@ def latent_set(folder: Path, *, channels: int, side: int, classes: int, items: i
         pictures = [some[item % len(some)] for item in range(items)]
     entry = shards.write_shard(folder, 0, values.astype(np.float16), labels, images=pictures)
     space = LatentSpace(name="generated", channels=channels, stride=stride, shift=(0.0,), scale=(1.0,))
-    shards.write_manifest(folder, space=space, resolution=stride * side, latent_size=side, views=1, parts=2, dtype="float16",
-                          crop="none", class_names=[str(label) for label in range(classes)], images=images, shards=[entry],
-                          source="standard normal numbers")
+    shards.write_manifest(
+        folder,
+        space=space,
+        resolution=stride * side,
+        latent_size=side,
+        views=1,
+        parts=2,
+        dtype="float16",
+        crop="none",
+        class_names=[str(label) for label in range(classes)],
+        images=images,
+        shards=[entry],
+        source="standard normal numbers",
+    )
     return folder
 
 
@@ -173,17 +195,22 @@ def png(side: int, seed: int) -> bytes:
 
 RATE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "images/s": lambda row: f"{row['images_per_second']['median']:g}",
-    "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}"}
+    "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}",
+}
 """The columns of a table of rates."""
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
     """Aligned text: one line a row, a cell for each column (a blank where the row lacks it)."""
+
     def cell(column: Callable[[Mapping[str, Any]], str], row: Mapping[str, Any]) -> str:
         try:
             return column(row)
         except (KeyError, TypeError):
             return ""
 
-    lines = [["", *columns], *([name, *(cell(column, row) for column in columns.values())] for name, row in rows.items())]
+    lines = [
+        ["", *columns],
+        *([name, *(cell(column, row) for column in columns.values())] for name, row in rows.items()),
+    ]
     return aligned(lines, rule=False)

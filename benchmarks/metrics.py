@@ -32,9 +32,13 @@ from runtime.options import option, read
 from runtime.streams import Stream
 
 PARTS = ("features", "statistics", "frechet", "inception_score", "adm_fp16", "fp32", "class_accuracy")
-AGREEMENT = (("full rank", 512, 2000, 3000), ("ill-conditioned", 512, 520, 3000),
-             ("few samples on one side", 512, 200, 3000), ("few on both sides", 512, 200, 300),
-             ("full size", 2048, 5000, 5000))
+AGREEMENT = (
+    ("full rank", 512, 2000, 3000),
+    ("ill-conditioned", 512, 520, 3000),
+    ("few samples on one side", 512, 200, 3000),
+    ("few on both sides", 512, 200, 300),
+    ("full size", 2048, 5000, 5000),
+)
 """Name, dimensions, samples, reference images of the five comparisons with scipy."""
 
 
@@ -88,8 +92,12 @@ def measure(config: MetricsConfig, part: str) -> dict[str, Any]:
     else:
         value = metrics.precision_recall(x, r, mode=part)
     seconds = time.perf_counter() - start
-    return {"value": value, "seconds": seconds, "cpu_seconds": time.process_time() - busy,
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {
+        "value": value,
+        "seconds": seconds,
+        "cpu_seconds": time.process_time() - busy,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
 
 
 def agreement() -> list[dict[str, Any]]:
@@ -98,17 +106,28 @@ def agreement() -> list[dict[str, Any]]:
 
     rows = []
     for name, dimensions, samples, reference in AGREEMENT:
-        a, b = (metrics.statistics(features(seed, count, dimensions, shift))
-                for seed, count, shift in ((3, samples, 0.05), (4, reference, 0.0)))
+        a, b = (
+            metrics.statistics(features(seed, count, dimensions, shift))
+            for seed, count, shift in ((3, samples, 0.05), (4, reference, 0.0))
+        )
         start = time.perf_counter()
         ours = metrics.frechet(a, b)
         middle = time.perf_counter()
         root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
         scipy_distance = _distance(a, b, float(np.trace(root).real))
-        rows.append({"case": name, "dimensions": dimensions, "samples": samples, "reference": reference,
-                     "frechet": ours, "scipy": scipy_distance, "relative_difference": abs(ours - scipy_distance) / scipy_distance,
-                     "seconds": middle - start,
-                     "scipy_seconds": time.perf_counter() - middle})
+        rows.append(
+            {
+                "case": name,
+                "dimensions": dimensions,
+                "samples": samples,
+                "reference": reference,
+                "frechet": ours,
+                "scipy": scipy_distance,
+                "relative_difference": abs(ours - scipy_distance) / scipy_distance,
+                "seconds": middle - start,
+                "scipy_seconds": time.perf_counter() - middle,
+            }
+        )
     return rows
 
 
@@ -119,9 +138,13 @@ def _distance(a: Statistics, b: Statistics, trace: float) -> float:
 def in_process(part: str, config: MetricsConfig) -> Any:
     """The JSON that this module prints for one part, in a fresh process."""
     words = [f"--{name}={getattr(config, name)}" for name in ("samples", "reference", "dimensions", "threads")]
-    process = subprocess.run([sys.executable, "-m", "benchmarks.metrics", *words, "--part", part], check=True,
-                           stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "OMP_NUM_THREADS": str(config.threads)})
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.metrics", *words, "--part", part],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(config.threads)},
+    )
     return json.loads(process.stdout)
 
 
@@ -136,19 +159,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         print(json.dumps(agreement() if config.part == "agreement" else measure(config, config.part)))
         return None
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.metrics {shlex.join(words)}",
-        "cpu_threads": config.threads, "load_before": os.getloadavg()[0], "python": platform.python_version(),
-        "torch": torch.__version__, "scipy": scipy.__version__,
-        "size": [config.samples, config.reference, config.dimensions], "parts": {}}
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m benchmarks.metrics {shlex.join(words)}",
+        "cpu_threads": config.threads,
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "scipy": scipy.__version__,
+        "size": [config.samples, config.reference, config.dimensions],
+        "parts": {},
+    }
     print(f"{config.samples} samples, {config.reference} reference images, {config.dimensions} features")
     for part in PARTS:
         row = result["parts"][part] = in_process(part, config)
-        print(f"{part:18}{row['seconds']:>10.1f} s{row['cpu_seconds']:>10.1f} CPU s{row['peak_gib']:>8.2f} GiB"
-              f"   {row['value']}", flush=True)
+        print(
+            f"{part:18}{row['seconds']:>10.1f} s{row['cpu_seconds']:>10.1f} CPU s{row['peak_gib']:>8.2f} GiB"
+            f"   {row['value']}",
+            flush=True,
+        )
     result["agreement"] = in_process("agreement", config)
     for row in result["agreement"]:
-        print(f"{row['case']:26}{row['frechet']:>14.6f}{row['scipy']:>14.6f}{row['relative_difference']:>12.1e}"
-              f"{row['seconds']:>8.1f} s{row['scipy_seconds']:>8.1f} s")
+        print(
+            f"{row['case']:26}{row['frechet']:>14.6f}{row['scipy']:>14.6f}{row['relative_difference']:>12.1e}"
+            f"{row['seconds']:>8.1f} s{row['scipy_seconds']:>8.1f} s"
+        )
     if config.out:
         files.write_json(config.out, result)
     return result

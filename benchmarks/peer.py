@@ -29,7 +29,9 @@ LEFT_OUT = ("checkpointing_steps", "sampling_steps", "max_train_steps")
 def load(folder: Path, file: str) -> ModuleType:
     """One file of the checkout as a module. Raises UserError where it is not there."""
     path = folder / file
-    require(path.is_file(), f"--peer {folder} has no {file}; it must be a checkout of https://github.com/sihyun-yu/REPA")
+    require(
+        path.is_file(), f"--peer {folder} has no {file}; it must be a checkout of https://github.com/sihyun-yu/REPA"
+    )
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,27 +43,51 @@ def network(folder: Path, name: str, side: int, classes: int, device: torch.devi
     sizes = load(folder, "models/sit.py").SiT_models
     require(name in sizes, f"--peer knows no {name}; it has {', '.join(sizes)}")
     width = {"decoder_hidden_size": 384} if name.startswith("SiT-S/") else {}  # left at the width of SiT-B there
-    return sizes[name](input_size=side, num_classes=classes, use_cfg=True, z_dims=[], encoder_depth=1, fused_attn=True,
-                       qk_norm=False, **width).to(device)
+    return sizes[name](
+        input_size=side,
+        num_classes=classes,
+        use_cfg=True,
+        z_dims=[],
+        encoder_depth=1,
+        fused_attn=True,
+        qk_norm=False,
+        **width,
+    ).to(device)
 
 
 def functions(folder: Path) -> tuple[list[ast.stmt], list[ast.stmt]]:
     """Of its `train.py`: the functions above `main`, and the body of the innermost loop over the data."""
     require((folder / "train.py").is_file(), f"--peer {folder} has no train.py")
     tree = ast.parse((folder / "train.py").read_text(encoding="utf-8"))
-    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in ("sample_posterior", "update_ema")]
-    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For) and "train_dataloader" in ast.unparse(node.iter)]
+    wanted = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name in ("sample_posterior", "update_ema")
+    ]
+    loops = [
+        node for node in ast.walk(tree) if isinstance(node, ast.For) and "train_dataloader" in ast.unparse(node.iter)
+    ]
     require(len(wanted) == 2 and len(loops) == 1, f"{folder / 'train.py'} is not laid out as expected: another version")
-    body = [node for node in loops[0].body
-            if not (isinstance(node, ast.If) and any(word in ast.unparse(node.test) for word in LEFT_OUT))]
+    body = [
+        node
+        for node in loops[0].body
+        if not (isinstance(node, ast.If) and any(word in ast.unparse(node.test) for word in LEFT_OUT))
+    ]
     return wanted, body
 
 
 class TrainingStep:
     """Its step on batches of moments (N, 8, H, W) that lie in host memory, through an Accelerator of its own."""
 
-    def __init__(self, folder: Path, model: str, batches: list[tuple[Tensor, Tensor]], classes: int, device: torch.device,
-                 precision: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        batches: list[tuple[Tensor, Tensor]],
+        classes: int,
+        device: torch.device,
+        precision: str,
+    ) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from tqdm import tqdm
@@ -73,20 +99,38 @@ class TrainingStep:
         plain = load(folder, "loss.py").SILoss(encoders=[], accelerator=accelerator)
 
         def loss(model: nn.Module, x: Tensor, words: dict[str, Tensor], zs: list[Tensor]) -> tuple[Tensor, Tensor]:
-            return plain(model, x, words, zs=[x])[0], x.new_zeros(())  # it asks the first of the targets for the batch size
+            return plain(model, x, words, zs=[x])[0], x.new_zeros(
+                ()
+            )  # it asks the first of the targets for the batch size
 
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
         trained, optimizer = accelerator.prepare(trained.train(), optimizer)
         scale, bias = torch.full((1, 4, 1, 1), 0.18215, device=device), torch.zeros(1, 4, 1, 1, device=device)
         self.names: dict[str, Any] = {
-            "torch": torch, "OrderedDict": OrderedDict, "accelerator": accelerator, "model": trained, "ema": ema, "optimizer": optimizer,
-            "loss_fn": loss, "encoders": [], "encoder_types": [], "architectures": [], "latents_scale": scale, "latents_bias": bias,
-            "device": device, "global_step": 0, "progress_bar": tqdm(disable=True),
-            "args": SimpleNamespace(legacy=False, proj_coeff=0.5, max_grad_norm=1.0, cfg_prob=0.1, num_classes=classes)}
+            "torch": torch,
+            "OrderedDict": OrderedDict,
+            "accelerator": accelerator,
+            "model": trained,
+            "ema": ema,
+            "optimizer": optimizer,
+            "loss_fn": loss,
+            "encoders": [],
+            "encoder_types": [],
+            "architectures": [],
+            "latents_scale": scale,
+            "latents_bias": bias,
+            "device": device,
+            "global_step": 0,
+            "progress_bar": tqdm(disable=True),
+            "args": SimpleNamespace(legacy=False, proj_coeff=0.5, max_grad_norm=1.0, cfg_prob=0.1, num_classes=classes),
+        }
         wanted, body = functions(folder)
         step = ast.parse("def step(raw_image, x, y):\n    global global_step\n").body[0]
         step.body += body
-        exec(compile(ast.fix_missing_locations(ast.Module([*wanted, step], [])), str(folder / "train.py"), "exec"), self.names)
+        exec(
+            compile(ast.fix_missing_locations(ast.Module([*wanted, step], [])), str(folder / "train.py"), "exec"),
+            self.names,
+        )
         self.batches, self.count = batches, 0
 
     def __call__(self) -> None:
@@ -98,7 +142,9 @@ class TrainingStep:
 class SamplingCall:
     """Its SDE sampler: latents (N, 4, H, W) under guidance, in float32 weights as its `generate.py` has them."""
 
-    def __init__(self, folder: Path, model: str, images: int, side: int, classes: int, device: torch.device, settings: Any) -> None:
+    def __init__(
+        self, folder: Path, model: str, images: int, side: int, classes: int, device: torch.device, settings: Any
+    ) -> None:
         self.model = network(folder, model, side, classes, device).eval()
         self.sample = load(folder, "samplers.py").euler_maruyama_sampler
         self.noise = torch.zeros(images, 4, side, side, device=device)
@@ -108,5 +154,12 @@ class SamplingCall:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         s = self.settings
-        return self.sample(self.model, self.noise, self.labels, num_steps=s.num_steps, cfg_scale=s.cfg_scale,
-                           guidance_low=s.guidance_low, guidance_high=s.guidance_high)
+        return self.sample(
+            self.model,
+            self.noise,
+            self.labels,
+            num_steps=s.num_steps,
+            cfg_scale=s.cfg_scale,
+            guidance_low=s.guidance_low,
+            guidance_high=s.guidance_high,
+        )

@@ -71,9 +71,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             memory = measure_memory(Path(folder) / "sparse", options)
     finally:
         torch.set_num_threads(threads)
-    result = {"date": datetime.date.today().isoformat(), "command": f"python -m benchmarks.reader {shlex.join(words)}".strip(),
-              "processor": processor(), "load": load(), "torch": torch.__version__, "numpy": np.__version__,
-              "items": options.items, "batch_size": options.batch_size, "repetitions": options.repetitions, **timed, **memory}
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python -m benchmarks.reader {shlex.join(words)}".strip(),
+        "processor": processor(),
+        "load": load(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "items": options.items,
+        "batch_size": options.batch_size,
+        "repetitions": options.repetitions,
+        **timed,
+        **memory,
+    }
     _print(result)
     if options.out:
         files.write_json(options.out, result)
@@ -89,13 +99,22 @@ def time_readers(folder: Path, options: Options) -> dict[str, Any]:
         "shards": (20, latents.rows),
         "shards, float32": (20, latents.read),
         "npy": (2, lambda chosen: default_collate([read_npy(npy, index) for index in chosen.tolist()])),
-        "png+npy": (1, lambda chosen: default_collate([(read_png(pictures, index), *read_npy(npy, index))
-                                                       for index in chosen.tolist()]))}
+        "png+npy": (
+            1,
+            lambda chosen: default_collate(
+                [(read_png(pictures, index), *read_npy(npy, index)) for index in chosen.tolist()]
+            ),
+        ),
+    }
     generator = np.random.default_rng(0)
-    draw = lambda: generator.permutation(options.items)[:options.batch_size]  # noqa: E731
+    draw = lambda: generator.permutation(options.items)[: options.batch_size]  # noqa: E731
     chosen = draw()
-    np.testing.assert_array_equal(latents.rows(chosen)[0].reshape(-1, 8, 32, 32), readers["npy"][1](chosen)[0].half().numpy())
-    for index in np.array_split(np.arange(options.items), -(-options.items // options.batch_size)):  # warm the page cache
+    np.testing.assert_array_equal(
+        latents.rows(chosen)[0].reshape(-1, 8, 32, 32), readers["npy"][1](chosen)[0].half().numpy()
+    )
+    for index in np.array_split(
+        np.arange(options.items), -(-options.items // options.batch_size)
+    ):  # warm the page cache
         readers["png+npy"][1](index), latents.rows(index)
     times: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(options.repetitions):
@@ -105,9 +124,15 @@ def time_readers(folder: Path, options: Options) -> dict[str, Any]:
             for batch in batches:
                 read_batch(batch)
             times[name].append((time.process_time() - began) / calls / options.batch_size * 1e6)
-    ratios = {name: [peer / packed for peer, packed in zip(times[name], times["shards"])] for name in readers if name != "shards"}
-    return {"microseconds_per_item": {name: spread(values) for name, values in times.items()},
-            "times_faster": {name: spread(values) for name, values in ratios.items()}}
+    ratios = {
+        name: [peer / packed for peer, packed in zip(times[name], times["shards"])]
+        for name in readers
+        if name != "shards"
+    }
+    return {
+        "microseconds_per_item": {name: spread(values) for name, values in times.items()},
+        "times_faster": {name: spread(values) for name, values in ratios.items()},
+    }
 
 
 def make_sets(folder: Path, items: int) -> LatentSet:
@@ -118,8 +143,14 @@ def make_sets(folder: Path, items: int) -> LatentSet:
     entries = []
     for number, begin in enumerate(range(0, items, SHARD)):
         moments = np.abs(generator.standard_normal((min(SHARD, items - begin), 8, 32, 32), dtype=np.float32))
-        entries.append(shards.write_shard(folder / "shards", number, moments.astype(np.float16).reshape(-1, 1, 2, 4, 32, 32),
-                                          np.zeros(len(moments))))
+        entries.append(
+            shards.write_shard(
+                folder / "shards",
+                number,
+                moments.astype(np.float16).reshape(-1, 1, 2, 4, 32, 32),
+                np.zeros(len(moments)),
+            )
+        )
         for index, item in enumerate(moments, begin):
             np.save(folder / "npy" / f"img-mean-std-{index:08d}.npy", item)
             picture = generator.integers(256, size=(256, 256, 3), dtype=np.uint8)
@@ -129,8 +160,20 @@ def make_sets(folder: Path, items: int) -> LatentSet:
 
 
 def write_manifest(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-    shards.write_manifest(folder, space=SPACE, resolution=256, latent_size=32, views=1, parts=2, dtype="float16", crop="adm",
-                          class_names=["0"], images=False, shards=entries, source="benchmark")
+    shards.write_manifest(
+        folder,
+        space=SPACE,
+        resolution=256,
+        latent_size=32,
+        views=1,
+        parts=2,
+        dtype="float16",
+        crop="adm",
+        class_names=["0"],
+        images=False,
+        shards=entries,
+        source="benchmark",
+    )
 
 
 def read_npy(paths: Sequence[Path], index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,17 +206,31 @@ def measure_memory(folder: Path, options: Options) -> dict[str, Any]:
         if step % 10 == 9:
             peak = max(peak, resident()["RssAnon"])
     after = resident()
-    return {"sparse_items": options.sparse_items, "sparse_batches": options.sparse_batches,
-            "resident_mib": {"before": before, "after": after, "highest_anonymous": peak,
-                             "anonymous_growth": round(max(peak, after["RssAnon"]) - before["RssAnon"], 1)}}
+    return {
+        "sparse_items": options.sparse_items,
+        "sparse_batches": options.sparse_batches,
+        "resident_mib": {
+            "before": before,
+            "after": after,
+            "highest_anonymous": peak,
+            "anonymous_growth": round(max(peak, after["RssAnon"]) - before["RssAnon"], 1),
+        },
+    }
 
 
 def sparse_shard(folder: Path, number: int, count: int) -> dict[str, Any]:
     """A shard of zeros that takes next to no disk."""
     size = count * 2 * 4 * 32 * 32 * 2
-    header = json.dumps({"labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, 8 * count]},
-                         "latents": {"dtype": "F16", "shape": [count, 1, 2, 4, 32, 32],
-                                     "data_offsets": [8 * count, 8 * count + size]}}).encode()
+    header = json.dumps(
+        {
+            "labels": {"dtype": "I64", "shape": [count], "data_offsets": [0, 8 * count]},
+            "latents": {
+                "dtype": "F16",
+                "shape": [count, 1, 2, 4, 32, 32],
+                "data_offsets": [8 * count, 8 * count + size],
+            },
+        }
+    ).encode()
     header += b" " * (-len(header) % 8)
     with open(folder / shards.shard_name(number), "wb") as handle:
         handle.write(len(header).to_bytes(8, "little") + header)
@@ -210,8 +267,10 @@ def _print(result: dict[str, Any]) -> None:
         faster = f"{ratio['median']:>15.1f}x{ratio['low']:>10.1f} -{ratio['high']:>6.1f}" if ratio else ""
         print(f"{name:17}{row['median']:>10.1f}{row['low']:>11.1f} -{row['high']:>7.1f}{faster}")
     memory = result["resident_mib"]
-    print(f"{result['sparse_batches']} batches of {result['sparse_items']:,} items: anonymous memory grew by "
-          f"{memory['anonymous_growth']} MiB (file pages {memory['before']['RssFile']} -> {memory['after']['RssFile']} MiB)")
+    print(
+        f"{result['sparse_batches']} batches of {result['sparse_items']:,} items: anonymous memory grew by "
+        f"{memory['anonymous_growth']} MiB (file pages {memory['before']['RssFile']} -> {memory['after']['RssFile']} MiB)"
+    )
 
 
 if __name__ == "__main__":

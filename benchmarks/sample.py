@@ -32,7 +32,12 @@ from runtime.options import option, read
 from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
 
-SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
+SD_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+}
 TINY_VAE = {"block_out_channels": (8, 8, 8, 16), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 
 
@@ -55,7 +60,9 @@ class SampleConfig:
     out: str | None = option(None, help="result file")
 
     def __post_init__(self) -> None:
-        require(self.peer is None or self.classes == 1000, "REPA's sampler knows 1000 classes alone: leave out --classes")
+        require(
+            self.peer is None or self.classes == 1000, "REPA's sampler knows 1000 classes alone: leave out --classes"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -75,13 +82,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def report(found: dict[str, dict[str, Any]]) -> str:
     """The table of a result."""
-    return measure.table(found, {
-        **measure.RATE,
-        "evaluations": lambda row: f"{row['evaluations']}", "peak GiB": lambda row: f"{row['peak_gib']:.1f}",
-        "times faster": lambda row: f"{row['latents, times faster']['median']:.2f}"})
+    return measure.table(
+        found,
+        {
+            **measure.RATE,
+            "evaluations": lambda row: f"{row['evaluations']}",
+            "peak GiB": lambda row: f"{row['peak_gib']:.1f}",
+            "times faster": lambda row: f"{row['latents, times faster']['median']:.2f}",
+        },
+    )
 
 
-def rows(config: SampleConfig, device: torch.device, folder: Path, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(
+    config: SampleConfig, device: torch.device, folder: Path, known: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows that are not known yet, each with its name."""
     sampler = open_sampler(config, device, folder)
     batch = config.batch_size
@@ -98,7 +112,9 @@ def rows(config: SampleConfig, device: torch.device, folder: Path, known: dict[s
     if "images" not in known:
         yield "images", measured({"images": images_of(sampler, batch, 2)}, 2 * batch)["images"]
     if config.peer and "REPA's sampler" not in known:
-        theirs = peer.SamplingCall(Path(config.peer), config.model, batch, config.latent_size, config.classes, device, sampler.settings)
+        theirs = peer.SamplingCall(
+            Path(config.peer), config.model, batch, config.latent_size, config.classes, device, sampler.settings
+        )
         found = measured({"latents": latents, "REPA's sampler": theirs}, batch)
         yield "latents, beside REPA's sampler", found["latents"]
         yield "REPA's sampler", found["REPA's sampler"]
@@ -106,6 +122,7 @@ def rows(config: SampleConfig, device: torch.device, folder: Path, known: dict[s
 
 def images_of(sampler: Sampler, batch: int, batches: int) -> Callable[[], None]:
     """Images of so many batches, one behind the other."""
+
     def call() -> None:
         for _ in sampler.stream(range(start * batch, (start + 1) * batch) for start in range(batches)):
             pass
@@ -124,7 +141,9 @@ def open_sampler(config: SampleConfig, device: torch.device, folder: Path) -> Sa
     hold_in(network, dtype)
     if device.type == "cuda":
         print("attention:", attention.choose(network, config.batch_size, dtype, backward=False))
-    settings = SamplingConfig(num_steps=config.num_steps, cfg_scale=config.cfg_scale, guidance_high=config.guidance_high)
+    settings = SamplingConfig(
+        num_steps=config.num_steps, cfg_scale=config.cfg_scale, guidance_high=config.guidance_high
+    )
     space = LatentSpace(name="generated", channels=4, stride=8, shift=(0.0,), scale=(0.18215,))
     codec = open_codec(decoder(folder, config.decoder), space=space, device=device, compile=compiling)
     return Sampler(network, codec, settings, 4 * config.batch_size, dtype)
@@ -137,8 +156,12 @@ def decoder(folder: Path, shape: str) -> str:
     options = SD_VAE if shape == "sd-vae" else TINY_VAE
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                            scaling_factor=0.18215, **options)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            scaling_factor=0.18215,
+            **options,
+        )
     vae.save_pretrained(folder / shape)
     return str(folder / shape)
 

@@ -48,8 +48,10 @@ class Options:
     dials: Dials = group(Dials)
 
     def __post_init__(self) -> None:
-        require(self.steps > 0 and self.epochs > 0 and min(self.learning_rates, default=0) > 0,
-                "--steps, --epochs and --learning-rates must be positive")
+        require(
+            self.steps > 0 and self.epochs > 0 and min(self.learning_rates, default=0) > 0,
+            "--steps, --epochs and --learning-rates must be positive",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,11 +64,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = []
     for rate in options.learning_rates:
         metrics = plain(folder, options, rate)
-        found.append({"dials": told, "steps": options.steps, "learning_rate": rate, "classifier_accuracy": accuracy, **lowest,
-                      "fd": metrics["fd"], "class_accuracy": metrics["class_accuracy"], "fd_over_floor": metrics["fd"] / lowest["floor"]})
+        found.append(
+            {
+                "dials": told,
+                "steps": options.steps,
+                "learning_rate": rate,
+                "classifier_accuracy": accuracy,
+                **lowest,
+                "fd": metrics["fd"],
+                "class_accuracy": metrics["class_accuracy"],
+                "fd_over_floor": metrics["fd"] / lowest["floor"],
+            }
+        )
     lines = [["learning rate", "class accuracy", "Frechet", "floor", "of as many", "times the floor"]]
-    lines += [[f"{row['learning_rate']:g}", f"{row['class_accuracy']:.3f}", f"{row['fd']:.2f}", f"{row['floor']:.3f}",
-               f"{row['floor_of_samples']:.2f}", f"{row['fd_over_floor']:.1f}"] for row in found]
+    lines += [
+        [
+            f"{row['learning_rate']:g}",
+            f"{row['class_accuracy']:.3f}",
+            f"{row['fd']:.2f}",
+            f"{row['floor']:.3f}",
+            f"{row['floor_of_samples']:.2f}",
+            f"{row['fd_over_floor']:.1f}",
+        ]
+        for row in found
+    ]
     print(f"\nclassifier: {accuracy:.3f} of unseen handwriting\n{aligned(lines)}")
     if options.out:
         path = Path(options.out)
@@ -84,8 +105,12 @@ def prepare(folder: Path, options: Options) -> tuple[float, dict[str, float]]:
     from evaluations.metrics import frechet, statistics
     from preprocessing import scenes
 
-    flags = [word for field in dataclasses.fields(Dials) for value in [getattr(options.dials, field.name)]
-             for word in (f"--{field.name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))]
+    flags = [
+        word
+        for field in dataclasses.fields(Dials)
+        for value in [getattr(options.dials, field.name)]
+        for word in (f"--{field.name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
+    ]
     scenes.main(["--out", str(folder / "scenes"), "--count", str(options.count), *flags])
     accuracy = train_encoder(folder / "encoder", options.epochs, options.dials)
     drawn = scenes.Scenes(options.dials, options.count)
@@ -112,11 +137,33 @@ def plain(folder: Path, options: Options, rate: float) -> dict[str, Any]:
     if not (out / "metrics.json").is_file():
         words = list(size.train_words(PLAIN))
         words[words.index("--learning-rate") + 1] = str(rate)
-        train.main([*words, "--data-dir", str(folder / "scenes"), "--output-dir",
-                    str(run.parent), "--exp-name", run.name, "--max-train-steps", str(options.steps)])
+        train.main(
+            [
+                *words,
+                "--data-dir",
+                str(folder / "scenes"),
+                "--output-dir",
+                str(run.parent),
+                "--exp-name",
+                run.name,
+                "--max-train-steps",
+                str(options.steps),
+            ]
+        )
         ((_, preset),) = size.presets(PLAIN)
-        generate.main(["--ckpt", f"{run}@{options.steps}", *preset, "--reference", str(folder / "scenes"), "--features",
-                       f"timm:{folder / 'encoder'}", "--out", str(out)])
+        generate.main(
+            [
+                "--ckpt",
+                f"{run}@{options.steps}",
+                *preset,
+                "--reference",
+                str(folder / "scenes"),
+                "--features",
+                f"timm:{folder / 'encoder'}",
+                "--out",
+                str(out),
+            ]
+        )
     return files.read_json(out / "metrics.json")["metrics"]
 
 

@@ -58,8 +58,10 @@ class Options:
     out: str | None = option(None, help="result file (JSON); what it holds is not done again")
 
     def __post_init__(self) -> None:
-        require(min(self.kills, self.flips, self.starts, self.long_steps) >= 0,
-                "--kills, --flips, --starts and --long-steps must not be negative")
+        require(
+            min(self.kills, self.flips, self.starts, self.long_steps) >= 0,
+            "--kills, --flips, --starts and --long-steps must not be negative",
+        )
         require(self.steps > 1, f"--steps {self.steps} must be at least 2")
         require(self.inputs == "all" or self.inputs.isdigit(), f"--inputs {self.inputs}: give a number, or all")
 
@@ -72,7 +74,7 @@ class Options:
         """The bad inputs that are given."""
         table = bad_inputs.rows()
         count = len(table) if self.inputs == "all" else int(self.inputs)
-        return table[::max(1, len(table) // count)][:count] if count else []
+        return table[:: max(1, len(table) // count)][:count] if count else []
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,15 +82,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     options = read(Options, words, prog="python -m benchmarks.torture", description=__doc__)
     settings = {name: getattr(options, name) for name in ("seed", "steps", "long_steps", "inputs")}
-    earlier = files.read_json(Path(options.out)) if options.out and Path(options.out).is_file() else {"settings": settings}
-    require(earlier.get("settings") == settings, f"--out {options.out} holds results of {earlier.get('settings')}, not {settings}; "
-                                                 f"use the same, or another file")
+    earlier = (
+        files.read_json(Path(options.out)) if options.out and Path(options.out).is_file() else {"settings": settings}
+    )
+    require(
+        earlier.get("settings") == settings,
+        f"--out {options.out} holds results of {earlier.get('settings')}, not {settings}; "
+        f"use the same, or another file",
+    )
     result: dict[str, Any] = {
-        **earlier, "command": f"python -m benchmarks.torture {shlex.join(words)}", "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.system()}", "python": platform.python_version(), "versions": versions()}
+        **earlier,
+        "command": f"python -m benchmarks.torture {shlex.join(words)}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
     parts: dict[str, tuple[Callable[[Options, World, Path, int], Units], int]] = {
-        "kills": (kills, options.kills), "flips": (flips, options.flips), "starts": (starts, options.starts),
-        "long run": (long_run, options.long_steps), "inputs": (inputs, len(options.rows))}
+        "kills": (kills, options.kills),
+        "flips": (flips, options.flips),
+        "starts": (starts, options.starts),
+        "long run": (long_run, options.long_steps),
+        "inputs": (inputs, len(options.rows)),
+    }
     with tempfile.TemporaryDirectory() as place:
         world = bad_world.build(Path(place) / "world")
         for name, (part, total) in parts.items():
@@ -98,8 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for _ in _kept(state, units, progress.bar(total=total, initial=state["done"], desc=name)):
                         if options.out:
                             files.write_json(options.out, result)
-            print(f"{name}: {state['done']} done in {state['seconds']:.0f} s, {len(state['faults'])} faults"
-                  + "".join(f", {value} {what}" for what, value in state["counts"].items()), flush=True)
+            print(
+                f"{name}: {state['done']} done in {state['seconds']:.0f} s, {len(state['faults'])} faults"
+                + "".join(f", {value} {what}" for what, value in state["counts"].items()),
+                flush=True,
+            )
             for fault in state["faults"]:
                 print(f"  {fault}")
     if any(result[name]["faults"] for name in parts):
@@ -123,15 +142,35 @@ def _kept(state: dict[str, Any], units: Units, bar: Any) -> Iterator[None]:
 def command(*words: object, **more: Any) -> subprocess.Popen:
     """Start Python with `words` on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **more)
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,
+    )
 
 
 def kills(options: Options, world: World, place: Path, done: int) -> Units:
     """SIGKILL at random moments, again and again in one run, until it is through; then a new run."""
     steps = options.steps
-    argv = [*world.words("train.py"), "--align", "latent", "--align-hidden", 8, "--align-stop-steps", steps // 2,
-            "--max-train-steps", steps, "--checkpointing-steps", 10, "--log-steps", 5]
+    argv = [
+        *world.words("train.py"),
+        "--align",
+        "latent",
+        "--align-hidden",
+        8,
+        "--align-stop-steps",
+        steps // 2,
+        "--max-train-steps",
+        steps,
+        "--checkpointing-steps",
+        10,
+        "--log-steps",
+        5,
+    ]
     whole, folder = place / "whole", place / "killed"
     run_to_end(["train.py", *argv, "--output-dir", whole])
     wanted = tensors_of(whole / "x")
@@ -158,6 +197,7 @@ def kills(options: Options, world: World, place: Path, done: int) -> Units:
 
 def _wait_for(moment: str, run: Path, process: subprocess.Popen, chance: random.Random) -> None:
     """Wait for a moment of a run: somewhere in its set-up, among its steps, or while it saves; no longer than it lives."""
+
     def until(seen: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not seen() and process.poll() is None and time.monotonic() < end:
@@ -188,12 +228,17 @@ def tensors_of(run: Path) -> dict[str, str]:
     """SHA-256 of every tensor file of a run's last checkpoint, and of its log without rates."""
     folder = Checkpoint.open(run).path
     log = re.sub(r', "images_per_second": [^,}]*', "", (run / "log.jsonl").read_text())
-    return {**{file.name: files.digest(file) for file in folder.glob("*.safetensors")}, "log": hashlib.sha256(log.encode()).hexdigest()}
+    return {
+        **{file.name: files.digest(file) for file in folder.glob("*.safetensors")},
+        "log": hashlib.sha256(log.encode()).hexdigest(),
+    }
 
 
 def flips(options: Options, world: World, place: Path, done: int) -> Units:
     """One bit at a time (`benchmarks.flips`)."""
-    for came_to, fault in bit_flips(world, place, ((number, options.chance("flip", number)) for number in range(done, options.flips))):
+    for came_to, fault in bit_flips(
+        world, place, ((number, options.chance("flip", number)) for number in range(done, options.flips))
+    ):
         yield 1, {came_to: 1}, [fault] if fault else []
 
 
@@ -202,11 +247,30 @@ def starts(options: Options, world: World, place: Path, done: int) -> Units:
     busy = [command("-c", "while True: pass") for _ in range(os.cpu_count() or 1)]
     try:
         for number in range(done, options.starts):
-            process = command("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0, "-m",
-                              "preprocessing.encode", *world.words("encode"), "--batch-size", 1, "--shard-size", 1,
-                              "--out", place / f"start{number}")
+            process = command(
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes",
+                2,
+                "--main_process_port",
+                0,
+                "-m",
+                "preprocessing.encode",
+                *world.words("encode"),
+                "--batch-size",
+                1,
+                "--shard-size",
+                1,
+                "--out",
+                place / f"start{number}",
+            )
             said, code = process.communicate(), process.returncode
-            yield 1, {"clean ends": int(code == 0)}, [f"start {number}: exit {code}: {' '.join(said)[-400:]}"] if code else []
+            yield (
+                1,
+                {"clean ends": int(code == 0)},
+                [f"start {number}: exit {code}: {' '.join(said)[-400:]}"] if code else [],
+            )
     finally:
         for process in busy:
             process.kill()
@@ -215,8 +279,23 @@ def starts(options: Options, world: World, place: Path, done: int) -> Units:
 
 def long_run(options: Options, world: World, place: Path, done: int) -> Units:
     """Memory, open files and threads of a run of tiny steps, a fifth of the way through and at the end; one unit, done whole."""
-    argv = [*world.words("train.py"), "--align", "latent", "--align-hidden", 8, "--batch-size", 2, "--max-train-steps", options.long_steps,
-            "--checkpointing-steps", options.long_steps // 4, "--log-steps", 50, "--sampling-steps", options.long_steps // 20]
+    argv = [
+        *world.words("train.py"),
+        "--align",
+        "latent",
+        "--align-hidden",
+        8,
+        "--batch-size",
+        2,
+        "--max-train-steps",
+        options.long_steps,
+        "--checkpointing-steps",
+        options.long_steps // 4,
+        "--log-steps",
+        50,
+        "--sampling-steps",
+        options.long_steps // 20,
+    ]
     process = command("train.py", *argv, "--output-dir", place / "long")
     watched, seen = psutil.Process(process.pid), []
     while process.poll() is None:
@@ -225,13 +304,22 @@ def long_run(options: Options, world: World, place: Path, done: int) -> Units:
         with suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
     said = process.communicate()[1]
-    early, late = (np.median(seen[part], axis=0) for part in (slice(len(seen) // 5, len(seen) // 5 + 9), slice(-12, -3)))
+    early, late = (
+        np.median(seen[part], axis=0) for part in (slice(len(seen) // 5, len(seen) // 5 + 9), slice(-12, -3))
+    )
     faults = [] if process.returncode == 0 else [said[-300:]]
     if late[0] > early[0] + 20 or (late[1:] > early[1:] + 1).any():
         faults.append("memory, open files or threads grow")
     kinds = ("MiB", "open files", "threads")
-    yield options.long_steps - done, {f"{what} {when}": round(values[k]) for k, what in enumerate(kinds)
-                                      for when, values in (("early", early), ("late", late))}, faults
+    yield (
+        options.long_steps - done,
+        {
+            f"{what} {when}": round(values[k])
+            for k, what in enumerate(kinds)
+            for when, values in (("early", early), ("late", late))
+        },
+        faults,
+    )
 
 
 def inputs(options: Options, world: World, place: Path, done: int) -> Units:
@@ -242,7 +330,11 @@ def inputs(options: Options, world: World, place: Path, done: int) -> Units:
         found, said = answer_of_process(row, world, scratch)
         fault = found.fault(said)
         shutil.rmtree(scratch)
-        yield 1, {"answered in one line with culprit and remedy": int(not fault)}, [f"{row.command}: {row.name}: {fault}"] if fault else []
+        yield (
+            1,
+            {"answered in one line with culprit and remedy": int(not fault)},
+            [f"{row.command}: {row.name}: {fault}"] if fault else [],
+        )
 
 
 def answer_of_process(row: bad_inputs.Row, world: World, scratch: Path) -> tuple[bad_inputs.Answer, tuple[str, ...]]:

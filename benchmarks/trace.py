@@ -26,8 +26,9 @@ from runtime.options import group, option, read
 class TraceConfig:
     """Options of the benchmark."""
 
-    step: train_step.TrainStepConfig = group(train_step.TrainStepConfig,
-                                                    without=("rows", "ablation", "peer", "out", "repetitions", "steps"))
+    step: train_step.TrainStepConfig = group(
+        train_step.TrainStepConfig, without=("rows", "ablation", "peer", "out", "repetitions", "steps")
+    )
     top: int = option(10, help="kernels in the table")
     chrome: str | None = option(None, help="also write a trace for chrome://tracing or Perfetto here")
     out: str | None = option(None, help="result file")
@@ -51,14 +52,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if config.chrome:
         with files.replacing(Path(config.chrome)) as temporary:
             profile.export_chrome_trace(str(temporary))
-    spent = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
-             for event in profile.key_averages() if not cuda or str(event.device_type).endswith("CUDA")}
+    spent = {
+        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count)
+        for event in profile.key_averages()
+        if not cuda or str(event.device_type).endswith("CUDA")
+    }
     total = sum(time for time, _ in spent.values())
     for name, (time, count) in sorted(spent.items(), key=lambda item: -item[1][0])[: config.top]:
         results.add(name, {"share": round(time / total, 4), "milliseconds": round(time / 3e3, 3), "calls": count / 3})
-    print(measure.table({name[:90]: row for name, row in results.rows.items()}, {
-        "share": lambda row: f"{row['share']:.1%}", "ms a step": lambda row: f"{row['milliseconds']:.3f}",
-        "calls a step": lambda row: f"{row['calls']:g}"}))
+    print(
+        measure.table(
+            {name[:90]: row for name, row in results.rows.items()},
+            {
+                "share": lambda row: f"{row['share']:.1%}",
+                "ms a step": lambda row: f"{row['milliseconds']:.3f}",
+                "calls a step": lambda row: f"{row['calls']:g}",
+            },
+        )
+    )
     return results.result()
 
 

@@ -30,14 +30,28 @@ from training import command, cost, loop
 from training.log import Meter
 from training.run import Run
 
-ROWS = {"plain": "", "stage 1": "--align latent", "stage 2": "--align-stop-steps 0",
-        "stage 2, interval": "--align-stop-steps 0 --align-interval 0.4 0.7", "repa": "--align repa --align-encoder {encoder}",
-        "haste": "--align haste --align-encoder {encoder}", "dispersive": "--align dispersive", "layersync": "--align layersync",
-        "sra": "--align sra"}
-ABLATION = {"without compilation": "--compile off", "combined kernels": "--compile combined", "float32": "--mixed-precision no",
-            "without clipping": "--max-grad-norm 0", "latents on the device": "--resident device",
-            "two micro-batches": "--gradient-accumulation-steps 2", "products kept": "--activation-checkpointing selective",
-            "blocks computed twice": "--activation-checkpointing full", "deterministic": "--deterministic"}
+ROWS = {
+    "plain": "",
+    "stage 1": "--align latent",
+    "stage 2": "--align-stop-steps 0",
+    "stage 2, interval": "--align-stop-steps 0 --align-interval 0.4 0.7",
+    "repa": "--align repa --align-encoder {encoder}",
+    "haste": "--align haste --align-encoder {encoder}",
+    "dispersive": "--align dispersive",
+    "layersync": "--align layersync",
+    "sra": "--align sra",
+}
+ABLATION = {
+    "without compilation": "--compile off",
+    "combined kernels": "--compile combined",
+    "float32": "--mixed-precision no",
+    "without clipping": "--max-grad-norm 0",
+    "latents on the device": "--resident device",
+    "two micro-batches": "--gradient-accumulation-steps 2",
+    "products kept": "--activation-checkpointing selective",
+    "blocks computed twice": "--activation-checkpointing full",
+    "deterministic": "--deterministic",
+}
 ENDLESS = 100_000_000
 
 
@@ -78,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns the result that is written to --out."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(TrainStepConfig, words, prog="python -m benchmarks.train_step", description=__doc__)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("rows", "ablation", "peer", "out")}
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("rows", "ablation", "peer", "out")
+    }
     results = measure.Results(config.out, f"python -m benchmarks.train_step {shlex.join(words)}", settings)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, Path(folder))
@@ -92,12 +108,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def report(rows: dict[str, dict[str, Any]]) -> str:
     """The table of a result."""
     plain = rows.get("plain", {}).get("images_per_second", {}).get("median")
-    return measure.table(rows, {
-        **measure.RATE,
-        "of plain": lambda row: f"{row['images_per_second']['median'] / plain:.2f}",
-        "MFU": lambda row: f"{row['mfu']:.3f}", "launches": lambda row: f"{row['launches']:.0f}",
-        "host us": lambda row: f"{row['host_microseconds']:.0f}", "operators": lambda row: f"{row['operators']:.0f}",
-        "peak GiB": lambda row: f"{row['peak_gib']:.1f}", "times faster": lambda row: f"{row['plain, times faster']['median']:.2f}"})
+    return measure.table(
+        rows,
+        {
+            **measure.RATE,
+            "of plain": lambda row: f"{row['images_per_second']['median'] / plain:.2f}",
+            "MFU": lambda row: f"{row['mfu']:.3f}",
+            "launches": lambda row: f"{row['launches']:.0f}",
+            "host us": lambda row: f"{row['host_microseconds']:.0f}",
+            "operators": lambda row: f"{row['operators']:.0f}",
+            "peak GiB": lambda row: f"{row['peak_gib']:.1f}",
+            "times faster": lambda row: f"{row['plain, times faster']['median']:.2f}",
+        },
+    )
 
 
 class Bench:
@@ -121,8 +144,14 @@ class Bench:
         """Rate, MFU, launches, host time and peak memory of one kind of run."""
         config, run = self.config, self.run(words, guided=name.startswith("stage 2"))
         step = training_step(run)
-        row = measure.alternate({name: step}, config.batch_size, run.device, steps=config.steps, warmup=config.warmup,
-                                repetitions=config.repetitions)[name]
+        row = measure.alternate(
+            {name: step},
+            config.batch_size,
+            run.device,
+            steps=config.steps,
+            warmup=config.warmup,
+            repetitions=config.repetitions,
+        )[name]
         if run.device.type == "cuda":
             row["mfu"] = measure.mfu(row["images_per_second"]["median"], cost.estimate(run.config, {}).plain)
         row |= {"peak_gib": measure.peak_memory(step, run.device), **measure.counts(step, run.device)}
@@ -138,9 +167,17 @@ class Bench:
         for start in range(0, 4 * config.batch_size, config.batch_size):
             moments, labels = run.data.read(torch.arange(start, start + config.batch_size).numpy() % len(run.data))
             batches.append((torch.from_numpy(moments).flatten(1, 2)[:, None], torch.from_numpy(labels)))
-        theirs = peer.TrainingStep(Path(config.peer), config.model, batches, config.classes, run.device, "bf16" if run.dtype else "no")
-        rows = measure.alternate({"plain": ours, "REPA's loop": theirs}, config.batch_size, run.device, steps=config.steps,
-                                 warmup=config.warmup, repetitions=config.repetitions)
+        theirs = peer.TrainingStep(
+            Path(config.peer), config.model, batches, config.classes, run.device, "bf16" if run.dtype else "no"
+        )
+        rows = measure.alternate(
+            {"plain": ours, "REPA's loop": theirs},
+            config.batch_size,
+            run.device,
+            steps=config.steps,
+            warmup=config.warmup,
+            repetitions=config.repetitions,
+        )
         return {"plain, beside REPA's loop": rows["plain"], "REPA's loop": rows["REPA's loop"]}
 
     def run(self, words: str, guided: bool = False) -> Run:
@@ -162,17 +199,36 @@ class Bench:
         """Words of every run; the latents are generated at the first call."""
         config, data = self.config, self.folder / ("images" if images else "latents")
         if not data.exists():
-            measure.latent_set(data, channels=32 if config.lightning else 4, side=config.side, classes=config.classes,
-                               items=max(config.items, config.batch_size), images=images)
+            measure.latent_set(
+                data,
+                channels=32 if config.lightning else 4,
+                side=config.side,
+                classes=config.classes,
+                items=max(config.items, config.batch_size),
+                images=images,
+            )
         recipe = ["--recipe", "lightningdit"] if config.lightning else []
-        return [*recipe, "--data-dir", str(data), "--output-dir", str(self.folder / "exps"), "--model", config.model, "--batch-size",
-                str(config.batch_size), "--max-train-steps", str(ENDLESS)]
+        return [
+            *recipe,
+            "--data-dir",
+            str(data),
+            "--output-dir",
+            str(self.folder / "exps"),
+            "--model",
+            config.model,
+            "--batch-size",
+            str(config.batch_size),
+            "--max-train-steps",
+            str(ENDLESS),
+        ]
 
     def teacher(self) -> Path:
         """A checkpoint of the network: as a teacher it costs the same whatever it has learnt."""
         folder = self.folder / "exps" / "teacher"
         if not folder.exists():
-            run = Run(*command.resolve([*self.common(False), "--exp-name", "teacher"], "benchmarks.train_step", None, ()))
+            run = Run(
+                *command.resolve([*self.common(False), "--exp-name", "teacher"], "benchmarks.train_step", None, ())
+            )
             run.step = 1
             run.save()
         return folder

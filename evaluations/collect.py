@@ -38,8 +38,9 @@ class Collector:
     keep: which images' features are held, by index; None holds all. Statistics are of all images in any case.
     """
 
-    def __init__(self, extractor: Extractor, accelerator: Accelerator | None = None,
-                 keep: np.ndarray | None = None) -> None:
+    def __init__(
+        self, extractor: Extractor, accelerator: Accelerator | None = None, keep: np.ndarray | None = None
+    ) -> None:
         self.extractor, self.accelerator = extractor, accelerator
         self._keep = None if keep is None else torch.from_numpy(keep)
         self._shares: list[_Share] = []
@@ -58,8 +59,11 @@ class Collector:
         for moments, x in zip(self._moments, features, strict=True):
             if x is not None:
                 moments.add(x)
-        share = _Share(torch.as_tensor(indices).cpu(), features.pool.cpu(),
-                       None if labels is None else torch.as_tensor(labels).long().cpu())
+        share = _Share(
+            torch.as_tensor(indices).cpu(),
+            features.pool.cpu(),
+            None if labels is None else torch.as_tensor(labels).long().cpu(),
+        )
         self._shares.append(share if self._keep is None else share.of(torch.isin(share.indices, self._keep)))
 
     def collect(self) -> Collected:
@@ -76,8 +80,9 @@ class Collector:
         if (whole.indices.diff() == 0).any():
             raise ValueError("an index was added twice")
         pool, spatial = (functools.reduce(Moments.merged, of_all) for of_all in zip(*parts, strict=True))
-        return Collected(pool.count, pool.statistics(), spatial.statistics() if spatial.count else None, whole.pool,
-                         whole.labels)
+        return Collected(
+            pool.count, pool.statistics(), spatial.statistics() if spatial.count else None, whole.pool, whole.labels
+        )
 
 
 class _Share(NamedTuple):
@@ -91,12 +96,22 @@ class _Share(NamedTuple):
 
 def _joined(shares: Sequence[_Share]) -> _Share:
     labelled = all(share.labels is not None for share in shares)
-    return _Share(torch.cat([share.indices for share in shares]), torch.cat([share.pool for share in shares]),
-                  torch.cat([share.labels for share in shares]) if labelled else None)
+    return _Share(
+        torch.cat([share.indices for share in shares]),
+        torch.cat([share.pool for share in shares]),
+        torch.cat([share.labels for share in shares]) if labelled else None,
+    )
 
 
-def collect(images: Images, extractor: Extractor, *, accelerator: Accelerator | None = None, batch_size: int = 64,
-            title: str = "features", keep: np.ndarray | None = None) -> Collected:
+def collect(
+    images: Images,
+    extractor: Extractor,
+    *,
+    accelerator: Accelerator | None = None,
+    batch_size: int = 64,
+    title: str = "features",
+    keep: np.ndarray | None = None,
+) -> Collected:
     """Features of all `images`, each process taking one contiguous share, with a progress bar on the main one."""
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     start, stop = len(images) * rank // processes, len(images) * (rank + 1) // processes

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLES: tuple[dict[str, Any], ...] = tuple(
-    {"linestyle": line, "marker": marker, "color": colour} for line, marker, colour in (
-        ("-", "o", "#000000"), ("--", "s", "#0072b2"), (":", "^", "#d55e00"), ("-.", "D", "#009e73"), ((0, (5, 1)), "v", "#cc79a7"),
-        ((0, (1, 1)), "x", "#56b4e9"), ((0, (3, 1, 1, 1)), "+", "#e69f00"), ((0, (8, 3)), "*", "#666666")))
+    {"linestyle": line, "marker": marker, "color": colour}
+    for line, marker, colour in (
+        ("-", "o", "#000000"),
+        ("--", "s", "#0072b2"),
+        (":", "^", "#d55e00"),
+        ("-.", "D", "#009e73"),
+        ((0, (5, 1)), "v", "#cc79a7"),
+        ((0, (1, 1)), "x", "#56b4e9"),
+        ((0, (3, 1, 1, 1)), "+", "#e69f00"),
+        ((0, (8, 3)), "*", "#666666"),
+    )
+)
 """Line, marker and colour (Okabe and Ito's) of each curve, in order."""
 
 
@@ -61,7 +70,9 @@ def curves(axes: Axes, points: Mapping[str, Mapping[float, Sequence[float]]]) ->
     axes.legend()
 
 
-def tiles(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], heads: Sequence[str] = (), size: float = 1.0) -> Figure:
+def tiles(
+    rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], heads: Sequence[str] = (), size: float = 1.0
+) -> Figure:
     """Rows of images (H, W), (H, W, 1) or (H, W, 3), uint8 or in [0, 1], as squares of `size` inches; None leaves a gap.
 
     `names` stand left of the rows, `heads` above the columns.
@@ -75,7 +86,9 @@ def tiles(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], heads: Seq
             image = row[column] if column < len(row) else None
             if image is not None:
                 image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-                axes.imshow(image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest")
+                axes.imshow(
+                    image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest"
+                )
         grid[number, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for axes, head in zip(grid[0], heads):
         axes.set_title(head, fontsize=8)

@@ -32,20 +32,29 @@ from sampling import store
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    samples: tuple[str, ...] = option(help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels), a folder that "
-                                           "generate.py wrote, or a folder of PNG files; several are several seeds", heading="images")
+    samples: tuple[str, ...] = option(
+        help="samples: .npz (arr_0 uint8 (N, H, W, C), perhaps labels), a folder that "
+        "generate.py wrote, or a folder of PNG files; several are several seeds",
+        heading="images",
+    )
     reference: str = option(help="reference: ADM's .npz, one made by evaluations.reference, or any images")
     grey: bool = option(False, help="read image files as one channel instead of RGB, samples and reference alike")
     scores: FeatureOptions = group(FeatureOptions)
-    precision_recall_mode: str | None = option(None, choices=metrics.MODES, help="distances of precision and recall "
-                                        "(default adm_fp16 for inception, as in published tables, else fp32)", heading="metrics")
+    precision_recall_mode: str | None = option(
+        None,
+        choices=metrics.MODES,
+        help="distances of precision and recall (default adm_fp16 for inception, as in published tables, else fp32)",
+        heading="metrics",
+    )
     shuffle: int | None = option(None, help="shuffle by this seed before the Inception Score (default: in file order)")
     batch_size: int = option(64, help="images per pass through the extractor, on each process")
     out: str = option("metrics.json", help="where the result goes", heading="output")
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
-        require(not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json")
+        require(
+            not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json"
+        )
 
 
 def samples_file(path: str) -> str:
@@ -69,17 +78,22 @@ def open_all(paths: Sequence[str], grey: bool = False) -> list[Images]:
     """The sample sets of several seeds. Raises UserError where their counts differ: no mean exists across counts."""
     samples = [open_samples(path, grey) for path in paths]
     for path, images in zip(paths, samples, strict=True):
-        require(len(images) == len(samples[0]),
-                f"{path} holds {len(images)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
-                f"compared; score them one by one")
+        require(
+            len(images) == len(samples[0]),
+            f"{path} holds {len(images)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
+            f"compared; score them one by one",
+        )
     return samples
 
 
 def about(path: str, samples: Images) -> dict[str, Any]:
     """What a result says of its samples: name, digest and the settings in the JSON beside them."""
     sidecar = Path(path).with_suffix(".json")
-    return {"name": samples.name, "sha256": samples.digest(),
-            "settings": store.read_record(sidecar) if sidecar.is_file() else None}
+    return {
+        "name": samples.name,
+        "sha256": samples.digest(),
+        "settings": store.read_record(sidecar) if sidecar.is_file() else None,
+    }
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -87,9 +101,13 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(runs) == 1:
         return runs[0]
     values = {name: [run["metrics"][name] for run in runs] for name in runs[0]["metrics"]}
-    return {"metrics": {name: float(np.mean(all)) for name, all in values.items()},
-            "std": {name: float(np.std(all, ddof=1)) for name, all in values.items()},
-            "num_samples": runs[0]["num_samples"], "reference": runs[0]["reference"], "runs": list(runs)}
+    return {
+        "metrics": {name: float(np.mean(all)) for name, all in values.items()},
+        "std": {name: float(np.std(all, ddof=1)) for name, all in values.items()},
+        "num_samples": runs[0]["num_samples"],
+        "reference": runs[0]["reference"],
+        "runs": list(runs),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -108,27 +126,40 @@ def report(result: dict[str, Any], path: Path | str) -> None:
     files.write_json(path, result)
     runs, reference = result.get("runs", [result]), result["reference"]
     print(table(result))
-    print(f"reference {reference['name']}: statistics {reference['statistics']}, {reference['num_images']} images; "
-          f"precision and recall in {runs[0]['precision_recall']['mode']}; written to {path}", flush=True)
+    print(
+        f"reference {reference['name']}: statistics {reference['statistics']}, {reference['num_images']} images; "
+        f"precision and recall in {runs[0]['precision_recall']['mode']}; written to {path}",
+        flush=True,
+    )
     for warning in dict.fromkeys(warning for run in runs for warning in run["warnings"]):
         print(f"warning: {warning}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate", description=__doc__)
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate", description=__doc__
+    )
     paths = [samples_file(path) for path in options.samples]
     files.require_not_read(options.out, [*paths, options.reference])
     samples = open_all(paths, options.grey)
     accelerator = launch.accelerator()
     reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size, options.grey)
-    scorer = Scorer(reference, extractor, accelerator=accelerator, precision_recall_mode=options.precision_recall_mode,
-                    shuffle=options.shuffle, mind=options.scores.mind)
+    scorer = Scorer(
+        reference,
+        extractor,
+        accelerator=accelerator,
+        precision_recall_mode=options.precision_recall_mode,
+        shuffle=options.shuffle,
+        mind=options.scores.mind,
+    )
     for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
     runs = []
     for path, images in zip(paths, samples, strict=True):
-        collected = collect(images, extractor, accelerator=accelerator, batch_size=options.batch_size, title=images.name)
+        collected = collect(
+            images, extractor, accelerator=accelerator, batch_size=options.batch_size, title=images.name
+        )
         runs.append(scorer.compare(collected) | {"samples": about(path, images)})
     if accelerator.is_main_process:
         report(summary(runs), options.out)

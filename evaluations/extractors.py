@@ -29,5 +29,7 @@ def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") 
         return Timm(name, options.feature_weights, device)
     if name.startswith("fdr:"):
         return FDr(name, options.feature_weights, device)
-    raise UserError(f"unknown features {name}{nearest(name, ['inception', 'pixels', SCENES])}; "
-                    f"use inception, pixels, scenes, timm:NAME or fdr:NAME")
+    raise UserError(
+        f"unknown features {name}{nearest(name, ['inception', 'pixels', SCENES])}; "
+        f"use inception, pixels, scenes, timm:NAME or fdr:NAME"
+    )

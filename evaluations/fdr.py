@@ -37,9 +37,14 @@ if TYPE_CHECKING:
 
     from evaluations.images import Images
 
-SIX = {"inception": 1.68, "fdr:convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87, "fdr:vit_large_patch14_dinov2.lvd142m@256": 14.19,
-       "fdr:vit_large_patch16_224.mae@224": 0.04, "fdr:vit_so400m_patch16_siglip_256.v2_webli@224": 0.60,
-       "fdr:vit_large_patch14_clip_224.openai@256": 5.60}
+SIX = {
+    "inception": 1.68,
+    "fdr:convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87,
+    "fdr:vit_large_patch14_dinov2.lvd142m@256": 14.19,
+    "fdr:vit_large_patch16_224.mae@224": 0.04,
+    "fdr:vit_so400m_patch16_siglip_256.v2_webli@224": 0.60,
+    "fdr:vit_large_patch14_clip_224.openai@256": 5.60,
+}
 """The extractors of FDr6 with their published FD(val, train), rounded as published (0.04 stands for anything from 0.035 to 0.045): of
 ImageNet at 256 pixels, in bfloat16 but for Inception, whose training set is ADM's statistics. Features here are float32."""
 
@@ -48,9 +53,13 @@ ImageNet at 256 pixels, in bfloat16 but for Inception, whose training set is ADM
 class Options:
     """Options of `python -m evaluations.fdr`."""
 
-    samples: str = option(help="samples: .npz, a folder that generate.py wrote, or a folder of PNG files", heading="images")
+    samples: str = option(
+        help="samples: .npz, a folder that generate.py wrote, or a folder of PNG files", heading="images"
+    )
     train: str = option(help="folder of references of the training images, one for each extractor")
-    val: str | None = option(None, help="folder of references of the validation images (default: published normalisers)")
+    val: str | None = option(
+        None, help="folder of references of the validation images (default: published normalisers)"
+    )
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
     batch_size: int = option(64, help="images per pass through an extractor, on each process")
     out: str = option("fdr.json", help="where the result goes", heading="output")
@@ -67,7 +76,10 @@ def references(folder: str) -> dict[str, Reference]:
         one = read_compact(file)
         require(one.features not in found, f"{folder} holds two references of {one.features} features; take one away")
         found[one.features] = one
-    require(bool(found), f"{folder} holds no reference (.npz); make one for each extractor with python -m evaluations.reference")
+    require(
+        bool(found),
+        f"{folder} holds no reference (.npz); make one for each extractor with python -m evaluations.reference",
+    )
     return found
 
 
@@ -76,57 +88,101 @@ def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -
     found = {}
     for name, real in train.items():
         if val is None:
-            require(name in SIX, f"there is no published normaliser for {name} features, only for those of FDr6: give --val, a folder of "
-                                 f"references of validation images")
+            require(
+                name in SIX,
+                f"there is no published normaliser for {name} features, only for those of FDr6: give --val, a folder of "
+                f"references of validation images",
+            )
             found[name] = SIX[name], "published, ImageNet at 256 pixels"
             continue
-        require(name in val, f"--val lacks a reference of {name} features, which --train has; make one with evaluations.reference")
+        require(
+            name in val,
+            f"--val lacks a reference of {name} features, which --train has; make one with evaluations.reference",
+        )
         other = val[name]
-        require(None in (real.weights, other.weights) or real.weights == other.weights,
-                f"the references of {name} features in --train and --val were made with other weights; build one again")
+        require(
+            None in (real.weights, other.weights) or real.weights == other.weights,
+            f"the references of {name} features in --train and --val were made with other weights; build one again",
+        )
         distance = metrics.frechet(other.statistics, real.statistics)
-        require(distance > 1e-9, f"the {name} features of --val and --train do not differ: their distance cannot be a unit; give other "
-                                 f"images to one of them")
+        require(
+            distance > 1e-9,
+            f"the {name} features of --val and --train do not differ: their distance cannot be a unit; give other "
+            f"images to one of them",
+        )
         found[name] = distance, f"{other.name} against {real.name}"
     return found
 
 
-def ratios(samples: Images, train: dict[str, Reference], units: dict[str, tuple[float, str]], options: Options,
-           accelerator: Accelerator) -> list[dict[str, Any]]:
+def ratios(
+    samples: Images,
+    train: dict[str, Reference],
+    units: dict[str, tuple[float, str]],
+    options: Options,
+    accelerator: Accelerator,
+) -> list[dict[str, Any]]:
     """Of each extractor: distance of the samples, normaliser, ratio. To be called by every process."""
     rows = []
     for name, real in train.items():
         with accelerator.main_process_first():  # who downloads the weights
-            chosen = FeatureOptions(features=name, inception_weights=options.inception_weights if name == "inception" else None)
+            chosen = FeatureOptions(
+                features=name, inception_weights=options.inception_weights if name == "inception" else None
+            )
             extractor = open_extractor(chosen, accelerator.device)
         real.require(extractor)
         real.require_shape(options.samples, tuple(samples.shape))
         found = collect(samples, extractor, accelerator=accelerator, batch_size=options.batch_size, title=name)
         distance, (unit, origin) = metrics.frechet(found.statistics, real.statistics), units[name]
-        rows.append({"features": name, "weights_sha256": extractor.weights, "fd": distance, "normaliser": unit, "normaliser_from": origin,
-                     "ratio": distance / unit, "reference": real.describe()})
+        rows.append(
+            {
+                "features": name,
+                "weights_sha256": extractor.weights,
+                "fd": distance,
+                "normaliser": unit,
+                "normaliser_from": origin,
+                "ratio": distance / unit,
+                "reference": real.describe(),
+            }
+        )
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command; returns what it wrote."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.fdr", description=__doc__)
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.fdr", description=__doc__
+    )
     train = references(options.train)
-    require(options.inception_weights is None or "inception" in train,
-            f"--inception-weights: {options.train} holds no reference of inception features; leave it out")
+    require(
+        options.inception_weights is None or "inception" in train,
+        f"--inception-weights: {options.train} holds no reference of inception features; leave it out",
+    )
     units = normalisers(train, None if options.val is None else references(options.val))
     path = samples_file(options.samples)
     files.require_not_read(options.out, [path])
     samples, accelerator = open_samples(path), launch.accelerator()
     rows = ratios(samples, train, units, options, accelerator)
     name = f"fdr{len(rows)}"
-    result = {"metrics": {name: statistics.fmean(row["ratio"] for row in rows)}, "six": set(train) == set(SIX), "extractors": rows,
-              "num_samples": len(samples), "samples": about(path, samples)}
+    result = {
+        "metrics": {name: statistics.fmean(row["ratio"] for row in rows)},
+        "six": set(train) == set(SIX),
+        "extractors": rows,
+        "num_samples": len(samples),
+        "samples": about(path, samples),
+    }
     if accelerator.is_main_process:
         files.write_json(options.out, result)
         lines = [("features", "FD", "normaliser", "ratio", "normaliser from")]
-        lines += [(row["features"], f"{row['fd']:.4f}", f"{row['normaliser']:.4f}", f"{row['ratio']:.3f}", row["normaliser_from"])
-                  for row in rows]
+        lines += [
+            (
+                row["features"],
+                f"{row['fd']:.4f}",
+                f"{row['normaliser']:.4f}",
+                f"{row['ratio']:.3f}",
+                row["normaliser_from"],
+            )
+            for row in rows
+        ]
         print(aligned([*lines, (name, "", "", f"{result['metrics'][name]:.3f}", "")], left=(0, 4), rule=False))
         if not result["six"]:
             print("note: these are not the six extractors of FDr6: the mean does not compare with published ones")

@@ -52,8 +52,10 @@ class Pixels:
     def __call__(self, images: Tensor) -> Features:
         count = images[0].numel()
         if count > MAX_PIXELS:
-            raise UserError(f"pixels are features for images of at most {MAX_PIXELS} values, these have {count}; "
-                            "use --features inception")
+            raise UserError(
+                f"pixels are features for images of at most {MAX_PIXELS} values, these have {count}; "
+                "use --features inception"
+            )
         with exact_arithmetic():
             return Features(images.to(self.device).flatten(1).float() / 127.5 - 1)
 
@@ -77,19 +79,26 @@ class Timm:
 
     def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
-        model_name, _, side = (name.partition(":")[2] if name != SCENES else str(Path(__file__).with_name(SCENES))).partition("@")
+        model_name, _, side = (
+            name.partition(":")[2] if name != SCENES else str(Path(__file__).with_name(SCENES))
+        ).partition("@")
         kept = Path(model_name) / "model.safetensors"
         self.weights = checked_digest(Path(weights)) if weights else files.digest(kept) if kept.is_file() else None
         if side and not side.isdecimal():
             raise UserError(f"--features {name}: {side} is not a size in pixels; write {name.partition('@')[0]}@224")
-        self._model = _timm_model(name.partition("@")[0], model_name, weights).eval().requires_grad_(False).to(self.device)
+        self._model = (
+            _timm_model(name.partition("@")[0], model_name, weights).eval().requires_grad_(False).to(self.device)
+        )
         source = self._model.pretrained_cfg
-        own = getattr(getattr(self._model, "patch_embed", None), "img_size", None)  # releases differ in what a saved folder says
+        own = getattr(
+            getattr(self._model, "patch_embed", None), "img_size", None
+        )  # releases differ in what a saved folder says
         self._side = int(side) if side else (own or source["input_size"][1:])[0]
         if (side or self._filling()) and hasattr(self._model, "set_input_size"):
             self._model.set_input_size(img_size=(self._side + self._filling(),) * 2)
-        self._mean, self._std = (torch.tensor(source[key], device=self.device)[:, None, None]
-                                 for key in ("mean", "std"))
+        self._mean, self._std = (
+            torch.tensor(source[key], device=self.device)[:, None, None] for key in ("mean", "std")
+        )
 
     def __call__(self, images: Tensor) -> Features:
         with exact_arithmetic():
@@ -139,19 +148,26 @@ def _timm_model(given: str, name: str, weights: Path | str | None) -> nn.Module:
             raise UserError(f"--features {given} is a folder with weights of its own: leave out --feature-weights")
         return open_folder(Path(name))
     if not timm.is_model(name):
-        raise UserError(f"--features {given}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()")
+        raise UserError(
+            f"--features {given}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()"
+        )
     if weights is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"the weights of timm's {name} are neither in the cache nor within reach "
-                            f"({str(error).splitlines()[0]}); where there is a network, run: hf download timm/{name}; or give "
-                            f"--feature-weights FILE where the command takes it") from error
+            raise UserError(
+                f"the weights of timm's {name} are neither in the cache nor within reach "
+                f"({str(error).splitlines()[0]}); where there is a network, run: hf download timm/{name}; or give "
+                f"--feature-weights FILE where the command takes it"
+            ) from error
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0,
-                                 pretrained_cfg_overlay={"state_dict": read_weights(weights)})
+        return timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"state_dict": read_weights(weights)}
+        )
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]}); give its own") from error
+        raise UserError(
+            f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]}); give its own"
+        ) from error
 
 
 def checked_digest(path: Path) -> str:

@@ -46,7 +46,9 @@ GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 class LookOptions:
     """What pca and tsne look at."""
 
-    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at")
+    ckpt: tuple[str, ...] = option(
+        help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at"
+    )
     data_dir: str = option(help="latent set with the images")
     weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
     blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
@@ -61,7 +63,9 @@ class LookOptions:
         require(all(0 <= t <= 1 for t in self.t), f"--t {' '.join(map(str, self.t))} must lie between 0 and 1")
         wrong = sorted(set(self.features) - {"u", "c", "g"})
         require(not wrong, f"--features has no {wrong[0] if wrong else ''}; there are u, c and g")
-        require(all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative")
+        require(
+            all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative"
+        )
         require(self.batch_size > 0, "--batch-size must be positive")
 
 
@@ -103,9 +107,13 @@ class TsneOptions:
 class StepsOptions:
     """Options of `steps`."""
 
-    runs: tuple[str, ...] = option((), help="runs with scores in their logs, NAME=RUN; several of one NAME are seeds", heading="curves")
+    runs: tuple[str, ...] = option(
+        (), help="runs with scores in their logs, NAME=RUN; several of one NAME are seeds", heading="curves"
+    )
     scores: tuple[str, ...] = option((), help="or score files, NAME=metrics.json; all of one NAME are one curve")
-    metric: str | None = option(None, help="what to show, such as fid@5000 (default: the first FID or Frechet distance)")
+    metric: str | None = option(
+        None, help="what to show, such as fid@5000 (default: the first FID or Frechet distance)"
+    )
     out: str = option("steps", help="the files' name, without .png and .svg", heading="output")
 
     def __post_init__(self) -> None:
@@ -151,7 +159,11 @@ def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tup
                 u, c = (torch.cat(parts) for parts in zip(*pairs))
                 for kind, omega in asked:
                     feature = {"u": u, "c": c}[kind] if omega is None else interpolant.guide(u, c, omega)
-                    yield f"{probed.name}, t {t:g}, block {block}", f"f_{kind}" + ("" if omega is None else f" {omega:g}"), feature
+                    yield (
+                        f"{probed.name}, t {t:g}, block {block}",
+                        f"f_{kind}" + ("" if omega is None else f" {omega:g}"),
+                        feature,
+                    )
 
 
 def chosen_items(look: LookOptions, count: int) -> tuple[Items, list[str]]:
@@ -169,7 +181,9 @@ def colours(tokens: Tensor) -> np.ndarray:
     parts = representation.principal(tokens.flatten(0, 1))
     low, high = torch.quantile(parts, torch.tensor([0.01, 0.99], dtype=parts.dtype), dim=0)
     side, spread = round(tokens.shape[1] ** 0.5), high - low
-    stretched = (parts - low) / spread.clamp(min=1e-6 * spread.max().item() + 1e-300)  # what is nothing but rounding stays dark
+    stretched = (parts - low) / spread.clamp(
+        min=1e-6 * spread.max().item() + 1e-300
+    )  # what is nothing but rounding stays dark
     return stretched.clamp(0, 1).reshape(len(tokens), side, side, 3).numpy()
 
 
@@ -190,7 +204,10 @@ def tsne(options: TsneOptions) -> Figure:
 
     items, names = chosen_items(options.look, options.items)
     present = sorted(set(items.labels.tolist()))
-    require(len(present) <= len(GLYPHS), f"{len(present)} classes are too many to tell apart: choose up to {len(GLYPHS)} with --classes")
+    require(
+        len(present) <= len(GLYPHS),
+        f"{len(present)} classes are too many to tell apart: choose up to {len(GLYPHS)} with --classes",
+    )
     require(len(items) >= 5, f"--items: {len(items)} images are too few for t-SNE: use at least 5")
     panels = [(f"{where}\n{what}", x) for where, what, x in views(options.look, items, pooled=True)]
     columns = min(len(panels), 4)
@@ -199,12 +216,19 @@ def tsne(options: TsneOptions) -> Figure:
     for axes in grid:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, (title, x) in zip(grid, progress.bar(panels, desc="t-SNE", unit="panel")):
-        points = TSNE(perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.look.seed % 2**32).fit_transform(
-            representation.standardise(x, x).numpy())
+        points = TSNE(
+            perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.look.seed % 2**32
+        ).fit_transform(representation.standardise(x, x).numpy())
         for number, label in enumerate(present):
             mine = points[items.labels.numpy() == label]
-            axes.scatter(*mine.T, marker=f"${GLYPHS[number]}$", s=22, linewidths=0.3, color=drawing.style(number)["color"],
-                         label=names[label])
+            axes.scatter(
+                *mine.T,
+                marker=f"${GLYPHS[number]}$",
+                s=22,
+                linewidths=0.3,
+                color=drawing.style(number)["color"],
+                label=names[label],
+            )
         axes.set_title(title, fontsize=8)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=10, fontsize=7)
     return figure
@@ -212,8 +236,11 @@ def tsne(options: TsneOptions) -> Figure:
 
 def steps(options: StepsOptions) -> Figure:
     """Scores against steps, with a vertical line where an alignment ended."""
-    points, metric = histories.from_logs(options.runs, options.metric) if options.runs else \
-        histories.from_scores(options.scores, options.metric)
+    points, metric = (
+        histories.from_logs(options.runs, options.metric)
+        if options.runs
+        else histories.from_scores(options.scores, options.metric)
+    )
     figure = drawing.canvas(6.4, 4.2)
     axes = figure.subplots()
     drawing.curves(axes, points)
@@ -236,12 +263,16 @@ def seeds(options: SeedsOptions) -> Figure:
         images = source.sampler(options.sampling, len(labels), labels).images(range(len(labels)))
         for label, image in zip(options.classes, images, strict=True):
             row = table.setdefault((label, source.name.split("@")[0]), {})
-            require(source.checkpoint.step not in row, f"two checkpoints are called {source.name}: rename one of the runs")
+            require(
+                source.checkpoint.step not in row, f"two checkpoints are called {source.name}: rename one of the runs"
+            )
             row[source.checkpoint.step] = image
     across = sorted({step for row in table.values() for step in row})
     order = sorted(table, key=lambda key: options.classes.index(key[0]))
     names = [run if len(options.classes) == 1 else f"{run}, {label}" for label, run in order]
-    return drawing.tiles([[table[key].get(step) for step in across] for key in order], names, [str(step) for step in across])
+    return drawing.tiles(
+        [[table[key].get(step) for step in across] for key in order], names, [str(step) for step in across]
+    )
 
 
 def time(options: TimeOptions) -> None:
@@ -253,8 +284,12 @@ def time(options: TimeOptions) -> None:
 
 
 KINDS: dict[str, tuple[type, Callable[[Any], Figure | None]]] = {
-    "pca": (PcaOptions, pca), "tsne": (TsneOptions, tsne), "steps": (StepsOptions, steps), "seeds": (SeedsOptions, seeds),
-    "time": (TimeOptions, time)}
+    "pca": (PcaOptions, pca),
+    "tsne": (TsneOptions, tsne),
+    "steps": (StepsOptions, steps),
+    "seeds": (SeedsOptions, seeds),
+    "time": (TimeOptions, time),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,13 +39,21 @@ def from_logs(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
     logs = [(name, run, read(run / "log.jsonl")) for name, run in map(named, words)]
     for _, run, lines in logs:
         require(bool(lines), f"{run} has no log.jsonl with lines in it: name a run's folder")
-    known = [{key.removeprefix("eval/") for line in lines for key in line if key.startswith("eval/")} for _, _, lines in logs]
+    known = [
+        {key.removeprefix("eval/") for line in lines for key in line if key.startswith("eval/")} for _, _, lines in logs
+    ]
     shared = sorted(set.intersection(*known))
     if metric is None:
         metric = next((name for kind in FIRST for name in shared if name.split("/")[-1].split("@")[0] == kind), None)
-    require(bool(shared), "the runs' logs share no score: give runs that train.py --eval-steps has scored (scores of files: --scores)")
-    require(metric in shared, f"the runs' logs share no score {metric or 'that is a Frechet distance'}; shared are {', '.join(shared)}: "
-                              f"choose --metric among them")
+    require(
+        bool(shared),
+        "the runs' logs share no score: give runs that train.py --eval-steps has scored (scores of files: --scores)",
+    )
+    require(
+        metric in shared,
+        f"the runs' logs share no score {metric or 'that is a Frechet distance'}; shared are {', '.join(shared)}: "
+        f"choose --metric among them",
+    )
     curves: Curves = {}
     for name, _, lines in logs:
         for line in lines:
@@ -72,17 +80,41 @@ class ScoreFile(TypedDict):
     precision_recall: Any
 
 
-PROTOCOL = ("mode", "solver", "num_steps", "grid", "timestep_shift", "last_step", "evaluations", "cfg_scale", "guidance_low",
-            "guidance_high", "guidance_channels", "weights", "labels", "rounding", "decoder", "precision", "num_fid_samples")
+PROTOCOL = (
+    "mode",
+    "solver",
+    "num_steps",
+    "grid",
+    "timestep_shift",
+    "last_step",
+    "evaluations",
+    "cfg_scale",
+    "guidance_low",
+    "guidance_high",
+    "guidance_channels",
+    "weights",
+    "labels",
+    "rounding",
+    "decoder",
+    "precision",
+    "num_fid_samples",
+)
 """Settings of the samples that a number depends on; seeds and the network are not among them."""
 
 
 def protocol(score: ScoreFile) -> dict[str, Any]:
     """All that two numbers must share to stand in one column or figure."""
     settings = score["samples"]["settings"]
-    internal = {name: settings[name] for name in ("internal_scale", "internal") if name in settings}  # only where it guides
-    return {**{name: settings.get(name) for name in PROTOCOL}, **internal, "features": score["features"],
-            "reference": score["reference"]["sha256"], "precision_recall": score["precision_recall"]}
+    internal = {
+        name: settings[name] for name in ("internal_scale", "internal") if name in settings
+    }  # only where it guides
+    return {
+        **{name: settings.get(name) for name in PROTOCOL},
+        **internal,
+        "features": score["features"],
+        "reference": score["reference"]["sha256"],
+        "precision_recall": score["precision_recall"],
+    }
 
 
 def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
@@ -94,15 +126,22 @@ def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
     curves: Curves = {}
     first: tuple[str, Any] | None = None
     for name, file in map(named, words):
-        score = schema.read(ScoreFile, file, "give metrics.json of one file of samples, as generate.py --reference writes it")
+        score = schema.read(
+            ScoreFile, file, "give metrics.json of one file of samples, as generate.py --reference writes it"
+        )
         step, told = score["samples"]["settings"].get("step"), protocol(score)
         require(isinstance(step, int), f"{file} does not say which step it scored: give scores of a run's checkpoint")
         metric = metric or next((known for known in FIRST if known in score["metrics"]), None)
-        require(metric in score["metrics"], f"{file} has no {metric}; choose --metric among {', '.join(score['metrics'])}")
+        require(
+            metric in score["metrics"], f"{file} has no {metric}; choose --metric among {', '.join(score['metrics'])}"
+        )
         first = first or (str(file), told)
         other = next((key for key, value in told.items() if value != first[1][key]), None)
-        require(other is None, f"{file} and {first[0]} have different {other} ({told.get(other or '')} and {first[1].get(other or '')}): "
-                               f"they do not belong into one figure")
+        require(
+            other is None,
+            f"{file} and {first[0]} have different {other} ({told.get(other or '')} and {first[1].get(other or '')}): "
+            f"they do not belong into one figure",
+        )
         curves.setdefault(name, {}).setdefault(step, []).append(score["metrics"][metric])
     return curves, metric
 
@@ -112,8 +151,11 @@ def stops(words: Sequence[str]) -> dict[str, int]:
     found = {}
     for name, run in map(named, words):
         lines = [line for line in read(run / "log.jsonl") if "loss/diffusion" in line]
-        aligned_at = [line["step"] for line in lines if any(
-            key.startswith("loss/") and key != "loss/diffusion" and " " not in key for key in line)]
+        aligned_at = [
+            line["step"]
+            for line in lines
+            if any(key.startswith("loss/") and key != "loss/diffusion" and " " not in key for key in line)
+        ]
         if aligned_at and aligned_at[-1] < lines[-1]["step"]:
             found[name] = aligned_at[-1]
     return found
@@ -152,14 +194,19 @@ def time_of(word: str) -> Time:
     name, path = named(word)
     checkpoint = Checkpoint.open(path)
     run, train = _run(checkpoint.path), checkpoint.config.get("train")
-    require(train is not None and (run / "log.jsonl").is_file(), f"{path} is not a run with a log.jsonl: its time is not known")
+    require(
+        train is not None and (run / "log.jsonl").is_file(),
+        f"{path} is not a run with a log.jsonl: its time is not known",
+    )
     hours, rate = spent(run, train["batch_size"], checkpoint.step)
     teacher = checkpoint.config.get("resolved", {}).get("guided", {}).get("teacher")
     stage1: float | None = 0.0
     if teacher is not None:
         source, folder = _run(Path(teacher["path"])), Path(teacher["path"])
         known = (folder / "config.json").is_file() and (source / "log.jsonl").is_file()
-        stage1 = spent(source, Checkpoint.open(folder).config["train"]["batch_size"], teacher["step"])[0] if known else None
+        stage1 = (
+            spent(source, Checkpoint.open(folder).config["train"]["batch_size"], teacher["step"])[0] if known else None
+        )
     return Time(name, checkpoint.step, checkpoint.epochs or 0.0, rate, hours, stage1)
 
 
@@ -172,6 +219,15 @@ def time_table(times: Sequence[Time]) -> str:
     """The table of section 4.5: steps, rate, hours, and hours with stage 1."""
     lines = [["run", "steps", "epochs", "images/s", "hours", "stage 1", "in all"]]
     for one in times:
-        lines.append([one.name, str(one.steps), f"{one.epochs:.4g}", f"{one.rate:.4g}", f"{one.hours:.3g}",
-                      "?" if one.stage1 is None else f"{one.stage1:.3g}", "?" if one.total is None else f"{one.total:.3g}"])
+        lines.append(
+            [
+                one.name,
+                str(one.steps),
+                f"{one.epochs:.4g}",
+                f"{one.rate:.4g}",
+                f"{one.hours:.3g}",
+                "?" if one.stage1 is None else f"{one.stage1:.3g}",
+                "?" if one.total is None else f"{one.total:.3g}",
+            ]
+        )
     return aligned(lines)

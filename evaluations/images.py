@@ -69,8 +69,10 @@ class NpzImages:
         self.name = self.path.name
         archive = NpzArchive(path)
         if "arr_0" not in archive.names:
-            raise UserError(f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
-                            "the images belong there, uint8 (N, H, W, C)")
+            raise UserError(
+                f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
+                "the images belong there, uint8 (N, H, W, C)"
+            )
         shape, dtype = archive.layout("arr_0")
         check(str(path), shape, dtype)
         self._archive, self._count, self.shape = archive, shape[0], tuple(shape[1:])
@@ -88,7 +90,9 @@ class NpzImages:
         with self._archive.stream("arr_0") as (stream, _, _):
             for part in pieces(indices, size):
                 data = bytearray()
-                for first, count in [(part.start, len(part))] if isinstance(part, range) else [(index, 1) for index in part]:
+                for first, count in (
+                    [(part.start, len(part))] if isinstance(part, range) else [(index, 1) for index in part]
+                ):
                     stream.seek((first - at) * stride, 1)
                     data += (read := stream.read(count * stride))
                     if len(read) < count * stride:
@@ -106,12 +110,16 @@ class FolderImages:
     grey: one channel instead of RGB. workers: decoding processes, with a resolution.
     """
 
-    def __init__(self, path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None) -> None:
+    def __init__(
+        self, path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None
+    ) -> None:
         self._files, self.name, self._workers = ImageFiles(path), Path(path).name, workers
         lossy = next((name for name in self._files.names if Path(name).suffix.lower() not in LOSSLESS), None)
         if resolution is None and lossy:
-            raise UserError(f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; "
-                            f"photographs for a reference need --resolution")
+            raise UserError(
+                f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; "
+                f"photographs for a reference need --resolution"
+            )
         self._mode = "L" if grey else "RGB"
         self._resolution = resolution
         width, height = self._files.load(0).size if resolution is None else (resolution, resolution)
@@ -130,16 +138,19 @@ class FolderImages:
         if self._resolution is None:
             yield from (np.stack([self._read(index) for index in part]) for part in plan)
         elif plan:
-            for batch in loading.batches(self._files, plan, resolution=self._resolution, grey=self._mode == "L",
-                                         workers=self._workers):
+            for batch in loading.batches(
+                self._files, plan, resolution=self._resolution, grey=self._mode == "L", workers=self._workers
+            ):
                 require(not batch.bad, "; ".join(batch.bad[:1]))
                 yield batch.images.numpy()
 
     def _read(self, index: int) -> np.ndarray:
         picture = np.atleast_3d(np.asarray(self._files.load(index).convert(self._mode)))
         if picture.shape != self.shape:
-            raise UserError(f"{self._files.names[index]} in {self.name} is {picture.shape[1]} x {picture.shape[0]} pixels, "
-                            f"the first image {self.shape[1]} x {self.shape[0]}; give --resolution, or images of one size")
+            raise UserError(
+                f"{self._files.names[index]} in {self.name} is {picture.shape[1]} x {picture.shape[0]} pixels, "
+                f"the first image {self.shape[1]} x {self.shape[0]}; give --resolution, or images of one size"
+            )
         return picture
 
 
@@ -149,7 +160,10 @@ class LatentSetImages:
     def __init__(self, path: Path | str) -> None:
         self._set, self.name = LatentSet(path), Path(path).name
         self._set.check_digests()
-        require(self._set.has_images, f"{path} holds latents without their images; encode it with --keep-images, or give the images")
+        require(
+            self._set.has_images,
+            f"{path} holds latents without their images; encode it with --keep-images, or give the images",
+        )
         self.labels: np.ndarray | None = self._set.labels
         self.shape = self._set.images(np.arange(1)).shape[1:]
 
@@ -171,7 +185,9 @@ def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + size]
 
 
-def open_images(path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None) -> Images:
+def open_images(
+    path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None
+) -> Images:
     """The images at `path`: an .npz file, a latent set, or a folder or ZIP of image files (RGB unless `grey`).
 
     `resolution`, `grey` and `workers` apply to image files alone. Raises UserError for anything that holds no such images.
@@ -180,8 +196,10 @@ def open_images(path: Path | str, resolution: int | None = None, grey: bool = Fa
     if not (path.is_dir() and (path / MANIFEST).is_file()) and (path.is_dir() or path.suffix.lower() == ".zip"):
         return FolderImages(path, resolution, grey, workers)
     images: Images = LatentSetImages(path) if path.is_dir() else NpzImages(path)
-    require(resolution is None or (resolution, resolution) == images.shape[:2],
-            f"--resolution {resolution}: {path} is of {images.shape[0]} x {images.shape[1]}")
+    require(
+        resolution is None or (resolution, resolution) == images.shape[:2],
+        f"--resolution {resolution}: {path} is of {images.shape[0]} x {images.shape[1]}",
+    )
     require(not grey or images.shape[2] == 1, f"--grey is for image files: {path} is in colour")
     return images
 
@@ -212,11 +230,15 @@ class NpzArchive:
         try:
             yield
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{self.path} is truncated, damaged or not an .npz file ({error}); copy it again") from error
+            raise UserError(
+                f"{self.path} is truncated, damaged or not an .npz file ({error}); copy it again"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
         except ValueError as error:  # NumPy's word for a broken header, or for objects that only pickle could read
-            raise UserError(f"{self.path} holds no plain array where one belongs ({error}); save plain numbers") from error
+            raise UserError(
+                f"{self.path} holds no plain array where one belongs ({error}); save plain numbers"
+            ) from error
 
     @contextmanager
     def stream(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
@@ -258,5 +280,7 @@ def _checked_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndar
     if labels is None:
         return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise UserError(f"{name}: labels are {labels.dtype} {labels.shape}, not integers ({count},): give one for each image")
+        raise UserError(
+            f"{name}: labels are {labels.dtype} {labels.shape}, not integers ({count},): give one for each image"
+        )
     return labels.astype(np.int64)

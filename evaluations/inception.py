@@ -45,8 +45,11 @@ class Inception:
         path = Path(weights) if weights else published()
         self.device = torch.device(device)
         self.weights = checked_digest(path)
-        self.note = None if self.weights.startswith(DIGEST) else \
-            f"{path.name} is not the published network: its numbers cannot be compared with published ones"
+        self.note = (
+            None
+            if self.weights.startswith(DIGEST)
+            else f"{path.name} is not the published network: its numbers cannot be compared with published ones"
+        )
         network = build()
         try:
             network.load_state_dict(read_weights(path))
@@ -60,8 +63,9 @@ class Inception:
     def __call__(self, images: Tensor) -> Features:
         """uint8 (n, H, W, 3) of any size to pool (n, 2048) and spatial (n, 2023), float32."""
         if images.shape[-1] != 3:
-            raise UserError(f"inception needs images of 3 channels, these have {images.shape[-1]}; "
-                            f"use --features pixels")
+            raise UserError(
+                f"inception needs images of 3 channels, these have {images.shape[-1]}; use --features pixels"
+            )
         with exact_arithmetic():
             x = (resize(images.to(self.device).permute(0, 3, 1, 2).float(), SIDE) - 128) / 128
             for name, layer in self._layers.items():
@@ -83,27 +87,29 @@ def build() -> nn.Sequential:
         InceptionE_2,
     )
 
-    return nn.Sequential(OrderedDict(
-        Conv2d_1a_3x3=BasicConv2d(3, 32, kernel_size=3, stride=2),
-        Conv2d_2a_3x3=BasicConv2d(32, 32, kernel_size=3),
-        Conv2d_2b_3x3=BasicConv2d(32, 64, kernel_size=3, padding=1),
-        MaxPool_1=nn.MaxPool2d(3, 2),
-        Conv2d_3b_1x1=BasicConv2d(64, 80, kernel_size=1),
-        Conv2d_4a_3x3=BasicConv2d(80, 192, kernel_size=3),
-        MaxPool_2=nn.MaxPool2d(3, 2),
-        Mixed_5b=InceptionA(192, pool_features=32),
-        Mixed_5c=InceptionA(256, pool_features=64),
-        Mixed_5d=InceptionA(288, pool_features=64),
-        Mixed_6a=InceptionB(288),
-        Mixed_6b=InceptionC(768, channels_7x7=128),
-        Mixed_6c=InceptionC(768, channels_7x7=160),
-        Mixed_6d=InceptionC(768, channels_7x7=160),
-        Mixed_6e=InceptionC(768, channels_7x7=192),
-        Mixed_7a=InceptionD(768),
-        Mixed_7b=InceptionE_1(1280),
-        Mixed_7c=InceptionE_2(2048),
-        fc=nn.Linear(2048, 1008),
-    ))
+    return nn.Sequential(
+        OrderedDict(
+            Conv2d_1a_3x3=BasicConv2d(3, 32, kernel_size=3, stride=2),
+            Conv2d_2a_3x3=BasicConv2d(32, 32, kernel_size=3),
+            Conv2d_2b_3x3=BasicConv2d(32, 64, kernel_size=3, padding=1),
+            MaxPool_1=nn.MaxPool2d(3, 2),
+            Conv2d_3b_1x1=BasicConv2d(64, 80, kernel_size=1),
+            Conv2d_4a_3x3=BasicConv2d(80, 192, kernel_size=3),
+            MaxPool_2=nn.MaxPool2d(3, 2),
+            Mixed_5b=InceptionA(192, pool_features=32),
+            Mixed_5c=InceptionA(256, pool_features=64),
+            Mixed_5d=InceptionA(288, pool_features=64),
+            Mixed_6a=InceptionB(288),
+            Mixed_6b=InceptionC(768, channels_7x7=128),
+            Mixed_6c=InceptionC(768, channels_7x7=160),
+            Mixed_6d=InceptionC(768, channels_7x7=160),
+            Mixed_6e=InceptionC(768, channels_7x7=192),
+            Mixed_7a=InceptionD(768),
+            Mixed_7b=InceptionE_1(1280),
+            Mixed_7c=InceptionE_2(2048),
+            fc=nn.Linear(2048, 1008),
+        )
+    )
 
 
 def resize(x: Tensor, side: int) -> Tensor:
@@ -135,6 +141,8 @@ def published() -> Path:
                 with open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target)
         except (urllib.error.URLError, TimeoutError) as error:
-            raise UserError(f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and "
-                            f"give it as --inception-weights FILE") from error
+            raise UserError(
+                f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and "
+                f"give it as --inception-weights FILE"
+            ) from error
     return path

@@ -188,8 +188,12 @@ def mind(x: Tensor, r: Tensor, projections: int = PROJECTIONS, seed: int = SEED)
     if x.shape[1] != r.shape[1]:
         raise UserError(f"the samples have {x.shape[1]} features and the reference {r.shape[1]}; use one extractor")
     generator, count, width = torch.Generator().manual_seed(seed), min(len(x), len(r)), x.shape[1]
-    x, r = (points if len(points) == count else points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
-            for points in (x, r))
+    x, r = (
+        points
+        if len(points) == count
+        else points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
+        for points in (x, r)
+    )
     directions = torch.randn(projections, width, generator=generator)
     directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
     total = 0.0

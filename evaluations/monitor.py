@@ -24,7 +24,9 @@ from sampling.sampler import Sampler, image_shape
 BATCH = 64  # samples per network call in each process
 
 
-def watch(config: TrainConfig, folder: Path, spec: ModelSpec, data: LatentSet, accelerator: Accelerator) -> list[Scores | Previews]:
+def watch(
+    config: TrainConfig, folder: Path, spec: ModelSpec, data: LatentSet, accelerator: Accelerator
+) -> list[Scores | Previews]:
     """What `config` asks for, opened: to be called before the first step, so that what is missing is missed then.
 
     Raises:
@@ -90,7 +92,9 @@ class Previews:
         names: of the classes, in the order of their labels.
     """
 
-    def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, folder: Path, names: Sequence[str]) -> None:
+    def __init__(
+        self, config: TrainConfig, codec: Codec, accelerator: Accelerator, folder: Path, names: Sequence[str]
+    ) -> None:
         self.every, self.codec, self.folder, self.names = config.sampling_steps, codec, folder, names
         self.main = accelerator.is_main_process
 

@@ -56,10 +56,14 @@ TIE = 0.005
 class ProbeConfig:
     """Options of the command."""
 
-    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at")
+    ckpt: tuple[str, ...] = option(
+        help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at"
+    )
     data_dir: str = option(help="latent set with the images")
     out: str = option(help="folder of the result")
-    masks: str | None = option(None, help=".npz with masks (N, H, H) of 0 and 1 in the order of the set, and perhaps groups (N,)")
+    masks: str | None = option(
+        None, help=".npz with masks (N, H, H) of 0 and 1 in the order of the set, and perhaps groups (N,)"
+    )
     weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
     blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
     t: tuple[float, ...] = option((0.3, 0.5, 0.7), help="times, 1 is noise")
@@ -67,7 +71,9 @@ class ProbeConfig:
     features: tuple[str, ...] = option(KINDS, help=f"which features: {', '.join(KINDS)}")
     encoder: str | None = option(None, help="an external encoder too: a vision transformer of timm, or a folder of one")
     encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
-    labels: str = option("true", choices=("true", "shuffled"), help="what the network is told: the images' labels, or other images'")
+    labels: str = option(
+        "true", choices=("true", "shuffled"), help="what the network is told: the images' labels, or other images'"
+    )
     items: int = option(2000, help="images, drawn by the seed")
     seed: int = option(0, help="of the images drawn, their noise and their split")
     batch_size: int = option(64, help="images per pass through the network", heading="how")
@@ -75,11 +81,19 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(all(0 <= t <= 1 for t in self.t), f"--t {' '.join(map(str, self.t))} must lie between 0 and 1")
         wrong = sorted(set(self.features) - set(KINDS))
-        require(not wrong, f"--features has no {wrong[0] if wrong else ''}{errors.nearest(wrong[0], KINDS) if wrong else ''}; "
-                           f"there are {', '.join(KINDS)}")
-        require(all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative")
+        require(
+            not wrong,
+            f"--features has no {wrong[0] if wrong else ''}{errors.nearest(wrong[0], KINDS) if wrong else ''}; "
+            f"there are {', '.join(KINDS)}",
+        )
+        require(
+            all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative"
+        )
         require(self.items > 0 and self.batch_size > 0, "--items and --batch-size must be positive")
-        require(self.encoder_weights is None or self.encoder is not None, "--encoder-weights belong to an encoder: give --encoder too")
+        require(
+            self.encoder_weights is None or self.encoder is not None,
+            "--encoder-weights belong to an encoder: give --encoder too",
+        )
 
     def kinds(self) -> list[tuple[str, float | None]]:
         """The features of blocks, each with its omega: ("g", 10.0)."""
@@ -141,8 +155,15 @@ def table(rows: Sequence[Row]) -> str:
     metrics = [name for name in rows[0] if name not in ("checkpoint", "t", "features", "omega", "block")]
     lines = [["checkpoint", "features", "t", "block", *metrics]]
     for row in rows:
-        lines.append([row["checkpoint"] or "-", label(row), "-" if row["t"] is None else f"{row['t']:g}",
-                      str(row["block"] or "-"), *(f"{row[name]:.3f}" for name in metrics)])
+        lines.append(
+            [
+                row["checkpoint"] or "-",
+                label(row),
+                "-" if row["t"] is None else f"{row['t']:g}",
+                str(row["block"] or "-"),
+                *(f"{row[name]:.3f}" for name in metrics),
+            ]
+        )
     return aligned(lines, left=(0, 1))
 
 
@@ -189,18 +210,29 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     require(twice is None, f"two checkpoints are called {twice}: give it once, or rename one of the runs")
     held_out, kinds, side = len(items.parts.test), config.kinds(), probed[0].checkpoint.spec.side
     for one in probed:
-        require(one.checkpoint.spec.side == side, f"{one.name} and {probed[0].name} have other token grids: probe them one by one")
+        require(
+            one.checkpoint.spec.side == side,
+            f"{one.name} and {probed[0].name} have other token grids: probe them one by one",
+        )
         if any(kind != "c" for kind, _ in kinds):
             one.require_null()
     device = probed[0].device
-    encoder = None if config.encoder is None else \
-        open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
+    encoder = (
+        None
+        if config.encoder is None
+        else open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
+    )
     references = compared(items, encoder, config.batch_size, device)
     patch = items.data.latent_size // side
-    readings = [(None, None, as_they_are("latents", lambda places: models.patchify(items.clean(places), patch).double()))] \
-        if "latents" in config.features else []
+    readings = (
+        [(None, None, as_they_are("latents", lambda places: models.patchify(items.clean(places), patch).double()))]
+        if "latents" in config.features
+        else []
+    )
     if encoder is not None:
-        readings.append((None, None, as_they_are("encoder", lambda places: encoded(encoder, items, places, device).cpu())))
+        readings.append(
+            (None, None, as_they_are("encoder", lambda places: encoded(encoder, items, places, device).cpu()))
+        )
     readings += [(one, t, of_blocks(one, items, t, kinds)) for one in probed if kinds for t in config.t]
     rows: list[Row] = []
     with progress.bar(total=len(readings) * len(items), desc="probing", unit="image") as bar:
@@ -208,18 +240,38 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
             found = measure(reading, items, side, references, config.batch_size, bar)
             rows += [{"checkpoint": one and one.name, "t": t, **row} for row in found]
     require(bool(rows), "--features and --encoder leave nothing to measure: give some of u, c, g and latents")
-    protocol = {**{key: value for key, value in as_dict(config).items() if key not in ("ckpt", "data_dir", "out", "masks", "batch_size")},
-                "items": len(items), "held_out": held_out, "data": items.data.digest,
-                "masks": config.masks and files.digest(config.masks), "encoder_digest": encoder and encoder.digest(),
-                "penalties": list(representation.PENALTIES), "versions": versions()}
-    return {"protocol": protocol, "checkpoints": {one.name: {"digest": one.checkpoint.digest, "step": one.checkpoint.step,
-            "model": one.checkpoint.spec.name} for one in probed}, "rows": rows,
-            "recommended": recommend(rows, {one.name: one.checkpoint.spec.depth for one in probed}, dict(zip(names, config.ckpt)))}
+    protocol = {
+        **{
+            key: value
+            for key, value in as_dict(config).items()
+            if key not in ("ckpt", "data_dir", "out", "masks", "batch_size")
+        },
+        "items": len(items),
+        "held_out": held_out,
+        "data": items.data.digest,
+        "masks": config.masks and files.digest(config.masks),
+        "encoder_digest": encoder and encoder.digest(),
+        "penalties": list(representation.PENALTIES),
+        "versions": versions(),
+    }
+    return {
+        "protocol": protocol,
+        "checkpoints": {
+            one.name: {"digest": one.checkpoint.digest, "step": one.checkpoint.step, "model": one.checkpoint.spec.name}
+            for one in probed
+        },
+        "rows": rows,
+        "recommended": recommend(
+            rows, {one.name: one.checkpoint.spec.depth for one in probed}, dict(zip(names, config.ckpt))
+        ),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the result's folder."""
-    config = read(ProbeConfig, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.probe", description=__doc__)
+    config = read(
+        ProbeConfig, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.probe", description=__doc__
+    )
     out = Path(config.out)
     with locked(out, "wait for it, or choose another --out"):
         result = probe(config)
@@ -228,8 +280,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         written = [out / "probe.json"]
         if any(row["block"] for row in result["rows"]):
             written += drawing.save(plot(result["rows"]), out / "probe")
-    print(f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
-          f"{', '.join(map(str, written))}")
+    print(
+        f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
+        f"{', '.join(map(str, written))}"
+    )
     for doubt in doubts(result["rows"]):
         print(f"note: {doubt}")
     print(result["recommended"] or "no recommendation: it needs --features g", flush=True)

@@ -49,21 +49,25 @@ def of_blocks(probed: Probed, items: Items, t: float, kinds: Sequence[tuple[str,
             return {("c", None): one}
         u, c = one[:, : size // 2], one[:, : size // 2] + one[:, size // 2 :]
         known = {"u": u, "c": c}
-        return {(kind, omega): known[kind] if omega is None else interpolant.guide(u, c, omega) for kind, omega in kinds}
+        return {
+            (kind, omega): known[kind] if omega is None else interpolant.guide(u, c, omega) for kind, omega in kinds
+        }
 
     return Reading(tokens, maps)
 
 
 def as_they_are(kind: str, tokens: Callable[[np.ndarray], Tensor]) -> Reading:
     """A reading of one feature that has no block."""
+
     def maps(size: int) -> dict[tuple[str, float | None], Tensor]:
         return {(kind, None): torch.eye(size, dtype=torch.float64)}
 
     return Reading(lambda places: {None: tokens(places)}, maps)
 
 
-def measure(reading: Reading, items: Items, side: int, references: dict[str, tuple[Tensor, Tensor]], batch: int,
-            bar: Any) -> list[Row]:
+def measure(
+    reading: Reading, items: Items, side: int, references: dict[str, tuple[Tensor, Tensor]], batch: int, bar: Any
+) -> list[Row]:
     """One row a block and feature. Tokens of one batch are held at a time: what stays is their pooled means and `Moments`.
 
     Every image goes through the network once, those held out last, when the mask probes are there to be asked.
@@ -76,7 +80,10 @@ def measure(reading: Reading, items: Items, side: int, references: dict[str, tup
     for part, places in enumerate(items.parts):
         if part == 2 and items.masks is not None:
             for block, (fit, validate) in moments.items():
-                found = [(by, representation.mask_probe(fit.mapped(by), validate.mapped(by))) for by in reading.maps(len(fit.z)).values()]
+                found = [
+                    (by, representation.mask_probe(fit.mapped(by), validate.mapped(by)))
+                    for by in reading.maps(len(fit.z)).values()
+                ]
                 probes[block] = torch.cat([by @ probe.weight for by, probe in found], 1)  # all features in one product
                 biases[block] = torch.cat([probe.bias for _, probe in found])
         for chunk in chunks(places, batch):
@@ -96,13 +103,28 @@ def measure(reading: Reading, items: Items, side: int, references: dict[str, tup
                         counts[block, number] = counts.get((block, number), 0) + seen
             bar.update(len(chunk))
     order = torch.from_numpy(np.argsort(np.concatenate(items.parts)))
-    return [row for block, means in pooled.items()
-            for row in _rows(block, torch.cat(means)[order], reading, items, references,
-                             [counts[block, n] for n in range(len(counts) // len(pooled))])]
+    return [
+        row
+        for block, means in pooled.items()
+        for row in _rows(
+            block,
+            torch.cat(means)[order],
+            reading,
+            items,
+            references,
+            [counts[block, n] for n in range(len(counts) // len(pooled))],
+        )
+    ]
 
 
-def _rows(block: int | None, pooled: Tensor, reading: Reading, items: Items, references: dict[str, tuple[Tensor, Tensor]],
-          counts: Sequence[Tensor]) -> list[Row]:
+def _rows(
+    block: int | None,
+    pooled: Tensor,
+    reading: Reading,
+    items: Items,
+    references: dict[str, tuple[Tensor, Tensor]],
+    counts: Sequence[Tensor],
+) -> list[Row]:
     """The rows of one block from its pooled tokens (N, A) and the pixel counts of each of its features."""
     rows = []
     parts, near = [torch.from_numpy(part) for part in items.parts], torch.from_numpy(items.first(ALIGNED))
@@ -117,11 +139,18 @@ def _rows(block: int | None, pooled: Tensor, reading: Reading, items: Items, ref
     return rows
 
 
-def compared(items: Items, encoder: Encoder | None, batch: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+def compared(
+    items: Items, encoder: Encoder | None, batch: int, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What CKNNA is taken against: kernels of the classes (one-hot), of the clean latents (all their elements) and of the encoder."""
     places = items.first(ALIGNED)
     features = {"class": torch.nn.functional.one_hot(items.labels[places], items.data.num_classes).double()}
     features["latents"] = items.clean(places).flatten(1).double()
     if encoder is not None:
-        features["encoder"] = torch.cat([encoded(encoder, items, chunk, device).mean(1).cpu() for chunk in chunks(places, batch)])
-    return {name: representation.kernel(x if name == "class" else representation.standardise(x, x)) for name, x in features.items()}
+        features["encoder"] = torch.cat(
+            [encoded(encoder, items, chunk, device).mean(1).cpu() for chunk in chunks(places, batch)]
+        )
+    return {
+        name: representation.kernel(x if name == "class" else representation.standardise(x, x))
+        for name, x in features.items()
+    }

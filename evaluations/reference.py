@@ -59,9 +59,18 @@ class Reference:
     labels: Tensor | None  # (M,)
 
     @classmethod
-    def open(cls, path: Path | str, extractor: Extractor, *, accelerator: Accelerator | None = None,
-             batch_size: int = 64, keep: int | None = None, resolution: int | None = None, grey: bool = False,
-             workers: int | None = None) -> Reference:
+    def open(
+        cls,
+        path: Path | str,
+        extractor: Extractor,
+        *,
+        accelerator: Accelerator | None = None,
+        batch_size: int = 64,
+        keep: int | None = None,
+        resolution: int | None = None,
+        grey: bool = False,
+        workers: int | None = None,
+    ) -> Reference:
         """Read a reference, extracting features where it holds images. To be called by every process.
 
         keep, resolution, grey, workers: see `of_images` and `images.open_images`.
@@ -79,30 +88,65 @@ class Reference:
         if "arr_0" in archive.names:
             return cls.of_images(NpzImages(path), extractor, stored=stored, **how)
         if not stored:
-            raise UserError(f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} "
-                            f"features")
+            raise UserError(
+                f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} features"
+            )
         first, second = _stored(stored)
-        return cls(name=archive.path.name, digest=files.digest(path), features=extractor.name, weights=None, shape=None,
-                   statistics=first, spatial=second, origin="stored", pool=None, labels=None)
+        return cls(
+            name=archive.path.name,
+            digest=files.digest(path),
+            features=extractor.name,
+            weights=None,
+            shape=None,
+            statistics=first,
+            spatial=second,
+            origin="stored",
+            pool=None,
+            labels=None,
+        )
 
     @classmethod
-    def of_images(cls, images: Images, extractor: Extractor, *, accelerator: Accelerator | None = None,
-                  batch_size: int = 64, stored: NpzArchive | None = None, keep: int | None = None) -> Reference:
+    def of_images(
+        cls,
+        images: Images,
+        extractor: Extractor,
+        *,
+        accelerator: Accelerator | None = None,
+        batch_size: int = 64,
+        stored: NpzArchive | None = None,
+        keep: int | None = None,
+    ) -> Reference:
         """Features of real images, of `keep` random ones where there are more; statistics of all, unless `stored`."""
         chosen = None
         if keep is not None and keep < len(images):
             chosen = np.sort(Stream(0, "reference").permutation(len(images))[:keep])
-        real = collect(images, extractor, accelerator=accelerator, batch_size=batch_size, title="reference",
-                       keep=chosen)
+        real = collect(
+            images, extractor, accelerator=accelerator, batch_size=batch_size, title="reference", keep=chosen
+        )
         first, second = _stored(stored) if stored else (real.statistics, real.spatial)
-        return cls(name=images.name, digest=images.digest(), features=extractor.name, weights=extractor.weights,
-                   shape=tuple(images.shape), statistics=first, spatial=second, pool=real.pool, labels=real.labels,
-                   origin="stored" if stored else f"computed from {len(images)} images")
+        return cls(
+            name=images.name,
+            digest=images.digest(),
+            features=extractor.name,
+            weights=extractor.weights,
+            shape=tuple(images.shape),
+            statistics=first,
+            spatial=second,
+            pool=real.pool,
+            labels=real.labels,
+            origin="stored" if stored else f"computed from {len(images)} images",
+        )
 
     def save(self, path: Path | str) -> None:
         """Write a compact reference, atomically."""
-        about = {"name": self.name, "sha256": self.digest, "features": self.features, "weights_sha256": self.weights,
-                 "shape": self.shape, "statistics": self.origin}
+        about = {
+            "name": self.name,
+            "sha256": self.digest,
+            "features": self.features,
+            "weights_sha256": self.weights,
+            "shape": self.shape,
+            "statistics": self.origin,
+        }
         arrays = {"about": np.array(json.dumps(about)), "mu": self.statistics.mean, "sigma": self.statistics.covariance}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
@@ -116,23 +160,36 @@ class Reference:
     def require(self, extractor: Extractor) -> None:
         """UserError unless the features are those of `extractor`."""
         if self.features != extractor.name:
-            raise UserError(f"{self.name} holds {self.features} features, not {extractor.name}; "
-                            f"give --features {self.features}")
+            raise UserError(
+                f"{self.name} holds {self.features} features, not {extractor.name}; give --features {self.features}"
+            )
         if self.weights and extractor.weights and self.weights != extractor.weights:
-            raise UserError(f"{self.name} was made with other {self.features} weights ({self.weights[:8]}, not "
-                            f"{extractor.weights[:8]}); build it again with these")
+            raise UserError(
+                f"{self.name} was made with other {self.features} weights ({self.weights[:8]}, not "
+                f"{extractor.weights[:8]}); build it again with these"
+            )
 
     def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """UserError unless images of (H, W, C) `shape` are of the reference's size."""
         if self.shape is not None and shape != self.shape:
-            remedy = ("one channel against three: image files are read as RGB, with --grey (of evaluations.evaluate and "
-                      "evaluations.reference) as grey" if shape[:2] == self.shape[:2] else "give a reference of that size")
-            raise UserError(f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}; {remedy}")
+            remedy = (
+                "one channel against three: image files are read as RGB, with --grey (of evaluations.evaluate and "
+                "evaluations.reference) as grey"
+                if shape[:2] == self.shape[:2]
+                else "give a reference of that size"
+            )
+            raise UserError(
+                f"{name}: images are {_size(shape)}, those of {self.name} are {_size(self.shape)}; {remedy}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Its part of metrics.json."""
-        return {"name": self.name, "sha256": self.digest, "statistics": self.origin,
-                "num_images": 0 if self.pool is None else len(self.pool)}
+        return {
+            "name": self.name,
+            "sha256": self.digest,
+            "statistics": self.origin,
+            "num_images": 0 if self.pool is None else len(self.pool),
+        }
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -150,8 +207,10 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
             continue
         pair = Statistics(*(torch.from_numpy(archive.read(name).astype(np.float64)) for name in (mean, covariance)))
         if pair.mean.ndim != 1 or pair.covariance.shape != (len(pair.mean), len(pair.mean)):
-            raise UserError(f"{archive.path}: {mean} {tuple(pair.mean.shape)} and {covariance} "
-                            f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D); get the file again")
+            raise UserError(
+                f"{archive.path}: {mean} {tuple(pair.mean.shape)} and {covariance} "
+                f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D); get the file again"
+            )
         if not (pair.mean.isfinite().all() and pair.covariance.isfinite().all()):
             raise UserError(f"{archive.path}: {mean} or {covariance} holds NaN or infinite values; get the file again")
         pairs.append(pair)
@@ -163,7 +222,10 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
 def read_compact(path: Path | str) -> Reference:
     """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
     archive = NpzArchive(path)
-    require("about" in archive.names, f"{path} was not written by evaluations.reference; make one with it for the wanted extractor")
+    require(
+        "about" in archive.names,
+        f"{path} was not written by evaluations.reference; make one with it for the wanted extractor",
+    )
     return _read_compact(archive)
 
 
@@ -185,18 +247,35 @@ def _read_compact(archive: NpzArchive) -> Reference:
         raise UserError(f"{archive.path}: about is not that of a reference ({error}); make it again") from error
     about = schema.checked(About, told, f"{archive.path}: about", "make it again")
     first, second = _stored(archive)
-    pool, labels = (torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels"))
-    require(pool is None or (pool.ndim == 2 and pool.shape[1] == len(first.mean) and pool.is_floating_point() and pool.isfinite().all()),
-            f"{archive.path}: pool must be finite features of {len(first.mean)} numbers an image; make it again")
-    require(labels is None or (pool is not None and labels.shape == pool.shape[:1] and labels.dtype == torch.int64),
-            f"{archive.path}: labels must be whole numbers, one for each image of pool; make it again")
-    return Reference(statistics=first, spatial=second, pool=pool, labels=labels, name=about["name"], digest=about["sha256"],
-                     features=about["features"], weights=about["weights_sha256"], origin=about["statistics"],
-                     shape=about["shape"] and tuple(about["shape"]))
+    pool, labels = (
+        torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels")
+    )
+    require(
+        pool is None
+        or (pool.ndim == 2 and pool.shape[1] == len(first.mean) and pool.is_floating_point() and pool.isfinite().all()),
+        f"{archive.path}: pool must be finite features of {len(first.mean)} numbers an image; make it again",
+    )
+    require(
+        labels is None or (pool is not None and labels.shape == pool.shape[:1] and labels.dtype == torch.int64),
+        f"{archive.path}: labels must be whole numbers, one for each image of pool; make it again",
+    )
+    return Reference(
+        statistics=first,
+        spatial=second,
+        pool=pool,
+        labels=labels,
+        name=about["name"],
+        digest=about["sha256"],
+        features=about["features"],
+        weights=about["weights_sha256"],
+        origin=about["statistics"],
+        shape=about["shape"] and tuple(about["shape"]),
+    )
 
 
-def open_pair(reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64,
-              grey: bool = False) -> tuple[Reference, Extractor]:
+def open_pair(
+    reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64, grey: bool = False
+) -> tuple[Reference, Extractor]:
     """A reference and the extractor that goes with it, on the accelerator's device. To be called by every process."""
     with accelerator.main_process_first():  # who downloads the weights
         extractor = open_extractor(options, accelerator.device)
@@ -205,12 +284,16 @@ def open_pair(reference: str, options: FeatureOptions, accelerator: Accelerator,
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    images: str = option(help="real images: .npz (arr_0, with or without statistics), folder, ZIP or latent set", heading="images")
+    images: str = option(
+        help="real images: .npz (arr_0, with or without statistics), folder, ZIP or latent set", heading="images"
+    )
     out: str = option(help="the reference file to write (.npz)")
     resolution: int | None = option(None, help="crop and scale image files to this size (default: as they are)")
     grey: bool = option(False, help="one channel instead of RGB, of image files")
     workers: int | None = option(None, help="decoding processes for --resolution (default: the CPU cores)")
-    num_images: int | None = option(None, help="with --features none: a random choice of this many (default: all, in order)")
+    num_images: int | None = option(
+        None, help="with --features none: a random choice of this many (default: all, in order)"
+    )
     seed: int = option(0, help="seed of that choice")
     scores: FeatureOptions = group(FeatureOptions, without=("mind",))
     keep: int = option(10_000, help="images whose features are kept, for precision and recall; statistics are of all")
@@ -219,8 +302,10 @@ class Options:
     def __post_init__(self) -> None:
         require(self.batch_size > 0 and self.keep > 3, "--batch-size must be positive and --keep at least 4")
         require(self.resolution is None or self.resolution > 0, f"--resolution {self.resolution} must be positive")
-        require(self.num_images is None or self.scores.features == IMAGES,
-                f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them")
+        require(
+            self.num_images is None or self.scores.features == IMAGES,
+            f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them",
+        )
         require(self.num_images is None or self.num_images > 0, f"--num-images {self.num_images} must be positive")
         require(self.workers is None or self.workers >= 0, f"--workers {self.workers} must not be negative")
 
@@ -231,7 +316,9 @@ IMAGES = "none"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference", description=__doc__)
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference", description=__doc__
+    )
     files.require_not_read(options.out, [options.images])
     if options.scores.features == IMAGES:
         write_images(options)
@@ -239,8 +326,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = launch.accelerator()
     with accelerator.main_process_first():  # who downloads the weights
         extractor = open_extractor(options.scores, accelerator.device)
-    reference = Reference.open(options.images, extractor, accelerator=accelerator, batch_size=options.batch_size,
-                               keep=options.keep, resolution=options.resolution, grey=options.grey, workers=options.workers)
+    reference = Reference.open(
+        options.images,
+        extractor,
+        accelerator=accelerator,
+        batch_size=options.batch_size,
+        keep=options.keep,
+        resolution=options.resolution,
+        grey=options.grey,
+        workers=options.workers,
+    )
     if accelerator.is_main_process:
         reference.save(options.out)
         kept = 0 if reference.pool is None else len(reference.pool)
@@ -252,8 +347,10 @@ def write_images(options: Options) -> None:
     images = open_images(options.images, options.resolution, options.grey, options.workers)
     chosen: Sequence[int] = range(len(images))
     if options.num_images is not None:
-        require(0 < options.num_images <= len(images),
-                f"--num-images {options.num_images}: {options.images} holds {len(images)} images")
+        require(
+            0 < options.num_images <= len(images),
+            f"--num-images {options.num_images}: {options.images} holds {len(images)} images",
+        )
         chosen = np.sort(Stream(options.seed, "reference").permutation(len(images))[: options.num_images]).tolist()
     labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
     with progress.bar(total=len(chosen), desc="reference", unit="image") as bar:

@@ -47,7 +47,9 @@ class Linear:
         return x @ self.weight + self.bias
 
 
-def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Linear | None = None, tolerance: float = 1e-5) -> Linear:
+def logistic(
+    x: Tensor, labels: Tensor, classes: int, penalty: float, start: Linear | None = None, tolerance: float = 1e-5
+) -> Linear:
     """Multinomial logistic regression: the minimum of mean cross-entropy + penalty/2 |W|^2 (the bias is free).
 
     x (N, D), labels (N,) int64. L-BFGS over all of x, in the coordinates of its principal axes scaled by an upper bound of the
@@ -61,8 +63,14 @@ def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Lin
     bias = x.new_zeros(classes) if start is None else start.bias.clone()
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     target = torch.nn.functional.one_hot(labels, classes).to(x)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-12,
-                               history_size=20, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=500,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
 
     @torch.no_grad()
     def closure() -> Tensor:
@@ -110,7 +118,9 @@ def neighbour_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor], class
     train, test = torch.cat(list(parts[:2])), parts[2]
     known, asked = (torch.nn.functional.normalize(standardise(x[part], x[train])) for part in (train, test))
     near = (asked @ known.T).topk(min(NEIGHBOURS, len(train)), dim=1)
-    votes = x.new_zeros(len(test), classes).scatter_add_(1, labels[train][near.indices], (near.values / TEMPERATURE).exp())
+    votes = x.new_zeros(len(test), classes).scatter_add_(
+        1, labels[train][near.indices], (near.values / TEMPERATURE).exp()
+    )
     return (votes.argmax(1) == labels[test]).double().mean().item()
 
 
@@ -178,7 +188,11 @@ def confusion(predicted: Tensor, mask: Tensor) -> Tensor:
 def iou(counts: Tensor) -> float:
     """mIoU of `counts` (2, 2) over all pixels of all held-out images together: the mean of the intersection over union of the
     foreground, TP / (TP + FP + FN), and of the background, TN / (TN + FP + FN). A class that is nowhere is left out."""
-    shares = [counts[c, c].item() / union for c in (0, 1) if (union := (counts[c].sum() + counts[:, c].sum() - counts[c, c]).item())]
+    shares = [
+        counts[c, c].item() / union
+        for c in (0, 1)
+        if (union := (counts[c].sum() + counts[:, c].sum() - counts[c, c]).item())
+    ]
     return sum(shares) / len(shares)
 
 
@@ -198,6 +212,7 @@ def cknna(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     With mutual neighbours alpha(i, j) = [j is among the k nearest of i in both] and kernels K, L centred per row,
     Align(K, L) = sum_ij alpha(i, j) K_ij L_ij, and CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L)).
     """
+
     def align(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> float:
         return (p[0] * q[0])[p[1] & q[1]].sum().item()
 
@@ -214,7 +229,10 @@ def principal(tokens: Tensor, count: int = 3) -> Tensor:
 
     Each axis points to where its largest loading in absolute value is positive, so that colours do not flip between runs.
     """
-    require(min(tokens.shape) >= count, f"{count} principal components need at least as many tokens and dimensions, not {tokens.shape}")
+    require(
+        min(tokens.shape) >= count,
+        f"{count} principal components need at least as many tokens and dimensions, not {tokens.shape}",
+    )
     centred = tokens.double() - tokens.double().mean(0)
     _, axes = torch.linalg.eigh(centred.T @ centred)
     axes = axes[:, -count:].flip(1)

@@ -47,11 +47,22 @@ class Scorer:
     too, which needs features of single images: UserError for a reference that holds statistics alone.
     """
 
-    def __init__(self, reference: Reference, extractor: Extractor, *, accelerator: Accelerator | None = None,
-                 precision_recall_mode: str | None = None, shuffle: int | None = None, mind: bool | None = None) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        extractor: Extractor,
+        *,
+        accelerator: Accelerator | None = None,
+        precision_recall_mode: str | None = None,
+        shuffle: int | None = None,
+        mind: bool | None = None,
+    ) -> None:
         reference.require(extractor)
-        require(not mind or reference.pool is not None, f"--mind compares single images, and {reference.name} holds statistics alone: "
-                                                        f"give a reference with images or features, or leave it out")
+        require(
+            not mind or reference.pool is not None,
+            f"--mind compares single images, and {reference.name} holds statistics alone: "
+            f"give a reference with images or features, or leave it out",
+        )
         self.mind = bool(mind)
         self.reference, self.extractor, self.accelerator = reference, extractor, accelerator
         self.precision_recall_mode = precision_recall_mode or ("adm_fp16" if extractor.name == "inception" else "fp32")
@@ -114,12 +125,19 @@ class Scorer:
     def _warnings(self, samples: Collected) -> list[str]:
         warnings = [self.extractor.note] if self.extractor.note else []
         if samples.count < FEW:
-            warnings.append(f"{samples.count} samples: the Frechet distance is biased upwards at so few, "
-                         f"compare it only with others of {samples.count} samples")
+            warnings.append(
+                f"{samples.count} samples: the Frechet distance is biased upwards at so few, "
+                f"compare it only with others of {samples.count} samples"
+            )
         elif samples.count != 50_000 and self.extractor.name == "inception":
             warnings.append(f"{samples.count} samples: published FIDs are of 50000")
-        if self.extractor.head is not None and self.shuffle is None and samples.labels is not None \
-                and (samples.labels.diff() >= 0).all() and samples.labels[0] != samples.labels[-1]:
+        if (
+            self.extractor.head is not None
+            and self.shuffle is None
+            and samples.labels is not None
+            and (samples.labels.diff() >= 0).all()
+            and samples.labels[0] != samples.labels[-1]
+        ):
             warnings.append("the samples are sorted by class, which lowers the Inception Score: give --shuffle SEED")
         return warnings
 
@@ -151,8 +169,15 @@ def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, ti
             bar.update(len(indices))
 
 
-def score(samples: np.ndarray, labels: np.ndarray | None, reference: Reference | Path | str, *,
-          features: str = "pixels", device: torch.device | str = "cpu", batch_size: int = 256) -> dict[str, Any]:
+def score(
+    samples: np.ndarray,
+    labels: np.ndarray | None,
+    reference: Reference | Path | str,
+    *,
+    features: str = "pixels",
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> dict[str, Any]:
     """Metrics of uint8 samples (N, H, W, C) in memory, against a reference or the path of one.
 
     Returns what metrics.json holds; its "metrics" entry maps names to numbers. Raises UserError as the command does.
@@ -162,6 +187,8 @@ def score(samples: np.ndarray, labels: np.ndarray | None, reference: Reference |
         reference = Reference.open(reference, extractor, batch_size=batch_size)
     images = ArrayImages(samples, labels, "the samples")
     scorer = Scorer(reference, extractor)
-    for start, batch in zip(range(0, len(images), batch_size), images.batches(range(len(images)), batch_size), strict=True):
+    for start, batch in zip(
+        range(0, len(images), batch_size), images.batches(range(len(images)), batch_size), strict=True
+    ):
         scorer.add(batch, None if images.labels is None else images.labels[start : start + len(batch)])
     return scorer.result()

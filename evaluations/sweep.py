@@ -65,8 +65,11 @@ class SweepConfig:
     def points(self) -> list[Point]:
         """The grid. At scale 1 there is no guidance, and one point stands for all intervals."""
         highs = values("--guidance-high", self.guidance_high)
-        return [(scale, high) for scale in values("--cfg-scale", self.cfg_scale)
-                for high in (highs if scale != 1 else highs[-1:])]
+        return [
+            (scale, high)
+            for scale in values("--cfg-scale", self.cfg_scale)
+            for high in (highs if scale != 1 else highs[-1:])
+        ]
 
     def at(self, point: Point) -> SamplingConfig:
         """The settings of one point."""
@@ -82,8 +85,10 @@ def values(flag: str, text: str) -> list[float]:
         first, last, step = (Decimal(part) for part in (text.split(":") if ":" in text else (text, text, "1")))
     except (ValueError, InvalidOperation) as error:
         raise UserError(f"{flag} {text} is neither a number nor FIRST:LAST:STEP; give one of them") from error
-    require(first.is_finite() and last.is_finite() and step.is_finite(),
-            f"{flag} {text} holds a number that is not finite; give finite ones")
+    require(
+        first.is_finite() and last.is_finite() and step.is_finite(),
+        f"{flag} {text} holds a number that is not finite; give finite ones",
+    )
     require(step > 0 and last >= first, f"{flag} {text}: STEP must be positive and LAST at least FIRST")
     return [float(first + step * index) for index in range(int((last - first) / step) + 1)]
 
@@ -113,14 +118,20 @@ class Results:
             earlier = schema.read(Sweep, path, "give another --out")
             for key, value in settings.items():
                 if earlier["settings"].get(key) != value:
-                    raise UserError(f"{path} is a sweep with another {key} ({earlier['settings'].get(key)}, not "
-                                    f"{value}); give another --out")
-            self.points = {(point["cfg_scale"], point["guidance_high"]): point["metrics"] for point in earlier["points"]}
+                    raise UserError(
+                        f"{path} is a sweep with another {key} ({earlier['settings'].get(key)}, not "
+                        f"{value}); give another --out"
+                    )
+            self.points = {
+                (point["cfg_scale"], point["guidance_high"]): point["metrics"] for point in earlier["points"]
+            }
 
     def write(self) -> None:
         """Write all points, atomically."""
-        points = [{"cfg_scale": scale, "guidance_high": high, "metrics": metrics}
-                  for (scale, high), metrics in sorted(self.points.items())]
+        points = [
+            {"cfg_scale": scale, "guidance_high": high, "metrics": metrics}
+            for (scale, high), metrics in sorted(self.points.items())
+        ]
         files.write_json(self.path, {"settings": self.settings, "points": points})
 
 
@@ -139,8 +150,10 @@ def table(points: dict[Point, dict[str, float]], metric: str) -> str:
     """The grid as aligned text: scales across, upper ends down."""
     scales, highs, grid = rows(points, metric)
     lines = [["high \\ scale", *(f"{scale:g}" for scale in scales)]]
-    lines += [[f"{high:g}", *("-" if value is None else f"{value:.3f}" for value in line)]
-              for high, line in zip(highs, grid, strict=True)]
+    lines += [
+        [f"{high:g}", *("-" if value is None else f"{value:.3f}" for value in line)]
+        for high, line in zip(highs, grid, strict=True)
+    ]
     return aligned(lines, left=(), rule=False)
 
 
@@ -161,7 +174,15 @@ def heat_map(points: dict[Point, dict[str, float]], metric: str, title: str) -> 
     middle = (np.nanmin(image) + np.nanmax(image)) / 2
     for (row, column), value in np.ndenumerate(image):
         if not np.isnan(value):
-            axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color="white" if value <= middle else "black")
+            axes.text(
+                column,
+                row,
+                f"{value:.3g}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if value <= middle else "black",
+            )
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(highs)), [f"{high:g}" for high in highs])
     axes.set(xlabel="guidance scale", ylabel="guide while t is at most", title=title)
@@ -181,8 +202,10 @@ def command(config: SweepConfig, point: Point) -> str:
 
 def edges(config: SweepConfig, point: Point) -> Iterator[str]:
     """The options at whose end `point` lies: a better one may lie beyond. Ends of the possible range do not count."""
-    for flag, text, value, limits in (("--cfg-scale", config.cfg_scale, point[0], (1.0,)),
-                                      ("--guidance-high", config.guidance_high, point[1], (0.0, 1.0))):
+    for flag, text, value, limits in (
+        ("--cfg-scale", config.cfg_scale, point[0], (1.0,)),
+        ("--guidance-high", config.guidance_high, point[1], (0.0, 1.0)),
+    ):
         swept = values(flag, text)
         if len(swept) > 1 and value in (swept[0], swept[-1]) and value not in limits:
             yield flag
@@ -195,8 +218,11 @@ def sweep(config: SweepConfig) -> Path:
     accelerator, count = source.accelerator, config.num_fid_samples
     reference, extractor = open_pair(config.reference, config.scores, accelerator, config.source.batch_size)
     settings = source.settings(config.at(points[0]), count) | {
-        "reference": reference.digest, "features": extractor.name, "features_weights": extractor.weights,
-        **({"mind": True} if config.scores.mind else {})}
+        "reference": reference.digest,
+        "features": extractor.name,
+        "features_weights": extractor.weights,
+        **({"mind": True} if config.scores.mind else {}),
+    }
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
     out = Path(config.out) if config.out else source.folder / "sweep" / source.checkpoint.path.name
@@ -212,8 +238,13 @@ def sweep(config: SweepConfig) -> Path:
         began = time.monotonic()
         for number, point in enumerate(todo, 1):
             scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
-            add_drawn(scorer, source.sampler(config.at(point), count), count, config.source.batch_size,
-                      f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},")
+            add_drawn(
+                scorer,
+                source.sampler(config.at(point), count),
+                count,
+                config.source.batch_size,
+                f"{number}/{len(todo)}: scale {point[0]:g}, high {point[1]:g},",
+            )
             results.points[point] = scorer.result()["metrics"]
             if accelerator.is_main_process:
                 results.write()
@@ -230,8 +261,10 @@ def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int)
     each = [source.sampler(config.at(point), config.num_fid_samples).evaluations for point in todo]
     network = "an adaptive number of" if None in each else f"{sum(filter(None, each)) * config.num_fid_samples:,}"
     images = len(todo) * config.num_fid_samples
-    return (f"{len(todo)} of {total} points to do, {config.num_fid_samples} samples each: {images:,} images, {network} "
-            f"network evaluations, as many images as {images / 50_000:.2g} full samplings")
+    return (
+        f"{len(todo)} of {total} points to do, {config.num_fid_samples} samples each: {images:,} images, {network} "
+        f"network evaluations, as many images as {images / 50_000:.2g} full samplings"
+    )
 
 
 def remaining(config: SweepConfig, source: Source, todo: Sequence[Point], seconds: float) -> str:
@@ -249,12 +282,17 @@ def conclude(config: SweepConfig, results: Results, out: Path) -> None:
     best = min(points, key=lambda point: points[point][metric])
     with files.replacing(out / "sweep.png") as temporary:
         heat_map(points, metric, title).savefig(temporary, format="png", dpi=150)
-    print(f"{title} (not to be compared with other counts):\n{table(points, metric)}\n"
-          f"written to {out}/sweep.json and sweep.png")
+    print(
+        f"{title} (not to be compared with other counts):\n{table(points, metric)}\n"
+        f"written to {out}/sweep.json and sweep.png"
+    )
     for flag in edges(config, best):
         print(f"the best point lies at the end of {flag}: widen it, points that are done are kept")
-    print(f"best: {metric} {points[best][metric]:.3f} at scale {best[0]:g}, high {best[1]:g}. The full set of "
-          f"samples:\n{command(config, best)}", flush=True)
+    print(
+        f"best: {metric} {points[best][metric]:.3f} at scale {best[0]:g}, high {best[1]:g}. The full set of "
+        f"samples:\n{command(config, best)}",
+        flush=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -52,8 +52,15 @@ class Items:
         UserError: a set that is missing or damaged, a mask file that does not fit it.
     """
 
-    def __init__(self, folder: str, count: int, seed: int, masks: str | None = None, shuffled: bool = False,
-                 classes: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: str,
+        count: int,
+        seed: int,
+        masks: str | None = None,
+        shuffled: bool = False,
+        classes: Collection[int] = (),
+    ) -> None:
         self.data, self.seed = LatentSet(folder), seed
         drawn = Stream(seed, "probe/items").permutation(len(self.data))
         if classes:
@@ -61,7 +68,11 @@ class Items:
         self._drawn = drawn[:count]
         self.index = np.sort(self._drawn)  # in the order of the disk
         self.labels = torch.from_numpy(self.data.labels[self.index])
-        self.told = self.labels[torch.from_numpy(Stream(seed, "probe/labels").permutation(len(self.index)))] if shuffled else self.labels
+        self.told = (
+            self.labels[torch.from_numpy(Stream(seed, "probe/labels").permutation(len(self.index)))]
+            if shuffled
+            else self.labels
+        )
         self.masks, self._groups = (None, None) if masks is None else read_masks(masks, len(self.data))
 
     def __len__(self) -> int:
@@ -96,10 +107,18 @@ def read_masks(file: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(count, H, W) uint8 masks and, where the file has them, (count,) int64 groups. Raises UserError where they do not fit."""
     archive = NpzArchive(file)
     masks, groups = (archive.read(name) if name in archive.names else None for name in ("masks", "groups"))
-    require(masks is not None and masks.ndim == 3 and masks.dtype in (np.uint8, np.bool_) and masks.shape[1] == masks.shape[2] > 0
-            and masks.max(initial=0) <= 1, f"--masks {file} needs an array masks of shape (N, H, H), uint8, with 0 and 1 in it")
-    require(len(masks) == count and (groups is None or (groups.shape == (count,) and groups.dtype.kind in "iu")),
-            f"--masks {file} holds {len(masks)} masks, the data set {count} items: they must be in one order, one for each, groups too")
+    require(
+        masks is not None
+        and masks.ndim == 3
+        and masks.dtype in (np.uint8, np.bool_)
+        and masks.shape[1] == masks.shape[2] > 0
+        and masks.max(initial=0) <= 1,
+        f"--masks {file} needs an array masks of shape (N, H, H), uint8, with 0 and 1 in it",
+    )
+    require(
+        len(masks) == count and (groups is None or (groups.shape == (count,) and groups.dtype.kind in "iu")),
+        f"--masks {file} holds {len(masks)} masks, the data set {count} items: they must be in one order, one for each, groups too",
+    )
     return masks.astype(np.uint8), groups
 
 
@@ -109,15 +128,21 @@ def split(groups: np.ndarray, seed: int) -> Parts:
     Raises UserError where fewer than five groups leave a part empty.
     """
     known, group = np.unique(groups, return_inverse=True)
-    require(len(known) >= HELD_OUT, f"{len(known)} images (or groups of them) are too few to hold some out: give --items of at least "
-                                   f"{HELD_OUT}, or a larger set")
+    require(
+        len(known) >= HELD_OUT,
+        f"{len(known)} images (or groups of them) are too few to hold some out: give --items of at least "
+        f"{HELD_OUT}, or a larger set",
+    )
     order = np.empty(len(known), np.int64)
     order[Stream(seed, "probe/split").permutation(len(known))] = np.arange(len(known))
     test = max(1, len(known) // HELD_OUT)
     validate = max(1, (len(known) - test) // HELD_OUT)
     rank = order[group]
-    return Parts(np.flatnonzero(rank >= test + validate), np.flatnonzero((test <= rank) & (rank < test + validate)),
-                 np.flatnonzero(rank < test))
+    return Parts(
+        np.flatnonzero(rank >= test + validate),
+        np.flatnonzero((test <= rank) & (rank < test + validate)),
+        np.flatnonzero(rank < test),
+    )
 
 
 def chunks(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -144,15 +169,22 @@ class Probed:
         checkpoint, data = Checkpoint.open(name), items.data
         spec = checkpoint.spec
         wanted = tuple(sorted(set(blocks))) if blocks else tuple(range(1, spec.depth + 1))
-        require(all(1 <= block <= spec.depth for block in wanted), f"--blocks: {name} has blocks 1 to {spec.depth}: give some of them")
+        require(
+            all(1 <= block <= spec.depth for block in wanted),
+            f"--blocks: {name} has blocks 1 to {spec.depth}: give some of them",
+        )
         difference = checkpoint.space.difference(data.space)
-        require(difference is None and spec.input_size == data.latent_size and spec.num_classes == data.num_classes,
-                f"{name} was trained on {spec.input_size}x{spec.input_size} latents of {checkpoint.space.name} with {spec.num_classes} "
-                f"classes, {data.path} holds {data.latent_size}x{data.latent_size} of {data.space.name} with {data.num_classes}"
-                f"{f' ({difference})' if difference else ''}: they must agree")
-        require(items.masks is None or items.masks.shape[-1] % spec.side == 0,
-                f"--masks: {0 if items.masks is None else items.masks.shape[-1]} pixels a side cannot be cut into the {spec.side} tokens "
-                f"a side of {name}: give masks of the images' size")
+        require(
+            difference is None and spec.input_size == data.latent_size and spec.num_classes == data.num_classes,
+            f"{name} was trained on {spec.input_size}x{spec.input_size} latents of {checkpoint.space.name} with {spec.num_classes} "
+            f"classes, {data.path} holds {data.latent_size}x{data.latent_size} of {data.space.name} with {data.num_classes}"
+            f"{f' ({difference})' if difference else ''}: they must agree",
+        )
+        require(
+            items.masks is None or items.masks.shape[-1] % spec.side == 0,
+            f"--masks: {0 if items.masks is None else items.masks.shape[-1]} pixels a side cannot be cut into the {spec.side} tokens "
+            f"a side of {name}: give masks of the images' size",
+        )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(checkpoint, checkpoint.network(weights, depth=max(wanted)).to(device), wanted, device)
 
@@ -162,16 +194,22 @@ class Probed:
 
     def require_null(self) -> None:
         """Raise UserError where the null label was never trained: f_u and f_g do not exist."""
-        require(self.checkpoint.has_null, f"{self.name} was trained without label dropout (--cfg-prob 0), so it has no f_u and f_g: "
-                                          f"use --features c")
+        require(
+            self.checkpoint.has_null,
+            f"{self.name} was trained without label dropout (--cfg-prob 0), so it has no f_u and f_g: use --features c",
+        )
 
     @exact_arithmetic()
-    def pairs(self, items: Items, places: np.ndarray, t: float, unconditional: bool = True) -> dict[int, tuple[Tensor, Tensor]]:
+    def pairs(
+        self, items: Items, places: np.ndarray, t: float, unconditional: bool = True
+    ) -> dict[int, tuple[Tensor, Tensor]]:
         """Block -> f_u and f_c, both (n, T, D) float64, at the images of `places`, of one doubled pass through the network.
 
         Without `unconditional` the first is 0 and costs nothing.
         """
-        x0, noise, labels = (value.to(self.device) for value in (items.clean(places), items.noise(places), items.told[places]))
+        x0, noise, labels = (
+            value.to(self.device) for value in (items.clean(places), items.noise(places), items.told[places])
+        )
         times = torch.full((len(x0),), t, device=self.device)
         xt = interpolant.corrupt(x0, noise, times)
         if unconditional:
@@ -180,7 +218,9 @@ class Probed:
         found = self.network(xt, times, labels, taps=self.blocks, exit_early=True).features
         if unconditional:
             return {block: tuple(found[block].double().chunk(2)) for block in self.blocks}
-        return {block: (torch.zeros_like(found[block], dtype=torch.float64), found[block].double()) for block in self.blocks}
+        return {
+            block: (torch.zeros_like(found[block], dtype=torch.float64), found[block].double()) for block in self.blocks
+        }
 
 
 @exact_arithmetic()

@@ -1,8 +1,8 @@
 """The networks: a registry of sizes, and `build`, the one way to make one.
 
-    spec = models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000)
-    network = models.build(spec, seed=0)
-    velocity, features = network(x, t, y, taps=[8])
+spec = models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000)
+network = models.build(spec, seed=0)
+velocity, features = network(x, t, y, taps=[8])
 """
 
 from __future__ import annotations
@@ -29,8 +29,26 @@ from models.backbone import (
 from models.layers import patchify, unpatchify
 from runtime.errors import UserError, nearest
 
-__all__ = ["CONDITION", "QK", "VELOCITY", "Backbone", "ModelSpec", "Output", "Tap", "build", "check_weights", "names", "outline",
-           "parameter_count", "parameter_names", "patchify", "require_architecture", "require_finite", "spec", "unpatchify"]
+__all__ = [
+    "CONDITION",
+    "QK",
+    "VELOCITY",
+    "Backbone",
+    "ModelSpec",
+    "Output",
+    "Tap",
+    "build",
+    "check_weights",
+    "names",
+    "outline",
+    "parameter_count",
+    "parameter_names",
+    "patchify",
+    "require_architecture",
+    "require_finite",
+    "spec",
+    "unpatchify",
+]
 
 ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}
 SIZES = {"sit": sit.SIZES, "lightningdit": lightningdit.SIZES}
@@ -50,9 +68,18 @@ def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_n
     for architecture, sizes in SIZES.items():
         if name in sizes:
             depth, hidden_size, num_heads, patch_size = sizes[name]
-            return ModelSpec(name=name, architecture=architecture, depth=depth, hidden_size=hidden_size,
-                             num_heads=num_heads, patch_size=patch_size, in_channels=in_channels,
-                             input_size=input_size, num_classes=num_classes, qk_norm=qk_norm)
+            return ModelSpec(
+                name=name,
+                architecture=architecture,
+                depth=depth,
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                input_size=input_size,
+                num_classes=num_classes,
+                qk_norm=qk_norm,
+            )
     raise UserError(f"no model is called {name}{nearest(name, names())}; there are {', '.join(names())}")
 
 
@@ -66,12 +93,15 @@ def outline(spec: ModelSpec, *, depth: int | None = None) -> Backbone:
 def require_architecture(spec: ModelSpec) -> None:
     """Raise UserError unless the architecture of `spec` is one that there is."""
     if spec.architecture not in ARCHITECTURES:
-        raise UserError(f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}; there are "
-                        f"{', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}; there are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
 
 
-def build(spec: ModelSpec, *, seed: int = 0, depth: int | None = None,
-          weights: Mapping[str, Tensor] | None = None) -> Backbone:
+def build(
+    spec: ModelSpec, *, seed: int = 0, depth: int | None = None, weights: Mapping[str, Tensor] | None = None
+) -> Backbone:
     """A float32 network on the CPU, with `weights` or, without them, freshly initialised from `seed`.
 
     The global random generator is neither read nor moved. With `depth`, only the first blocks and no final layer are
@@ -95,6 +125,8 @@ def parameter_names(spec: ModelSpec, *, depth: int | None = None) -> list[str]:
 
 def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
     """Raise UserError where a weight is not a finite number; names the first such tensor."""
-    bad = next((name for name, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()), None)
+    bad = next(
+        (name for name, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()), None
+    )
     if bad is not None:
         raise UserError(f"{where} holds numbers that are not finite, first in {bad}; use another checkpoint")

@@ -44,9 +44,21 @@ def read_archive(path: Path | str) -> Any:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is None:
             raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
-        raise UserError(f"{path} asks to run {asked[1]} from outside torch, which is refused; save its state dict alone, "
-                        "as safetensors, where you trust it") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path} asks to run {asked[1]} from outside torch, which is refused; save its state dict alone, "
+            "as safetensors, where you trust it"
+        ) from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
 
 
@@ -65,7 +77,9 @@ def _require_sound(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
     if packed is not None or not sound:
-        raise UserError(f"{path} is not an archive as torch writes them ({packed or 'its entries overlap'}); save the state dict anew")
+        raise UserError(
+            f"{path} is not an archive as torch writes them ({packed or 'its entries overlap'}); save the state dict anew"
+        )
     if damaged is not None:
         raise UserError(f"{path} is damaged: the checksum of {damaged} in it does not fit; restore it from a copy")
 

@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Tensor:
@@ -30,8 +34,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Ten
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def milliseconds(heads: int, tokens: int, head_dim: int, images: int, dtype: torch.dtype, device: torch.device,
-                 backward: bool, repetitions: int = 10) -> dict[str, float]:
+def milliseconds(
+    heads: int,
+    tokens: int,
+    head_dim: int,
+    images: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+    repetitions: int = 10,
+) -> dict[str, float]:
     """Time of one attention, with its backward pass or without, by each kernel that takes these shapes."""
     # the layout that Attention makes: one product's output, seen as three
     parts = torch.zeros(images, tokens, 3, heads, head_dim, dtype=dtype, device=device).permute(2, 0, 3, 1, 4)
@@ -43,7 +55,11 @@ def milliseconds(heads: int, tokens: int, head_dim: int, images: int, dtype: tor
         if backward:
             torch.autograd.grad(mixed, (q, k, v), mixed.detach())
 
-    return {kernel: spent for kernel in KERNELS if (spent := _timed(lambda kernel=kernel: call(kernel), repetitions, wait)) is not None}
+    return {
+        kernel: spent
+        for kernel in KERNELS
+        if (spent := _timed(lambda kernel=kernel: call(kernel), repetitions, wait)) is not None
+    }
 
 
 def _timed(call: Callable[[], None], repetitions: int, wait: Callable[[], None]) -> float | None:
@@ -61,8 +77,13 @@ def _timed(call: Callable[[], None], repetitions: int, wait: Callable[[], None])
     return (time.perf_counter() - started) / repetitions * 1e3
 
 
-def choose(network: nn.Module, images: int, dtype: torch.dtype | None, backward: bool,
-           measure: Callable[..., dict[str, float]] = milliseconds) -> str:
+def choose(
+    network: nn.Module,
+    images: int,
+    dtype: torch.dtype | None,
+    backward: bool,
+    measure: Callable[..., dict[str, float]] = milliseconds,
+) -> str:
     """Fix the fastest kernel for every block of `network` at batches of `images`; returns what to say of it.
 
     The choice stays when batches vary (the samples that an interval selects): another kernel would be another compilation.

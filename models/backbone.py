@@ -26,7 +26,12 @@ from runtime import schema
 from runtime.errors import UserError, require
 from runtime.streams import Stream
 
-_MOST = {"depth": 1000, "hidden_size": 65_536, "input_size": 4096, "in_channels": 65_536}  # beyond: a damaged description
+_MOST = {
+    "depth": 1000,
+    "hidden_size": 65_536,
+    "input_size": 4096,
+    "in_channels": 65_536,
+}  # beyond: a damaged description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +48,24 @@ class ModelSpec:
     input_size: int  # side of the latent
     num_classes: int
     qk_norm: bool = False
-    position_span: int | None = None  # side of the token grid whose positions are stretched over this one; None: its own
+    position_span: int | None = (
+        None  # side of the token grid whose positions are stretched over this one; None: its own
+    )
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "input_size", "num_classes"):
             if getattr(self, name) < 1:
                 raise UserError(f"model {self.name}: {name} must be at least 1, not {getattr(self, name)}")
             if getattr(self, name) > _MOST.get(name, 1_000_000):
-                raise UserError(f"model {self.name}: {name} {getattr(self, name)} must be at most {_MOST.get(name, 1_000_000)}")
+                raise UserError(
+                    f"model {self.name}: {name} {getattr(self, name)} must be at most {_MOST.get(name, 1_000_000)}"
+                )
         for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
             if getattr(self, whole) % getattr(self, part):
-                raise UserError(f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "
-                                f"{getattr(self, part)}; choose one that divides it")
+                raise UserError(
+                    f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "
+                    f"{getattr(self, part)}; choose one that divides it"
+                )
         if self.hidden_size % 4:
             raise UserError(f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
 
@@ -120,8 +131,9 @@ class Block(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None,
-                tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None, tapped: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         q, k, v = self.attn.queries_keys_values(modulate(self.norm1(x), shift1, scale1), rotation)
         x = x + gate1[:, None] * self.attn.attend(q, k, v)
@@ -164,9 +176,15 @@ class Backbone(nn.Module):
             return self.head_norm(head_dim) if spec.qk_norm else nn.Identity()
 
         self.blocks = nn.ModuleList(
-            Block(width, norm1=self.norm(width), attn=Attention(width, spec.num_heads, head_norm(), head_norm()),
-                  norm2=self.norm(width), mlp=self.mlp(width))
-            for _ in range(spec.depth if depth is None else depth))
+            Block(
+                width,
+                norm1=self.norm(width),
+                attn=Attention(width, spec.num_heads, head_norm(), head_norm()),
+                norm2=self.norm(width),
+                mlp=self.mlp(width),
+            )
+            for _ in range(spec.depth if depth is None else depth)
+        )
         out = spec.patch_size**2 * spec.in_channels
         self.final_layer = FinalLayer(width, out, self.norm(width)) if depth is None else None
 
@@ -175,8 +193,11 @@ class Backbone(nn.Module):
 
     def matrices(self) -> dict[str, int]:
         """The blocks' weight matrices by name, and how many each of them holds."""
-        return {name: self.PARTS.get(name.split(".", 2)[2], 1) for name, parameter in self.named_parameters()
-                if name.startswith("blocks.") and parameter.ndim == 2}
+        return {
+            name: self.PARTS.get(name.split(".", 2)[2], 1)
+            for name, parameter in self.named_parameters()
+            if name.startswith("blocks.") and parameter.ndim == 2
+        }
 
     @staticmethod
     def norm(width: int) -> nn.Module:
@@ -252,8 +273,10 @@ def initial_weights(network: Backbone, seed: int) -> dict[str, Tensor]:
     Xavier-uniform linear layers and patch embedding (seen as a linear layer), N(0, 0.02) time MLP and label table,
     zero biases, and zeros in all of adaLN and the last layer, so that each block is the identity and the velocity 0.
     """
-    return {name: _initial(name, parameter.shape, Stream(seed, f"init/{name}"))
-            for name, parameter in network.named_parameters()}
+    return {
+        name: _initial(name, parameter.shape, Stream(seed, f"init/{name}"))
+        for name, parameter in network.named_parameters()
+    }
 
 
 def _initial(name: str, shape: torch.Size, stream: Stream) -> Tensor:
@@ -272,8 +295,11 @@ def check_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     faults = [f"{name} is missing" for name in wanted if name not in weights]
     faults += [f"{name} is unexpected" for name in weights if name not in wanted]
-    faults += [f"{name} is {tuple(weights[name].shape)} where {shape} is needed" for name, shape in wanted.items()
-               if name in weights and tuple(weights[name].shape) != shape]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)} where {shape} is needed"
+        for name, shape in wanted.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"the weights do not fit {network.spec.name}: {', '.join(faults[:3])}{more}")

@@ -72,17 +72,27 @@ class Checkpoint:
         folder = locate(path)
         file = folder / "config.json"
         config = files.read_json(file)
-        if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") not in (1, FORMAT):
-            raise UserError(f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint")
+        if (
+            not isinstance(config, dict)
+            or config.get("kind") != "checkpoint"
+            or config.get("format") not in (1, FORMAT)
+        ):
+            raise UserError(
+                f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint"
+            )
         files.require_sealed_since_2(file, config)
         schema.checked(Config, config, file, "use another checkpoint")
-        require(folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],
-                f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another checkpoint")
+        require(
+            folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],
+            f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another checkpoint",
+        )
         try:
             opened = cls(folder, config)
             models.require_architecture(opened.spec)
-            require(opened.space.channels == opened.spec.in_channels,
-                    f"its network reads {opened.spec.in_channels} channels, its latent space has {opened.space.channels}")
+            require(
+                opened.space.channels == opened.spec.in_channels,
+                f"its network reads {opened.spec.in_channels} channels, its latent space has {opened.space.channels}",
+            )
             return opened
         except UserError as error:
             raise UserError(f"{file}: {error}; use another checkpoint") from error
@@ -98,7 +108,9 @@ class Checkpoint:
         if name in self._intact:
             return
         if Path(name).name != name:
-            raise UserError(f"{self.path / 'config.json'} is damaged: it names the file {name} outside its folder; use another checkpoint")
+            raise UserError(
+                f"{self.path / 'config.json'} is damaged: it names the file {name} outside its folder; use another checkpoint"
+            )
         if not file.is_file():
             raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
         if files.digest(file) != self.files[name]:
@@ -135,8 +147,10 @@ class Checkpoint:
         file = self.path / f"{'network' if name == 'raw' else name}.safetensors"
         recorded = self.files.get(file.name)
         if recorded is None:
-            raise UserError(f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)}: choose one (--weights and "
-                            f"its like)")
+            raise UserError(
+                f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)}: choose one (--weights and "
+                f"its like)"
+            )
         self.require_intact(file.name)
         return files.load_tensors(file)
 
@@ -166,8 +180,10 @@ def locate(name: Path | str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.is_file():
-        raise UserError(f"{name} is a file, not a checkpoint: python -m models.convert {name} --out ckpts/{folder.stem} makes one of "
-                        f"published weights")
+        raise UserError(
+            f"{name} is a file, not a checkpoint: python -m models.convert {name} --out ckpts/{folder.stem} makes one of "
+            f"published weights"
+        )
     run, at, step = str(name).rpartition("@")
     if at and step.isdigit() and not folder.exists():
         steps = {int(path.name): path for path in reversed(saved(run))}
@@ -193,8 +209,10 @@ def saved(run: Path | str) -> list[Path]:
 def latest(run: Path | str) -> Path | None:
     """The newest checkpoint of `run`, None where there is none. Raises UserError where it has lost its config.json."""
     newest = next(iter(saved(run)), None)
-    require(newest is None or (newest / "config.json").is_file(),
-            f"{newest}, the newest checkpoint of {run}, is damaged: its config.json is missing; name an older one")
+    require(
+        newest is None or (newest / "config.json").is_file(),
+        f"{newest}, the newest checkpoint of {run}, is damaged: its config.json is missing; name an older one",
+    )
     return newest
 
 
@@ -223,10 +241,16 @@ def is_converted(path: Path, insisted: bool = False) -> bool:
     if not isinstance(config, dict):
         return False
     if config.get("kind") == "checkpoint" and isinstance(config.get("files"), dict):
-        return ("source" in config or insisted) and {file.name for file in path.iterdir()} <= {"config.json", *config["files"]}
+        return ("source" in config or insisted) and {file.name for file in path.iterdir()} <= {
+            "config.json",
+            *config["files"],
+        }
     names = {"config.json", "diffusion_pytorch_model.safetensors", "source.json"}
-    return config.get("_class_name") == "AutoencoderKL" and {file.name for file in path.iterdir()} <= names and \
-        ((path / "source.json").is_file() or insisted)
+    return (
+        config.get("_class_name") == "AutoencoderKL"
+        and {file.name for file in path.iterdir()} <= names
+        and ((path / "source.json").is_file() or insisted)
+    )
 
 
 def write(
@@ -248,7 +272,13 @@ def write(
     `averages` are further moving averages by name (`ema-0.9995`); `ours` says what may be replaced; `optimizer` is (state
     tensors by 'parameter/slot', groups as JSON values).
     """
-    parts = {"network": network, "ema": ema, **(averages or {}), "heads": heads, "optimizer": optimizer[0] if optimizer else None}
+    parts = {
+        "network": network,
+        "ema": ema,
+        **(averages or {}),
+        "heads": heads,
+        "optimizer": optimizer[0] if optimizer else None,
+    }
     with files.replacing(path, ours) as folder:
         folder.mkdir()
         for name, tensors in parts.items():
@@ -257,9 +287,19 @@ def write(
         if optimizer:
             files.write_json(folder / "optimizer.json", optimizer[1])
         digests = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
-        files.write_sealed(folder / "config.json", {
-            "format": FORMAT, "kind": "checkpoint", "model": spec.to_json(), "space": space.to_json(),
-            "step": step, **meta, "versions": versions(), "files": digests})
+        files.write_sealed(
+            folder / "config.json",
+            {
+                "format": FORMAT,
+                "kind": "checkpoint",
+                "model": spec.to_json(),
+                "space": space.to_json(),
+                "step": step,
+                **meta,
+                "versions": versions(),
+                "files": digests,
+            },
+        )
 
 
 def versions() -> dict[str, str]:

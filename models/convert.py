@@ -41,31 +41,55 @@ from runtime.options import option, read
 class Options:
     """Options of `python -m models.convert SRC`."""
 
-    source: str = option(help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)", heading="files")
+    source: str = option(
+        help="published weight file: .pt, .pth, .ckpt or .safetensors (may be given as first word)", heading="files"
+    )
     out: str = option(help="checkpoint folder to write (a diffusers folder for a VAE)")
-    overwrite: bool = option(False, help="replace any checkpoint or VAE at --out, not only what this command wrote there")
-    num_heads: int | None = option(None, help="attention heads, where the size is not a published one", heading="network")
-    noise_at: int | None = option(None, choices=(0, 1), help="time at which the file's network sees noise, where its "
-                                         "family is not known by its keys (SiT, LightningDiT: 0; REPA and what derives from it: 1)")
-    internal_block: int | None = option(None, help="block that Internal Guidance's second final layer reads (default: 8, as its authors')")
-    vae: str | None = option(None, help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)",
-                                   heading="latent space")
+    overwrite: bool = option(
+        False, help="replace any checkpoint or VAE at --out, not only what this command wrote there"
+    )
+    num_heads: int | None = option(
+        None, help="attention heads, where the size is not a published one", heading="network"
+    )
+    noise_at: int | None = option(
+        None,
+        choices=(0, 1),
+        help="time at which the file's network sees noise, where its "
+        "family is not known by its keys (SiT, LightningDiT: 0; REPA and what derives from it: 1)",
+    )
+    internal_block: int | None = option(
+        None, help="block that Internal Guidance's second final layer reads (default: 8, as its authors')"
+    )
+    vae: str | None = option(
+        None,
+        help="VAE of its latents: hub id, folder or pixels (default for 4 channels: SD-VAE)",
+        heading="latent space",
+    )
     statistics: str | None = option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
 
     def __post_init__(self) -> None:
         require(self.num_heads is None or self.num_heads > 0, f"--num-heads {self.num_heads} must be at least 1")
 
 
-SD_VAE = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema")
+SD_VAE = LatentSpace(
+    name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the folder written."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.convert", description=__doc__,
-                   first="source")
+    options = read(
+        Options,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m models.convert",
+        description=__doc__,
+        first="source",
+    )
     source = Path(options.source)
     ours = functools.partial(checkpoint.is_converted, insisted=options.overwrite)
-    files.require_replaceable(options.out, ours, "choose another place, or add --overwrite to replace a checkpoint or VAE")
+    files.require_replaceable(
+        options.out, ours, "choose another place, or add --overwrite to replace a checkpoint or VAE"
+    )
     archive = read_archive(source)
     sets, ignored = weight_sets(archive, source)
     for weights in sets.values():
@@ -73,16 +97,30 @@ def main(argv: Sequence[str] | None = None) -> Path:
     origin: dict[str, Any] = {"file": source.name, "digest": files.digest(source)}
     if vavae.recognises(next(iter(sets.values()))):
         return convert_vae(sets, ignored, origin, options)
-    converted = {name: layouts.convert_network(
-        weights, options.source, num_heads=options.num_heads, noise_at=options.noise_at, internal_block=options.internal_block)
-        for name, weights in sets.items()}
+    converted = {
+        name: layouts.convert_network(
+            weights,
+            options.source,
+            num_heads=options.num_heads,
+            noise_at=options.noise_at,
+            internal_block=options.internal_block,
+        )
+        for name, weights in sets.items()
+    }
     first = next(iter(converted.values()))
     space = latent_space(first.spec, options)
     ignored += first.ignored
     checkpoint.write(
-        options.out, spec=first.spec, space=space, step=step_of(archive, source),
-        network=converted["model"].weights if "model" in converted else {}, ema=converted["ema"].weights,
-        source={**origin, "layout": first.layout, "ignored": ignored}, ours=ours, **velocity_head(converted))
+        options.out,
+        spec=first.spec,
+        space=space,
+        step=step_of(archive, source),
+        network=converted["model"].weights if "model" in converted else {},
+        ema=converted["ema"].weights,
+        source={**origin, "layout": first.layout, "ignored": ignored},
+        ours=ours,
+        **velocity_head(converted),
+    )
     print(f"{source.name}: {layouts.describe(first)}")
     return _done(options.out, ignored)
 
@@ -93,8 +131,11 @@ def velocity_head(converted: Mapping[str, Converted]) -> dict[str, Any]:
     if first.velocity_head is None:
         return {}
     raw = converted["model"].head if "model" in converted else {}
-    return {"velocity_heads": {"internal": dataclasses.asdict(first.velocity_head)}, "averages": {"internal-head-ema": first.head},
-            "heads": {f"internal.head.{name}": value for name, value in raw.items()}}
+    return {
+        "velocity_heads": {"internal": dataclasses.asdict(first.velocity_head)},
+        "averages": {"internal-head-ema": first.head},
+        "heads": {f"internal.head.{name}": value for name, value in raw.items()},
+    }
 
 
 def _done(out: str, ignored: list[str]) -> Path:
@@ -112,10 +153,16 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
         return {"ema": _unwrapped(flat)}, []
     if not isinstance(archive, Mapping):
         raise UserError(f"{source} holds a {type(archive).__name__}, not weights by name")
-    state_dicts = {name: _unwrapped(tensors) for name in ("ema", "model", "state_dict") if (tensors := tensors_of(archive.get(name)))}
+    state_dicts = {
+        name: _unwrapped(tensors)
+        for name in ("ema", "model", "state_dict")
+        if (tensors := tensors_of(archive.get(name)))
+    }
     if not state_dicts:
-        raise UserError(f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
-                        f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}")
+        raise UserError(
+            f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
+            f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}"
+        )
     first = next(iter(state_dicts))
     used = {first, "model"} if first == "ema" else {first}
     sets = {"ema" if name == first else name: weights for name, weights in state_dicts.items() if name in used}
@@ -141,7 +188,10 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
         UserError: it cannot be told, or has other channels than the network.
     """
     if options.vae == PIXELS:
-        require(options.statistics is None, "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out")
+        require(
+            options.statistics is None,
+            "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out",
+        )
         space = pixels(spec.in_channels)
     elif options.vae is not None:
         space = open_codec(options.vae, statistics=options.statistics).space
@@ -151,15 +201,21 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
     elif spec.architecture == "sit" and spec.in_channels == SD_VAE.channels:
         space = SD_VAE
     else:
-        raise UserError(f"{options.source} works on latents of {spec.in_channels} channels, whose VAE and statistics are "
-                        "not in the weights: add --vae (the converted VA-VAE, pixels, ...) or --statistics latents_stats.pt")
+        raise UserError(
+            f"{options.source} works on latents of {spec.in_channels} channels, whose VAE and statistics are "
+            "not in the weights: add --vae (the converted VA-VAE, pixels, ...) or --statistics latents_stats.pt"
+        )
     if space.channels != spec.in_channels:
-        raise UserError(f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has "
-                        f"{space.channels}")
+        raise UserError(
+            f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has "
+            f"{space.channels}"
+        )
     return space
 
 
-def convert_vae(sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: dict[str, Any], options: Options) -> Path:
+def convert_vae(
+    sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: dict[str, Any], options: Options
+) -> Path:
     """VA-VAE's LDM layout -> a diffusers folder, with the latents' statistics in its config where they are given."""
     if any(given is not None for given in (options.num_heads, options.noise_at, options.internal_block, options.vae)):
         raise UserError(f"{options.source} is a VAE: of the options, only --out and --statistics apply to it")
@@ -168,8 +224,10 @@ def convert_vae(sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: 
     with files.replacing(options.out, functools.partial(checkpoint.is_converted, insisted=options.overwrite)) as folder:
         model.save_pretrained(folder)
         files.write_json(folder / "source.json", {**origin, "ignored": ignored + left_out})
-    print(f"{Path(options.source).name}: VA-VAE, {model.config.latent_channels} channels, stride "
-          f"{2 ** (len(model.config.block_out_channels) - 1)}, {'with' if statistics else 'without'} latent statistics")
+    print(
+        f"{Path(options.source).name}: VA-VAE, {model.config.latent_channels} channels, stride "
+        f"{2 ** (len(model.config.block_out_channels) - 1)}, {'with' if statistics else 'without'} latent statistics"
+    )
     return _done(options.out, ignored + left_out)
 
 

@@ -59,15 +59,19 @@ class Encoder(nn.Module):
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 (N, R, R, channels) -> float32 (N, channels, side, side) as the encoder was trained; grey repeats."""
         x = images.permute(0, 3, 1, 2).float() / 255
-        require(x.shape[1] in (1, self.channels), f"the images have {x.shape[1]} channels, {self.name} takes {self.channels}: "
-                                                  f"choose another encoder")
+        require(
+            x.shape[1] in (1, self.channels),
+            f"the images have {x.shape[1]} channels, {self.name} takes {self.channels}: choose another encoder",
+        )
         x = (x.expand(-1, self.channels, -1, -1) - self.mean) / self.std
         return x if x.shape[-1] == self.side else F.interpolate(x, (self.side, self.side), mode="bicubic")
 
     def forward(self, images: Tensor, attention: Collection[int] = ()) -> Encoded:
         """Encode uint8 images (N, R, R, channels); `attention` names the blocks whose queries and keys are wanted."""
         kept: dict[int, Tensor] = {}
-        hooks = [self.blocks[number - 1].attn.qkv.register_forward_hook(self._keeper(kept, number)) for number in attention]
+        hooks = [
+            self.blocks[number - 1].attn.qkv.register_forward_hook(self._keeper(kept, number)) for number in attention
+        ]
         try:
             tokens = self.model.forward_features(self.prepare(images))
         finally:
@@ -75,13 +79,13 @@ class Encoder(nn.Module):
                 hook.remove()
         if isinstance(self.model.norm, nn.Identity):  # timm norms pooled tokens instead; here they are not pooled
             tokens = self.model.fc_norm(tokens)
-        return Encoded(tokens[:, self.model.num_prefix_tokens:], kept)
+        return Encoded(tokens[:, self.model.num_prefix_tokens :], kept)
 
     def _keeper(self, kept: dict[int, Tensor], number: int):
         attn = self.blocks[number - 1].attn
 
         def keep(_module: nn.Module, _inputs: tuple, qkv: Tensor) -> None:
-            patches = qkv[:, self.model.num_prefix_tokens:]
+            patches = qkv[:, self.model.num_prefix_tokens :]
             q, k, _ = patches.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
             kept[number] = torch.stack([attn.q_norm(q), attn.k_norm(k)], dim=1)
 
@@ -102,9 +106,18 @@ def open_folder(folder: Path, pretrained: bool = True) -> nn.Module:
 
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=0)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:  # whatever the folder holds
-        raise UserError(f"{folder} is damaged, or no folder that timm's save_for_hf wrote ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]}); restore it from a copy, or give another") from error
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:  # whatever the folder holds
+        raise UserError(
+            f"{folder} is damaged, or no folder that timm's save_for_hf wrote ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); restore it from a copy, or give another"
+        ) from error
 
 
 def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pretrained: bool = True) -> Encoder:
@@ -124,28 +137,42 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
     folder = Path(name).expanduser()
     local = (folder / "config.json").is_file()
     known = local or name.startswith("hf-hub:") or timm.is_model(name.split(".")[0].removeprefix("timm/"))
-    require(known, f"no encoder is called {name}{nearest(name, timm.list_models('vit*'))}: give a model of timm, or a folder "
-                   f"with its config.json and weights")
+    require(
+        known,
+        f"no encoder is called {name}{nearest(name, timm.list_models('vit*'))}: give a model of timm, or a folder "
+        f"with its config.json and weights",
+    )
     try:
-        model = open_folder(folder, pretrained and weights is None) if local else \
-            timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
+        model = (
+            open_folder(folder, pretrained and weights is None)
+            if local
+            else timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
+        )
     except (OSError, RuntimeError, ValueError) as error:
         if not pretrained:
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"timm/{name}"
-        raise UserError(f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
-                        f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, "
-                        f"--encoder-weights)") from error
+        raise UserError(
+            f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
+            f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, "
+            f"--encoder-weights)"
+        ) from error
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model")
+        raise UserError(
+            f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model"
+        )
     if pretrained and weights is not None:
         require(Path(weights).is_file(), f"encoder {name}: {weights} is missing; give the file that holds its weights")
         tensors = read_weights(weights)
-        state = {key: value for key, value in checkpoint_filter_fn(tensors, model).items() if not key.startswith("head.")}
+        state = {
+            key: value for key, value in checkpoint_filter_fn(tensors, model).items() if not key.startswith("head.")
+        }
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"encoder {name}: {weights} is of another network ({str(error).splitlines()[1].strip()})") from error
+            raise UserError(
+                f"encoder {name}: {weights} is of another network ({str(error).splitlines()[1].strip()})"
+            ) from error
     model.set_input_size(img_size=(grid * model.patch_embed.patch_size[0],) * 2)
     return Encoder(model, name, grid).eval().requires_grad_(False)

@@ -31,7 +31,9 @@ from runtime.options import option, read
 class Options:
     """Options of `python -m models.export CKPT`."""
 
-    ckpt: str = option(help="checkpoint: a folder, a run (its latest), RUN@STEP or hub:user/name (may be given as first word)")
+    ckpt: str = option(
+        help="checkpoint: a folder, a run (its latest), RUN@STEP or hub:user/name (may be given as first word)"
+    )
     layout: str = option(choices=("repa", "sit"), help="whose code is to read it")
     out: str = option(help="file to write (.pt)")
 
@@ -41,11 +43,19 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the file."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.export", description=__doc__, first="ckpt")
+    options = read(
+        Options,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m models.export",
+        description=__doc__,
+        first="ckpt",
+    )
     source = Checkpoint.open(options.ckpt)
-    require(source.spec.architecture == "sit" and source.spec.position_span is None,
-            f"{source.path} is a {source.spec.name}{'' if source.spec.position_span is None else ' with stretched positions'}: only SiT "
-            f"networks as published can be read by REPA's and SiT's code")
+    require(
+        source.spec.architecture == "sit" and source.spec.position_span is None,
+        f"{source.path} is a {source.spec.name}{'' if source.spec.position_span is None else ' with stretched positions'}: only SiT "
+        f"networks as published can be read by REPA's and SiT's code",
+    )
     sets = {"ema": source.tensors("ema")} | ({"model": source.tensors("raw")} if "raw" in source.weights else {})
     for name, weights in sets.items():
         models.require_finite(weights, f"{source.path} ({name})")
@@ -58,10 +68,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def layout(weights: Mapping[str, Tensor], spec: ModelSpec, kind: str) -> dict[str, Tensor]:
     """A network's tensors as `kind`, repa or sit, names and orders them."""
-    tensors = {name: value.clone() for name, value in weights.items()} | {"pos_embed": models.build(spec, weights=weights).pos_embed}
+    tensors = {name: value.clone() for name, value in weights.items()} | {
+        "pos_embed": models.build(spec, weights=weights).pos_embed
+    }
     if kind == "sit":
         reverse_time(tensors)  # its own inverse
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # (patch elements, channels, ...) and as many unused channels
+        for name in (
+            "final_layer.linear.weight",
+            "final_layer.linear.bias",
+        ):  # (patch elements, channels, ...) and as many unused channels
             rows = tensors[name].unflatten(0, (spec.patch_size**2, spec.in_channels))
             tensors[name] = torch.cat([rows, torch.zeros_like(rows)], dim=1).flatten(0, 1)
     return tensors

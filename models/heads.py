@@ -27,9 +27,9 @@ KINDS = ("mlp", "mlp-norm-linear", "final-layer")
 class VelocityHead:
     """A head on a block that predicts patches (N, T, p*p*C), as JSON in a checkpoint. Its kind:
 
-        mlp              the paper's MLP on each token
-        mlp-norm-linear  the authors' longer one
-        final-layer      a second final layer of the network, modulated by its condition
+    mlp              the paper's MLP on each token
+    mlp-norm-linear  the authors' longer one
+    final-layer      a second final layer of the network, modulated by its condition
     """
 
     kind: str
@@ -46,7 +46,10 @@ class VelocityHead:
     def from_json(cls, value: Mapping[str, Any], where: object) -> VelocityHead:
         """Raises UserError where the description is damaged."""
         head = schema.checked(cls, dict(value), where, "use another checkpoint")
-        require(head.kind in KINDS, f"{where} names a head of kind {head.kind}; known are {', '.join(KINDS)}: use another checkpoint")
+        require(
+            head.kind in KINDS,
+            f"{where} names a head of kind {head.kind}; known are {', '.join(KINDS)}: use another checkpoint",
+        )
         return head
 
     @property
@@ -60,13 +63,19 @@ class VelocityHead:
         if self.kind == "final-layer":
             with torch.device("meta"):
                 head = FinalLayer(width, out, ARCHITECTURES[model.architecture].norm(width))
-            start = {name: torch.full(value.shape, float(name == "norm_final.weight")) for name, value in head.state_dict().items()}
+            start = {
+                name: torch.full(value.shape, float(name == "norm_final.weight"))
+                for name, value in head.state_dict().items()
+            }
             head.load_state_dict(start, assign=True)
             return head
         if self.kind == "mlp":
             return mlp(width, self.hidden, out, stream, self.layers)
-        return nn.Sequential(mlp(width, self.hidden, width, stream, self.layers),
-                             nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), linear(width, out, stream))
+        return nn.Sequential(
+            mlp(width, self.hidden, width, stream, self.layers),
+            nn.LayerNorm(width, elementwise_affine=False, eps=1e-6),
+            linear(width, out, stream),
+        )
 
     def velocity(self, head: nn.Module, features: Mapping[Tap, Tensor], patch: int) -> Tensor:
         """(N, C, H, W) what `head` predicts from the tapped `features`."""
@@ -86,7 +95,9 @@ def linear(width: int, out: int, stream: Stream) -> nn.Linear:
 def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> nn.Sequential:
     """An MLP that acts on each token; the paper's head has three layers: Linear, SiLU, Linear, SiLU, Linear."""
     widths = [width] + [hidden] * (layers - 1)
-    inner = [module for before, after in itertools.pairwise(widths) for module in (linear(before, after, stream), nn.SiLU())]
+    inner = [
+        module for before, after in itertools.pairwise(widths) for module in (linear(before, after, stream), nn.SiLU())
+    ]
     return nn.Sequential(*inner, linear(hidden, out, stream))
 
 
@@ -97,7 +108,9 @@ class Convolution(nn.Module):
         super().__init__()
         self.conv = nn.utils.skip_init(nn.Conv2d, width, out, kernel_size=3, padding=1)
         bound = math.sqrt(6 / (9 * (width + out)))
-        self.conv.weight.data.copy_(torch.from_numpy((stream.uniform(9 * width * out) * 2 - 1) * bound).view(out, width, 3, 3))
+        self.conv.weight.data.copy_(
+            torch.from_numpy((stream.uniform(9 * width * out) * 2 - 1) * bound).view(out, width, 3, 3)
+        )
         self.conv.bias.data.zero_()
 
     def forward(self, tokens: Tensor) -> Tensor:

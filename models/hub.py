@@ -64,7 +64,9 @@ class Metrics(TypedDict):
 
 def main(argv: Sequence[str] | None = None) -> Path | str:
     """Run the command; returns where the checkpoint lies now."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt")
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt"
+    )
     source = Checkpoint.open(options.ckpt)
     result = None
     if options.metrics is not None:
@@ -98,43 +100,70 @@ def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) ->
 def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
     """Raise UserError unless the metrics are of samples of this very checkpoint."""
     settings = result.get("runs", [result])[0].get("samples", {}).get("settings") or {}
-    require(settings.get("checkpoint") == source.digest,
-            f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew from it")
+    require(
+        settings.get("checkpoint") == source.digest,
+        f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew from it",
+    )
 
 
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
     """Write the travelling copy of a checkpoint to the folder `out`, in one step."""
-    names = [name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name]
+    names = [
+        name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name
+    ]
     with files.replacing(out, is_packed) as folder:
         folder.mkdir()
         for name in names:
             source.tensors(name.removesuffix(".safetensors"))  # verified
             shutil.copyfile(source.path / name, folder / name)
-        files.write_sealed(folder / "config.json", {**source.config, "files": {name: source.files[name] for name in names},
-                                                    "packed_from": source.digest})
+        files.write_sealed(
+            folder / "config.json",
+            {**source.config, "files": {name: source.files[name] for name in names}, "packed_from": source.digest},
+        )
         (folder / "README.md").write_text(card(source, result), encoding="utf-8")
 
 
 def is_packed(path: Path) -> bool:
     """Whether `path` is a folder that `pack` wrote, with nothing else in it: a run's own checkpoint is none."""
     config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
-    return isinstance(config, dict) and "packed_from" in config and isinstance(config.get("files"), dict) and \
-        {file.name for file in path.iterdir()} <= {"config.json", "README.md", *config["files"]}
+    return (
+        isinstance(config, dict)
+        and "packed_from" in config
+        and isinstance(config.get("files"), dict)
+        and {file.name for file in path.iterdir()} <= {"config.json", "README.md", *config["files"]}
+    )
 
 
 def card(source: Checkpoint, result: dict[str, Any] | None) -> str:
     """The model card: method, data, protocol, numbers and digests, as far as the artefacts know them."""
     spec, space = source.spec, source.space
-    header = ["library_name: self-transcendence", "pipeline_tag: unconditional-image-generation", "tags:", "- diffusion",
-              f"- {spec.architecture}", "- arxiv:2601.07773"]
-    network = [f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width {spec.hidden_size}"
-               f"{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x{spec.input_size} of "
-               f"{space.vae or space.name}; {spec.num_classes} classes; weights: {', '.join(source.weights)}."]
+    header = [
+        "library_name: self-transcendence",
+        "pipeline_tag: unconditional-image-generation",
+        "tags:",
+        "- diffusion",
+        f"- {spec.architecture}",
+        "- arxiv:2601.07773",
+    ]
+    network = [
+        f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width {spec.hidden_size}"
+        f"{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x{spec.input_size} of "
+        f"{space.vae or space.name}; {spec.num_classes} classes; weights: {', '.join(source.weights)}."
+    ]
     digests = [f"- checkpoint: `{source.digest}`", *(f"- {name}: `{digest}`" for name, digest in source.files.items())]
     use = ["```bash", "python generate.py --ckpt hub:USER/NAME --num-fid-samples 64", "```"]
-    sections = {f"# {spec.name}, step {source.step:,}": network, "## Method": _method(source.config, source.step),
-                "## Data": _data(source.config.get("data")), "## Numbers": _numbers(result), "## Files": digests, "## Use": use}
-    parts = ["\n".join(["---", *header, "---"]), *(f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines)]
+    sections = {
+        f"# {spec.name}, step {source.step:,}": network,
+        "## Method": _method(source.config, source.step),
+        "## Data": _data(source.config.get("data")),
+        "## Numbers": _numbers(result),
+        "## Files": digests,
+        "## Use": use,
+    }
+    parts = [
+        "\n".join(["---", *header, "---"]),
+        *(f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -142,14 +171,24 @@ def _method(config: dict[str, Any], step: int) -> list[str]:
     train = config.get("train")
     if not train:
         return [f"Converted from `{(config.get('source') or {}).get('file', 'unknown')}`."]
-    alignments = [f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in chosen.items() if value is not None)
-                  for name, chosen in (config.get("resolved") or {}).items()]
-    return [f"{step:,} steps of {train['batch_size']} samples, learning rate {train['learning_rate']:g}, recipe `{train['recipe']}`, seed "
-            f"{train['seed']}, {config.get('precision')}.", "", *(alignments or ["Plain flow matching, no alignment."])]
+    alignments = [
+        f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in chosen.items() if value is not None)
+        for name, chosen in (config.get("resolved") or {}).items()
+    ]
+    return [
+        f"{step:,} steps of {train['batch_size']} samples, learning rate {train['learning_rate']:g}, recipe `{train['recipe']}`, seed "
+        f"{train['seed']}, {config.get('precision')}.",
+        "",
+        *(alignments or ["Plain flow matching, no alignment."]),
+    ]
 
 
 def _data(data: dict[str, Any] | None) -> list[str]:
-    return [f"{data['count']:,} items of {len(data['class_names'])} classes; latent set `{data['digest']}`."] if data else []
+    return (
+        [f"{data['count']:,} items of {len(data['class_names'])} classes; latent set `{data['digest']}`."]
+        if data
+        else []
+    )
 
 
 def _numbers(result: dict[str, Any] | None) -> list[str]:
@@ -157,12 +196,30 @@ def _numbers(result: dict[str, Any] | None) -> list[str]:
         return []
     settings, reference = result.get("runs", [result])[0]["samples"]["settings"], result["reference"]
     protocol = ", ".join(f"{key} {settings[key]}" for key in PROTOCOL if settings.get(key) is not None)
-    return ["| metric | value |", "| --- | ---: |", *(f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()), "",
-            f"{result['num_samples']:,} samples against `{reference['name']}` (`{reference['sha256']}`); {protocol}."]
+    return [
+        "| metric | value |",
+        "| --- | ---: |",
+        *(f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()),
+        "",
+        f"{result['num_samples']:,} samples against `{reference['name']}` (`{reference['sha256']}`); {protocol}.",
+    ]
 
 
-PROTOCOL = ("preset", "mode", "solver", "num_steps", "evaluations", "cfg_scale", "guidance_low", "guidance_high", "weights", "labels",
-            "decoder", "seed", "precision")
+PROTOCOL = (
+    "preset",
+    "mode",
+    "solver",
+    "num_steps",
+    "evaluations",
+    "cfg_scale",
+    "guidance_low",
+    "guidance_high",
+    "weights",
+    "labels",
+    "decoder",
+    "seed",
+    "precision",
+)
 """Settings of sampling that a number is read with."""
 
 

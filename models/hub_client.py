@@ -23,7 +23,9 @@ def answered(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"cannot {what}: {reason}; is there a network, is the name right, are you logged in (hf auth login)?") from error
+        raise UserError(
+            f"cannot {what}: {reason}; is there a network, is the name right, are you logged in (hf auth login)?"
+        ) from error
 
 
 def fetch(name: str) -> Path:

@@ -39,12 +39,16 @@ class LatentSpace:
 
     def __post_init__(self) -> None:
         if not (1 <= self.channels <= MOST and 1 <= self.stride <= MOST):
-            raise UserError(f"latent space {self.name}: {self.channels} channels of stride {self.stride}; "
-                            f"both must lie between 1 and {MOST}")
+            raise UserError(
+                f"latent space {self.name}: {self.channels} channels of stride {self.stride}; "
+                f"both must lie between 1 and {MOST}"
+            )
         for name in ("shift", "scale"):
             values = getattr(self, name)
             if len(values) not in (1, self.channels) or not all(map(math.isfinite, values)):
-                raise UserError(f"latent space {self.name}: {name} needs 1 or {self.channels} finite numbers, not {values}")
+                raise UserError(
+                    f"latent space {self.name}: {name} needs 1 or {self.channels} finite numbers, not {values}"
+                )
         if not all(self.scale):
             raise UserError(f"latent space {self.name}: a scale of 0 leaves nothing of a channel")
 
@@ -62,8 +66,10 @@ class LatentSpace:
             if getattr(self, name) != getattr(other, name):
                 return f"{name} {getattr(self, name)} against {getattr(other, name)}"
         for name in ("shift", "scale"):
-            here, there = ((values * self.channels if len(values) == 1 else values)
-                           for values in (getattr(self, name), getattr(other, name)))
+            here, there = (
+                (values * self.channels if len(values) == 1 else values)
+                for values in (getattr(self, name), getattr(other, name))
+            )
             if not all(map(functools.partial(math.isclose, rel_tol=1e-5), here, there)):
                 return f"{name} {getattr(self, name)[0]:g}... against {getattr(other, name)[0]:g}..."
         if None not in (self.digest, other.digest) and self.digest != other.digest:

@@ -23,9 +23,15 @@ from runtime.errors import UserError, require
 from runtime.streams import Stream
 
 # What every layout of these networks has, with its number of dimensions.
-ESSENTIAL = {"x_embedder.proj.weight": 4, "pos_embed": 3, "blocks.0.attn.qkv.weight": 2,
-             "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2, "final_layer.linear.bias": 1,
-             "t_embedder.mlp.0.weight": 2}
+ESSENTIAL = {
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "blocks.0.attn.qkv.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+    "final_layer.linear.weight": 2,
+    "final_layer.linear.bias": 1,
+    "t_embedder.mlp.0.weight": 2,
+}
 
 SECOND = "final_layer_xr."
 """Internal Guidance's second final layer, on the tokens of a shallow block."""
@@ -54,8 +60,14 @@ class Converted:
     head: dict[str, Tensor] = field(default_factory=dict)
 
 
-def convert_network(weights: Mapping[str, Tensor], source: str, *, num_heads: int | None = None, noise_at: int | None = None,
-                    internal_block: int | None = None) -> Converted:
+def convert_network(
+    weights: Mapping[str, Tensor],
+    source: str,
+    *,
+    num_heads: int | None = None,
+    noise_at: int | None = None,
+    internal_block: int | None = None,
+) -> Converted:
     """Recognise a transformer's state dict and bring it into this project's form, strictly.
 
     Args:
@@ -68,8 +80,10 @@ def convert_network(weights: Mapping[str, Tensor], source: str, *, num_heads: in
     weights = rename_legacy(weights)
     for name, dimensions in ESSENTIAL.items():
         if name not in weights or weights[name].ndim != dimensions:
-            raise UserError(f"{source} is of no known layout (SiT, REPA and what derives from it, LightningDiT, VA-VAE): {name} "
-                            f"with {dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}")
+            raise UserError(
+                f"{source} is of no known layout (SiT, REPA and what derives from it, LightningDiT, VA-VAE): {name} "
+                f"with {dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}"
+            )
     spec = read_spec(weights, source, num_heads)
     kept, left_out = {}, Counter()
     for name, value in weights.items():
@@ -94,7 +108,9 @@ def convert_network(weights: Mapping[str, Tensor], source: str, *, num_heads: in
     return Converted(spec, f"{layout}, noise at t = {noise_at}", kept, ignored, head, second)
 
 
-def second_velocity(tensors: Mapping[str, Tensor], spec: ModelSpec, source: str, block: int | None) -> VelocityHead | None:
+def second_velocity(
+    tensors: Mapping[str, Tensor], spec: ModelSpec, source: str, block: int | None
+) -> VelocityHead | None:
     """The head that Internal Guidance's second final layer is: its target, the velocity at all t, is the network's own.
 
     Raises:
@@ -104,21 +120,29 @@ def second_velocity(tensors: Mapping[str, Tensor], spec: ModelSpec, source: str,
         require(block is None, f"{source} has no second final layer ({SECOND}*): leave out --internal-block")
         return None
     head = VelocityHead(kind="final-layer", block=SECOND_BLOCK if block is None else block)
-    require(1 <= head.block <= spec.depth, f"{source}: block {head.block} of its second final layer is not among blocks 1 to {spec.depth}: "
-                                           f"say which it is with --internal-block")
+    require(
+        1 <= head.block <= spec.depth,
+        f"{source}: block {head.block} of its second final layer is not among blocks 1 to {spec.depth}: "
+        f"say which it is with --internal-block",
+    )
     wanted = {name: tuple(value.shape) for name, value in head.build(spec, Stream(0, "shapes")).state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = next((name for name in wanted | found if wanted.get(name) != found.get(name)), None)
-    require(wrong is None, f"{source}: {SECOND}{wrong} is {found.get(wrong, 'missing')} where {wanted.get(wrong, 'nothing')} is needed; "
-                           f"it is of no known layout")
+    require(
+        wrong is None,
+        f"{source}: {SECOND}{wrong} is {found.get(wrong, 'missing')} where {wanted.get(wrong, 'nothing')} is needed; "
+        f"it is of no known layout",
+    )
     return head
 
 
 def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """REPA's first layout counts the blocks after the aligned one anew, as `decoder_blocks`."""
     before = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    return {re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + before}", name): value
-            for name, value in weights.items()}
+    return {
+        re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + before}", name): value
+        for name, value in weights.items()
+    }
 
 
 def read_spec(weights: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ModelSpec:
@@ -131,13 +155,22 @@ def read_spec(weights: Mapping[str, Tensor], source: str, num_heads: int | None 
     published = {size[:2]: size[2] for size in sizes.values()}.get((depth, hidden))
     heads = num_heads or (published if head_norm is None else hidden // len(head_norm))
     if heads is None:
-        raise UserError(f"{source}: {depth} blocks of width {hidden} are not a published size, and the number of heads is "
-                        "not in the weights: add --num-heads")
+        raise UserError(
+            f"{source}: {depth} blocks of width {hidden} are not a published size, and the number of heads is "
+            "not in the weights: add --num-heads"
+        )
     return ModelSpec(
         name=next((name for name, size in sizes.items() if size == (depth, hidden, heads, patch)), "custom"),
-        architecture=architecture, depth=depth, hidden_size=hidden, num_heads=heads, patch_size=patch,
-        in_channels=in_channels, input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
-        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, qk_norm=head_norm is not None)
+        architecture=architecture,
+        depth=depth,
+        hidden_size=hidden,
+        num_heads=heads,
+        patch_size=patch,
+        in_channels=in_channels,
+        input_size=math.isqrt(weights["pos_embed"].shape[1]) * patch,
+        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
+        qk_norm=head_norm is not None,
+    )
 
 
 def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> tuple[str, int]:
@@ -164,8 +197,10 @@ def check_tables(kept: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
     for name, table in tables.items():
         stored = kept.pop(name, None)
         if stored is None or stored.shape != table.shape or not torch.allclose(stored, table, rtol=0, atol=5e-3):
-            raise UserError(f"{source}: its {name} is not the fixed table of the published networks, so that its positions "
-                            "would be misread; check --num-heads, or train such a network here")
+            raise UserError(
+                f"{source}: its {name} is not the fixed table of the published networks, so that its positions "
+                "would be misread; check --num-heads, or train such a network here"
+            )
 
 
 def reverse_time(weights: dict[str, Tensor]) -> None:
@@ -191,6 +226,12 @@ def describe(network: Converted) -> str:
     """One line on a converted network."""
     s = network.spec
     norm = ", QK-norm" if s.qk_norm else ""
-    second = f", second velocity from block {network.velocity_head.block} (--internal-scale)" if network.velocity_head else ""
-    return (f"{s.name} from {network.layout}: {s.depth} blocks, width {s.hidden_size}, {s.num_heads} heads{norm}, patch "
-            f"{s.patch_size}, latents {s.in_channels}x{s.input_size}x{s.input_size}, {s.num_classes} classes{second}")
+    second = (
+        f", second velocity from block {network.velocity_head.block} (--internal-scale)"
+        if network.velocity_head
+        else ""
+    )
+    return (
+        f"{s.name} from {network.layout}: {s.depth} blocks, width {s.hidden_size}, {s.num_heads} heads{norm}, patch "
+        f"{s.patch_size}, latents {s.in_channels}x{s.input_size}x{s.input_size}, {s.num_classes} classes{second}"
+    )

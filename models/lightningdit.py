@@ -16,9 +16,13 @@ from runtime.errors import UserError
 
 # name: (depth, hidden_size, num_heads, patch_size); L/1 is ours, for latents of stride 16
 SIZES = {
-    "LightningDiT-B/1": (12, 768, 12, 1), "LightningDiT-L/2": (24, 1024, 16, 2), "LightningDiT-L/1": (24, 1024, 16, 1),
-    "LightningDiT-XL/1": (28, 1152, 16, 1), "LightningDiT-1p0B/1": (24, 1536, 24, 1),
-    "LightningDiT-1p6B/1": (28, 1792, 28, 1), "LightningDiT-Tiny/1": (6, 128, 4, 1),
+    "LightningDiT-B/1": (12, 768, 12, 1),
+    "LightningDiT-L/2": (24, 1024, 16, 2),
+    "LightningDiT-L/1": (24, 1024, 16, 1),
+    "LightningDiT-XL/1": (28, 1152, 16, 1),
+    "LightningDiT-1p0B/1": (24, 1536, 24, 1),
+    "LightningDiT-1p6B/1": (28, 1792, 28, 1),
+    "LightningDiT-Tiny/1": (6, 128, 4, 1),
 }
 
 
@@ -83,7 +87,9 @@ def rotary_tables(head_dim: int, side: int, span: int | None = None) -> tuple[Te
         UserError: `head_dim` is not a multiple of 4.
     """
     if head_dim % 4:
-        raise UserError(f"rotary positions need a head dimension divisible by 4, not {head_dim}: change the number of heads")
+        raise UserError(
+            f"rotary positions need a head dimension divisible by 4, not {head_dim}: change the number of heads"
+        )
     frequencies = 10000.0 ** (-np.arange(head_dim // 4) / (head_dim / 4))
     angles = [np.repeat(np.outer(axis, frequencies), 2, axis=1) for axis in grid_positions(side, span)]
     table = np.concatenate(angles, axis=1)

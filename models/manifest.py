@@ -50,8 +50,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
     if not (path / MANIFEST).exists():
-        begun = "is unfinished: run its preprocessing command again" if any(path.glob("shard-*")) else \
-            "is not a latent set: give the folder of one, as python -m preprocessing.encode makes it"
+        begun = (
+            "is unfinished: run its preprocessing command again"
+            if any(path.glob("shard-*"))
+            else "is not a latent set: give the folder of one, as python -m preprocessing.encode makes it"
+        )
         raise UserError(f"{path} {begun} ({MANIFEST} is missing)")
     file = path / MANIFEST
     manifest = files.read_json(file)
@@ -60,8 +63,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     files.require_sealed_since_2(file, manifest)
     schema.checked(Manifest, manifest, file, "encode the set again")
     for shard in manifest["shards"]:
-        require(Path(shard["file"]).name == shard["file"],
-                f"{file} names the shard {shard['file']} outside its folder; encode the set again")
+        require(
+            Path(shard["file"]).name == shard["file"],
+            f"{file} names the shard {shard['file']} outside its folder; encode the set again",
+        )
     return manifest
 
 

@@ -48,12 +48,23 @@ METRICS = ("fid", "sfid", "is", "precision", "recall")
 def rows() -> tuple[Published, ...]:
     """Every row of the file, in its order."""
     with open(Path(__file__).with_name("published.csv"), encoding="utf-8", newline="") as handle:
-        return tuple(Published(
-            method=row["method"], variant=row["variant"], model=row["model"], epochs=int(row["epochs"]) if row["epochs"] else None,
-            resolution=int(row["resolution"]), guidance=row["guidance"], sampler=row["sampler"], samples=int(row["samples"]),
-            flips={"yes": True, "no": False, "": None}[row["flips"]],
-            metrics={name: float(row[name]) for name in METRICS if row[name]}, source=row["source"], status=row["status"])
-            for row in csv.DictReader(handle))
+        return tuple(
+            Published(
+                method=row["method"],
+                variant=row["variant"],
+                model=row["model"],
+                epochs=int(row["epochs"]) if row["epochs"] else None,
+                resolution=int(row["resolution"]),
+                guidance=row["guidance"],
+                sampler=row["sampler"],
+                samples=int(row["samples"]),
+                flips={"yes": True, "no": False, "": None}[row["flips"]],
+                metrics={name: float(row[name]) for name in METRICS if row[name]},
+                source=row["source"],
+                status=row["status"],
+            )
+            for row in csv.DictReader(handle)
+        )
 
 
 def find(**wanted: Any) -> list[Published]:

@@ -1,8 +1,8 @@
 """Activation checkpointing: what the backward pass computes again in place of keeping it.
 
-    none        everything that it needs is kept
-    selective   outputs of matrix products and attention are kept; norms, modulation and activations are computed again
-    full        only the input of each block is kept, and its whole forward pass is repeated: a third more work
+none        everything that it needs is kept
+selective   outputs of matrix products and attention are kept; norms, modulation and activations are computed again
+full        only the input of each block is kept, and its whole forward pass is repeated: a third more work
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _aten = torch.ops.aten
-PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._scaled_dot_product_flash_attention.default,
-            _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default,
-            _aten._scaled_dot_product_flash_attention_for_cpu.default]
+PRODUCTS = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -29,7 +35,9 @@ _contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
 
 
 def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(type(self).forward, self, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **kwargs)
+    return checkpoint(
+        type(self).forward, self, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **kwargs
+    )
 
 
 def _full(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

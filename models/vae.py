@@ -51,8 +51,14 @@ class VaeCodec:
     With `compile` the decoder is compiled, for one shape: chunks are filled up to it.
     """
 
-    def __init__(self, vae: AutoencoderKL, space: LatentSpace, device: torch.device | str, dtype: torch.dtype,
-                 compile: bool = False) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        space: LatentSpace,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        compile: bool = False,
+    ) -> None:
         self.space = space
         nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns at every call
         if torch.device(device).type == "cuda":
@@ -76,8 +82,15 @@ class VaeCodec:
         return torch.cat([self._vae.decode(part, return_dict=False)[0].float() for part in raw.split(images)])[: len(x)]
 
 
-def open_codec(vae: str | None, *, space: LatentSpace | None = None, statistics: Path | str | None = None,
-               device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, compile: bool = False) -> Codec:
+def open_codec(
+    vae: str | None,
+    *,
+    space: LatentSpace | None = None,
+    statistics: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
+) -> Codec:
     """Open a VAE.
 
     Args:
@@ -116,7 +129,9 @@ def _load(vae: str) -> AutoencoderKL:
     folder = _folder(vae)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote")
+            raise UserError(
+                f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote"
+            )
     config = files.read_json(folder / "config.json")
     if (kind := config.get("_class_name") if isinstance(config, dict) else type(config).__name__) != "AutoencoderKL":
         raise UserError(f"VAE {vae} is a {kind}; give an AutoencoderKL")
@@ -125,12 +140,29 @@ def _load(vae: str) -> AutoencoderKL:
     logging.set_verbosity_error()
     try:
         # low_cpu_mem_usage: older releases raise where a tensor is missing, and do not say which file it is
-        model, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
-                                                    ignore_mismatched_sizes=True, output_loading_info=True)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OSError, ZeroDivisionError, RuntimeError, OverflowError) as error:
+        model, info = AutoencoderKL.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        OSError,
+        ZeroDivisionError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"VAE {vae}: {folder / 'config.json'} describes no autoencoder that diffusers can build ({reason}); restore it"
-                        ) from error
+        raise UserError(
+            f"VAE {vae}: {folder / 'config.json'} describes no autoencoder that diffusers can build ({reason}); restore it"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     # diffusers fills a missing tensor with random numbers and drops an unknown one, with no more than a warning
@@ -153,8 +185,10 @@ def _folder(vae: str) -> Path:
             path = hf_hub_download(vae, name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"VAE {vae} is not a folder, and its {name} is neither in the hub's cache nor can it be downloaded "
-                            f"({reason}); where there is a network, run: hf download {vae}") from error
+            raise UserError(
+                f"VAE {vae} is not a folder, and its {name} is neither in the hub's cache nor can it be downloaded "
+                f"({reason}); where there is a network, run: hf download {vae}"
+            ) from error
     return Path(path).parent
 
 
@@ -173,8 +207,15 @@ def _space_of(vae: str, model: AutoencoderKL, statistics: Path | str | None) -> 
     for family in ("sd-vae", "va-vae"):
         if name.lower().replace("vavae", "va-vae").startswith(family):
             name = family
-    return LatentSpace(name=name, channels=config["latent_channels"], stride=2 ** (len(config["block_out_channels"]) - 1),
-                       shift=shift, scale=scale, vae=vae, digest=_encoder_digest(model))
+    return LatentSpace(
+        name=name,
+        channels=config["latent_channels"],
+        stride=2 ** (len(config["block_out_channels"]) - 1),
+        shift=shift,
+        scale=scale,
+        vae=vae,
+        digest=_encoder_digest(model),
+    )
 
 
 def _encoder_digest(model: AutoencoderKL) -> str:
@@ -199,5 +240,7 @@ def read_statistics(path: Path | str) -> tuple[tuple[float, ...], tuple[float, .
     elif {"latents_bias", "latents_scale"} <= tensors.keys():
         shift, scale = tensors["latents_bias"], tensors["latents_scale"]
     else:
-        raise UserError(f"{path} holds neither mean and std nor latents_bias and latents_scale, but {', '.join(tensors)}")
+        raise UserError(
+            f"{path} holds neither mean and std nor latents_bias and latents_scale, but {', '.join(tensors)}"
+        )
     return tuple(shift.double().flatten().tolist()), tuple(scale.double().flatten().tolist())

@@ -27,8 +27,9 @@ def recognises(weights: Mapping[str, Tensor]) -> bool:
     return {"encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"} <= weights.keys()
 
 
-def build(weights: Mapping[str, Tensor], source: str,
-          statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None) -> tuple[AutoencoderKL, list[str]]:
+def build(
+    weights: Mapping[str, Tensor], source: str, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+) -> tuple[AutoencoderKL, list[str]]:
     """The autoencoder, and what was left out (the frozen encoder and the losses of its training).
 
     `statistics` are the (shift, scale) of its latents by channel, kept in the config as `latents_mean`, `latents_std`.
@@ -46,18 +47,26 @@ def build(weights: Mapping[str, Tensor], source: str,
     if statistics is not None:
         shift, scale = statistics
         if len(shift) != config["latent_channels"]:
-            raise UserError(f"{source} has {config['latent_channels']} latent channels, the statistics have {len(shift)}")
+            raise UserError(
+                f"{source} has {config['latent_channels']} latent channels, the statistics have {len(shift)}"
+            )
         config |= {"latents_mean": list(shift), "latents_std": [1 / value for value in scale]}
     levels = len(config["block_out_channels"])
     renamed = {rename(name, levels): value.float() for name, value in weights.items() if name.startswith(PARTS)}
     with torch.device("meta"):
         model = AutoencoderKL(**config)
     wanted = model.state_dict()
-    renamed = {name: value[:, :, 0, 0] if value.ndim == 4 and name in wanted and wanted[name].ndim == 2 else value
-               for name, value in renamed.items()}
-    faults = sorted(wanted.keys() ^ renamed.keys()) or [name for name in wanted if wanted[name].shape != renamed[name].shape]
+    renamed = {
+        name: value[:, :, 0, 0] if value.ndim == 4 and name in wanted and wanted[name].ndim == 2 else value
+        for name, value in renamed.items()
+    }
+    faults = sorted(wanted.keys() ^ renamed.keys()) or [
+        name for name in wanted if wanted[name].shape != renamed[name].shape
+    ]
     if faults:
-        raise UserError(f"{source} is not a VA-VAE that diffusers can hold: {len(faults)} tensors do not fit, first {faults[0]}")
+        raise UserError(
+            f"{source} is not a VA-VAE that diffusers can hold: {len(faults)} tensors do not fit, first {faults[0]}"
+        )
     model.load_state_dict({name: value.contiguous() for name, value in renamed.items()}, assign=True)
     return model.eval(), [f"{name}.* ({count} tensors)" for name, count in left_out.items()]
 
@@ -68,12 +77,18 @@ def read_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(levels)]
     layers = len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")})
     return {
-        "in_channels": weights["encoder.conv_in.weight"].shape[1], "out_channels": weights["decoder.conv_out.weight"].shape[0],
-        "block_out_channels": [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)],
+        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "out_channels": weights["decoder.conv_out.weight"].shape[0],
+        "block_out_channels": [
+            weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)
+        ],
         "down_block_types": ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention],
         "up_block_types": ["AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in reversed(attention)],
-        "layers_per_block": layers, "latent_channels": weights["decoder.conv_in.weight"].shape[1], "norm_num_groups": 32,
-        "sample_size": 256, "scaling_factor": 1.0,
+        "layers_per_block": layers,
+        "latent_channels": weights["decoder.conv_in.weight"].shape[1],
+        "norm_num_groups": 32,
+        "sample_size": 256,
+        "scaling_factor": 1.0,
     }
 
 

@@ -52,9 +52,22 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the digits as a latent set; nothing happens where it is there already."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.digits", description=__doc__)
-    encode(Digits(), job.Options(images="digits", vae="pixels", resolution=8, grey=True, dtype="float32", batch_size=256,
-                                 workers=0, out=options.out))
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.digits", description=__doc__
+    )
+    encode(
+        Digits(),
+        job.Options(
+            images="digits",
+            vae="pixels",
+            resolution=8,
+            grey=True,
+            dtype="float32",
+            batch_size=256,
+            workers=0,
+            out=options.out,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.encode", description=__doc__)
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.encode", description=__doc__
+    )
     encode(ImageFiles(options.images), options)
 
 
@@ -90,11 +92,21 @@ def _codec(options: Options, device: torch.device) -> Codec:
     plain = options.vae == PIXELS
     require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" and not plain else torch.float32
-    require(not (plain and options.statistics), "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out")
-    codec = open_codec(options.vae, space=pixels(1 if options.grey else 3) if plain else None, statistics=options.statistics,
-                       device=device, dtype=dtype)
-    require(options.resolution % codec.space.stride == 0,
-            f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}; choose another")
+    require(
+        not (plain and options.statistics),
+        "--statistics scales the latents of an autoencoder; --vae pixels has none: leave it out",
+    )
+    codec = open_codec(
+        options.vae,
+        space=pixels(1 if options.grey else 3) if plain else None,
+        statistics=options.statistics,
+        device=device,
+        dtype=dtype,
+    )
+    require(
+        options.resolution % codec.space.stride == 0,
+        f"--resolution {options.resolution} is not a multiple of {codec.space.stride}, the stride of {options.vae}; choose another",
+    )
     return codec
 
 
@@ -104,7 +116,9 @@ def _shape(codec: Codec, options: Options) -> tuple[int, ...]:
     return (2 if options.flip else 1, parts, codec.space.channels, side, side)
 
 
-def _encode_shards(job: Job, codec: Codec, numbers: Sequence[int], processes: Accelerator) -> list[tuple[int, dict[str, Any]]]:
+def _encode_shards(
+    job: Job, codec: Codec, numbers: Sequence[int], processes: Accelerator
+) -> list[tuple[int, dict[str, Any]]]:
     """Encode the shards `numbers`, writing one while the next is encoded. Returns their numbers and manifest entries."""
     bad: list[str] = []
     written: list[tuple[int, Future]] = []
@@ -139,11 +153,22 @@ def _fixed_sums(device: torch.device) -> Iterator[None]:
 def _decoded(job: Job, numbers: Sequence[int], processes: Accelerator) -> Iterator[tuple[int, bool, Batch]]:
     """The batches of the shards `numbers`: shard, whether it is the shard's last, crops. Shows progress and time left."""
     options = job.options
-    plan = [(shard, items[at:at + options.batch_size]) for shard in numbers for items in [job.items(shard)]
-            for at in range(0, len(items), options.batch_size)]
-    loader = batches(job.source, [list(items) for _, items in plan], resolution=options.resolution, grey=options.grey,
-                     keep=options.keep_images, workers=options.workers, processes=processes.num_processes,
-                     pin=processes.device.type == "cuda")
+    plan = [
+        (shard, items[at : at + options.batch_size])
+        for shard in numbers
+        for items in [job.items(shard)]
+        for at in range(0, len(items), options.batch_size)
+    ]
+    loader = batches(
+        job.source,
+        [list(items) for _, items in plan],
+        resolution=options.resolution,
+        grey=options.grey,
+        keep=options.keep_images,
+        workers=options.workers,
+        processes=processes.num_processes,
+        pin=processes.device.type == "cuda",
+    )
     total, began = sum(len(items) for _, items in plan), time.monotonic()
     with progress.bar(total=total, desc="encoding", unit="img", main=processes.is_main_process) as bar:
         for number, ((shard, items), batch) in enumerate(zip(plan, loader)):
@@ -151,12 +176,16 @@ def _decoded(job: Job, numbers: Sequence[int], processes: Accelerator) -> Iterat
             bar.update(len(items))
             if number == 7 and processes.is_main_process:
                 seconds = (time.monotonic() - began) * total / bar.n
-                bar.write(f"estimated time: {bar.format_interval(seconds)} at {total / seconds:,.0f} images/s and process")
+                bar.write(
+                    f"estimated time: {bar.format_interval(seconds)} at {total / seconds:,.0f} images/s and process"
+                )
 
 
 def _tolerate(bad: Sequence[str], limit: int) -> None:
     if len(bad) > limit:
-        remedy = f"{len(bad)} images are bad, --skip-bad allows {limit}" if limit else "or leave out a few with --skip-bad N"
+        remedy = (
+            f"{len(bad)} images are bad, --skip-bad allows {limit}" if limit else "or leave out a few with --skip-bad N"
+        )
         raise UserError(f"{bad[-1]}; repair or remove it ({remedy})")
 
 
@@ -165,7 +194,7 @@ def _encode_batch(job: Job, codec: Codec, batch: Batch, device: torch.device) ->
     if not batch.indices:
         return np.empty((0, *job.shape), job.options.dtype)
     images = to_signed(batch.images.to(device, non_blocking=True))
-    views = [images, images.flip(-1)][:job.shape[0]]
+    views = [images, images.flip(-1)][: job.shape[0]]
     with torch.no_grad():
         encoded = [_parts(job, codec, batch.indices, images, view) for view, images in enumerate(views)]
     return torch.stack(encoded, 1).to(getattr(torch, job.options.dtype)).cpu().numpy()
@@ -178,15 +207,23 @@ def _parts(job: Job, codec: Codec, indices: Sequence[int], images: Tensor, view:
         return torch.stack([mean, std], 1)
     if is_pixels(job.space):
         return mean[:, None]
-    noise = torch.stack([Stream(job.options.seed, "encode", 2 * index + view).normal(mean.shape[1:]) for index in indices])
+    noise = torch.stack(
+        [Stream(job.options.seed, "encode", 2 * index + view).normal(mean.shape[1:]) for index in indices]
+    )
     return (mean + std * noise.to(mean.device))[:, None]
 
 
 def _write(job: Job, shard: int, parts: Sequence[tuple[Batch, np.ndarray]]) -> dict[str, Any]:
     indices = [index for batch, _ in parts for index in batch.indices]
     images = [image for batch, _ in parts for image in batch.pngs] if job.options.keep_images else None
-    return shards.write_shard(job.folder, shard, np.concatenate([latents for _, latents in parts]), job.source.labels[indices],
-                              [job.source.names[index] for index in indices], images)
+    return shards.write_shard(
+        job.folder,
+        shard,
+        np.concatenate([latents for _, latents in parts]),
+        job.source.labels[indices],
+        [job.source.names[index] for index in indices],
+        images,
+    )
 
 
 if __name__ == "__main__":

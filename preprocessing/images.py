@@ -40,9 +40,18 @@ from runtime.errors import UserError, require, shown
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 LABELS = "dataset.json"
 LARGEST_LABEL = 1_000_000  # classes; beyond it a number is no label
-LARGEST_SCALED = 1 << 28   # pixels of a picture whose shorter side is scaled to the resolution: 0.8 GB
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError,
-           Image.DecompressionBombError)
+LARGEST_SCALED = 1 << 28  # pixels of a picture whose shorter side is scaled to the resolution: 0.8 GB
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    Image.DecompressionBombError,
+)
 
 
 class BadImage(UserError):
@@ -52,12 +61,12 @@ class BadImage(UserError):
 class ImageSet(Protocol):
     """What the commands of this package need of an image set."""
 
-    description: str          # for the manifest
-    summary: str              # for the screen
-    names: list[str]          # of the items, in the order of the set
-    labels: np.ndarray        # (n,) int64
+    description: str  # for the manifest
+    summary: str  # for the screen
+    names: list[str]  # of the items, in the order of the set
+    labels: np.ndarray  # (n,) int64
     class_names: list[str]
-    fingerprint: str          # changes with the names, the labels and the sizes of the files
+    fingerprint: str  # changes with the names, the labels and the sizes of the files
 
     def load(self, index: int) -> Image.Image:
         """The picture of item `index`, as stored. Raises BadImage."""
@@ -87,7 +96,9 @@ class ImageFiles:
         lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
         self.fingerprint = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
         self.description = self.path.resolve().name
-        others = f"; {len(self.ignored):,} other files left out (first: {shown(self.ignored[0])})" if self.ignored else ""
+        others = (
+            f"; {len(self.ignored):,} other files left out (first: {shown(self.ignored[0])})" if self.ignored else ""
+        )
         self.summary = f"{self.path}: {len(self.names):,} images, {len(self.class_names):,} classes{others}"
 
     def load(self, index: int) -> Image.Image:
@@ -108,12 +119,18 @@ class ImageFiles:
         for folder, below, names in os.walk(self.path, followlinks=True):
             about = os.stat(folder)
             earlier = seen.setdefault((about.st_dev, about.st_ino), folder)
-            require(earlier == folder, f"{folder} is a link to {earlier}, whose images would be counted twice; remove the link")
+            require(
+                earlier == folder,
+                f"{folder} is a link to {earlier}, whose images would be counted twice; remove the link",
+            )
             relative = Path(folder).relative_to(self.path)
             if relative == Path("."):
                 folders = {name for name in below if not name.startswith(".")}
-            sizes |= {(relative / name).as_posix(): os.stat(os.path.join(folder, name)).st_size for name in names
-                      if os.path.exists(os.path.join(folder, name))}
+            sizes |= {
+                (relative / name).as_posix(): os.stat(os.path.join(folder, name)).st_size
+                for name in names
+                if os.path.exists(os.path.join(folder, name))
+            }
         return folders, sizes
 
     def _list_zip(self) -> tuple[set[str], dict[str, int]]:
@@ -130,7 +147,9 @@ class ImageFiles:
         return {top for top in tops if not _hidden(top)}, sizes
 
     def _zip(self) -> zipfile.ZipFile:
-        if self._archive is None or self._archive[0] != os.getpid():  # a forked worker must not share the file's position
+        if (
+            self._archive is None or self._archive[0] != os.getpid()
+        ):  # a forked worker must not share the file's position
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
         return self._archive[1]
 
@@ -166,12 +185,16 @@ def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tupl
     if not folders:
         return np.zeros(len(names), np.int64), [where.stem]
     if None in tops:
-        raise UserError(f"{where / names[tops.index(None)]} lies beside the class folders, without a class; move it into one")
+        raise UserError(
+            f"{where / names[tops.index(None)]} lies beside the class folders, without a class; move it into one"
+        )
     if hollow := folders - {name.split("/")[0] for name in names if name.count("/") == 1}:
         around = Counter(str(PurePosixPath(name).parents[1]) for name in names if name.split("/")[0] in hollow)
         likely = max(sorted(around), key=around.__getitem__)
-        raise UserError(f"{where / min(hollow)} holds only folders, and each top-level folder is a class: give the folder of the class "
-                        f"folders, probably {where / likely} (or name the labels in {where / LABELS})")
+        raise UserError(
+            f"{where / min(hollow)} holds only folders, and each top-level folder is a class: give the folder of the class "
+            f"folders, probably {where / likely} (or name the labels in {where / LABELS})"
+        )
     classes = sorted(folders)
     number = {name: label for label, name in enumerate(classes)}
     return np.array([number[top] for top in tops], np.int64), classes
@@ -204,12 +227,16 @@ def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
         pairs = json.loads(text)["labels"]
         given = dict(pairs)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it') from error
+        raise UserError(
+            f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it'
+        ) from error
     if twice := _first_twice(name for name, _ in pairs):
         raise UserError(f"{where} lists {twice} twice; give each file one label")
     for name, label in given.items():
         if type(label) is not int or not 0 <= label < LARGEST_LABEL:
-            raise UserError(f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}")
+            raise UserError(
+                f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}"
+            )
     return given
 
 
@@ -232,7 +259,9 @@ def decode(data: bytes, name: str) -> Image.Image:
                 raise BadImage(f"{name} has more than 16 bits per channel; convert it to 8")
             return Image.fromarray(((values + 128) // 257).astype(np.uint8))
         if picture.mode in ("F", "LAB"):
-            raise BadImage(f"{name} is an image of kind {picture.mode}, whose range is not known; convert it to 8-bit RGB")
+            raise BadImage(
+                f"{name} is an image of kind {picture.mode}, whose range is not known; convert it to 8-bit RGB"
+            )
         return picture.copy()
 
 
@@ -261,7 +290,9 @@ def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.n
     picture = source.load(index).convert("L" if grey else "RGB")
     longer, shorter = max(picture.size), min(picture.size)
     if longer * size / shorter * size > LARGEST_SCALED:
-        raise BadImage(f"{source.names[index]} has {picture.width} x {picture.height} pixels: too narrow to be scaled to {size}; crop it")
+        raise BadImage(
+            f"{source.names[index]} has {picture.width} x {picture.height} pixels: too narrow to be scaled to {size}; crop it"
+        )
     picture = center_crop(picture, size)
     array = np.asarray(picture)
     return array[..., None] if grey else array

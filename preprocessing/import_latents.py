@@ -55,17 +55,19 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self.shard_size > 0, f"--shard-size {self.shard_size} must be at least 1")
-        require(self.num_classes is None or 0 < self.num_classes <= LARGEST_LABEL,
-                f"--num-classes {self.num_classes} must be at least 1 and at most {LARGEST_LABEL}")
+        require(
+            self.num_classes is None or 0 < self.num_classes <= LARGEST_LABEL,
+            f"--num-classes {self.num_classes} must be at least 1 and at most {LARGEST_LABEL}",
+        )
 
 
 class Layout(Protocol):
     """One kind of folder: what it holds, and its shards one by one."""
 
     space: LatentSpace
-    shape: tuple[int, ...]       # (views, parts, C, H, W)
-    labels: np.ndarray           # (n,) int64
-    bounds: list[int]            # shard s holds items bounds[s] .. bounds[s + 1] - 1
+    shape: tuple[int, ...]  # (views, parts, C, H, W)
+    labels: np.ndarray  # (n,) int64
+    bounds: list[int]  # shard s holds items bounds[s] .. bounds[s + 1] - 1
     fingerprint: str
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -90,23 +92,36 @@ class Import:
 
     def bytes_needed(self, kept: Sequence[int]) -> int:
         items = sum(self.layout.bounds[s + 1] - self.layout.bounds[s] for s in self.shard_numbers if s not in kept)
-        picture = self.layout.shape[-1] ** 2 * self.layout.space.stride ** 2 * 2 if self.options.keep_images else 0
+        picture = self.layout.shape[-1] ** 2 * self.layout.space.stride**2 * 2 if self.options.keep_images else 0
         return items * (int(np.prod(self.layout.shape)) * np.dtype(self.options.dtype).itemsize + picture + 64)
 
     def settings(self) -> dict[str, Any]:
-        return {"format": dataset.FORMAT, "import": self.layout.fingerprint, "space": self.layout.space.to_json(),
-                "dtype": self.options.dtype, "keep_images": self.options.keep_images, "bounds": self.layout.bounds}
+        return {
+            "format": dataset.FORMAT,
+            "import": self.layout.fingerprint,
+            "space": self.layout.space.to_json(),
+            "dtype": self.options.dtype,
+            "keep_images": self.options.keep_images,
+            "bounds": self.layout.bounds,
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Import a folder."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.import_latents",
-                   description=__doc__, first="source")
+    options = read(
+        Options,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m preprocessing.import_latents",
+        description=__doc__,
+        first="source",
+    )
     layout = recognised(options)
     print(f"{options.source}: {type(layout).__name__} latents, {len(layout.labels):,} items of {layout.shape}")
     classes = int(layout.labels.max()) + 1 if options.num_classes is None else options.num_classes
-    require(layout.labels.max() < classes,
-            f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}, give at least one more")
+    require(
+        layout.labels.max() < classes,
+        f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}, give at least one more",
+    )
     run(Import(options, layout), classes)
 
 
@@ -115,13 +130,18 @@ def recognised(options: Options) -> Layout:
     source = Path(options.source)
     repa = source / "vae-sd" if (source / "vae-sd").is_dir() else source
     if repa != source or (source / LABELS).exists():
-        require(options.statistics is None, f"--statistics scales LightningDiT's latents, {source} holds REPA's: leave it out")
+        require(
+            options.statistics is None,
+            f"--statistics scales LightningDiT's latents, {source} holds REPA's: leave it out",
+        )
         return REPA(repa, options)
     if any(source.glob("*.safetensors")):
         require(not options.keep_images, "--keep-images: LightningDiT's folders hold no images")
         return LightningDiT(source, options)
-    raise UserError(f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents; "
-                    f"give one of them")
+    raise UserError(
+        f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents; "
+        f"give one of them"
+    )
 
 
 def run(job: Import, classes: int) -> None:
@@ -135,7 +155,7 @@ def run(job: Import, classes: int) -> None:
         entries = []
         with progress.bar(total=len(layout.labels), desc="importing", unit="item") as bar:
             for number in job.shard_numbers:
-                labels = layout.labels[layout.bounds[number]:layout.bounds[number + 1]]
+                labels = layout.labels[layout.bounds[number] : layout.bounds[number + 1]]
                 if number in kept:
                     entries.append(shards.entry(job.folder, number, kept[number]))
                 else:
@@ -145,9 +165,19 @@ def run(job: Import, classes: int) -> None:
                     entries.append(shards.write_shard(job.folder, number, latents, labels, **columns))
                 bar.update(len(labels))
         shards.write_manifest(
-            job.folder, space=layout.space, resolution=side * layout.space.stride, latent_size=side, views=views, parts=parts,
-            dtype=options.dtype, crop="adm", class_names=[str(label) for label in range(classes)], images=options.keep_images,
-            shards=entries, source=f"{type(layout).__name__} latents of {Path(options.source).resolve().name}")
+            job.folder,
+            space=layout.space,
+            resolution=side * layout.space.stride,
+            latent_size=side,
+            views=views,
+            parts=parts,
+            dtype=options.dtype,
+            crop="adm",
+            class_names=[str(label) for label in range(classes)],
+            images=options.keep_images,
+            shards=entries,
+            source=f"{type(layout).__name__} latents of {Path(options.source).resolve().name}",
+        )
     print(f"{job.folder}: {len(dataset.LatentSet(job.folder)):,} items in {len(entries)} shards")
 
 
@@ -167,23 +197,41 @@ class REPA:
         self.bounds = [*range(0, len(self.names), options.shard_size), len(self.names)]
         self.fingerprint = hashlib.sha256(text).hexdigest()
         first = self._moments(self.names[0], self._read(self.names[0]))
-        self.space = open_codec(options.vae).space if options.vae else LatentSpace(
-            name="sd-vae", channels=len(first) // 2, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse")
+        self.space = (
+            open_codec(options.vae).space
+            if options.vae
+            else LatentSpace(
+                name="sd-vae",
+                channels=len(first) // 2,
+                stride=8,
+                shift=(0.0,),
+                scale=(0.18215,),
+                vae="stabilityai/sd-vae-ft-mse",
+            )
+        )
         _require_channels(self.space, len(first) // 2, folder)
         self.shape = (1, 2, len(first) // 2, *first.shape[1:])
 
     def shard(self, number: int) -> dict[str, Any]:
-        names = self.names[self.bounds[number]:self.bounds[number + 1]]
+        names = self.names[self.bounds[number] : self.bounds[number + 1]]
         loaded = np.empty((len(names), *self.shape), np.float32)
         with ThreadPoolExecutor() as readers:
             for place, content in enumerate(readers.map(self._read, names)):
                 moments = self._moments(names[place], content)
                 if moments.size != loaded[place].size or moments.shape[1:] != self.shape[-2:]:
-                    raise UserError(f"{self.folder / names[place]} has shape {moments.shape}, not that of {self.names[0]}")
+                    raise UserError(
+                        f"{self.folder / names[place]} has shape {moments.shape}, not that of {self.names[0]}"
+                    )
                 loaded[place] = moments.reshape(self.shape)
                 if (loaded[place, 0, 1] < 0).any():
-                    raise UserError(f"{self.folder / names[place]} has a negative standard deviation; it is not mean and std")
-        return {"latents": loaded, "names": names, "images": [self._image(name) for name in names] if self.keep else None}
+                    raise UserError(
+                        f"{self.folder / names[place]} has a negative standard deviation; it is not mean and std"
+                    )
+        return {
+            "latents": loaded,
+            "names": names,
+            "images": [self._image(name) for name in names] if self.keep else None,
+        }
 
     def _read(self, name: str) -> bytes:
         files.require_plain(self.folder / name)
@@ -208,8 +256,9 @@ class REPA:
         try:
             return file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}, the image of {name}, cannot be read ({error.strerror}); "
-                            f"leave out --keep-images, or add it") from error
+            raise UserError(
+                f"{file}, the image of {name}, cannot be read ({error.strerror}); leave out --keep-images, or add it"
+            ) from error
 
 
 class LightningDiT:
@@ -227,14 +276,20 @@ class LightningDiT:
                 raise UserError(f"{file} lacks {min(absent)}; it is not one of LightningDiT's latent files")
             for key in self.keys:
                 if arrays[key].shape != (len(arrays["labels"]), *shape) or len(shape) != 3:
-                    raise UserError(f"{file}: {key} {arrays[key].shape} "
-                                    f"does not fit {len(arrays['labels'])} labels and {shape}; copy it again")
-            require(arrays["labels"].ndim == 1 and arrays["labels"].dtype.kind in "iu",
-                    f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,); write them anew")
+                    raise UserError(
+                        f"{file}: {key} {arrays[key].shape} "
+                        f"does not fit {len(arrays['labels'])} labels and {shape}; copy it again"
+                    )
+            require(
+                arrays["labels"].ndim == 1 and arrays["labels"].dtype.kind in "iu",
+                f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,); write them anew",
+            )
         self.labels = np.concatenate([arrays["labels"] for arrays in opened]).astype(np.int64)
         require(len(self.labels) > 0, f"{folder} holds no latents")
-        require(int(self.labels.min()) >= 0 and int(self.labels.max()) < LARGEST_LABEL,
-                f"{folder} has labels from {self.labels.min()} to {self.labels.max()}; they count from 0 and end below {LARGEST_LABEL}")
+        require(
+            int(self.labels.min()) >= 0 and int(self.labels.max()) < LARGEST_LABEL,
+            f"{folder} has labels from {self.labels.min()} to {self.labels.max()}; they count from 0 and end below {LARGEST_LABEL}",
+        )
         self.bounds = np.cumsum([0] + [len(arrays["labels"]) for arrays in opened]).tolist()
         stat = [[file.name, os.path.getsize(file)] for file in self.files]
         self.fingerprint = hashlib.sha256(json.dumps(stat).encode() + self.labels.tobytes()).hexdigest()
@@ -252,8 +307,10 @@ class LightningDiT:
 
 
 def _require_channels(space: LatentSpace, channels: int, folder: Path) -> None:
-    require(space.channels == channels, f"{folder} holds latents of {channels} channels, those of {space.name} have "
-                                        f"{space.channels}")
+    require(
+        space.channels == channels,
+        f"{folder} holds latents of {channels} channels, those of {space.name} have {space.channels}",
+    )
 
 
 if __name__ == "__main__":

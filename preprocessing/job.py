@@ -28,7 +28,9 @@ STOPPED = ".stopped"  # a process of the present start met an error: the others 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    images: str = option(help="folder or ZIP file of images: class folders, or a dataset.json with labels", heading="images")
+    images: str = option(
+        help="folder or ZIP file of images: class folders, or a dataset.json with labels", heading="images"
+    )
     vae: str = option(help="autoencoder: hub id or local folder of diffusers, or 'pixels' for none", heading="encoder")
     resolution: int = option(help="side of the square images, in pixels")
     out: str = option(help="folder of the latent set to write", heading="latent set")
@@ -41,19 +43,33 @@ class Options:
     mixed_precision: str = option("no", help="precision of the encoder", choices=("no", "bf16"))
     batch_size: int = option(32, help="images per call of the encoder")
     shard_size: int = option(4096, help="images per file")
-    workers: int | None = option(None, help="decoding processes per GPU (default: the CPU cores, shared out)", heading="work")
+    workers: int | None = option(
+        None, help="decoding processes per GPU (default: the CPU cores, shared out)", heading="work"
+    )
     skip_bad: int = option(0, help="leave out up to this many unusable images instead of stopping")
     seed: int = option(0, help="seed of the fixed samples (--no-moments)")
 
     def __post_init__(self) -> None:
-        require(min(self.resolution, self.batch_size, self.shard_size) > 0,
-                "--resolution, --batch-size and --shard-size must be at least 1")
+        require(
+            min(self.resolution, self.batch_size, self.shard_size) > 0,
+            "--resolution, --batch-size and --shard-size must be at least 1",
+        )
         for flag, value in (("--workers", self.workers), ("--skip-bad", self.skip_bad)):
             require(value is None or value >= 0, f"{flag} {value} must not be negative")
 
 
-_SETTINGS = ("resolution", "flip", "keep_images", "moments", "grey", "dtype", "mixed_precision", "batch_size", "shard_size",
-             "seed")
+_SETTINGS = (
+    "resolution",
+    "flip",
+    "keep_images",
+    "moments",
+    "grey",
+    "dtype",
+    "mixed_precision",
+    "batch_size",
+    "shard_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +79,7 @@ class Job:
     source: ImageSet
     options: Options
     space: LatentSpace
-    shape: tuple[int, ...]   # (views, parts, C, H, W) of one item
+    shape: tuple[int, ...]  # (views, parts, C, H, W) of one item
 
     @property
     def folder(self) -> Path:
@@ -81,14 +97,18 @@ class Job:
     def bytes_needed(self, kept: Sequence[int]) -> int:
         """Disk that the shards outside `kept` will take, about: kept photographs compress to two thirds."""
         options = self.options
-        picture = options.resolution ** 2 * (1 if options.grey else 3) * 2 // 3 if options.keep_images else 0
+        picture = options.resolution**2 * (1 if options.grey else 3) * 2 // 3 if options.keep_images else 0
         item = int(np.prod(self.shape)) * np.dtype(options.dtype).itemsize + picture + 64
         return item * sum(len(self.items(shard)) for shard in self.shard_numbers if shard not in kept)
 
     def settings(self) -> dict[str, Any]:
         """The settings that the bytes depend on, as JSON."""
-        return {"format": dataset.FORMAT, "images": self.source.fingerprint, "space": self.space.to_json(),
-                **{name: getattr(self.options, name) for name in _SETTINGS}}
+        return {
+            "format": dataset.FORMAT,
+            "images": self.source.fingerprint,
+            "space": self.space.to_json(),
+            **{name: getattr(self.options, name) for name in _SETTINGS},
+        }
 
 
 class Work(Protocol):
@@ -120,8 +140,10 @@ def begin(job: Work, held: ExitStack) -> dict[int, int] | None:
     if resumed:
         known = files.read_json(folder / JOB)
         if differing := [key for key in settings if known.get(key) != settings[key]]:
-            raise UserError(f"{folder} holds the set of another job (it differs in {', '.join(differing)}); "
-                            "choose another --out, or delete the folder")
+            raise UserError(
+                f"{folder} holds the set of another job (it differs in {', '.join(differing)}); "
+                "choose another --out, or delete the folder"
+            )
     elif any(path.name not in (locks.LOCK, locks.CLAIM, STOPPED) for path in folder.iterdir()):
         raise UserError(f"{folder} holds something else already (no {JOB}); choose another --out")
     if (folder / dataset.MANIFEST).exists():
@@ -162,11 +184,26 @@ def finish(job: Job, entries: dict[int, dict[str, Any]]) -> None:
             names = set(shards.names(job.folder / entry["file"]))
             skipped += [name for index in job.items(shard) if (name := job.source.names[index]) not in names]
     if len(skipped) > job.options.skip_bad:
-        raise UserError(f"{len(skipped)} images cannot be used and --skip-bad allows {job.options.skip_bad}; "
-                        f"the first: {min(skipped)}")
+        raise UserError(
+            f"{len(skipped)} images cannot be used and --skip-bad allows {job.options.skip_bad}; "
+            f"the first: {min(skipped)}"
+        )
     views, parts, _, side, _ = job.shape
     shards.write_manifest(
-        job.folder, space=job.space, resolution=job.options.resolution, latent_size=side, views=views, parts=parts,
-        dtype=job.options.dtype, crop="adm", class_names=job.source.class_names, images=job.options.keep_images,
-        shards=[entries[shard] for shard in sorted(entries)], source=job.source.description, skipped=sorted(skipped))
-    print(f"{job.folder}: {len(dataset.LatentSet(job.folder)):,} items in {len(entries)} shards, {len(skipped)} images left out")
+        job.folder,
+        space=job.space,
+        resolution=job.options.resolution,
+        latent_size=side,
+        views=views,
+        parts=parts,
+        dtype=job.options.dtype,
+        crop="adm",
+        class_names=job.source.class_names,
+        images=job.options.keep_images,
+        shards=[entries[shard] for shard in sorted(entries)],
+        source=job.source.description,
+        skipped=sorted(skipped),
+    )
+    print(
+        f"{job.folder}: {len(dataset.LatentSet(job.folder)):,} items in {len(entries)} shards, {len(skipped)} images left out"
+    )

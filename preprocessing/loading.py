@@ -20,9 +20,9 @@ class Batch:
     """Items that were planned together; bad ones are missing from all but `bad`."""
 
     indices: list[int]
-    images: Tensor          # (n, R, R, C) uint8
-    pngs: list[bytes]       # empty unless images are kept
-    bad: list[str]          # one message per unusable image
+    images: Tensor  # (n, R, R, C) uint8
+    pngs: list[bytes]  # empty unless images are kept
+    bad: list[str]  # one message per unusable image
 
     def pin_memory(self) -> Batch:
         return Batch(self.indices, self.images.pin_memory(), self.pngs, self.bad)
@@ -43,21 +43,42 @@ class _Crops(Dataset):
 def _collate(items: list[tuple[int, np.ndarray | None, bytes | None, str]]) -> Batch:
     good = [item for item in items if item[1] is not None]
     images = np.stack([item[1] for item in good]) if good else np.empty((0, 0, 0, 0), np.uint8)
-    return Batch([item[0] for item in good], torch.from_numpy(images), [item[2] for item in good if item[2] is not None],
-                 [item[3] for item in items if item[1] is None])
+    return Batch(
+        [item[0] for item in good],
+        torch.from_numpy(images),
+        [item[2] for item in good if item[2] is not None],
+        [item[3] for item in items if item[1] is None],
+    )
 
 
-def batches(source: ImageSet, plan: Sequence[list[int]], *, resolution: int, grey: bool = False, keep: bool = False,
-            workers: int | None = None, processes: int = 1, pin: bool = False) -> Iterator[Batch]:
+def batches(
+    source: ImageSet,
+    plan: Sequence[list[int]],
+    *,
+    resolution: int,
+    grey: bool = False,
+    keep: bool = False,
+    workers: int | None = None,
+    processes: int = 1,
+    pin: bool = False,
+) -> Iterator[Batch]:
     """The crops of the items of `plan`, batch by batch, decoded by `workers` processes (None: the cores, shared out)."""
     if workers is None:
         workers = max(1, len(os.sched_getaffinity(0)) // processes)
-    loader = DataLoader(_Crops(source, resolution, grey, keep), batch_sampler=plan, num_workers=min(workers, len(plan)),
-                          collate_fn=_collate, pin_memory=pin, prefetch_factor=4 if min(workers, len(plan)) else None)
+    loader = DataLoader(
+        _Crops(source, resolution, grey, keep),
+        batch_sampler=plan,
+        num_workers=min(workers, len(plan)),
+        collate_fn=_collate,
+        pin_memory=pin,
+        prefetch_factor=4 if min(workers, len(plan)) else None,
+    )
     try:
         yield from loader
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError("a decoding process was killed, perhaps for want of memory; the same command continues, with fewer --workers "
-                        "where it happens again") from error
+        raise UserError(
+            "a decoding process was killed, perhaps for want of memory; the same command continues, with fewer --workers "
+            "where it happens again"
+        ) from error

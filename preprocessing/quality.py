@@ -14,9 +14,9 @@ from models.latents import Codec
 from models.pixels import is_pixels, to_uint8
 from preprocessing.images import ImageSet, cropped
 
-PSNR = 18.0           # dB; below, the reconstruction is another picture
-SCALE = (0.5, 2.0)    # of the scaled latents' standard deviation
-SAMPLE = 8            # items that are looked at after encoding
+PSNR = 18.0  # dB; below, the reconstruction is another picture
+SCALE = (0.5, 2.0)  # of the scaled latents' standard deviation
+SAMPLE = 8  # items that are looked at after encoding
 
 
 def spread(count: int, chosen: int) -> np.ndarray:
@@ -40,16 +40,20 @@ def of_reconstruction(mean: float | None) -> list[str]:
     """A warning where reconstructions of `mean` dB are no reconstructions."""
     if mean is None or mean >= PSNR:
         return []
-    return [f"reconstructions of {mean:.1f} dB do not show the images (SD-VAE: about 26 dB): the autoencoder's weights are broken, or "
-            f"not made for such images; look at the picture of preprocessing.verify"]
+    return [
+        f"reconstructions of {mean:.1f} dB do not show the images (SD-VAE: about 26 dB): the autoencoder's weights are broken, or "
+        f"not made for such images; look at the picture of preprocessing.verify"
+    ]
 
 
 def of_scale(std: float) -> list[str]:
     """A warning where scaled latents of standard deviation `std` are far from what the recipes expect."""
     if SCALE[0] <= std <= SCALE[1]:
         return []
-    return [f"scaled latents have a standard deviation of {std:.2f}, and the recipes expect about 1: give the VAE's statistics "
-            f"(--statistics of preprocessing.encode), or check its weights"]
+    return [
+        f"scaled latents have a standard deviation of {std:.2f}, and the recipes expect about 1: give the VAE's statistics "
+        f"(--statistics of preprocessing.encode), or check its weights"
+    ]
 
 
 def report(latents: LatentSet, source: ImageSet, codec: Codec) -> list[str]:

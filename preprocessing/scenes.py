@@ -51,15 +51,24 @@ class Dials:
     size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
 
     def __post_init__(self) -> None:
-        require(8 <= self.resolution <= 1024 and self.resolution % 2 == 0,
-                f"--resolution {self.resolution} must be even, at least 8 and at most 1024")
+        require(
+            8 <= self.resolution <= 1024 and self.resolution % 2 == 0,
+            f"--resolution {self.resolution} must be even, at least 8 and at most 1024",
+        )
         require(self.digits in (1, 2), f"--digits {self.digits} must be 1 or 2")
-        require(2 <= self.classes <= 10**self.digits, f"--classes {self.classes} must lie between 2 and {10**self.digits}")
+        require(
+            2 <= self.classes <= 10**self.digits, f"--classes {self.classes} must lie between 2 and {10**self.digits}"
+        )
         require(0 <= self.colours <= 1 and 0 <= self.gradient <= 1, "--colours and --gradient must lie in [0, 1]")
-        require(0 <= self.jitter <= self.resolution, f"--jitter {self.jitter} must lie between 0 and --resolution {self.resolution}")
+        require(
+            0 <= self.jitter <= self.resolution,
+            f"--jitter {self.jitter} must lie between 0 and --resolution {self.resolution}",
+        )
         require(0 <= self.clutter <= 100, f"--clutter {self.clutter} must lie between 0 and 100")
-        require(len(self.size) == 2 and 0.1 <= self.size[0] <= self.size[1] <= 10,
-                f"--size {' '.join(map(str, self.size))}: give the smallest and the largest, between 0.1 and 10")
+        require(
+            len(self.size) == 2 and 0.1 <= self.size[0] <= self.size[1] <= 10,
+            f"--size {' '.join(map(str, self.size))}: give the smallest and the largest, between 0.1 and 10",
+        )
 
     def pair(self, label: int) -> tuple[int, ...]:
         """The digits of a class, from left to right. From 20 pairs on no digit alone tells the class: each is in two or more of them."""
@@ -86,8 +95,11 @@ class Scenes:
         ink, labels = digits.load()
         self._ink = np.pad(ink[..., 0] / np.float32(255), ((0, 0), (1, 1), (1, 1)))  # a pixel of paper all round
         dealt = Stream(0, "scenes/groups").permutation(len(labels))
-        self._pools = {(digit, part): np.sort(dealt[part::GROUPS][labels[dealt[part::GROUPS]] == digit])
-                       for digit in range(10) for part in range(GROUPS)}
+        self._pools = {
+            (digit, part): np.sort(dealt[part::GROUPS][labels[dealt[part::GROUPS]] == digit])
+            for digit in range(10)
+            for part in range(GROUPS)
+        }
         self.labels = np.arange(count) % dials.classes
         self.names = [f"scene-{index:06d}" for index in range(count)]
         self.class_names = ["".join(map(str, dials.pair(label))) for label in range(dials.classes)]
@@ -113,10 +125,17 @@ class Scenes:
             down, right = random.uniform(-dials.jitter, dials.jitter, 2)
             middle = (side / 2 + down, place * (position + 0.5) + right)
             ink = self._ink[pool[random.integers(len(pool))]]
-            coverage = np.maximum(coverage, _sampled(ink, (y - middle[0]) / height * 8 + 5, (x - middle[1]) / width * 8 + 5))
+            coverage = np.maximum(
+                coverage, _sampled(ink, (y - middle[0]) / height * 8 + 5, (x - middle[1]) / width * 8 + 5)
+            )
         paper, ink_colour = self._colours(random)
         angle = random.uniform(0, 2 * np.pi)
-        slope = dials.gradient * random.uniform(-0.5, 0.5) * ((x - side / 2) * np.cos(angle) + (y - side / 2) * np.sin(angle)) / side
+        slope = (
+            dials.gradient
+            * random.uniform(-0.5, 0.5)
+            * ((x - side / 2) * np.cos(angle) + (y - side / 2) * np.sin(angle))
+            / side
+        )
         picture = paper + slope[..., None]
         for _ in range(dials.clutter):
             stroke = _stroke(random, x, y, side)[..., None]
@@ -156,16 +175,31 @@ class Options:
     dials: Dials = group(Dials)
 
     def __post_init__(self) -> None:
-        require(self.dials.classes <= self.count <= MOST,
-                f"--count {self.count} must be at least --classes {self.dials.classes} and at most {MOST:,}")
+        require(
+            self.dials.classes <= self.count <= MOST,
+            f"--count {self.count} must be at least --classes {self.dials.classes} and at most {MOST:,}",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write scenes as a latent set, and their masks; nothing happens where both are there already."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.scenes", description=__doc__)
+    options = read(
+        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.scenes", description=__doc__
+    )
     scenes = Scenes(options.dials, options.count, options.seed)
-    encode(scenes, job.Options(images="scenes", vae="pixels", resolution=options.dials.resolution, dtype="float32", batch_size=256,
-                               workers=0, seed=options.seed, out=options.out))
+    encode(
+        scenes,
+        job.Options(
+            images="scenes",
+            vae="pixels",
+            resolution=options.dials.resolution,
+            dtype="float32",
+            batch_size=256,
+            workers=0,
+            seed=options.seed,
+            out=options.out,
+        ),
+    )
     target = Path(options.out) / MASKS
     if not target.exists():
         drawn = [scenes.draw(index)[1:] for index in progress.bar(range(options.count), desc="masks", unit="image")]

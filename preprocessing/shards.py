@@ -27,8 +27,14 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, latents: np.ndarray, labels: np.ndarray,
-                names: Sequence[str] | None = None, images: Sequence[bytes] | None = None) -> dict[str, Any]:
+def write_shard(
+    folder: Path,
+    number: int,
+    latents: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str] | None = None,
+    images: Sequence[bytes] | None = None,
+) -> dict[str, Any]:
     """Write one shard atomically and return its entry of the manifest.
 
     Args:
@@ -44,13 +50,16 @@ def write_shard(folder: Path, number: int, latents: np.ndarray, labels: np.ndarr
     finite = np.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
     if not finite.all():
         which = names[np.argmin(finite)] if names else f"item {np.argmin(finite)} of {file}"
-        raise UserError(f"{which} has a latent that is not finite in {latents.dtype}; "
-                        "if the images are sound, use --dtype float32")
+        raise UserError(
+            f"{which} has a latent that is not finite in {latents.dtype}; if the images are sound, use --dtype float32"
+        )
     tensors = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels.astype(np.int64))}
     columns = {"image": images, "name": None if names is None else [os.fsencode(name) for name in names]}
     for column, items in columns.items():
         if items is not None:
-            tensors[f"{column}_offsets"] = torch.from_numpy(np.cumsum([0] + [len(item) for item in items], dtype=np.int64))
+            tensors[f"{column}_offsets"] = torch.from_numpy(
+                np.cumsum([0] + [len(item) for item in items], dtype=np.int64)
+            )
             tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
     written = entry(folder, number, len(latents))
@@ -75,15 +84,44 @@ def entry(folder: Path, number: int, count: int) -> dict[str, Any]:
     return {"file": shard_name(number), "count": count, "sha256": files.digest(folder / shard_name(number))}
 
 
-def write_manifest(folder: Path, *, space: LatentSpace, resolution: int, latent_size: int, views: int, parts: int,
-                   dtype: str, crop: str, class_names: Sequence[str], images: bool, shards: Sequence[dict[str, Any]],
-                   source: str, skipped: Sequence[str] = ()) -> None:
+def write_manifest(
+    folder: Path,
+    *,
+    space: LatentSpace,
+    resolution: int,
+    latent_size: int,
+    views: int,
+    parts: int,
+    dtype: str,
+    crop: str,
+    class_names: Sequence[str],
+    images: bool,
+    shards: Sequence[dict[str, Any]],
+    source: str,
+    skipped: Sequence[str] = (),
+) -> None:
     """Write `manifest.json`, which makes the folder a latent set. All shards must be on disk."""
-    files.write_sealed(folder / MANIFEST, {
-        "format": FORMAT, "space": space.to_json(), "resolution": resolution, "latent_size": latent_size, "views": views,
-        "parts": parts, "dtype": dtype, "crop": crop, "range": [-1, 1], "num_classes": len(class_names),
-        "class_names": list(class_names), "count": sum(shard["count"] for shard in shards), "images": images,
-        "shards": list(shards), "source": source, "skipped": list(skipped)})
+    files.write_sealed(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "space": space.to_json(),
+            "resolution": resolution,
+            "latent_size": latent_size,
+            "views": views,
+            "parts": parts,
+            "dtype": dtype,
+            "crop": crop,
+            "range": [-1, 1],
+            "num_classes": len(class_names),
+            "class_names": list(class_names),
+            "count": sum(shard["count"] for shard in shards),
+            "images": images,
+            "shards": list(shards),
+            "source": source,
+            "skipped": list(skipped),
+        },
+    )
     for number in range(len(shards)):
         _record(folder, number).unlink(missing_ok=True)  # the manifest holds them now
 
@@ -100,7 +138,9 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     print(f"disk: {_gib(needed)} needed, {_gib(free)} free at {folder}")
     if needed > free:
-        raise UserError(f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out")
+        raise UserError(
+            f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out"
+        )
 
 
 def _gib(size: int) -> str:

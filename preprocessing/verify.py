@@ -30,8 +30,8 @@ from runtime import errors, files, progress
 from runtime.errors import UserError, require
 from runtime.options import option, read
 
-_STEP = 1024             # items in memory at a time
-_SCALE = (0.1, 3.0)      # a latent space has a standard deviation of about 1; SD-VAE's unscaled latents have 4 to 5
+_STEP = 1024  # items in memory at a time
+_SCALE = (0.1, 3.0)  # a latent space has a standard deviation of about 1; SD-VAE's unscaled latents have 4 to 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ class Options:
     data_dir: str = option(help="the latent set; may be given first, without the flag", heading="latent set")
     vae: str | None = option(None, help="autoencoder to decode with (default: the set's own, if it is on this machine)")
     images: str | None = option(None, help="the images that the set was made from, if they were not kept")
-    picture: str | None = option(None, help="where to draw the reconstructions (default: verify.png in the set)", heading="reconstructions")
+    picture: str | None = option(
+        None, help="where to draw the reconstructions (default: verify.png in the set)", heading="reconstructions"
+    )
     num_images: int = option(8, help="items to reconstruct; 0: none")
 
     def __post_init__(self) -> None:
@@ -48,8 +50,13 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Verify a latent set."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.verify", description=__doc__,
-                   first="data_dir")
+    options = read(
+        Options,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m preprocessing.verify",
+        description=__doc__,
+        first="data_dir",
+    )
     check_digests(Path(options.data_dir))
     latents = LatentSet(options.data_dir)
     _line("items", f"{len(latents):,} in {len(latents.manifest['shards'])} shards, checksums agree")
@@ -61,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings += quality.of_reconstruction(reconstruct(latents, options))
     for warning in warnings:
         _line("warning", warning)
-    _line("result", f"the files are whole, but see the warning{'s' * (len(warnings) > 1)} above" if warnings else "sound")
+    _line(
+        "result", f"the files are whole, but see the warning{'s' * (len(warnings) > 1)} above" if warnings else "sound"
+    )
 
 
 def _line(what: str, result: str) -> None:
@@ -95,20 +104,28 @@ def check_values(latents: LatentSet) -> float:
         if latents.parts == 2:
             wrong |= (raw[:, 1] < 0).flatten(1).any(1)
         if wrong.any():
-            raise UserError(f"{latents.name(begin + int(wrong.int().argmax()))} of {latents.path}, view {view}, has latents "
-                            "that are not finite or a negative standard deviation; encode the set again")
+            raise UserError(
+                f"{latents.name(begin + int(wrong.int().argmax()))} of {latents.path}, view {view}, has latents "
+                "that are not finite or a negative standard deviation; encode the set again"
+            )
         scaled = latents.space.normalise(raw[:, 0]).double()
-        spread = (latents.space.normalise(raw[:, 0] + raw[:, 1]).double() - scaled) if latents.parts == 2 else 0 * scaled
+        spread = (
+            (latents.space.normalise(raw[:, 0] + raw[:, 1]).double() - scaled) if latents.parts == 2 else 0 * scaled
+        )
         total += scaled.sum((0, 2, 3))
         squares += (scaled**2 + spread**2).sum((0, 2, 3))
     count = len(latents) * latents.views * latents.latent_size**2
     mean, std = total / count, (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
     overall = math.sqrt(max(float(squares.mean() / count - (total.mean() / count) ** 2), 0.0))
-    _line("scaled latents", f"mean {float(mean.mean()):+.3f}, std {overall:.3f}; by channel std {std.min():.3f} to "
-                            f"{std.max():.3f}")
+    _line(
+        "scaled latents",
+        f"mean {float(mean.mean()):+.3f}, std {overall:.3f}; by channel std {std.min():.3f} to {std.max():.3f}",
+    )
     if not _SCALE[0] <= overall <= _SCALE[1]:
-        raise UserError(f"{latents.path}: latents have a standard deviation of {overall:.3g} after shift {latents.space.shift} "
-                        f"and scale {latents.space.scale}, which should bring it near 1; the scale is not this VAE's")
+        raise UserError(
+            f"{latents.path}: latents have a standard deviation of {overall:.3g} after shift {latents.space.shift} "
+            f"and scale {latents.space.scale}, which should bring it near 1; the scale is not this VAE's"
+        )
     return overall
 
 
@@ -129,7 +146,9 @@ def check_images(latents: LatentSet) -> None:
     for index in chosen:
         shape = latents.images([index])[0].shape
         if shape[:2] != (side, side):
-            raise UserError(f"the image of {latents.name(index)} of {latents.path} is {shape[1]} x {shape[0]}, not {side}")
+            raise UserError(
+                f"the image of {latents.name(index)} of {latents.path} is {shape[1]} x {shape[0]}, not {side}"
+            )
     _line("images", f"{len(chosen)} decoded, {side} x {side}")
 
 
@@ -152,8 +171,11 @@ def reconstruct(latents: LatentSet, options: Options) -> float | None:
     if originals is not None:
         psnr = quality.psnr(rows[0], originals)
         worst = int(psnr.argmin())
-        _line("reconstruction", f"PSNR {psnr.mean():.2f} dB over {len(chosen)} items, worst {psnr[worst]:.2f} dB at "
-                                f"{latents.name(chosen[worst])}")
+        _line(
+            "reconstruction",
+            f"PSNR {psnr.mean():.2f} dB over {len(chosen)} items, worst {psnr[worst]:.2f} dB at "
+            f"{latents.name(chosen[worst])}",
+        )
         rows.insert(0, originals)
     picture = Path(options.picture or latents.path / "verify.png")
     _draw(picture, rows)
@@ -170,7 +192,9 @@ def _originals(latents: LatentSet, options: Options, chosen: np.ndarray) -> np.n
     place = {name: index for index, name in enumerate(source.names)}
     places = [place.get(latents.source_name(index)) for index in chosen]
     if None in places:
-        raise UserError(f"{options.images} does not hold {latents.name(chosen[places.index(None)])}; give the source of the set")
+        raise UserError(
+            f"{options.images} does not hold {latents.name(chosen[places.index(None)])}; give the source of the set"
+        )
     grey = latents.channels == 1
     return np.stack([cropped(source, index, latents.manifest["resolution"], grey) for index in places])
 

@@ -36,8 +36,11 @@ from runtime.text import aligned
 class Options:
     """Options of all subcommands."""
 
-    scale: str = option("paper", choices=tuple(scale.SCALES), help="the paper's size; study: scenes, some minutes a row; or tiny: "
-                        "the digits, a few steps")
+    scale: str = option(
+        "paper",
+        choices=tuple(scale.SCALES),
+        help="the paper's size; study: scenes, some minutes a row; or tiny: the digits, a few steps",
+    )
     seeds: str = option("0", help="one seed, or FIRST:END (0:5 is 0 to 4)")
     work: str = option("work", help="folder of data, runs and samples")
     results: str = option("results", help="folder of records, ledger, tables and figures")
@@ -45,15 +48,22 @@ class Options:
     nodes: int = option(1, help="nodes")
     images_per_second: float | None = option(None, help="a measured rate of the training command, for the hours (show)")
     target: float | None = option(None, help="a Frechet distance: print the epochs that each row took to it (table)")
-    teraflops: float = option(costs.TERAFLOPS, help="what a GPU sustains, for hours (cost; default: 40 percent of an H100)")
+    teraflops: float = option(
+        costs.TERAFLOPS, help="what a GPU sustains, for hours (cost; default: 40 percent of an H100)"
+    )
     slurm: bool = option(False, help="print an sbatch file instead of running")
     hours: float = option(24.0, help="time limit in the sbatch file")
 
     def __post_init__(self) -> None:
-        require(self.nodes > 0 and (self.processes is None or self.processes > 0), "--nodes and --processes must be positive")
+        require(
+            self.nodes > 0 and (self.processes is None or self.processes > 0),
+            "--nodes and --processes must be positive",
+        )
         require(self.images_per_second is None or self.images_per_second > 0, "--images-per-second must be positive")
         require(self.teraflops > 0, "--teraflops must be positive")
-        require(1 / 60 <= self.hours <= 8760, f"--hours {self.hours} must lie between a minute (0.02) and a year (8760)")
+        require(
+            1 / 60 <= self.hours <= 8760, f"--hours {self.hours} must lie between a minute (0.02) and a year (8760)"
+        )
         for flag, folder in (("--work", self.work), ("--results", self.results)):
             require(not Path(folder).exists() or Path(folder).is_dir(), f"{flag} {folder} is a file: give a folder")
         self.seed_range()
@@ -61,11 +71,19 @@ class Options:
     def seed_range(self) -> range:
         """The seeds that --seeds names. Raises UserError where it names none."""
         first, _, end = self.seeds.partition(":")
-        require(first.isdecimal() and (not end or end.isdecimal()) and self.seeds.count(":") < 2 and not self.seeds.endswith(":"),
-                f"--seeds {self.seeds} is neither a seed nor FIRST:END; give one of them")
+        require(
+            first.isdecimal()
+            and (not end or end.isdecimal())
+            and self.seeds.count(":") < 2
+            and not self.seeds.endswith(":"),
+            f"--seeds {self.seeds} is neither a seed nor FIRST:END; give one of them",
+        )
         start, stop = int(first), int(end) if end else int(first) + 1
-        require(start < stop <= min(start + 1000, 2**32), f"--seeds {self.seeds} holds no seed, more than 1,000, or one beyond 32 bits; "
-                                                          f"give FIRST:END with FIRST < END")
+        require(
+            start < stop <= min(start + 1000, 2**32),
+            f"--seeds {self.seeds} holds no seed, more than 1,000, or one beyond 32 bits; "
+            f"give FIRST:END with FIRST < END",
+        )
         return range(start, stop)
 
 
@@ -89,16 +107,24 @@ def show(names: Sequence[str], options: Options) -> None:
     for row in [rows.find(name) for name in names]:
         for seed in options.seed_range():
             plan = chain.build(row, size, seed, Path(options.work))
-            print(f"# {row.name}, {size.name}, seed {seed}", *plan.lines(options.processes or size.processes, options.nodes), sep="\n")
+            print(
+                f"# {row.name}, {size.name}, seed {seed}",
+                *plan.lines(options.processes or size.processes, options.nodes),
+                sep="\n",
+            )
         account, data = costs.training_cost(row, size), costs.sketch(row, size)
         total = costs.flops(row, size)
-        print(f"# {total:.3g} FLOPs in all, {account.mean_ratio():.3f} of plain training per step"
-              f"{', the teacher counted' if row.teacher else ''}; latents {data.bytes / 2**30:.1f} GiB on disk, each checkpoint "
-              f"{16 * sum(part.parameters for part in account.parts if part.trained) / 2**30:.1f} GiB")
+        print(
+            f"# {total:.3g} FLOPs in all, {account.mean_ratio():.3f} of plain training per step"
+            f"{', the teacher counted' if row.teacher else ''}; latents {data.bytes / 2**30:.1f} GiB on disk, each checkpoint "
+            f"{16 * sum(part.parameters for part in account.parts if part.trained) / 2**30:.1f} GiB"
+        )
         if options.images_per_second:
             slow, fast = account.hours(options.images_per_second)
-            print(f"# {slow:.1f} hours of training at {options.images_per_second:g} images per second, or {fast:.1f} if the rate grows as "
-                  f"the FLOPs fall")
+            print(
+                f"# {slow:.1f} hours of training at {options.images_per_second:g} images per second, or {fast:.1f} if the rate grows as "
+                f"the FLOPs fall"
+            )
         else:
             print("# hours: unmeasured here; give --images-per-second as printed by such a run")
 
@@ -108,7 +134,11 @@ def print_costs(names: Sequence[str], options: Options) -> None:
     from recipes import record
 
     size = scale.find(options.scale)
-    finished = {one["row"] for one in record.load(Path(options.results)) if (one["scale"], one["status"]) == (size.name, "finished")}
+    finished = {
+        one["row"]
+        for one in record.load(Path(options.results))
+        if (one["scale"], one["status"]) == (size.name, "finished")
+    }
     lines, everything = [["", "rows to run", "EFLOP", f"hours at {options.teraflops:g} TFLOP/s"]], []
     every = {name: rows.of_table(name) if name in rows.TABLES else [rows.find(name)] for name in names or rows.TABLES}
     for name, chosen in every.items():
@@ -120,7 +150,9 @@ def print_costs(names: Sequence[str], options: Options) -> None:
 
 
 def _sizes(flops: float, teraflops: float) -> list[str]:
-    return [f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in (flops / 1e18, flops / teraflops / 1e12 / 3600)]
+    return [
+        f"{value:,.0f}" if value >= 10 else f"{value:.2g}" for value in (flops / 1e18, flops / teraflops / 1e12 / 3600)
+    ]
 
 
 def run(names: Sequence[str], options: Options) -> None:
@@ -131,17 +163,33 @@ def run(names: Sequence[str], options: Options) -> None:
     chosen = [row for name in names for row in (rows.of_table(name) if name in rows.TABLES else [rows.find(name)])]
     if options.slurm:
         for row in chosen:
-            print(slurm.script(row.name, size.name, options.seed_range(), options.nodes, options.processes or size.processes, options.hours,
-                               options.work, options.results), end="")
+            print(
+                slurm.script(
+                    row.name,
+                    size.name,
+                    options.seed_range(),
+                    options.nodes,
+                    options.processes or size.processes,
+                    options.hours,
+                    options.work,
+                    options.results,
+                ),
+                end="",
+            )
         return
     for seed in options.seed_range():  # seeds outermost, so that what is finished can be compared
         for row in chosen:
-            finished = [one["folder"] for one in record.load(results) if (one["row"], one["scale"], one["seed"], one["status"]) == (
-                row.name, size.name, seed, "finished")]
+            finished = [
+                one["folder"]
+                for one in record.load(results)
+                if (one["row"], one["scale"], one["seed"], one["status"]) == (row.name, size.name, seed, "finished")
+            ]
             if finished and row.name not in names:
                 print(f"recorded already: {results / 'records' / finished[-1]}", flush=True)
                 continue
-            folder = runner.run(row, size, seed, Path(options.work), results, options.processes or size.processes, options.nodes)
+            folder = runner.run(
+                row, size, seed, Path(options.work), results, options.processes or size.processes, options.nodes
+            )
             print(f"record: {folder}", flush=True)
 
 
@@ -161,8 +209,11 @@ def print_claims(names: Sequence[str], options: Options) -> None:
     from recipes import claims, record
 
     findings = claims.test(record.load(Path(options.results)), options.scale)
-    require(any(one.differences for one in findings), f"no two rows of the study have records of one seed at scale {options.scale}: "
-            f"python -m recipes run study --scale study --seeds 0:5, then claims --scale study")
+    require(
+        any(one.differences for one in findings),
+        f"no two rows of the study have records of one seed at scale {options.scale}: "
+        f"python -m recipes run study --scale study --seeds 0:5, then claims --scale study",
+    )
     print(claims.report(findings))
 
 
@@ -171,7 +222,10 @@ def look_inside(names: Sequence[str], options: Options) -> None:
     from recipes import inside
 
     for seed in options.seed_range():
-        print(f"probed: {inside.probe(scale.find(options.scale), seed, Path(options.work), Path(options.results))}", flush=True)
+        print(
+            f"probed: {inside.probe(scale.find(options.scale), seed, Path(options.work), Path(options.results))}",
+            flush=True,
+        )
     print(aligned(inside.summary(inside.load(Path(options.results), options.scale))))
 
 
@@ -207,25 +261,41 @@ def check(names: Sequence[str], options: Options) -> None:
     for folder, found in faults.items():
         print(f"{folder.name}: {'; '.join(found) or 'holds'}")
     wrong = [folder.name for folder, found in faults.items() if found]
-    require(not wrong, f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}; restore them, or remove them")
+    require(
+        not wrong,
+        f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}; restore them, or remove them",
+    )
     if names:
         return
     if not folders:
         print(f"no record in {results}")
     else:
         ledger = results / "ledger.csv"
-        require(ledger.is_file() and ledger.read_text(encoding="utf-8") == record.ledger(results),
-                f"{ledger} is not what the records say: run python -m recipes publish --results {results}")
+        require(
+            ledger.is_file() and ledger.read_text(encoding="utf-8") == record.ledger(results),
+            f"{ledger} is not what the records say: run python -m recipes publish --results {results}",
+        )
     if results.resolve() == Path("results").resolve():  # the records that the pages are about
         stale = publish.stale(Path(), results)
-        require(not stale, f"the tables of {', '.join(map(str, stale))} are not what the records say: run python -m recipes publish")
+        require(
+            not stale,
+            f"the tables of {', '.join(map(str, stale))} are not what the records say: run python -m recipes publish",
+        )
 
 
 NONE, ANY, SOME = range(3)
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], Options], None], int]] = {
-    "list": (list_rows, ANY), "show": (show, SOME), "run": (run, SOME), "table": (print_table, SOME), "figure": (draw_figure, SOME),
-    "cost": (print_costs, ANY), "claims": (print_claims, NONE), "inside": (look_inside, NONE),
-    "publish": (write_pages, NONE), "check": (check, ANY)}
+    "list": (list_rows, ANY),
+    "show": (show, SOME),
+    "run": (run, SOME),
+    "table": (print_table, SOME),
+    "figure": (draw_figure, SOME),
+    "cost": (print_costs, ANY),
+    "claims": (print_claims, NONE),
+    "inside": (look_inside, NONE),
+    "publish": (write_pages, NONE),
+    "check": (check, ANY),
+}
 """Subcommand -> what it does, and whether it takes names: none, any number of them, or at least one."""
 
 
@@ -236,12 +306,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         read(Options, words or ["--help"], prog="python -m recipes", description=__doc__)
         raise UserError(f"say what to do: {', '.join(COMMANDS)}")
     if words[0] not in COMMANDS:
-        raise UserError(f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
+        raise UserError(
+            f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}"
+        )
     action, takes = COMMANDS[words[0]]
     flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     names = words[1:flags]
     options = read(Options, words[flags:], prog=f"python -m recipes {words[0]}", description=__doc__)
-    require(bool(names) or takes != SOME, f"python -m recipes {words[0]} needs a name; choose one that python -m recipes list shows")
+    require(
+        bool(names) or takes != SOME,
+        f"python -m recipes {words[0]} needs a name; choose one that python -m recipes list shows",
+    )
     require(not names or takes != NONE, f"python -m recipes {words[0]} takes no name: leave out {' '.join(names)}")
     action(names, options)
 

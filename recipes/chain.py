@@ -37,8 +37,16 @@ class Link:
         if self.many and processes > 1:
             launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes * nodes)]
             if nodes > 1:
-                launcher += ["--num_machines", str(nodes), "--machine_rank", "$SLURM_NODEID", "--main_process_ip", "$MAIN_ADDRESS",
-                             "--main_process_port", "29500"]
+                launcher += [
+                    "--num_machines",
+                    str(nodes),
+                    "--machine_rank",
+                    "$SLURM_NODEID",
+                    "--main_process_ip",
+                    "$MAIN_ADDRESS",
+                    "--main_process_port",
+                    "29500",
+                ]
         return " ".join([*launcher, *(word if word.startswith("$") else shlex.quote(word) for word in self.words)])
 
 
@@ -66,7 +74,9 @@ class Chain:
 
     def lines(self, processes: int, nodes: int = 1) -> list[str]:
         """Every link as a comment with its name and the command to type."""
-        return [f"# {link.name}{' (done)' if link.done else ''}\n{link.command(processes, nodes)}" for link in self.links]
+        return [
+            f"# {link.name}{' (done)' if link.done else ''}\n{link.command(processes, nodes)}" for link in self.links
+        ]
 
 
 def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
@@ -84,7 +94,9 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
         teacher = (run, step)
     training, run, step = _training(row, scale, seed, work, data, teacher)
     if row.trunk is not None:
-        trunk, trunk_run, _ = _training(replace(row, trunk=None, stop=0, epochs=max(80, row.epochs)), scale, seed, work, data, teacher)
+        trunk, trunk_run, _ = _training(
+            replace(row, trunk=None, stop=0, epochs=max(80, row.epochs)), scale, seed, work, data, teacher
+        )
         links.append(trunk)
         at = scale.steps(row, row.trunk)
         training = replace(training, words=(*training.words, "--branch-from", f"{trunk_run}@{at}"))
@@ -94,14 +106,33 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
         for preset, preset_words in scale.presets(row):
             point = scale.steps(row, epochs)
             out = run / "scores" / f"{preset}-{point:07d}"
-            words = ("generate.py", "--ckpt", f"{run}@{point}", *preset_words, *scale.score_words(row, work), "--seed", str(seed),
-                     "--out", str(out))
-            scores.append(Score(preset, epochs, point, Link(f"score {preset}" + (f" at step {point}" if row.at else ""), words,
-                                                            out / "metrics.json", True)))
+            words = (
+                "generate.py",
+                "--ckpt",
+                f"{run}@{point}",
+                *preset_words,
+                *scale.score_words(row, work),
+                "--seed",
+                str(seed),
+                "--out",
+                str(out),
+            )
+            scores.append(
+                Score(
+                    preset,
+                    epochs,
+                    point,
+                    Link(
+                        f"score {preset}" + (f" at step {point}" if row.at else ""), words, out / "metrics.json", True
+                    ),
+                )
+            )
     return Chain(row, [*links, *(score.link for score in scores)], run, step, scores, teacher)
 
 
-def _training(row: Row, scale: Scale, seed: int, work: Path, data: Path, teacher: tuple[Path, int] | None) -> tuple[Link, Path, int]:
+def _training(
+    row: Row, scale: Scale, seed: int, work: Path, data: Path, teacher: tuple[Path, int] | None
+) -> tuple[Link, Path, int]:
     """The training link of a row, the run's folder, and its last step."""
     steps = scale.steps(row, row.epochs)
     words = [*scale.train_words(row), "--data-dir", str(data), "--seed", str(seed), *scale.row_words(row)]
@@ -119,7 +150,15 @@ def _training(row: Row, scale: Scale, seed: int, work: Path, data: Path, teacher
     digest = hashlib.sha256(shlex.join([program, *words, str(row.trunk)]).encode()).hexdigest()[:8]
     name = f"{row.method}-{scale.model(row).replace('/', '-')}-{digest}"
     exps = work / "exps" / f"seed{seed}"
-    words += ["--output-dir", str(exps), "--exp-name", name, "--max-train-steps", str(steps), "--checkpointing-steps",
-              str(scale.checkpointing_steps(row))]
+    words += [
+        "--output-dir",
+        str(exps),
+        "--exp-name",
+        name,
+        "--max-train-steps",
+        str(steps),
+        "--checkpointing-steps",
+        str(scale.checkpointing_steps(row)),
+    ]
     run = exps / name
     return Link("train", (program, *words), run / "checkpoints" / f"{steps:07d}" / "config.json", True), run, steps

@@ -39,7 +39,9 @@ CLAIMS = (
     Claim("stage 2 improves on stage 1, at equal compute", ("full", 80), ("stage1", _STAGE1)),
     Claim("stage 1 improves on plain training, at equal compute", ("stage1", _STAGE1), ("plain", _PLAIN)),
     Claim("a stage-1 teacher is better than a plain one", ("full", 80), ("plain-teacher", 80)),
-    Claim("stage 2 from a plain teacher improves on plain training, at equal steps", ("plain-teacher", 80), ("plain", 80)),
+    Claim(
+        "stage 2 from a plain teacher improves on plain training, at equal steps", ("plain-teacher", 80), ("plain", 80)
+    ),
     Claim("omega 10 is better than 1", ("omega-10", 80), ("omega-1", 80)),
     Claim("omega 30 is better than 1", ("full", 80), ("omega-1", 80)),
     Claim("omega 30 is better than 10", ("full", 80), ("omega-10", 80)),
@@ -56,7 +58,9 @@ def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[t
     for record in study_records(records, scale):
         for score in record["scores"]:
             if metric in score["metrics"]:
-                found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
+                found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score[
+                    "metrics"
+                ][metric]
     return found
 
 
@@ -64,7 +68,10 @@ def study_records(records: Sequence[dict[str, Any]], scale: str) -> list[dict[st
     """The study's finished records, one for each row and seed. Raises UserError where their scores are of several protocols."""
     chosen = [record for record in newest(records) if record["table"] == "study" and record["scale"] == scale]
     keys = {score["key"] for record in chosen for score in record["scores"]}
-    require(len(keys) < 2, f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep the ones of one")
+    require(
+        len(keys) < 2,
+        f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep the ones of one",
+    )
     return chosen
 
 
@@ -118,8 +125,10 @@ def test(records: Sequence[dict[str, Any]], scale: str = "study", metric: str = 
         seeds = sorted(better.keys() & worse.keys())
         paired.append(([better[seed] for seed in seeds], [worse[seed] for seed in seeds]))
     p = [float(ttest_rel(ours, other).pvalue) if len(ours) > 1 else math.nan for ours, other in paired]
-    return [Finding(claim, tuple(a - b for a, b in zip(ours, other, strict=True)), one, all_together)
-            for claim, (ours, other), one, all_together in zip(CLAIMS, paired, p, holm(p), strict=True)]
+    return [
+        Finding(claim, tuple(a - b for a, b in zip(ours, other, strict=True)), one, all_together)
+        for claim, (ours, other), one, all_together in zip(CLAIMS, paired, p, holm(p), strict=True)
+    ]
 
 
 def cells(findings: Sequence[Finding]) -> list[list[str]]:
@@ -127,9 +136,16 @@ def cells(findings: Sequence[Finding]) -> list[list[str]]:
     lines = [["claim", "seeds", "difference in Fréchet distance", "p", "p (Holm)", "verdict"]]
     for one in findings:
         tested = len(one.differences) > 1
-        lines.append([one.claim.said, str(len(one.differences)),
-                      f"{statistics.mean(one.differences):+.2f} ± {one.interval:.2f}" if tested else "",
-                      f"{one.p:.2g}" if tested else "", f"{one.corrected:.2g}" if tested else "", one.verdict])
+        lines.append(
+            [
+                one.claim.said,
+                str(len(one.differences)),
+                f"{statistics.mean(one.differences):+.2f} ± {one.interval:.2f}" if tested else "",
+                f"{one.p:.2g}" if tested else "",
+                f"{one.corrected:.2g}" if tested else "",
+                one.verdict,
+            ]
+        )
     return lines
 
 

@@ -32,7 +32,9 @@ class CompareConfig:
     """Options of the comparison."""
 
     out: str = option("runs/compare", help="folder of everything it trains and draws")
-    results: str = option("benchmarks/results/compare-digits", help="where the table goes: this name with .txt and .json")
+    results: str = option(
+        "benchmarks/results/compare-digits", help="where the table goes: this name with .txt and .json"
+    )
     steps: int = option(800, help="optimiser steps of every row")
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), help="seeds of every row")
     batch_size: int = option(64, help="samples per step")
@@ -40,9 +42,13 @@ class CompareConfig:
     rows: tuple[str, ...] | None = option(None, help="keys of the rows to run (default: all)")
 
     def __post_init__(self) -> None:
-        require(self.steps >= 4 and self.steps % 4 == 0, f"--steps {self.steps} must be a multiple of 4: stops are quarters")
+        require(
+            self.steps >= 4 and self.steps % 4 == 0, f"--steps {self.steps} must be a multiple of 4: stops are quarters"
+        )
         unknown = set(self.rows or ()) - {row.key for row in ROWS}
-        require(not unknown, f"no row is called {min(unknown, default='')}; there are {', '.join(row.key for row in ROWS)}")
+        require(
+            not unknown, f"no row is called {min(unknown, default='')}; there are {', '.join(row.key for row in ROWS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,27 +65,48 @@ ROWS = (
     Row("plain", "plain SiT"),
     Row("latent", "stage 1 (clean latent)", "--align latent --align-depth 3"),
     Row("guided", "stage 2 (guided, omega 30)", "--guiding-ckpt {teacher} --align-stop-steps {quarter}", "train_guide"),
-    Row("guided-3", "stage 2, ours: omega 3", "--guiding-ckpt {teacher} --align-stop-steps {quarter} --guide-scale 3",
-        "train_guide"),
+    Row(
+        "guided-3",
+        "stage 2, ours: omega 3",
+        "--guiding-ckpt {teacher} --align-stop-steps {quarter} --guide-scale 3",
+        "train_guide",
+    ),
     Row("repa", "REPA, {encoder_name}", "--align repa --align-encoder {encoder} --align-cache"),
-    Row("haste", "HASTE, {encoder_name}", "--align haste --align-encoder {encoder} --align-cache --align-stop-steps {quarter}"),
+    Row(
+        "haste",
+        "HASTE, {encoder_name}",
+        "--align haste --align-encoder {encoder} --align-cache --align-stop-steps {quarter}",
+    ),
     Row("dispersive", "Dispersive (paper)", "--align dispersive --align-weight 0.5 --align-temperature 0.5"),
-    Row("dispersive-pytorch", "Dispersive (authors' PyTorch)",
-        "--align dispersive --align-weight 0.25 --align-temperature 1 --align-depth 6"),
-    Row("dispersive-weak", "Dispersive, ours: weight 0.05", "--align dispersive --align-weight 0.05 --align-temperature 0.5"),
+    Row(
+        "dispersive-pytorch",
+        "Dispersive (authors' PyTorch)",
+        "--align dispersive --align-weight 0.25 --align-temperature 1 --align-depth 6",
+    ),
+    Row(
+        "dispersive-weak",
+        "Dispersive, ours: weight 0.05",
+        "--align dispersive --align-weight 0.05 --align-temperature 0.5",
+    ),
     Row("layersync", "LayerSync", "--align layersync"),
     Row("layersync-weak", "LayerSync, ours: weight 0.02", "--align layersync --align-weight 0.02"),
     Row("sra", "SRA (smooth-L1)", "--align sra"),
-    Row("sra-cosine", "SRA (authors' token cosine)",
-        "--align sra --align-distance token-cosine --align-weight 0.5 --align-schedule constant"),
+    Row(
+        "sra-cosine",
+        "SRA (authors' token cosine)",
+        "--align sra --align-distance token-cosine --align-weight 0.5 --align-schedule constant",
+    ),
 )
-
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = read(CompareConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.compare_digits",
-                  description=__doc__)
+    config = read(
+        CompareConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m recipes.compare_digits",
+        description=__doc__,
+    )
     out = Path(config.out)
     prepare(out)
     accuracy = train_encoder(out / "encoder")
@@ -113,39 +140,107 @@ def run_row(row: Row, config: CompareConfig, out: Path, seed: int) -> dict[str, 
     folder = out / f"steps{config.steps}-batch{config.batch_size}" / f"seed{seed}"
     exps, drawn = folder / "exps", folder / "samples" / row.key
     if not (drawn / "metrics.json").is_file():
-        words = row.words.format(teacher=exps / "latent" / "checkpoints" / f"{config.steps // 2:07d}", quarter=config.steps // 4,
-                                 encoder=out / "encoder")
-        argv = ["--recipe", "digits", "--data-dir", str(out / "data"), "--output-dir", str(exps), "--exp-name", row.key,
-                "--seed", str(seed), "--batch-size", str(config.batch_size), "--max-train-steps", str(config.steps),
-                "--checkpointing-steps", str(config.steps // 2), *words.split()]
+        words = row.words.format(
+            teacher=exps / "latent" / "checkpoints" / f"{config.steps // 2:07d}",
+            quarter=config.steps // 4,
+            encoder=out / "encoder",
+        )
+        argv = [
+            "--recipe",
+            "digits",
+            "--data-dir",
+            str(out / "data"),
+            "--output-dir",
+            str(exps),
+            "--exp-name",
+            row.key,
+            "--seed",
+            str(seed),
+            "--batch-size",
+            str(config.batch_size),
+            "--max-train-steps",
+            str(config.steps),
+            "--checkpointing-steps",
+            str(config.steps // 2),
+            *words.split(),
+        ]
         print(f"\n$ python {row.program}.py {' '.join(argv)}", flush=True)
         {"train": train, "train_guide": train_guide}[row.program].main(argv)
-        generate.main(["--ckpt", str(exps / row.key), "--num-fid-samples", str(config.samples), "--mode", "ode", "--solver",
-                       "heun", "--num-steps", "12", "--labels", "balanced", "--batch-size", "250", "--out", str(drawn)])
-        evaluate.main(["--samples", str(drawn / "samples.npz"), "--reference", str(out / "reference.npz"), "--features", "pixels",
-                       "--out", str(drawn / "metrics.json")])
+        generate.main(
+            [
+                "--ckpt",
+                str(exps / row.key),
+                "--num-fid-samples",
+                str(config.samples),
+                "--mode",
+                "ode",
+                "--solver",
+                "heun",
+                "--num-steps",
+                "12",
+                "--labels",
+                "balanced",
+                "--batch-size",
+                "250",
+                "--out",
+                str(drawn),
+            ]
+        )
+        evaluate.main(
+            [
+                "--samples",
+                str(drawn / "samples.npz"),
+                "--reference",
+                str(out / "reference.npz"),
+                "--features",
+                "pixels",
+                "--out",
+                str(drawn / "metrics.json"),
+            ]
+        )
     metrics = files.read_json(drawn / "metrics.json")["metrics"]
     return {key: metrics[key] for key in METRICS}
 
 
-def report(rows: Sequence[Row], results: dict[str, dict[int, dict[str, float]]], config: CompareConfig, accuracy: float) -> None:
+def report(
+    rows: Sequence[Row], results: dict[str, dict[int, dict[str, float]]], config: CompareConfig, accuracy: float
+) -> None:
     """Print the table and write it, with every number behind it, beside `config.results`."""
     encoder = f"ViT of the digits (64 x 4, {100 * accuracy:.1f}% held-out)"
     names = {row.key: row.name.format(encoder_name=encoder) for row in rows}
     seeds = sorted(next(iter(results.values())))
-    text = (f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, "
-            f"{config.samples} samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
-            f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n"
-            f"Stage 2 and HASTE end after a quarter of the steps; the {config.steps // 2} steps of stage 2's teacher are not counted.\n\n"
-            f"{table(rows, names, results)}\n")
+    text = (
+        f"Digits, SiT-Tiny/2, {config.steps} steps of {config.batch_size}, seeds {' '.join(map(str, seeds))}, "
+        f"{config.samples} samples (Heun, 12 steps, EMA weights, no guidance); mean ± standard deviation over seeds.\n"
+        f"Frechet distance in pixels; the last column pairs each seed with plain SiT's of the same seed.\n"
+        f"Stage 2 and HASTE end after a quarter of the steps; the {config.steps // 2} steps of stage 2's teacher are not counted.\n\n"
+        f"{table(rows, names, results)}\n"
+    )
     print(f"\n{text}", flush=True)
     with files.replacing(f"{config.results}.txt") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    files.write_json(f"{config.results}.json", {
-        "steps": config.steps, "batch_size": config.batch_size, "seeds": seeds, "samples": config.samples,
-        "encoder_accuracy": accuracy, "torch": torch.__version__, "device": "cpu",
-        "rows": [{"key": row.key, "name": names[row.key], "program": row.program, "words": row.words,
-                  "metrics": {str(seed): values for seed, values in results[row.key].items()}} for row in rows]})
+    files.write_json(
+        f"{config.results}.json",
+        {
+            "steps": config.steps,
+            "batch_size": config.batch_size,
+            "seeds": seeds,
+            "samples": config.samples,
+            "encoder_accuracy": accuracy,
+            "torch": torch.__version__,
+            "device": "cpu",
+            "rows": [
+                {
+                    "key": row.key,
+                    "name": names[row.key],
+                    "program": row.program,
+                    "words": row.words,
+                    "metrics": {str(seed): values for seed, values in results[row.key].items()},
+                }
+                for row in rows
+            ],
+        },
+    )
 
 
 def table(rows: Sequence[Row], names: dict[str, str], results: dict[str, dict[int, dict[str, float]]]) -> str:

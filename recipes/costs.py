@@ -74,8 +74,16 @@ def sketch(row: Row, scale: Scale) -> Sketch:
 
 def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
     """A teacher's checkpoint as far as its shapes go."""
-    return SimpleNamespace(spec=spec, space=space, has_null=True, path="sketch", digest="", step=0, epochs=None,
-                           network=lambda weights, depth=None: cost.hollow(spec, depth))
+    return SimpleNamespace(
+        spec=spec,
+        space=space,
+        has_null=True,
+        path="sketch",
+        digest="",
+        step=0,
+        epochs=None,
+        network=lambda weights, depth=None: cost.hollow(spec, depth),
+    )
 
 
 @functools.cache
@@ -90,8 +98,13 @@ def training_cost(row: Row, scale: Scale) -> Cost:
         words[place + 1] = "test_vit"
     config, options = command.resolve(words, link.words[0], None, ("guided",) if guided else ())
     data = sketch(row, scale)
-    spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
-                       qk_norm=config.qk_norm)
+    spec = models.spec(
+        config.model,
+        in_channels=data.channels,
+        input_size=data.latent_size,
+        num_classes=data.num_classes,
+        qk_norm=config.qk_norm,
+    )
     return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space), memory=False)
 
 
@@ -107,7 +120,9 @@ def outstanding(chosen: Sequence[Row], scale: Scale) -> float:
     for row in chosen:
         for training in (row, *([row.of_teacher()] if row.teacher is not None else [])):
             run, account = chain.build(training, scale, 0, Path("work")).run, training_cost(training, scale)
-            shared = account.flops(scale.steps(training, training.trunk)) if training.trunk else 0.0  # steps of the run it branches from
+            shared = (
+                account.flops(scale.steps(training, training.trunk)) if training.trunk else 0.0
+            )  # steps of the run it branches from
             runs[run] = max(runs.get(run, 0.0), account.flops(scale.steps(training, training.epochs)) - shared)
     return sum(runs.values())
 

@@ -35,11 +35,26 @@ BAND = 0.02
 EVERY = 10
 """Steps that one value of a curve is the mean of."""
 METHODS: dict[str, tuple[str, ...]] = {
-    "none": (), "lightningdit": ("--model", "LightningDiT-Tiny/1", "--velocity-loss", "mse+cosine", "--time-sampling", "logit-normal"),
-    "latent": ("--align", "latent"), "latent-upstream": ("--align", "latent", "--preset", "upstream"),
-    "latent-sra2": ("--align", "latent", "--preset", "sra2"), "guided": ("--align-stop-steps", "100"),
-    "guided-upstream": ("--preset", "upstream"), "repa": ("--align", "repa"), "haste": ("--align", "haste"),
-    "dispersive": ("--align", "dispersive"), "layersync": ("--align", "layersync"), "sra": ("--align", "sra")}
+    "none": (),
+    "lightningdit": (
+        "--model",
+        "LightningDiT-Tiny/1",
+        "--velocity-loss",
+        "mse+cosine",
+        "--time-sampling",
+        "logit-normal",
+    ),
+    "latent": ("--align", "latent"),
+    "latent-upstream": ("--align", "latent", "--preset", "upstream"),
+    "latent-sra2": ("--align", "latent", "--preset", "sra2"),
+    "guided": ("--align-stop-steps", "100"),
+    "guided-upstream": ("--preset", "upstream"),
+    "repa": ("--align", "repa"),
+    "haste": ("--align", "haste"),
+    "dispersive": ("--align", "dispersive"),
+    "layersync": ("--align", "layersync"),
+    "sra": ("--align", "sra"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +66,9 @@ class CurvesConfig:
     methods: tuple[str, ...] = option(tuple(METHODS), help="which curves")
 
     def __post_init__(self) -> None:
-        require(self.steps > 0 and self.steps % EVERY == 0, f"--steps {self.steps} must be a positive multiple of {EVERY}")
+        require(
+            self.steps > 0 and self.steps % EVERY == 0, f"--steps {self.steps} must be a positive multiple of {EVERY}"
+        )
         unknown = set(self.methods) - set(METHODS)
         require(not unknown, f"no curve is called {min(unknown, default='')}; there are {', '.join(METHODS)}")
 
@@ -62,14 +79,41 @@ def measure(method: str, steps: int, work: Path, more: Sequence[str] = ()) -> di
     import train_guide
 
     data, encoder, exps = work / "digits", work / "encoder", work / "exps"
-    words = ["--recipe", "digits", "--data-dir", str(data), "--output-dir", str(exps), "--batch-size", "16", "--log-steps", str(EVERY),
-             "--mixed-precision", "no", "--compile", "off"]
+    words = [
+        "--recipe",
+        "digits",
+        "--data-dir",
+        str(data),
+        "--output-dir",
+        str(exps),
+        "--batch-size",
+        "16",
+        "--log-steps",
+        str(EVERY),
+        "--mixed-precision",
+        "no",
+        "--compile",
+        "off",
+    ]
     hidden = ["--align-hidden", "64"]
     with contextlib.redirect_stdout(io.StringIO()):
         if not (data / "manifest.json").is_file():
             digits.main(["--out", str(data)])
         if method.startswith("guided") and not (exps / "teacher").is_dir():
-            train.main([*words, *hidden, "--exp-name", "teacher", "--align", "latent", "--align-depth", "3", "--max-train-steps", "20"])
+            train.main(
+                [
+                    *words,
+                    *hidden,
+                    "--exp-name",
+                    "teacher",
+                    "--align",
+                    "latent",
+                    "--align-depth",
+                    "3",
+                    "--max-train-steps",
+                    "20",
+                ]
+            )
         if method in ("repa", "haste") and not (encoder / "accuracy.json").is_file():
             train_encoder(encoder, epochs=1)
         argv = [*words, "--exp-name", method, "--max-train-steps", str(steps), *METHODS[method], *more]
@@ -80,7 +124,11 @@ def measure(method: str, steps: int, work: Path, more: Sequence[str] = ()) -> di
         else:
             run = train.main(argv)
     lines = read_log(run / "log.jsonl")
-    names = [name for name in lines[0] if name in ("grad_norm", "loss/diffusion") or (name.startswith("loss/") and " " not in name)]
+    names = [
+        name
+        for name in lines[0]
+        if name in ("grad_norm", "loss/diffusion") or (name.startswith("loss/") and " " not in name)
+    ]
     return {name: [line[name] for line in lines if name in line] for name in names}
 
 
@@ -108,17 +156,27 @@ def measured(methods: Sequence[str], steps: int) -> dict[str, dict[str, list[flo
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return {method: measure(method, steps, Path(folder)) for method in progress.bar(methods, desc="curves", unit="curve")}
+            return {
+                method: measure(method, steps, Path(folder))
+                for method in progress.bar(methods, desc="curves", unit="curve")
+            }
     finally:
         torch.set_num_threads(threads)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = read(CurvesConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.curves", description=__doc__)
+    config = read(
+        CurvesConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.curves", description=__doc__
+    )
     if config.write:
-        about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "machine": platform.machine(),
-                                 "every": EVERY, "steps": config.steps}
+        about: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "every": EVERY,
+            "steps": config.steps,
+        }
         kept = files.read_json(FILE)["curves"] if FILE.is_file() else {}
         files.write_json(FILE, {**about, "curves": {**kept, **measured(config.methods, config.steps)}})
         print(f"wrote {FILE.name}: {', '.join(config.methods)}")
@@ -131,7 +189,9 @@ def report(faults: dict[str, list[str]]) -> None:
     for method, found in faults.items():
         print(f"{method}: {'; '.join(found) or f'within {BAND:.0%}'}")
     wrong = [method for method, found in faults.items() if found]
-    require(not wrong, f"the losses of {', '.join(wrong)} left the band; if that is meant, python -m recipes.curves --write")
+    require(
+        not wrong, f"the losses of {', '.join(wrong)} left the band; if that is meant, python -m recipes.curves --write"
+    )
 
 
 if __name__ == "__main__":

@@ -68,13 +68,24 @@ def digit_examples() -> Examples:
 def scene_examples(dials: Dials) -> Examples:
     """Scenes of the first four groups of handwriting, and of the last, which is held out."""
     sets = (Scenes(dials, SCENES, 1, range(GROUPS - 1)), Scenes(dials, SCENES // 6, 2, (GROUPS - 1,)))
-    images = [scenes.draw(index)[0] for scenes in sets for index in progress.bar(range(len(scenes.names)), desc="scenes", unit="image")]
-    return Examples(np.stack(images), np.concatenate([scenes.labels for scenes in sets]), np.arange(SCENES), np.arange(SCENES, len(images)))
+    images = [
+        scenes.draw(index)[0]
+        for scenes in sets
+        for index in progress.bar(range(len(scenes.names)), desc="scenes", unit="image")
+    ]
+    return Examples(
+        np.stack(images),
+        np.concatenate([scenes.labels for scenes in sets]),
+        np.arange(SCENES),
+        np.arange(SCENES, len(images)),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = read(EncoderConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.encoder", description=__doc__)
+    config = read(
+        EncoderConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.encoder", description=__doc__
+    )
     accuracy = train_encoder(Path(config.out), config.epochs, config.scenes if config.data == "scenes" else None)
     print(f"{config.out}: {100 * accuracy:.1f}% of what was held out")
 
@@ -84,11 +95,17 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
 
     The folder is what timm's `save_for_hf` writes, so that any timm user can open it.
     """
-    asked = {"epochs": epochs} if scenes is None else {"epochs": epochs, "scenes": json.loads(json.dumps(dataclasses.asdict(scenes)))}
+    asked = (
+        {"epochs": epochs}
+        if scenes is None
+        else {"epochs": epochs, "scenes": json.loads(json.dumps(dataclasses.asdict(scenes)))}
+    )
     if (folder / "accuracy.json").is_file():
         there = files.read_json(folder / "accuracy.json")
-        require({key: there.get(key) for key in ("epochs", "scenes") if key in there} == asked,
-                f"{folder} holds an encoder of other data or dials, or of {there.get('epochs')} epochs: choose another folder")
+        require(
+            {key: there.get(key) for key in ("epochs", "scenes") if key in there} == asked,
+            f"{folder} holds an encoder of other data or dials, or of {there.get('epochs')} epochs: choose another folder",
+        )
         return there["accuracy"]
     import timm
 
@@ -96,7 +113,12 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     y = torch.from_numpy(labels)
     train = torch.from_numpy(learned)
-    shape: dict[str, Any] = {**ENCODER, "img_size": x.shape[-1], "patch_size": x.shape[-1] // PATCHES, "in_chans": x.shape[1]}
+    shape: dict[str, Any] = {
+        **ENCODER,
+        "img_size": x.shape[-1],
+        "patch_size": x.shape[-1] // PATCHES,
+        "in_chans": x.shape[1],
+    }
     with torch.random.fork_rng():  # timm initialises from the global generator
         torch.manual_seed(0)
         model = timm.create_model("vit_tiny_patch16_224", num_classes=int(y.max()) + 1, **shape)
@@ -112,11 +134,17 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
     model.eval()
     with torch.no_grad():
         accuracy = (model(x[held]).argmax(1) == y[held]).float().mean().item()
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.5,) * x.shape[1], "std": (0.5,) * x.shape[1],
-                            "tag": "digits" if scenes is None else "scenes"}
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        "mean": (0.5,) * x.shape[1],
+        "std": (0.5,) * x.shape[1],
+        "tag": "digits" if scenes is None else "scenes",
+    }
     told = {"accuracy": accuracy, "held_out": len(held), "trained_on": len(train), **asked}
     with files.replacing(folder) as temporary:
-        timm.models.save_for_hf(model, temporary, model_args={**shape, "num_classes": int(y.max()) + 1}, safe_serialization=True)
+        timm.models.save_for_hf(
+            model, temporary, model_args={**shape, "num_classes": int(y.max()) + 1}, safe_serialization=True
+        )
         files.write_json(temporary / "accuracy.json", told)
     return accuracy
 

@@ -20,7 +20,10 @@ def draw(name: str, scale: str, results: Path) -> list[Path]:
     chosen = rows.of_table(name)
     require(name in TITLES, f"{name} is a table: use python -m recipes table {name.removeprefix('table')}")
     by_protocol = table.figure_points(chosen, record.load(results), scale)
-    require(bool(by_protocol), f"no row of {name} has a record at scale {scale}: python -m recipes run {chosen[0].name} --scale {scale}")
+    require(
+        bool(by_protocol),
+        f"no row of {name} has a record at scale {scale}: python -m recipes run {chosen[0].name} --scale {scale}",
+    )
     written = []
     for key, curves in by_protocol.items():
         figure = drawing.canvas(6.4, 4.2)

@@ -20,10 +20,18 @@ from runtime.text import spread
 PAGES = ("README.md", "docs/study.md")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
-SAID = {"plain": "plain SiT", "stage1": "stage 1", "plain-teacher": "stage 2, plain teacher", "full": "stage 2",
-        "omega-1": "stage 2, omega 1", "omega-10": "stage 2, omega 10", "young-teacher": "stage 2, teacher of 20 epochs",
-        "late-stop": "stage 2, guided for 40 epochs", "stage1-block-n-3": "stage 1 at block n/3",
-        "stage1-block-n-2": "stage 1 at block n/2"}
+SAID = {
+    "plain": "plain SiT",
+    "stage1": "stage 1",
+    "plain-teacher": "stage 2, plain teacher",
+    "full": "stage 2",
+    "omega-1": "stage 2, omega 1",
+    "omega-10": "stage 2, omega 10",
+    "young-teacher": "stage 2, teacher of 20 epochs",
+    "late-stop": "stage 2, guided for 40 epochs",
+    "stage1-block-n-3": "stage 1 at block n/3",
+    "stage1-block-n-2": "stage 1 at block n/2",
+}
 """Rows of the study in words."""
 
 
@@ -45,10 +53,18 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
         for epochs, at in table.by_epochs(chosen, row.name).items():
             found = [score for _, score in at]
-            lines.append([SAID[row.name.split("/")[-1]], f"{epochs:g}", spread([table.quality(score) for score in found]),
-                          spread([score["metrics"]["class_accuracy"] for score in found if "class_accuracy" in score["metrics"]]),
-                          str(len(found)),
-                          f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}"])
+            lines.append(
+                [
+                    SAID[row.name.split("/")[-1]],
+                    f"{epochs:g}",
+                    spread([table.quality(score) for score in found]),
+                    spread(
+                        [score["metrics"]["class_accuracy"] for score in found if "class_accuracy" in score["metrics"]]
+                    ),
+                    str(len(found)),
+                    f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}",
+                ]
+            )
     return markdown(lines)
 
 
@@ -63,12 +79,16 @@ def inside_table(results: Path) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "study": lambda results: study_table(record.load(results)), "summary": lambda results: summary_table(record.load(results)),
-    "claims": lambda results: claims_table(record.load(results)), "inside": inside_table}
+    "study": lambda results: study_table(record.load(results)),
+    "summary": lambda results: summary_table(record.load(results)),
+    "claims": lambda results: claims_table(record.load(results)),
+    "inside": inside_table,
+}
 
 
 def page(text: str, results: Path) -> str:
     """A page with its tables as the folder of results has them. Raises UserError for a block of an unknown name."""
+
     def block(match: re.Match[str]) -> str:
         require(match[2] in BLOCKS, f"no table is called {match[2]}; there are {', '.join(BLOCKS)}")
         return match[1] + BLOCKS[match[2]](results) + match[4]

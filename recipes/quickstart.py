@@ -58,14 +58,21 @@ class QuickstartConfig:
     """Options of the quickstart."""
 
     out: str = option("runs/quickstart", help="folder of everything it writes")
-    seeds: tuple[int, ...] = option((0,), help="seeds to run; the table shows means and standard deviations for several")
+    seeds: tuple[int, ...] = option(
+        (0,), help="seeds to run; the table shows means and standard deviations for several"
+    )
     samples: int = option(1000, help="samples per row")
     model: str = option(MODEL, help="network")
     steps: int = option(FULL, help="steps of the students; teacher and guidance keep their share of them")
-    mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 where processor or GPU multiplies it natively)")
+    mixed_precision: str | None = option(
+        None, help="no or bf16 (default: bf16 where processor or GPU multiplies it natively)"
+    )
 
     def __post_init__(self) -> None:
-        require(self.steps >= 8 and self.steps % 8 == 0, f"--steps {self.steps} must be a multiple of 8: guidance lasts an eighth of them")
+        require(
+            self.steps >= 8 and self.steps % 8 == 0,
+            f"--steps {self.steps} must be a multiple of 8: guidance lasts an eighth of them",
+        )
         require(self.samples >= 10, f"--samples {self.samples} must be at least 10: one of each digit")
         require_precision(self.mixed_precision, None)
 
@@ -84,8 +91,12 @@ METRICS = {"fd": "Frechet (lower)", "precision": "precision", "recall": "recall"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = read(QuickstartConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.quickstart",
-                  description=__doc__)
+    config = read(
+        QuickstartConfig,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m recipes.quickstart",
+        description=__doc__,
+    )
     out = Path(config.out)
     started = time.perf_counter()
     _prepare(out)
@@ -96,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample_figure(first, out / "samples.png", config)
     print("\n" + table(results))
     print(f"\n{verdict(results, config.steps)}")
-    print(f"\n{time.perf_counter() - started:.0f} s. Look at {out}/samples.png and {out}/losses.png; numbers are in "
-          f"{out}/results.json. Next: python generate.py --ckpt {first}/exps/guided --cfg-scale 2 --num-fid-samples 64, "
-          f"or the ImageNet commands of README.md.")
+    print(
+        f"\n{time.perf_counter() - started:.0f} s. Look at {out}/samples.png and {out}/losses.png; numbers are in "
+        f"{out}/results.json. Next: python generate.py --ckpt {first}/exps/guided --cfg-scale 2 --num-fid-samples 64, "
+        f"or the ImageNet commands of README.md."
+    )
 
 
 def _prepare(out: Path) -> None:
@@ -107,8 +120,16 @@ def _prepare(out: Path) -> None:
 
     if not (out / "data" / "manifest.json").is_file():
         _call(digits.main, "python -m preprocessing.digits", "--out", out / "data")
-    _call(reference.main, "python -m evaluations.reference", "--images", out / "data", "--features", "none", "--out",
-          out / "reference.npz")
+    _call(
+        reference.main,
+        "python -m evaluations.reference",
+        "--images",
+        out / "data",
+        "--features",
+        "none",
+        "--out",
+        out / "reference.npz",
+    )
 
 
 def run_seed(folder: Path, config: QuickstartConfig, seed: int) -> list[dict[str, Any]]:
@@ -120,22 +141,71 @@ def run_seed(folder: Path, config: QuickstartConfig, seed: int) -> list[dict[str
 
     out, scaled = Path(config.out), config.scaled
     precision = ["--mixed-precision", config.mixed_precision or _precision()]
-    common = ["--recipe", "digits", "--data-dir", out / "data", "--output-dir", folder / "exps", "--seed", seed, *precision]
-    common += ["--model", config.model, "--checkpointing-steps", scaled(HALF)] if config.steps != FULL or config.model != MODEL else []
+    common = [
+        "--recipe",
+        "digits",
+        "--data-dir",
+        out / "data",
+        "--output-dir",
+        folder / "exps",
+        "--seed",
+        seed,
+        *precision,
+    ]
+    common += (
+        ["--model", config.model, "--checkpointing-steps", scaled(HALF)]
+        if config.steps != FULL or config.model != MODEL
+        else []
+    )
     depth = ["--align-depth", DEPTH] if config.model == MODEL else []
     teacher = ["--exp-name", "stage1", "--align", "latent", *depth, "--max-train-steps", scaled(TEACHER)]
-    guided = ["--exp-name", "guided", "--guiding-ckpt", folder / "exps" / "stage1", "--align-stop-steps", scaled(GUIDED_STEPS)]
+    guided = [
+        "--exp-name",
+        "guided",
+        "--guiding-ckpt",
+        folder / "exps" / "stage1",
+        "--align-stop-steps",
+        scaled(GUIDED_STEPS),
+    ]
     _call(train.main, "python train.py", *common, *teacher)
     _call(train_guide.main, "python train_guide.py", *common, *guided, "--max-train-steps", scaled(FULL))
     _call(train.main, "python train.py", *common, "--exp-name", "plain", "--max-train-steps", scaled(TEACHER + FULL))
     rows = []
     for row in config.rows:
         drawn = folder / "samples" / f"{row.run}-{row.step}"
-        _call(generate.main, "python generate.py", "--ckpt", folder / "exps" / row.run / "checkpoints" / f"{row.step:07d}",
-              "--num-fid-samples", config.samples, "--mode", "ode", "--solver", "heun", "--num-steps", 20, "--labels", "balanced",
-              "--batch-size", 250, *precision, "--out", drawn)
-        _call(evaluate.main, "python -m evaluations.evaluate", "--samples", drawn / "samples.npz", "--reference",
-              out / "reference.npz", "--features", "pixels", "--out", drawn / "metrics.json")
+        _call(
+            generate.main,
+            "python generate.py",
+            "--ckpt",
+            folder / "exps" / row.run / "checkpoints" / f"{row.step:07d}",
+            "--num-fid-samples",
+            config.samples,
+            "--mode",
+            "ode",
+            "--solver",
+            "heun",
+            "--num-steps",
+            20,
+            "--labels",
+            "balanced",
+            "--batch-size",
+            250,
+            *precision,
+            "--out",
+            drawn,
+        )
+        _call(
+            evaluate.main,
+            "python -m evaluations.evaluate",
+            "--samples",
+            drawn / "samples.npz",
+            "--reference",
+            out / "reference.npz",
+            "--features",
+            "pixels",
+            "--out",
+            drawn / "metrics.json",
+        )
         metrics = json.loads((drawn / "metrics.json").read_text())["metrics"]
         rows.append({"name": row.name, "step": row.step, "total": row.total, **{key: metrics[key] for key in METRICS}})
     return rows
@@ -172,8 +242,11 @@ def verdict(results: dict[int, list[dict[str, Any]]], steps: int = FULL) -> str:
 
     Over several seeds two networks are level where the mean of their paired differences is within two standard errors.
     """
+
     def distances(name: str, key: str, value: int) -> list[float]:
-        return [next(row["fd"] for row in rows if row["name"] == name and row[key] == value) for rows in results.values()]
+        return [
+            next(row["fd"] for row in rows if row["name"] == name and row[key] == value) for rows in results.values()
+        ]
 
     def compare(key: str, value: int, words: str) -> str:
         guided, plain = distances("self-guided SiT", key, value), distances("plain SiT", key, value)
@@ -182,13 +255,17 @@ def verdict(results: dict[int, list[dict[str, Any]]], steps: int = FULL) -> str:
         side = "ahead of" if gap < 0 else "behind"
         if len(gaps) > 1 and abs(gap) < 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
             side = "level with"
-        return (f"{words} the self-guided network is {side} plain SiT "
-                f"(Frechet {statistics.mean(guided):.2f} against {statistics.mean(plain):.2f})")
+        return (
+            f"{words} the self-guided network is {side} plain SiT "
+            f"(Frechet {statistics.mean(guided):.2f} against {statistics.mean(plain):.2f})"
+        )
 
     half, total = HALF * steps // FULL, (TEACHER + FULL) * steps // FULL
     seeds = f"{len(results)} seeds" if len(results) > 1 else f"one seed ({next(iter(results))}; other seeds differ)"
-    return (f"Over {seeds}: {compare('step', half, f'at {half} of its own steps')}; {compare('step', steps, f'at {steps}')}; and "
-            f"{compare('total', total, f'at {total} total steps, stage 1 counted,')}.")
+    return (
+        f"Over {seeds}: {compare('step', half, f'at {half} of its own steps')}; {compare('step', steps, f'at {steps}')}; and "
+        f"{compare('total', total, f'at {total} total steps, stage 1 counted,')}."
+    )
 
 
 def loss_figure(folder: Path, path: Path, config: QuickstartConfig) -> None:

@@ -46,19 +46,35 @@ def key(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def write(chain: Chain, *, size: Scale, seed: int, commands: list[str], processes: int, results: Path,
-          failure: str | None = None) -> Path:
+def write(
+    chain: Chain,
+    *,
+    size: Scale,
+    seed: int,
+    commands: list[str],
+    processes: int,
+    results: Path,
+    failure: str | None = None,
+) -> Path:
     """Write the record of a chain that has run, or that failed with `failure`; returns its folder."""
     today = datetime.date.today().isoformat()
     folder = _free(results / "records" / f"{today}-{chain.row.name.replace('/', '-')}-{size.name}-s{seed}")
     with files.replacing(folder) as made:
         made.mkdir()
         summary: dict[str, Any] = {
-            "row": chain.row.name, "table": chain.row.table, "scale": size.name, "seed": seed, "date": today,
-            "status": "failed" if failure else "finished", "failure": failure, "commands": commands, "commit": launch.commit(),
+            "row": chain.row.name,
+            "table": chain.row.table,
+            "scale": size.name,
+            "seed": seed,
+            "date": today,
+            "status": "failed" if failure else "finished",
+            "failure": failure,
+            "commands": commands,
+            "commit": launch.commit(),
             "versions": {"python": platform.python_version(), **versions()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-            "processes": processes}
+            "processes": processes,
+        }
         if failure is None:
             summary |= _results(chain, size, made, processes)
         summary["files"] = {file.name: files.digest(file) for file in sorted(made.iterdir())}
@@ -90,15 +106,33 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
     for score in chain.scores:
         metrics = files.read_json(score.link.makes)
         about = protocol(metrics)
-        scores.append({"preset": score.preset, "epochs": score.epochs, "step": score.step, "metrics": metrics["metrics"],
-                       "num_samples": metrics["num_samples"], "key": key(about), "protocol": about,
-                       "device_hours": {"training": spent(chain.run, batch, score.step)[0] * processes, "stage 1": stage1 * processes},
-                       "flops": costs.flops(chain.row, size, score.epochs)})
+        scores.append(
+            {
+                "preset": score.preset,
+                "epochs": score.epochs,
+                "step": score.step,
+                "metrics": metrics["metrics"],
+                "num_samples": metrics["num_samples"],
+                "key": key(about),
+                "protocol": about,
+                "device_hours": {
+                    "training": spent(chain.run, batch, score.step)[0] * processes,
+                    "stage 1": stage1 * processes,
+                },
+                "flops": costs.flops(chain.row, size, score.epochs),
+            }
+        )
     files.write_json(folder / "metrics.json", {"scores": scores})
-    return {"digests": {"data": checkpoint.config["data"]["digest"], "checkpoint": checkpoint.digest,
-                        "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest")},
-            "step": chain.step, "device_hours": {"training": hours * processes, "stage 1": stage1 * processes},
-            "images_per_second": rate}
+    return {
+        "digests": {
+            "data": checkpoint.config["data"]["digest"],
+            "checkpoint": checkpoint.digest,
+            "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest"),
+        },
+        "step": chain.step,
+        "device_hours": {"training": hours * processes, "stage 1": stage1 * processes},
+        "images_per_second": rate,
+    }
 
 
 DeviceHours = TypedDict("DeviceHours", {"training": Number, "stage 1": Number})
@@ -161,7 +195,10 @@ def folders(results: Path) -> list[Path]:
 
 def open_record(folder: Path) -> dict[str, Any]:
     """A record with its folder's name and, where it finished, its scores. Raises UserError where it is none, or damaged."""
-    require((folder / "record.json").is_file(), f"{folder} is not a record: it has no record.json; give the folder of one, or remove it")
+    require(
+        (folder / "record.json").is_file(),
+        f"{folder} is not a record: it has no record.json; give the folder of one, or remove it",
+    )
     summary, scores = files.read_json(folder / "record.json"), []
     if schema.checked(Summary, summary, folder / "record.json")["status"] == "finished":
         schema.checked(Finished, summary, folder / "record.json")
@@ -169,8 +206,10 @@ def open_record(folder: Path) -> dict[str, Any]:
         schema.checked(Scores, metrics, folder / "metrics.json")
         scores = metrics["scores"]
         for score in scores:
-            require(bool({*METRICS} & score["metrics"].keys()),
-                    f"{folder / 'metrics.json'} has a score without {' or '.join(METRICS)}; restore it from a copy")
+            require(
+                bool({*METRICS} & score["metrics"].keys()),
+                f"{folder / 'metrics.json'} has a score without {' or '.join(METRICS)}; restore it from a copy",
+            )
     return {**summary, "folder": folder.name, "scores": scores}
 
 
@@ -181,14 +220,30 @@ def load(results: Path) -> list[dict[str, Any]]:
 
 def newest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The finished records, of those of one row, scale, seed and protocol the last: a seed that was run twice is one sample."""
-    last = {(one["row"], one["scale"], one["seed"], *sorted({score["key"] for score in one["scores"]})): one
-            for one in records if one["status"] == "finished"}
+    last = {
+        (one["row"], one["scale"], one["seed"], *sorted({score["key"] for score in one["scores"]})): one
+        for one in records
+        if one["status"] == "finished"
+    }
     return list(last.values())
 
 
 def ledger(results: Path) -> str:
     """The text of `ledger.csv` from the folders: one line for each score, one for each failure."""
-    columns = ("record", "row", "scale", "seed", "status", "preset", "epochs", "step", "key", "num_samples", "metric", "value")
+    columns = (
+        "record",
+        "row",
+        "scale",
+        "seed",
+        "status",
+        "preset",
+        "epochs",
+        "step",
+        "key",
+        "num_samples",
+        "metric",
+        "value",
+    )
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(columns)
@@ -198,8 +253,18 @@ def ledger(results: Path) -> str:
             lines.writerow([*head, *[""] * 7])
         for score in record["scores"]:
             for metric, value in score["metrics"].items():
-                lines.writerow([*head, score["preset"], score["epochs"], score["step"], score["key"], score["num_samples"], metric,
-                                f"{value:.6g}"])
+                lines.writerow(
+                    [
+                        *head,
+                        score["preset"],
+                        score["epochs"],
+                        score["step"],
+                        score["key"],
+                        score["num_samples"],
+                        metric,
+                        f"{value:.6g}",
+                    ]
+                )
     return text.getvalue()
 
 
@@ -224,23 +289,34 @@ def check(folder: Path) -> list[str]:
     names = {file.name for file in folder.iterdir()} - {"record.json"}
     if names != set(summary["files"]):
         faults.append(f"its files are {sorted(names)}, not {sorted(summary['files'])}")
-    faults += [f"{name} has changed since" for name, digest in summary["files"].items()
-               if name in names and files.digest(folder / name) != digest]
-    if not folder.name.startswith(f"{summary['date']}-{summary['row'].replace('/', '-')}-{summary['scale']}-s{summary['seed']}"):
-        faults.append(f"its folder should be called after {summary['date']}, {summary['row']}, {summary['scale']} and {summary['seed']}")
+    faults += [
+        f"{name} has changed since"
+        for name, digest in summary["files"].items()
+        if name in names and files.digest(folder / name) != digest
+    ]
+    if not folder.name.startswith(
+        f"{summary['date']}-{summary['row'].replace('/', '-')}-{summary['scale']}-s{summary['seed']}"
+    ):
+        faults.append(
+            f"its folder should be called after {summary['date']}, {summary['row']}, {summary['scale']} and {summary['seed']}"
+        )
     if summary["status"] != "finished" or faults:
         return faults
     train = schema.read(Told, folder / "config.json")["train"]
     for score in summary["scores"]:
         step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
         if score["step"] != step or abs(score["flops"] - flops) > 1e-6 * flops:
-            faults.append(f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, not {score['step']} and "
-                          f"{score['flops']:.6g}")
+            faults.append(
+                f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, not {score['step']} and "
+                f"{score['flops']:.6g}"
+            )
         if key(score["protocol"]) != score["key"]:
             faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
         hours = spent(folder, train["batch_size"], score["step"])[0] * summary["processes"]
         if abs(hours - score["device_hours"]["training"]) > 1e-6 * hours:
-            faults.append(f"its log gives {hours:.6g} device hours up to step {score['step']}, not {score['device_hours']['training']:.6g}")
+            faults.append(
+                f"its log gives {hours:.6g} device hours up to step {score['step']}, not {score['device_hours']['training']:.6g}"
+            )
     log = read(folder / "log.jsonl")
     if not log or max(line["step"] for line in log) < summary["step"]:
         faults.append(f"its log ends before step {summary['step']}")

@@ -65,34 +65,77 @@ class Row:
     def of_teacher(self) -> Row:
         """The training of its guiding model: the same run whatever row asks for it, as far as this one needs it."""
         assert self.teacher is not None
-        return replace(self, method=self.teacher.method, epochs=self.teacher.epochs, words=(), teacher=None, stop=None,
-                       trunk=None, at=())
+        return replace(
+            self,
+            method=self.teacher.method,
+            epochs=self.teacher.epochs,
+            words=(),
+            teacher=None,
+            stop=None,
+            trunk=None,
+            at=(),
+        )
 
     @property
     def published(self) -> Published | None:
         """The paper's own row, None where it prints none."""
         number = self.table.removeprefix("table")
-        printed = [row for row in published.find(method=self.method, model=self.model, epochs=int(self.epochs), resolution=self.resolution,
-                                               variant=self.variant, status="published") if f"Table {number}" in row.source]
+        printed = [
+            row
+            for row in published.find(
+                method=self.method,
+                model=self.model,
+                epochs=int(self.epochs),
+                resolution=self.resolution,
+                variant=self.variant,
+                status="published",
+            )
+            if f"Table {number}" in row.source
+        ]
         return printed[0] if printed and self.table.startswith("table") else None
 
 
 def _row(table: str, model: str, method: str, epochs: float, key: str = "", **more) -> Row:
     name = "/".join([table, model.replace("/", "-"), key or f"{method}-{epochs:g}"])
-    return Row(name=name, table=table, method=method, model=model, epochs=epochs,
-               **{"teacher": Teacher() if method == "guided" else None, **more})
+    return Row(
+        name=name,
+        table=table,
+        method=method,
+        model=model,
+        epochs=epochs,
+        **{"teacher": Teacher() if method == "guided" else None, **more},
+    )
 
 
 def table1() -> Iterator[Row]:
     """ImageNet 256 without guidance; the sampler is not stated, so each row is sampled both ways."""
     for model, methods in {
-            "SiT-B/2": (("none", 120), ("none", 80), ("repa", 80), ("dispersive", 80), ("layersync", 80), ("latent", 80), ("guided", 80)),
-            "SiT-L/2": (("none", 80), ("repa", 80), ("dispersive", 80), ("layersync", 80), ("latent", 80), ("guided", 80)),
-            "SiT-XL/2": (("none", 800), ("none", 120), ("none", 80), ("repa", 80), ("dispersive", 200), ("layersync", 200),
-                         ("latent", 80), ("guided", 80))}.items():
+        "SiT-B/2": (
+            ("none", 120),
+            ("none", 80),
+            ("repa", 80),
+            ("dispersive", 80),
+            ("layersync", 80),
+            ("latent", 80),
+            ("guided", 80),
+        ),
+        "SiT-L/2": (("none", 80), ("repa", 80), ("dispersive", 80), ("layersync", 80), ("latent", 80), ("guided", 80)),
+        "SiT-XL/2": (
+            ("none", 800),
+            ("none", 120),
+            ("none", 80),
+            ("repa", 80),
+            ("dispersive", 200),
+            ("layersync", 200),
+            ("latent", 80),
+            ("guided", 80),
+        ),
+    }.items():
         yield from (_row("table1", model, method, epochs) for method, epochs in methods)
-    for model, methods in {"LightningDiT-B/1": ("none", "latent", "guided"),
-                           "LightningDiT-XL/1": ("none", "repa", "latent", "guided")}.items():
+    for model, methods in {
+        "LightningDiT-B/1": ("none", "latent", "guided"),
+        "LightningDiT-XL/1": ("none", "repa", "latent", "guided"),
+    }.items():
         yield from (_row("table1", model, method, 64, presets=("lightningdit-64ep-nocfg",)) for method in methods)
 
 
@@ -121,15 +164,30 @@ def table4() -> Iterator[Row]:
     """Ablation of the two stages, FID of 10,000 samples."""
     yield _row("table4", method="none", key="plain", variant="table 4", **_B)
     yield _row("table4", method="latent", key="stage1", variant="table 4", **_B)
-    yield _row("table4", method="guided", key="plain-teacher", variant="table 4: plain teacher", teacher=Teacher(method="none"), **_B)
+    yield _row(
+        "table4",
+        method="guided",
+        key="plain-teacher",
+        variant="table 4: plain teacher",
+        teacher=Teacher(method="none"),
+        **_B,
+    )
     yield _row("table4", method="guided", key="full", variant="table 4: full", **_B)
 
 
 def table5() -> Iterator[Row]:
     """Ablation of stage 2 on SiT-B/2, FID of 10,000 samples."""
+
     def guided(key: str, *words: object, **teacher: object) -> Row:
-        return _row("table5", method="guided", key=key.replace(" ", "-"), variant=f"table 5: {key}", words=tuple(map(str, words)),
-                    teacher=Teacher(**teacher), **_B)
+        return _row(
+            "table5",
+            method="guided",
+            key=key.replace(" ", "-"),
+            variant=f"table 5: {key}",
+            words=tuple(map(str, words)),
+            teacher=Teacher(**teacher),
+            **_B,
+        )
 
     yield guided("default")
     for guiding, student in ((8, 4), (8, 8), (6, 6), (10, 6)):
@@ -151,11 +209,26 @@ def figure4() -> Iterator[Row]:
 def figure8() -> Iterator[Row]:
     """With and without an early stop: the loss is dropped at a step, and training goes on for 20 epochs."""
     for method in ("repa", "guided"):
-        trunk = _row("figure8", "SiT-XL/2", method, 80, key=f"{method}-no-stop", presets=("fid10k",), stop=0,
-                     at=tuple(range(30, 81, 10)))
+        trunk = _row(
+            "figure8",
+            "SiT-XL/2",
+            method,
+            80,
+            key=f"{method}-no-stop",
+            presets=("fid10k",),
+            stop=0,
+            at=tuple(range(30, 81, 10)),
+        )
         yield trunk
         for stop in (10, 20, 40, 60):
-            yield replace(trunk, name=f"figure8/SiT-XL-2/{method}-stop-{stop * 5}K", epochs=stop + 20, stop=stop, trunk=stop, at=())
+            yield replace(
+                trunk,
+                name=f"figure8/SiT-XL-2/{method}-stop-{stop * 5}K",
+                epochs=stop + 20,
+                stop=stop,
+                trunk=stop,
+                at=(),
+            )
 
 
 PLAIN_TOTAL, STAGE1_TOTAL = 146, 120
@@ -165,6 +238,7 @@ to the stop counted: a head is large beside six blocks of width 128. (Stage 1 ha
 
 def study() -> Iterator[Row]:
     """What `--scale study` has records of: Table 4 at equal steps and equal compute, and one dial of the method at a time."""
+
     def row(key: str, method: str, *words: object, epochs: float = 80, **more: object) -> Row:
         return _row("study", "SiT-B/2", method, epochs, key, words=tuple(map(str, words)), presets=("fid10k",), **more)
 
@@ -179,8 +253,16 @@ def study() -> Iterator[Row]:
         yield row(f"stage1-block-n-{share}", "latent", "--align-depth", 12 // share)
 
 
-TABLES = {"table1": table1, "table2": table2, "table3": table3, "table4": table4, "table5": table5, "figure4": figure4,
-          "figure8": figure8, "study": study}
+TABLES = {
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "table4": table4,
+    "table5": table5,
+    "figure4": figure4,
+    "figure8": figure8,
+    "study": study,
+}
 
 
 @functools.cache

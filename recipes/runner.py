@@ -43,8 +43,15 @@ def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes:
             if not link.done:
                 raise UserError(f"{link.name} ended without {link.makes}; run it by hand to see why: {command}")
     except UserError as error:
-        record.write(plan, size=scale, seed=seed, commands=commands, processes=processes * nodes, results=results,
-                     failure=str(error))
+        record.write(
+            plan,
+            size=scale,
+            seed=seed,
+            commands=commands,
+            processes=processes * nodes,
+            results=results,
+            failure=str(error),
+        )
         raise
     return record.write(plan, size=scale, seed=seed, commands=commands, processes=processes * nodes, results=results)
 
@@ -65,7 +72,10 @@ def _start(link: Link, command: str, processes: int, nodes: int) -> None:
     if nodes > 1 and link.many:
         words = ["srun", "bash", "-c", f"exec {command}"]  # each node's shell fills in its own $SLURM_NODEID
     else:
-        words = [sys.executable, *(["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words[1:])]
+        words = [
+            sys.executable,
+            *(["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words[1:]),
+        ]
     with signals.noted() as asked, subprocess.Popen(words) as process:
         told = False
         while process.poll() is None:

@@ -61,7 +61,18 @@ class Scale:
             how = ("--vae", "vae/vavae", "--no-moments", "--flip")
         else:
             how = ("--vae", "stabilityai/sd-vae-ft-mse", *(("--flip",) if "flips" in data else ()))
-        return ("-m", "preprocessing.encode", "--images", "imagenet/train", *how, "--resolution", resolution, *kept, "--out", str(folder))
+        return (
+            "-m",
+            "preprocessing.encode",
+            "--images",
+            "imagenet/train",
+            *how,
+            "--resolution",
+            resolution,
+            *kept,
+            "--out",
+            str(folder),
+        )
 
     def train_words(self, row: Row) -> tuple[str, ...]:
         """Options that the size brings to a training command."""
@@ -81,24 +92,43 @@ class Scale:
 
     def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
         """What the samples are compared with."""
-        return ("--reference", f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
-                "--features", "inception")
+        return (
+            "--reference",
+            f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
+            "--features",
+            "inception",
+        )
 
 
 class _Small(Scale):
     """What the two sizes for a CPU share: a network of six blocks, embedded data in pixels."""
 
     def train_words(self, row: Row) -> tuple[str, ...]:
-        loss = ("--velocity-loss", "mse+cosine", "--time-sampling", "logit-normal") if row.family == "lightningdit" else ()
-        return ("--recipe", "digits", "--model", self.model(row), "--batch-size", str(self.batch_size[row.family]), *loss)
+        loss = (
+            ("--velocity-loss", "mse+cosine", "--time-sampling", "logit-normal") if row.family == "lightningdit" else ()
+        )
+        return (
+            "--recipe",
+            "digits",
+            "--model",
+            self.model(row),
+            "--batch-size",
+            str(self.batch_size[row.family]),
+            *loss,
+        )
 
     def row_words(self, row: Row) -> tuple[str, ...]:
         """Blocks are the same shares of the depth as in the paper's network."""
         paper, small = (models.SIZES[row.family][name][0] for name in (row.model, self.model(row)))
-        return tuple(str(int(word) * small // paper) if flag in BLOCKS else word for flag, word in zip(("", *row.words), row.words))
+        return tuple(
+            str(int(word) * small // paper) if flag in BLOCKS else word
+            for flag, word in zip(("", *row.words), row.words)
+        )
 
     def stop_words(self, row: Row) -> tuple[str, ...]:
-        return ("--align-stop-steps", str(self.steps(row, 20))) if row.method == "guided" else ()  # epochs of small sets are longer
+        return (
+            ("--align-stop-steps", str(self.steps(row, 20))) if row.method == "guided" else ()
+        )  # epochs of small sets are longer
 
 
 class _Study(_Small):
@@ -141,7 +171,9 @@ class _Tiny(_Small):
 
     def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
         same = {"fid10k": "table1-sde"}  # the same settings; its count is not that of this scale
-        return tuple((preset, ("--preset", same.get(preset, preset), "--num-fid-samples", "4")) for preset in row.presets)
+        return tuple(
+            (preset, ("--preset", same.get(preset, preset), "--num-fid-samples", "4")) for preset in row.presets
+        )
 
     def data(self, row: Row) -> str:
         return "digits"
@@ -161,11 +193,25 @@ class _Tiny(_Small):
 
 
 SCALES = {
-    "paper": Scale(name="paper", epoch_steps={"sit": 5000, "lightningdit": 1250}, batch_size={"sit": 256, "lightningdit": 1024},
-                   processes=8),
-    "study": _Study(name="study", epoch_steps={"sit": 12.5, "lightningdit": 12.5}, batch_size={"sit": 32, "lightningdit": 32}, processes=1),
-    "tiny": _Tiny(name="tiny", epoch_steps={"sit": 0.05, "lightningdit": 0.0125}, batch_size={"sit": 16, "lightningdit": 16}, processes=1,
-                  encoder_command=("-m", "recipes.encoder", "--epochs", "1")),
+    "paper": Scale(
+        name="paper",
+        epoch_steps={"sit": 5000, "lightningdit": 1250},
+        batch_size={"sit": 256, "lightningdit": 1024},
+        processes=8,
+    ),
+    "study": _Study(
+        name="study",
+        epoch_steps={"sit": 12.5, "lightningdit": 12.5},
+        batch_size={"sit": 32, "lightningdit": 32},
+        processes=1,
+    ),
+    "tiny": _Tiny(
+        name="tiny",
+        epoch_steps={"sit": 0.05, "lightningdit": 0.0125},
+        batch_size={"sit": 16, "lightningdit": 16},
+        processes=1,
+        encoder_command=("-m", "recipes.encoder", "--epochs", "1"),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ def script(row: str, scale: str, seeds: range, nodes: int, gpus: int, hours: flo
     array, minutes = f"{seeds.start}-{seeds.stop - 1}", round(hours * 60)
     work, results, log = map(shlex.quote, (work, results, f"{work}/slurm-%A_%a.out"))
     return f"""#!/bin/bash
-#SBATCH --job-name={row.replace('/', '-')}
+#SBATCH --job-name={row.replace("/", "-")}
 #SBATCH --array={array}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1

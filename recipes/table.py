@@ -32,8 +32,9 @@ def verdict(published: float | None, ours: Sequence[float]) -> str:
     return "reproduced" if abs(statistics.mean(ours) - published) <= tolerance else "differs"
 
 
-def by_epochs(records: Sequence[dict[str, Any]], row: str,
-              key: str | None = None) -> dict[float, list[tuple[dict[str, Any], dict[str, Any]]]]:
+def by_epochs(
+    records: Sequence[dict[str, Any]], row: str, key: str | None = None
+) -> dict[float, list[tuple[dict[str, Any], dict[str, Any]]]]:
     """Epochs, in their order -> every score of `row` there, behind its record; of one protocol where its `key` is given."""
     found: dict[float, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
@@ -57,10 +58,27 @@ def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -
     shown = _of(rows, records, scale)
     blocks = []
     for key, title in columns(shown).items() or {"": "no record yet"}.items():
-        lines = [["row", "epochs", "published", "ours", "difference", "verdict", "class accuracy", "device hours", "with stage 1",
-                  "images/s", "PFLOPs"]]
+        lines = [
+            [
+                "row",
+                "epochs",
+                "published",
+                "ours",
+                "difference",
+                "verdict",
+                "class accuracy",
+                "device hours",
+                "with stage 1",
+                "images/s",
+                "PFLOPs",
+            ]
+        ]
         lines += [line for row in rows for line in _lines(row, shown, key, scale)]
-        kept = [place for place, column in enumerate(zip(*lines, strict=True)) if any(column[1:]) or column[0] != "class accuracy"]
+        kept = [
+            place
+            for place, column in enumerate(zip(*lines, strict=True))
+            if any(column[1:]) or column[0] != "class accuracy"
+        ]
         blocks.append(f"{title}\n{aligned([[line[place] for place in kept] for line in lines])}")
     return "\n\n".join(blocks)
 
@@ -86,12 +104,21 @@ def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) ->
         ours = [quality(score) for _, score in found]
         classes = [score["metrics"]["class_accuracy"] for _, score in found if "class_accuracy" in score["metrics"]]
         hours = [score["device_hours"] for _, score in found]
-        lines.append([name, f"{epochs:g}", "" if number is None else shown, f"{spread(ours)} ({len(ours)})",
-                      "" if number is None else f"{statistics.mean(ours) - number:+.2f}", verdict(number, ours), spread(classes),
-                      f"{statistics.mean(h['training'] for h in hours):.3g}",
-                      f"{statistics.mean(h['training'] + h['stage 1'] for h in hours):.3g}",
-                      f"{statistics.mean(record['images_per_second'] for record, _ in found):.3g}",
-                      f"{statistics.mean(score['flops'] for _, score in found) / 1e15:.3g}"])
+        lines.append(
+            [
+                name,
+                f"{epochs:g}",
+                "" if number is None else shown,
+                f"{spread(ours)} ({len(ours)})",
+                "" if number is None else f"{statistics.mean(ours) - number:+.2f}",
+                verdict(number, ours),
+                spread(classes),
+                f"{statistics.mean(h['training'] for h in hours):.3g}",
+                f"{statistics.mean(h['training'] + h['stage 1'] for h in hours):.3g}",
+                f"{statistics.mean(record['images_per_second'] for record, _ in found):.3g}",
+                f"{statistics.mean(score['flops'] for _, score in found) / 1e15:.3g}",
+            ]
+        )
     return lines
 
 
@@ -112,9 +139,17 @@ def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str
     return "\n\n".join(blocks)
 
 
-def figure_points(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> dict[str, dict[str, dict[float, list[float]]]]:
+def figure_points(
+    rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str
+) -> dict[str, dict[str, dict[float, list[float]]]]:
     """Protocol key -> row -> epochs -> values over seeds: what a figure draws."""
     shown = _of(rows, records, scale)
     scored = {key: {row.name: by_epochs(shown, row.name, key) for row in rows} for key in columns(shown)}
-    return {key: {row: {epochs: [quality(score) for _, score in found] for epochs, found in at.items()} for row, at in of.items() if at}
-            for key, of in scored.items()}
+    return {
+        key: {
+            row: {epochs: [quality(score) for _, score in found] for epochs, found in at.items()}
+            for row, at in of.items()
+            if at
+        }
+        for key, of in scored.items()
+    }

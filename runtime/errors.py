@@ -79,15 +79,26 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _out_of_memory(about: str = "") -> str:
-    return (f"out of memory{f' ({about})' if about else ''}: free some, or lower what is held at once (--batch-size, --workers, "
-            f"--resident disk, --num-fid-samples, the width of a head)")
+    return (
+        f"out of memory{f' ({about})' if about else ''}: free some, or lower what is held at once (--batch-size, --workers, "
+        f"--resident disk, --num-fid-samples, the width of a head)"
+    )
 
 
 def contact_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another process ended or stood still."""
     text = str(error).lower()
-    return any(words in text for words in ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe",
-                                           "remote process exited", "application timeout caused pair closure"))
+    return any(
+        words in text
+        for words in (
+            "connection closed by peer",
+            "connection reset by peer",
+            "timed out waiting",
+            "broken pipe",
+            "remote process exited",
+            "application timeout caused pair closure",
+        )
+    )
 
 
 def shown(text: object) -> str:

@@ -61,16 +61,22 @@ def require_plain(path: Path | str) -> None:
     """Raise UserError where `path` is a pipe, a socket or a device: reading it may never end, and writing would replace it."""
     with suppress(OSError):
         mode = os.stat(path).st_mode
-        require(stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{path} is a pipe or a device: give the path of a plain file")
+        require(
+            stat.S_ISREG(mode) or stat.S_ISDIR(mode), f"{path} is a pipe or a device: give the path of a plain file"
+        )
 
 
 def require_not_read(out: Path | str, read: Iterable[Path | str]) -> None:
     """Raise UserError where `out`, which is to be written, is one of what is `read`."""
-    require(Path(out).resolve() not in {Path(source).resolve() for source in read},
-            f"--out {out} is read by this command: give another name")
+    require(
+        Path(out).resolve() not in {Path(source).resolve() for source in read},
+        f"--out {out} is read by this command: give another name",
+    )
 
 
-def require_replaceable(path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place") -> None:
+def require_replaceable(
+    path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place"
+) -> None:
     """Raise UserError unless a folder may take the place of `path`: nothing, an empty folder, or one that `ours` recognises."""
     path = Path(os.path.abspath(path))
     if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (ours is not None and ours(path)))):
@@ -97,9 +103,13 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from error
     except (SafetensorError, RuntimeError) as error:
-        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):  # the latter is torch.save's
+        if not isinstance(error, SafetensorError) and "inline_container" not in str(
+            error
+        ):  # the latter is torch.save's
             raise
         raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
 
@@ -141,7 +151,11 @@ def digest(path: Path | str) -> str:
     require_plain(path)
     try:
         with open(path, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+            return (
+                hashlib.file_digest(handle, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else _digest(handle)
+            )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path, or restore it from a copy") from error
 
@@ -185,14 +199,18 @@ def write_sealed(path: Path | str, value: dict[str, Any]) -> None:
 def require_sealed(path: Path | str, value: dict[str, Any]) -> None:
     """Raise UserError unless `value`, read from `path`, is what was written there."""
     if value.get(SEAL) != seal(value):
-        raise UserError(f"{path} was damaged or edited since it was written: its seal does not fit its content; restore it, or "
-                        f"accept an edit with: python -m runtime.seal {path}")
+        raise UserError(
+            f"{path} was damaged or edited since it was written: its seal does not fit its content; restore it, or "
+            f"accept an edit with: python -m runtime.seal {path}"
+        )
 
 
 def require_sealed_since_2(path: Path | str, value: dict[str, Any]) -> None:
     """`require_sealed` for a file that had no seal in format 1, which is read with a note."""
     if value["format"] == 1:
-        note(f"{Path(path).parent} is of format 1: its {Path(path).name} has no seal, so that damage in it would not be seen")
+        note(
+            f"{Path(path).parent} is of format 1: its {Path(path).name} has no seal, so that damage in it would not be seen"
+        )
     else:
         require_sealed(path, value)
 
@@ -214,7 +232,9 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy"
+        ) from error
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
 

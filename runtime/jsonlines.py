@@ -16,6 +16,10 @@ def read(path: Path) -> list[dict[str, float]]:
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and type(values.get("step")) is int and {type(value) for value in values.values()} <= {int, float}:
+        if (
+            isinstance(values, dict)
+            and type(values.get("step")) is int
+            and {type(value) for value in values.values()} <= {int, float}
+        ):
             lines.append(values)
     return lines

@@ -35,8 +35,10 @@ def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelera
         UserError: a launcher configuration that these programs do not support, or processes that Accelerate does not see.
     """
     for variable, word in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        require(os.environ.get(variable, "false").lower() not in ("true", "1"),
-                f"the accelerate configuration asks for {word}, which is not supported: run accelerate config for plain DDP")
+        require(
+            os.environ.get(variable, "false").lower() not in ("true", "1"),
+            f"the accelerate configuration asks for {word}, which is not supported: run accelerate config for plain DDP",
+        )
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     require(dynamo == "no", f"the accelerate configuration asks for dynamo ({dynamo}): use --compile on instead")
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
@@ -45,14 +47,21 @@ def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelera
     wanted = world_size()
     _note_unused_gpu()
     try:
-        processes = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **kwargs)
+        processes = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **kwargs
+        )
     except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate cannot start: {error}; correct its configuration, or drop the variables of its name") from error
+        raise UserError(
+            f"accelerate cannot start: {error}; correct its configuration, or drop the variables of its name"
+        ) from error
     _watch_launcher()
     atexit.unregister(end)
     atexit.register(end)
-    require(processes.num_processes == wanted, f"WORLD_SIZE is {wanted} but only {processes.num_processes} process takes part: launch "
-                                           f"with accelerate launch --multi_gpu --num_processes {wanted}, on CPU too")
+    require(
+        processes.num_processes == wanted,
+        f"WORLD_SIZE is {wanted} but only {processes.num_processes} process takes part: launch "
+        f"with accelerate launch --multi_gpu --num_processes {wanted}, on CPU too",
+    )
     return processes
 
 
@@ -61,11 +70,17 @@ def world_size() -> int:
     numbered = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     for variable in numbered:
         value = os.environ.get(variable, "0")
-        require(value.removeprefix("-").isdecimal(), f"{variable} is {value!r}, not a number: drop it, or start with accelerate launch")
+        require(
+            value.removeprefix("-").isdecimal(),
+            f"{variable} is {value!r}, not a number: drop it, or start with accelerate launch",
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [variable for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
-    require(world < 2 or not missing, f"WORLD_SIZE is {world} but there is no {' and no '.join(missing)}: start with accelerate launch "
-                                      f"--multi_gpu --num_processes {world}, on CPU too, or drop WORLD_SIZE")
+    require(
+        world < 2 or not missing,
+        f"WORLD_SIZE is {world} but there is no {' and no '.join(missing)}: start with accelerate launch "
+        f"--multi_gpu --num_processes {world}, on CPU too, or drop WORLD_SIZE",
+    )
     return world
 
 
@@ -77,10 +92,17 @@ def end() -> None:
 
 def _note_unused_gpu() -> None:
     """One line where a GPU is there but the installed torch cannot use it."""
-    if not torch.cuda.is_available() and os.path.exists("/proc/driver/nvidia/version") and os.environ.get("RANK", "0") == "0" \
-            and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
-        print(f"note: this machine has an NVIDIA driver, but torch {torch.__version__} cannot use it (built for CUDA "
-              f"{torch.version.cuda or 'none'}): install the torch that fits the driver, see https://pytorch.org", flush=True)
+    if (
+        not torch.cuda.is_available()
+        and os.path.exists("/proc/driver/nvidia/version")
+        and os.environ.get("RANK", "0") == "0"
+        and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1")
+    ):
+        print(
+            f"note: this machine has an NVIDIA driver, but torch {torch.__version__} cannot use it (built for CUDA "
+            f"{torch.version.cuda or 'none'}): install the torch that fits the driver, see https://pytorch.org",
+            flush=True,
+        )
 
 
 def on_main(processes: Accelerator, action: Callable[[], T]) -> T:
@@ -152,8 +174,12 @@ def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -
     if wanted is not None and device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
         torch.backends.cudnn.allow_tf32 = on
-    return on, f"note: TF32, which the published setting uses, is not available on this {device.type}: running in float32" \
-        if wanted and not able else ""
+    return (
+        on,
+        f"note: TF32, which the published setting uses, is not available on this {device.type}: running in float32"
+        if wanted and not able
+        else "",
+    )
 
 
 @contextmanager
@@ -174,7 +200,11 @@ def require_tf32() -> None:
     require(able, "--tf32 needs a CUDA device of compute capability 8 or above; leave it out to run in float32")
 
 
-PRECISIONS = {"bf16": "--mixed-precision bf16", "fp32": "--mixed-precision no --no-tf32", "tf32": "--mixed-precision no --tf32"}
+PRECISIONS = {
+    "bf16": "--mixed-precision bf16",
+    "fp32": "--mixed-precision no --no-tf32",
+    "tf32": "--mixed-precision no --tf32",
+}
 """Names of precisions as they are printed and saved, and the options that ask for them."""
 
 
@@ -187,7 +217,11 @@ def compiles(wanted: str | None, device: torch.device) -> tuple[bool, str]:
     """Whether to compile, and a note for the printout. Without a C++ compiler a CPU run is eager, and says so."""
     if wanted is None:
         wanted = "on" if device.type == "cuda" else "off"
-    if wanted != "off" and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+    if (
+        wanted != "off"
+        and device.type == "cpu"
+        and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++")))
+    ):
         return False, "off (no C++ compiler found, running eagerly)"
     return wanted != "off", wanted
 
@@ -206,8 +240,13 @@ def compile_network(network: Any, heads: Iterable[Any], wanted: str | None, devi
 def commit() -> str | None:
     """The commit of this code, with -dirty where files differ from it; None where git does not know."""
     try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"], capture_output=True,
-                              text=True, check=True, cwd=Path(__file__).parent)
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return told.stdout.strip()

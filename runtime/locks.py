@@ -26,8 +26,8 @@ from runtime.errors import UserError
 LOCK = ".lock"
 CLAIM = ".lock.claim"
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-FRESH = 60.0    # seconds between two signs of life of a claim
-STALE = 600.0   # seconds without one after which a claim of another machine is taken over
+FRESH = 60.0  # seconds between two signs of life of a claim
+STALE = 600.0  # seconds without one after which a claim of another machine is taken over
 
 
 @contextmanager
@@ -87,8 +87,12 @@ def _held(folder: Path, handle: TextIO) -> Iterator[None]:
 def me() -> dict[str, Any]:
     """This process, as others are told of it."""
     process = psutil.Process()
-    return {"host": socket.gethostname(), "process": process.pid, "started": round(process.create_time(), 1),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    return {
+        "host": socket.gethostname(),
+        "process": process.pid,
+        "started": round(process.create_time(), 1),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
 def _sign(handle: TextIO) -> None:
@@ -108,7 +112,11 @@ def _holder(handle: TextIO) -> dict[str, Any] | None:
 
 
 def _taken(folder: Path, holder: dict[str, Any] | None, remedy: str) -> UserError:
-    who = f"process {holder['process']} on {holder['host']}, since {holder['since']}" if holder else "it does not say which"
+    who = (
+        f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+        if holder
+        else "it does not say which"
+    )
     return UserError(f"another process is writing {folder} ({who}); {remedy}")
 
 

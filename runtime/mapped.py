@@ -28,7 +28,9 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
         with open(file, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if length > min(size - 8, LARGEST_HEADER):
-                raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes); copy or encode it again")
+                raise UserError(
+                    f"{file} is truncated or not a safetensors file ({size} bytes); copy or encode it again"
+                )
             header = json.loads(handle.read(length))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; copy or encode it again") from error
@@ -49,13 +51,21 @@ def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[
             raise UserError(f"{file} holds {name} as {entry['dtype']}; known are {', '.join(DTYPES)}")
         begin, end = entry["data_offsets"]
         shape = entry["shape"]
-        if begin != ends or end < begin or any(type(side) is not int or side < 0 for side in shape) or \
-                end - begin != prod(shape) * np.dtype(DTYPES[entry["dtype"]]).itemsize:
-            raise UserError(f"{file} is damaged: its header places {name} at {begin} to {end}, which does not fit; copy or encode it again")
+        if (
+            begin != ends
+            or end < begin
+            or any(type(side) is not int or side < 0 for side in shape)
+            or end - begin != prod(shape) * np.dtype(DTYPES[entry["dtype"]]).itemsize
+        ):
+            raise UserError(
+                f"{file} is damaged: its header places {name} at {begin} to {end}, which does not fit; copy or encode it again"
+            )
         ends = end
     expected = 8 + length + ends
     if size != expected:
         raise UserError(f"{file} is truncated: {size} of {expected} bytes; copy or encode it again")
-    payload = np.memmap(file, np.uint8, "r").view(np.ndarray)[8 + length:]
-    return {name: payload[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            for name, entry in header.items()}
+    payload = np.memmap(file, np.uint8, "r").view(np.ndarray)[8 + length :]
+    return {
+        name: payload[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in header.items()
+    }

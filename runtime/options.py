@@ -31,15 +31,23 @@ Given = dict[str, Any]
 """Option names and values, as words or a layer of settings gave them."""
 
 
-def option(default: Any = MISSING, *, help: str, choices: Sequence[str] | None = None, flag: str | None = None,
-           heading: str | None = None, later: bool = False) -> Any:
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] | None = None,
+    flag: str | None = None,
+    heading: str | None = None,
+    later: bool = False,
+) -> Any:
     """A dataclass field that is also a command-line flag. Without `default` the flag is required.
 
     `heading` starts a group of `--help`, to which the fields that follow belong too. `later` is for an option that is younger
     than records on disk: at its default it is left out of them (`as_dict`), so that the record of an older command stays the same.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "heading": heading,
-                                                        "later": later})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "flag": flag, "heading": heading, "later": later}
+    )
 
 
 def group(schema: type, *, without: Sequence[str] = ()) -> Any:
@@ -69,9 +77,17 @@ def options_of(schema: type) -> Iterator[Option]:
             yield Option(field, hints[field.name], heading)
 
 
-def read(schema: type[T], argv: Sequence[str], *, prog: str, description: str | None = None, first: str | None = None,
-         between: Callable[[Given], Given] | None = None, epilog: str | None = None,
-         hints: Mapping[str, str] | None = None) -> T:
+def read(
+    schema: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    first: str | None = None,
+    between: Callable[[Given], Given] | None = None,
+    epilog: str | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> T:
     """The options of a command.
 
     Args:
@@ -96,15 +112,28 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(schemas: Mapping[str, type], argv: Sequence[str], *, prog: str, description: str | None = None,
-          epilog: str | None = None, hints: Mapping[str, str] | None = None) -> dict[str, Given]:
+def parse(
+    schemas: Mapping[str, type],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    epilog: str | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> dict[str, Given]:
     """The values that `argv` gives, by section and option name, typed as the sections' dataclasses say.
 
     The section called "" has plain flags (`--seed`). Every other section is an alignment: `depth` of section `repa` is
     set by `--repa-depth`, and by `--align-depth` too where it is the only alignment that has it. See `read`.
     """
-    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     owners = Counter(opt.field.name for section, schema in schemas.items() if section for opt in options_of(schema))
     titled: dict[str | None, Any] = {None: parser}
     for section, schema in schemas.items():
@@ -154,8 +183,13 @@ def flags_of(field: dataclasses.Field, section: str = "", alone: bool = False) -
 class _Store(argparse.Action):
     """Stores a value; two flags of one option that disagree are refused, while a flag given twice means its last value."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         earlier = getattr(self, "flag", None) if hasattr(namespace, self.dest) else None
         if earlier not in (None, option_string) and getattr(namespace, self.dest) != values:
             parser.error(f"{earlier} and {option_string} are one option with two values: give one of them")
@@ -178,8 +212,15 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     else:
         choices = field.metadata["choices"]
         metavar = None if choices else kind.__name__.upper()
-        parser.add_argument(*flags, action=_Store, type=_TYPES.get(kind, kind), nargs=count, choices=choices,
-                            metavar=metavar, **arguments)
+        parser.add_argument(
+            *flags,
+            action=_Store,
+            type=_TYPES.get(kind, kind),
+            nargs=count,
+            choices=choices,
+            metavar=metavar,
+            **arguments,
+        )
 
 
 def finite(word: str) -> float:
@@ -193,7 +234,7 @@ def finite(word: str) -> float:
 def whole(word: str) -> int:
     """A whole number of at most 64 bits; the type of every int option."""
     value = int(word)
-    if not -2**63 <= value < 2**63:
+    if not -(2**63) <= value < 2**63:
         raise ValueError(word)
     return value
 
@@ -201,10 +242,14 @@ def whole(word: str) -> int:
 def printable(word: str) -> str:
     """Characters that a file, a log and a terminal can show; the type of every str option."""
     if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty (a variable that is not set?): give a value, or leave the option out")
+        raise argparse.ArgumentTypeError(
+            "it is empty (a variable that is not set?): give a value, or leave the option out"
+        )
     odd = next((letter for letter in word if unicodedata.category(letter) in ("Cc", "Cs")), None)
     if odd is not None:
-        raise argparse.ArgumentTypeError(f"{word[:40]} holds {odd!r}, a control character or a byte that is no UTF-8: choose another value")
+        raise argparse.ArgumentTypeError(
+            f"{word[:40]} holds {odd!r}, a control character or a byte that is no UTF-8: choose another value"
+        )
     return word
 
 
@@ -232,12 +277,17 @@ def build(schema: type[T], *layers: Given) -> T:
     for layer in layers:
         values.update(layer)
     known = {opt.field.name: opt.field for opt in options_of(schema)}
-    known |= {field.name: field for field in dataclasses.fields(schema) if not field.metadata}  # set by presets, without a flag
+    known |= {
+        field.name: field for field in dataclasses.fields(schema) if not field.metadata
+    }  # set by presets, without a flag
     for name in values:
         if name not in known:
             raise UserError(f"{schema.__name__} has no option {name}{nearest(name, known)}")
-    missing = [flags_of(field)[0] for name, field in known.items()
-               if name not in values and field.default is MISSING and field.default_factory is MISSING]
+    missing = [
+        flags_of(field)[0]
+        for name, field in known.items()
+        if name not in values and field.default is MISSING and field.default_factory is MISSING
+    ]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see --help")
     return _filled(schema, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -248,7 +298,9 @@ def _filled(schema: type[T], values: Given) -> T:
     arguments = {}
     for field in dataclasses.fields(schema):
         if inner := field.metadata.get("group"):
-            arguments[field.name] = _filled(inner, {k: v for k, v in values.items() if k not in field.metadata["without"]})
+            arguments[field.name] = _filled(
+                inner, {k: v for k, v in values.items() if k not in field.metadata["without"]}
+            )
         elif field.name in values:
             arguments[field.name] = values[field.name]
     return schema(**arguments)

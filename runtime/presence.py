@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-EVERY = 5.0    # seconds between two signs
+EVERY = 5.0  # seconds between two signs
 SILENT = 15.0  # seconds without one after which a process stands still
 
 
@@ -47,11 +47,19 @@ class Presence:
                     seen.append((int(file.stem), time.time() - file.stat().st_mtime, json.loads(file.read_text())))
         silent = [entry for entry in seen if entry[1] > SILENT]
         if silent:
-            return "; ".join(f"process {rank} ({about['process']} on {about['host']}) gave its last sign of life {age:.0f} seconds ago, at "
-                             f"step {about['step']}" for rank, age, about in sorted(silent))
+            return "; ".join(
+                f"process {rank} ({about['process']} on {about['host']}) gave its last sign of life {age:.0f} seconds ago, at "
+                f"step {about['step']}"
+                for rank, age, about in sorted(silent)
+            )
         behind = [entry for entry in seen if entry[2]["step"] < self.step]
-        return "; ".join(f"process {rank} ({about['process']} on {about['host']}) is alive, but stands at step {about['step']}"
-                         for rank, _, about in sorted(behind)) or "all the others were alive just now; see their own messages"
+        return (
+            "; ".join(
+                f"process {rank} ({about['process']} on {about['host']}) is alive, but stands at step {about['step']}"
+                for rank, _, about in sorted(behind)
+            )
+            or "all the others were alive just now; see their own messages"
+        )
 
     def end(self) -> None:
         """Give no more signs."""

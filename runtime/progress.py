@@ -14,7 +14,9 @@ _OPEN: WeakSet[tqdm] = WeakSet()
 def bar(*args: Any, main: bool = True, **kwargs: Any) -> tqdm:
     """A tqdm bar. Where standard error is no terminal it prints a line every 30 seconds instead of ten a second."""
     interval = 0.1 if sys.stderr.isatty() else 30.0
-    made = tqdm(*args, disable=not main, dynamic_ncols=True, mininterval=interval, maxinterval=max(10.0, interval), **kwargs)
+    made = tqdm(
+        *args, disable=not main, dynamic_ncols=True, mininterval=interval, maxinterval=max(10.0, interval), **kwargs
+    )
     _OPEN.add(made)
     return made
 

@@ -41,8 +41,10 @@ def checked(kind: type[T], value: Any, where: object, remedy: str = "restore it 
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"])) or "the whole"
         found = "" if fault["type"] == "missing" else f", not {_short(fault['input'])}"
-        raise UserError(f"{where} is damaged or from another version: {place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{found}; "
-                        f"{remedy}") from error
+        raise UserError(
+            f"{where} is damaged or from another version: {place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{found}; "
+            f"{remedy}"
+        ) from error
 
 
 def read(kind: type[T], path: Any, remedy: str = "restore it from a copy") -> T:

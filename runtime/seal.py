@@ -23,7 +23,13 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Seal the file as it is now."""
-    file = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m runtime.seal", description=__doc__, first="file").file
+    file = read(
+        Options,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m runtime.seal",
+        description=__doc__,
+        first="file",
+    ).file
     value = files.read_json(file)
     require(isinstance(value, dict) and files.SEAL in value, f"{file} is no sealed file: it has no {files.SEAL}")
     if value[files.SEAL] == files.seal(value):

@@ -12,8 +12,13 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: 
     The first line is the head; `rule` draws a line below it.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) if column in left else cell.rjust(width)
-                      for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]] if rule else text)
 
 
@@ -21,4 +26,6 @@ def spread(values: Sequence[float], decimals: int = 2) -> str:
     """Mean and, of several values, standard deviation (divisor n - 1); empty for none."""
     if not values:
         return ""
-    return f"{statistics.mean(values):.{decimals}f}" + (f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.{decimals}f}" + (
+        f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    )

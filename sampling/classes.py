@@ -48,6 +48,9 @@ def labels_of(words: Sequence[str], names: Sequence[str]) -> list[int]:
             named = [int(word)]
         if not named:
             raise UserError(f"--classes: no class is called {word}{nearest(word, names)}; give its name or its number")
-        require(len(named) == 1, f"--classes: {word} is the name of classes {' and '.join(map(str, named))}: give the number")
+        require(
+            len(named) == 1,
+            f"--classes: {word} is the name of classes {' and '.join(map(str, named))}: give the number",
+        )
         labels += named
     return labels

@@ -18,43 +18,80 @@ MOST_SCALE, MOST_STEPS = 1000, 1_000_000
 class SamplingConfig:
     """All that decides what a sample looks like, given the weights. Times are in [0, 1], 1 is noise."""
 
-    mode: str = option("sde", choices=("ode", "sde"), help="probability-flow ODE or reverse SDE (Euler-Maruyama)", heading="solver")
-    solver: str = option("euler", choices=("euler", "heun", "dopri5"), help="solver of the ODE; dopri5 chooses its steps for a "
-                         "whole batch, so that its samples depend on --batch-size")
+    mode: str = option(
+        "sde", choices=("ode", "sde"), help="probability-flow ODE or reverse SDE (Euler-Maruyama)", heading="solver"
+    )
+    solver: str = option(
+        "euler",
+        choices=("euler", "heun", "dopri5"),
+        help="solver of the ODE; dopri5 chooses its steps for a "
+        "whole batch, so that its samples depend on --batch-size",
+    )
     num_steps: int = option(250, help="steps (see --grid)")
-    grid: str = option("evaluations", choices=("evaluations", "points"), help="what --num-steps counts: steps of the ODE, or points "
-                                                                              "of its grid (one step fewer)")
+    grid: str = option(
+        "evaluations",
+        choices=("evaluations", "points"),
+        help="what --num-steps counts: steps of the ODE, or points of its grid (one step fewer)",
+    )
     timestep_shift: float = option(1.0, help="below 1: more ODE steps near noise (LightningDiT: 0.3)")
     last_step: float = option(0.04, help="size of the SDE's last, noise-free step")
     cfg_scale: float = option(1.0, help="guidance scale; 1 is no guidance", heading="guidance")
     guidance_low: float = option(0.0, help="guide while t is at least this")
     guidance_high: float = option(1.0, help="guide while t is at most this")
-    guidance_channels: str = option("all", choices=("all", "first3"), help="channels that are guided (SiT, LightningDiT: first3)")
-    internal_scale: float = option(1.0, help="internal guidance by the velocity head of a shallow block; 1 is none", later=True)
+    guidance_channels: str = option(
+        "all", choices=("all", "first3"), help="channels that are guided (SiT, LightningDiT: first3)"
+    )
+    internal_scale: float = option(
+        1.0, help="internal guidance by the velocity head of a shallow block; 1 is none", later=True
+    )
     internal_low: float | None = option(None, help="guide internally while t is at least this, and", later=True)
-    internal_high: float | None = option(None, help="at most this (default: the times that the head was trained on)", later=True)
-    weights: str = option("ema", help="which of the checkpoint's weights: ema, raw, or ema-DECAY where it has several averages",
-                          heading="samples")
-    labels: str = option("random", choices=("random", "balanced"), help="drawn for each sample, or equal counts in shuffled order")
+    internal_high: float | None = option(
+        None, help="at most this (default: the times that the head was trained on)", later=True
+    )
+    weights: str = option(
+        "ema",
+        help="which of the checkpoint's weights: ema, raw, or ema-DECAY where it has several averages",
+        heading="samples",
+    )
+    labels: str = option(
+        "random", choices=("random", "balanced"), help="drawn for each sample, or equal counts in shuffled order"
+    )
     rounding: str = option("round", choices=("round", "truncate"), help="how pixels become integers (REPA truncates)")
     seed: int = option(0, help="seed of noise and labels; sample i depends on (seed, i) alone")
 
     def __post_init__(self) -> None:
         require_weights("--weights", self.weights)
         for flag, scale in (("--cfg-scale", self.cfg_scale), ("--internal-scale", self.internal_scale)):
-            require(0 <= scale <= MOST_SCALE, f"{flag} {scale} must not be negative, and at most {MOST_SCALE}; 1 is no guidance")
-        require(2 <= self.num_steps <= MOST_STEPS, f"--num-steps {self.num_steps} must be at least 2 and at most {MOST_STEPS:,}")
-        require(0 <= self.guidance_low <= self.guidance_high <= 1,
-                f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1")
-        require(self.internal_scale != 1 or (self.internal_low, self.internal_high) == (None, None),
-                "--internal-low and --internal-high say when to guide internally: add --internal-scale")
+            require(
+                0 <= scale <= MOST_SCALE,
+                f"{flag} {scale} must not be negative, and at most {MOST_SCALE}; 1 is no guidance",
+            )
+        require(
+            2 <= self.num_steps <= MOST_STEPS,
+            f"--num-steps {self.num_steps} must be at least 2 and at most {MOST_STEPS:,}",
+        )
+        require(
+            0 <= self.guidance_low <= self.guidance_high <= 1,
+            f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1",
+        )
+        require(
+            self.internal_scale != 1 or (self.internal_low, self.internal_high) == (None, None),
+            "--internal-low and --internal-high say when to guide internally: add --internal-scale",
+        )
         require(0 < self.last_step < 1, f"--last-step {self.last_step} must lie between 0 and 1")
-        require(1e-3 <= self.timestep_shift <= 1e3, f"--timestep-shift {self.timestep_shift} must lie between 0.001 and 1000")
-        require(self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
-                "--solver dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift")
+        require(
+            1e-3 <= self.timestep_shift <= 1e3,
+            f"--timestep-shift {self.timestep_shift} must lie between 0.001 and 1000",
+        )
+        require(
+            self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
+            "--solver dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift",
+        )
         if self.mode == "sde":
-            require(self.solver == "euler" and self.grid == "evaluations" and self.timestep_shift == 1,
-                    "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode")
+            require(
+                self.solver == "euler" and self.grid == "evaluations" and self.timestep_shift == 1,
+                "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +102,11 @@ class SourceOptions:
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
     mixed_precision: str | None = option(None, help="no or bf16 (default: bf16 on CUDA hardware that has it)")
     tf32: bool | None = option(None, help="products of float32 tensors in TF32 (with --mixed-precision no)")
-    compile: str | None = option(None, choices=("on", "combined", "off"),
-                                 help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch")
+    compile: str | None = option(
+        None,
+        choices=("on", "combined", "off"),
+        help="compile each block (default: on with CUDA); combined: small CUDA kernels in one launch",
+    )
     batch_size: int = option(64, help="samples per network call in each process")
 
     def __post_init__(self) -> None:

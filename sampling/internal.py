@@ -55,13 +55,18 @@ def open_inner(checkpoint: Checkpoint, sampling: SamplingConfig, device: torch.d
         UserError: there is none, its weights are missing or damaged, or low is above high.
     """
     known: dict[str, Any] = checkpoint.config.get("velocity_heads", {}) or _before(checkpoint)
-    require(bool(known), f"{checkpoint.path} has no velocity head to guide internally with (--internal-scale): use one trained with "
-                         f"--align internal, or with --align latent --latent-target velocity")
+    require(
+        bool(known),
+        f"{checkpoint.path} has no velocity head to guide internally with (--internal-scale): use one trained with "
+        f"--align internal, or with --align latent --latent-target velocity",
+    )
     name = next(iter(known))
     spec = VelocityHead.from_json(known[name], f"the velocity head of {checkpoint.path}")
     low = spec.low if sampling.internal_low is None else sampling.internal_low
     high = spec.high if sampling.internal_high is None else sampling.internal_high
-    require(0 <= low <= high <= 1, f"--internal-low {low:g} and --internal-high {high:g} must satisfy 0 <= low <= high <= 1")
+    require(
+        0 <= low <= high <= 1, f"--internal-low {low:g} and --internal-high {high:g} must satisfy 0 <= low <= high <= 1"
+    )
     head = spec.build(checkpoint.spec, Stream(0, "replaced by the checkpoint's"))
     head.load_state_dict(_weights(checkpoint, name, sampling.weights))
     return Inner(name, spec, head.to(device).eval().requires_grad_(False), checkpoint.spec.patch_size, low, high)
@@ -73,8 +78,16 @@ def _before(checkpoint: Checkpoint) -> dict[str, Any]:
     if saved.get("target") != "velocity":
         return {}
     low, high = saved["interval"] if saved["interval"] and saved["mask"] == "select" else (0.0, 1.0)
-    return {"latent": {"kind": saved["head"], "block": saved["depth"], "hidden": saved["hidden"], "layers": saved.get("layers", 3),
-                       "low": low, "high": high}}
+    return {
+        "latent": {
+            "kind": saved["head"],
+            "block": saved["depth"],
+            "hidden": saved["hidden"],
+            "layers": saved.get("layers", 3),
+            "low": low,
+            "high": high,
+        }
+    }
 
 
 def _weights(checkpoint: Checkpoint, name: str, weights: str) -> dict[str, Tensor]:
@@ -85,8 +98,11 @@ def _weights(checkpoint: Checkpoint, name: str, weights: str) -> dict[str, Tenso
     else:
         kept = checkpoint.tensors("heads") if "heads.safetensors" in checkpoint.files else {}
         tensors = {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
-        require(bool(tensors), f"{checkpoint.path} has no {weights} weights of the velocity head of {name} (--internal-scale): it had "
-                               f"ended there, or stayed where the checkpoint was trained; use an earlier checkpoint, or the run's own")
+        require(
+            bool(tensors),
+            f"{checkpoint.path} has no {weights} weights of the velocity head of {name} (--internal-scale): it had "
+            f"ended there, or stayed where the checkpoint was trained; use an earlier checkpoint, or the run's own",
+        )
         if weights != "raw":
             note(f"{checkpoint.path} has no average of its velocity head: its raw weights guide")
     models.require_finite(tensors, f"{checkpoint.path} ({weights} weights of the velocity head)")

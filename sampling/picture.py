@@ -30,7 +30,9 @@ def write(path: Path, rows: Sequence[np.ndarray], names: Sequence[str] = (), hea
         if names:
             draw.text((gap, y + tile // 2), names[number], "black", font, anchor="lm")
         for column, image in enumerate(row):
-            pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).resize((tile, tile), Image.Resampling.NEAREST)
+            pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).resize(
+                (tile, tile), Image.Resampling.NEAREST
+            )
             picture.paste(pixels, (left + column * (tile + gap), y))
     for column, head in enumerate(heads):
         while head and font.getlength(head) > tile:  # what does not fit is cut

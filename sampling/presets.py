@@ -47,8 +47,14 @@ _SDE = {"mode": "sde", "num_steps": 250, "last_step": 0.04}
 _REPA = {**_SDE, "rounding": "truncate"}
 _HEUN = {"mode": "ode", "solver": "heun", "num_steps": 125}
 _DOPRI = {"mode": "ode", "solver": "dopri5"}
-_LIGHTNING = {"mode": "ode", "solver": "euler", "num_steps": 250, "grid": "points", "timestep_shift": 0.3,
-              "guidance_channels": "first3"}
+_LIGHTNING = {
+    "mode": "ode",
+    "solver": "euler",
+    "num_steps": 250,
+    "grid": "points",
+    "timestep_shift": 0.3,
+    "guidance_channels": "first3",
+}
 _INTERNAL = {"mode": "ode", "solver": "heun", "num_steps": 125, "grid": "points", "timestep_shift": 0.3}
 _LAST = "the authors' last step is Heun's, ours Euler's"
 _XL = "SiT-XL/2"
@@ -63,50 +69,107 @@ PRESETS: dict[str, Preset] = {
     "table1-sde": Preset("Table 1 under REPA's sampler", _REPA, note="sampler of Table 1 not stated"),
     "table1-ode": Preset("Table 1 under LayerSync's sampler", _HEUN, note="sampler of Table 1 not stated"),
     "fid10k": Preset("ablations (Tables 4 and 5, Figs. 4 and 8)", _REPA, samples=10_000, note="sampler not stated"),
-    "self-transcendence-cfg": Preset("Self-Transcendence SiT-XL/2, 400 epochs", {**_REPA, "cfg_scale": 1.9, "guidance_high": 0.65},
-                                     _of("guided", _XL, 400, "cfg 1.9, t <= 0.65"), note="guidance of the released script"),
-    "self-transcendence-cfg-512": Preset("Self-Transcendence SiT-XL/2 at 512 pixels", {**_REPA, "cfg_scale": 1.9, "guidance_high": 0.65},
-                                         note="the paper gives no guidance at 512: that of 256"),
+    "self-transcendence-cfg": Preset(
+        "Self-Transcendence SiT-XL/2, 400 epochs",
+        {**_REPA, "cfg_scale": 1.9, "guidance_high": 0.65},
+        _of("guided", _XL, 400, "cfg 1.9, t <= 0.65"),
+        note="guidance of the released script",
+    ),
+    "self-transcendence-cfg-512": Preset(
+        "Self-Transcendence SiT-XL/2 at 512 pixels",
+        {**_REPA, "cfg_scale": 1.9, "guidance_high": 0.65},
+        note="the paper gives no guidance at 512: that of 256",
+    ),
     # REPA and what derives from it
     "repa-nocfg": Preset("REPA SiT-XL/2, 4M steps", _REPA, _of("repa", _XL, 800, status="reported")),
-    "repa-cfg": Preset("REPA SiT-XL/2, 4M steps", {**_REPA, "cfg_scale": 1.8, "guidance_high": 0.7},
-                       _of("repa", _XL, 800, "cfg 1.8, t <= 0.7", status="reported")),
+    "repa-cfg": Preset(
+        "REPA SiT-XL/2, 4M steps",
+        {**_REPA, "cfg_scale": 1.8, "guidance_high": 0.7},
+        _of("repa", _XL, 800, "cfg 1.8, t <= 0.7", status="reported"),
+    ),
     # SiT and what derives from it
     "sit-nocfg-sde": Preset("SiT-XL/2, 7M steps", _SDE, _of("none", _XL, 1400, status="reported")),
-    "sit-cfg-sde": Preset("SiT-XL/2, 7M steps", {**_SDE, "cfg_scale": 1.5, "guidance_channels": "first3"},
-                          _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="SDE, 250 steps")),
-    "sit-cfg-ode": Preset("SiT-XL/2, 7M steps", {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
-                          _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="ODE, dopri5"), note="attribution not certain"),
-    "layersync-nocfg-ode": Preset("LayerSync SiT-XL/2, 80 epochs", _HEUN, _of("layersync", _XL, 80), note="number of steps not stated"),
+    "sit-cfg-sde": Preset(
+        "SiT-XL/2, 7M steps",
+        {**_SDE, "cfg_scale": 1.5, "guidance_channels": "first3"},
+        _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="SDE, 250 steps"),
+    ),
+    "sit-cfg-ode": Preset(
+        "SiT-XL/2, 7M steps",
+        {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
+        _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="ODE, dopri5"),
+        note="attribution not certain",
+    ),
+    "layersync-nocfg-ode": Preset(
+        "LayerSync SiT-XL/2, 80 epochs", _HEUN, _of("layersync", _XL, 80), note="number of steps not stated"
+    ),
     "layersync-nocfg-sde": Preset("LayerSync SiT-XL/2, 160 epochs", _SDE, _of("layersync", _XL, 160)),
-    "dispersive-nocfg": Preset("Dispersive SiT-B/2, 80 epochs", _DOPRI, _of("dispersive", "SiT-B/2", 80, variant="", status="reported")),
-    "dispersive-cfg": Preset("Dispersive SiT-XL/2, 80 epochs", {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
-                             _of("dispersive", _XL, 80, "cfg 1.5, 3 channels", variant="")),
+    "dispersive-nocfg": Preset(
+        "Dispersive SiT-B/2, 80 epochs", _DOPRI, _of("dispersive", "SiT-B/2", 80, variant="", status="reported")
+    ),
+    "dispersive-cfg": Preset(
+        "Dispersive SiT-XL/2, 80 epochs",
+        {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
+        _of("dispersive", _XL, 80, "cfg 1.5, 3 channels", variant=""),
+    ),
     # ours: equal counts of every class, so that class accuracy means the same of every run
-    "study": Preset("rows of recipes --scale study", {"mode": "ode", "solver": "heun", "num_steps": 12, "labels": "balanced"}, vae=None,
-                    samples=1000),
+    "study": Preset(
+        "rows of recipes --scale study",
+        {"mode": "ode", "solver": "heun", "num_steps": 12, "labels": "balanced"},
+        vae=None,
+        samples=1000,
+    ),
     # LightningDiT
-    "lightningdit-64ep-nocfg": Preset("LightningDiT-XL/1, 64 epochs", _LIGHTNING, _of("none", "LightningDiT-XL/1", 64, status="reported"),
-                                      vae=None, note="whether the shift was used without guidance is not stated"),
-    "lightningdit-64ep": Preset("LightningDiT-XL/1, 64 epochs", {**_LIGHTNING, "cfg_scale": 10.0, "guidance_high": 0.9},
-                                _of("none", "LightningDiT-XL/1", 64, "cfg 10, t <= 0.9, 3 channels"), vae=None),
-    "lightningdit-800ep-nocfg": Preset("LightningDiT-XL/1, 800 epochs", _LIGHTNING, _of("none", "LightningDiT-XL/1", 800),
-                                       vae=None, note="whether the shift was used without guidance is not stated"),
-    "lightningdit-800ep": Preset("LightningDiT-XL/1, 800 epochs", {**_LIGHTNING, "cfg_scale": 6.7, "guidance_high": 0.875},
-                                 _of("none", "LightningDiT-XL/1", 800, "cfg 6.7, t <= 0.875, 3 channels", status="reported"), vae=None),
+    "lightningdit-64ep-nocfg": Preset(
+        "LightningDiT-XL/1, 64 epochs",
+        _LIGHTNING,
+        _of("none", "LightningDiT-XL/1", 64, status="reported"),
+        vae=None,
+        note="whether the shift was used without guidance is not stated",
+    ),
+    "lightningdit-64ep": Preset(
+        "LightningDiT-XL/1, 64 epochs",
+        {**_LIGHTNING, "cfg_scale": 10.0, "guidance_high": 0.9},
+        _of("none", "LightningDiT-XL/1", 64, "cfg 10, t <= 0.9, 3 channels"),
+        vae=None,
+    ),
+    "lightningdit-800ep-nocfg": Preset(
+        "LightningDiT-XL/1, 800 epochs",
+        _LIGHTNING,
+        _of("none", "LightningDiT-XL/1", 800),
+        vae=None,
+        note="whether the shift was used without guidance is not stated",
+    ),
+    "lightningdit-800ep": Preset(
+        "LightningDiT-XL/1, 800 epochs",
+        {**_LIGHTNING, "cfg_scale": 6.7, "guidance_high": 0.875},
+        _of("none", "LightningDiT-XL/1", 800, "cfg 6.7, t <= 0.875, 3 channels", status="reported"),
+        vae=None,
+    ),
     # Internal Guidance, from the configuration of its weights; SiT's script leaves open at which times it guides
-    "internal-680ep-nocfg": Preset("LightningDiT-XL/1 with Internal Guidance, 680 epochs", {**_INTERNAL, "internal_scale": 1.7},
-                                   _of("internal", "LightningDiT-XL/1", 680, "internal 1.7"), vae=None, note=_LAST),
-    "internal-680ep": Preset("LightningDiT-XL/1 with Internal Guidance, 680 epochs",
-                             {**_INTERNAL, "cfg_scale": 1.45, "guidance_high": 0.81, "internal_scale": 1.4},
-                             _of("internal", "LightningDiT-XL/1", 680, "cfg 1.45, t <= 0.81, internal 1.4"), vae=None, note=_LAST),
+    "internal-680ep-nocfg": Preset(
+        "LightningDiT-XL/1 with Internal Guidance, 680 epochs",
+        {**_INTERNAL, "internal_scale": 1.7},
+        _of("internal", "LightningDiT-XL/1", 680, "internal 1.7"),
+        vae=None,
+        note=_LAST,
+    ),
+    "internal-680ep": Preset(
+        "LightningDiT-XL/1 with Internal Guidance, 680 epochs",
+        {**_INTERNAL, "cfg_scale": 1.45, "guidance_high": 0.81, "internal_scale": 1.4},
+        _of("internal", "LightningDiT-XL/1", 680, "cfg 1.45, t <= 0.81, internal 1.4"),
+        vae=None,
+        note=_LAST,
+    ),
 }
 
 
 def find(name: str) -> Preset:
     """The preset called `name`. Raises UserError with the nearest known name."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}; choose one that generate.py --list-presets shows")
+        raise UserError(
+            f"unknown preset {name}{nearest(name, PRESETS)}; choose one that generate.py --list-presets shows"
+        )
     return PRESETS[name]
 
 

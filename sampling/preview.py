@@ -21,8 +21,14 @@ REHEARSAL = SamplingConfig(mode="ode", solver="heun", num_steps=2)
 """Settings to try, before a run begins, whether samples can be drawn at all."""
 
 
-def write(path: Path, network: Backbone, codec: Codec, names: Sequence[str], dtype: torch.dtype | None,
-          settings: SamplingConfig = SETTINGS) -> None:
+def write(
+    path: Path,
+    network: Backbone,
+    codec: Codec,
+    names: Sequence[str],
+    dtype: torch.dtype | None,
+    settings: SamplingConfig = SETTINGS,
+) -> None:
     """Write a PNG of up to eight classes in rows, eight samples each; the same noise and labels every time.
 
     `names` are those of all classes, in the order of their labels.

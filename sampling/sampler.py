@@ -40,16 +40,27 @@ class Sampler:
         UserError: guidance for a network without a null label (a single class has one too; label dropout made it).
     """
 
-    def __init__(self, network: Backbone, codec: Codec, settings: SamplingConfig, count: int,
-                 dtype: torch.dtype | None = None, chosen: np.ndarray | None = None, inner: Inner | None = None) -> None:
+    def __init__(
+        self,
+        network: Backbone,
+        codec: Codec,
+        settings: SamplingConfig,
+        count: int,
+        dtype: torch.dtype | None = None,
+        chosen: np.ndarray | None = None,
+        inner: Inner | None = None,
+    ) -> None:
         self.chosen, self.inner = chosen, inner if settings.internal_scale != 1 else None
         self.network, self.codec, self.settings, self.count, self.dtype = network, codec, settings, count, dtype
         self.device = next(network.parameters()).device
         spec = network.spec
         self.shape = (spec.in_channels, spec.input_size, spec.input_size)
         steps = settings.num_steps - (settings.grid == "points")
-        self.grid = solvers.sde_grid(steps, settings.last_step) if settings.mode == "sde" else \
-            solvers.ode_grid(steps, settings.timestep_shift)
+        self.grid = (
+            solvers.sde_grid(steps, settings.last_step)
+            if settings.mode == "sde"
+            else solvers.ode_grid(steps, settings.timestep_shift)
+        )
         self._balanced = np.arange(count)
         if settings.labels == "balanced":
             self._balanced = Stream(settings.seed, "sample/balanced").permutation(count) % spec.num_classes
@@ -58,8 +69,11 @@ class Sampler:
     def evaluations(self) -> int | None:
         """Network evaluations per sample (a guided one counts twice); None for the adaptive solver."""
         s = self.settings
-        return None if s.solver == "dopri5" else solvers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low,
-                                                                      s.guidance_high)
+        return (
+            None
+            if s.solver == "dopri5"
+            else solvers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low, s.guidance_high)
+        )
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -73,7 +87,9 @@ class Sampler:
         if self.settings.labels == "balanced":
             return self._balanced[list(indices)]
         classes = self.network.spec.num_classes
-        return np.array([Stream(self.settings.seed, "sample/label", i).integers(classes, 1)[0] for i in indices], dtype=np.int64)
+        return np.array(
+            [Stream(self.settings.seed, "sample/label", i).integers(classes, 1)[0] for i in indices], dtype=np.int64
+        )
 
     @torch.no_grad()
     def latents(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Tensor:
@@ -125,7 +141,9 @@ class Sampler:
         parts = to_uint8(decoded, self.settings.rounding), decoded.isfinite().flatten(1).all(1)
         if decoded.device.type != "cuda":
             return lambda: _sound(indices, *parts)
-        host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in parts]
+        host = [
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in parts
+        ]
         copied = torch.cuda.Event()
         copied.record()
         return lambda: (copied.synchronize(), _sound(indices, *host))[1]
@@ -149,14 +167,19 @@ class Sampler:
 
         s = self.settings
         channels = 3 if s.guidance_channels == "first3" else None
-        return solvers.guided(lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels)
+        return solvers.guided(
+            lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels
+        )
 
 
 def _sound(indices: Sequence[int], images: Tensor, finite: Tensor) -> np.ndarray:
     """The images (n, H, W, C) on the host. Raises UserError for the first that was not finite before it was rounded."""
     good = finite.tolist()
-    require(all(good), f"sample {0 if all(good) else list(indices)[good.index(False)]} is not finite: use --mixed-precision no, a lower "
-                       f"--cfg-scale or other weights")
+    require(
+        all(good),
+        f"sample {0 if all(good) else list(indices)[good.index(False)]} is not finite: use --mixed-precision no, a lower "
+        f"--cfg-scale or other weights",
+    )
     return images.numpy()
 
 

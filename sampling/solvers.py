@@ -37,8 +37,9 @@ def sde_grid(steps: int, last: float = LAST_STEP) -> list[float]:
     return [*torch.linspace(1.0, last, steps, dtype=torch.float64).tolist(), 0.0]
 
 
-def guided(conditional: Velocity, pair: Pair, scale: float, low: float = 0.0, high: float = 1.0,
-           channels: int | None = None) -> Velocity:
+def guided(
+    conditional: Velocity, pair: Pair, scale: float, low: float = 0.0, high: float = 1.0, channels: int | None = None
+) -> Velocity:
     """Velocity under classifier-free guidance while low <= t <= high, conditional elsewhere.
 
     Outside the interval, and at scale 1, the unconditional half is not evaluated. `pair` returns
@@ -82,7 +83,9 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: 
     `noise(k)` is the standard normal draw of step k, of x's shape.
     """
     for step, (t, after) in enumerate(itertools.pairwise(grid)):
-        drift = interpolant.sde_drift(x, velocity(x, t).to(x.dtype), torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+        drift = interpolant.sde_drift(
+            x, velocity(x, t).to(x.dtype), torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        )
         mean = x + (after - t) * drift
         last = step == len(grid) - 2
         x = mean if last else mean + (2 * t * (t - after)) ** 0.5 * noise(step).to(x)
@@ -94,7 +97,9 @@ def dopri5(velocity: Velocity, x: Tensor, grid: Sequence[float], atol: float = 1
     from torchdiffeq import odeint
 
     ends = torch.tensor([grid[0], grid[-1]], dtype=x.dtype, device=x.device)
-    return odeint(lambda t, state: velocity(state, t.item()).to(x.dtype), x, ends, method="dopri5", atol=atol, rtol=rtol)[-1]
+    return odeint(
+        lambda t, state: velocity(state, t.item()).to(x.dtype), x, ends, method="dopri5", atol=atol, rtol=rtol
+    )[-1]
 
 
 SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5}

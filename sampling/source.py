@@ -53,9 +53,11 @@ class Source:
         accelerator = launch.accelerator()
         device = accelerator.device
         checkpoint = Checkpoint.open(options.ckpt)
-        require(checkpoint.has_null or sampling.cfg_scale == 1,
-                f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
-                f"use --cfg-scale 1")
+        require(
+            checkpoint.has_null or sampling.cfg_scale == 1,
+            f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
+            f"use --cfg-scale 1",
+        )
         dtype = launch.precision(options.mixed_precision, device)
         tf32, note = launch.tf32(options.tf32, dtype, device)
         if note:
@@ -71,8 +73,17 @@ class Source:
         space = checkpoint.space
         vae = options.vae or presets.decoder(preset, space) or space.vae
         codec = open_codec(vae, space=space, device=device, compile=compiling)
-        return cls(options, accelerator, checkpoint, network, codec, dtype, launch.precision_name(dtype, tf32), vae or space.name,
-                   inner)
+        return cls(
+            options,
+            accelerator,
+            checkpoint,
+            network,
+            codec,
+            dtype,
+            launch.precision_name(dtype, tf32),
+            vae or space.name,
+            inner,
+        )
 
     def sampler(self, sampling: SamplingConfig, count: int, chosen: np.ndarray | None = None) -> Sampler:
         """A sampler of `count` images, of the labels `chosen` (count,) where they are given."""
@@ -95,21 +106,37 @@ class Source:
         """What is about to be drawn, in one line."""
         s, each = sampling, self.sampler(sampling, count).evaluations
         solver = f"SDE, {s.num_steps} steps" if s.mode == "sde" else f"ODE by {s.solver}"
-        guidance = f"guidance {s.cfg_scale:g} for t in {s.guidance_low:g} to {s.guidance_high:g}" if s.cfg_scale != 1 else "no guidance"
+        guidance = (
+            f"guidance {s.cfg_scale:g} for t in {s.guidance_low:g} to {s.guidance_high:g}"
+            if s.cfg_scale != 1
+            else "no guidance"
+        )
         guidance += f", internal guidance {s.internal_scale:g} by {self.inner}" if self.inner else ""
-        return (f"{count:,} samples of {self.name} ({self.checkpoint.spec.name}, {s.weights} weights): {solver}, "
-                f"{'an adaptive number of' if each is None else each} network evaluations each, {guidance}, seed {s.seed}, "
-                f"decoder {self.decoder}, {self.precision}")
+        return (
+            f"{count:,} samples of {self.name} ({self.checkpoint.spec.name}, {s.weights} weights): {solver}, "
+            f"{'an adaptive number of' if each is None else each} network evaluations each, {guidance}, seed {s.seed}, "
+            f"decoder {self.decoder}, {self.precision}"
+        )
 
     def settings(self, sampling: SamplingConfig, count: int) -> dict[str, Any]:
         """All that `count` samples depend on, as JSON values: the checkpoint and its VAE by digest."""
-        batch = {"batch_size": self.options.batch_size} if sampling.solver == "dopri5" else {}  # its steps are the batch's
+        batch = (
+            {"batch_size": self.options.batch_size} if sampling.solver == "dopri5" else {}
+        )  # its steps are the batch's
         return {
-            **as_dict(sampling), "num_fid_samples": count, "mixed_precision": self.options.mixed_precision,
-            "evaluations": self.sampler(sampling, count).evaluations, "precision": self.precision, **batch,
-            "model": self.checkpoint.spec.name, "checkpoint": self.checkpoint.digest, "step": self.checkpoint.step,
+            **as_dict(sampling),
+            "num_fid_samples": count,
+            "mixed_precision": self.options.mixed_precision,
+            "evaluations": self.sampler(sampling, count).evaluations,
+            "precision": self.precision,
+            **batch,
+            "model": self.checkpoint.spec.name,
+            "checkpoint": self.checkpoint.digest,
+            "step": self.checkpoint.step,
             "space": self.checkpoint.space.to_json(),
-            "decoder": self.decoder, **({"internal": self.inner.describe()} if self.inner else {})}
+            "decoder": self.decoder,
+            **({"internal": self.inner.describe()} if self.inner else {}),
+        }
 
 
 def name_of(checkpoint: Checkpoint) -> str:

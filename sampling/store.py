@@ -35,12 +35,23 @@ class Store:
     (`runtime.locks`).
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], count: int, shape: tuple[int, ...], processes: Accelerator,
-                 overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        settings: dict[str, Any],
+        count: int,
+        shape: tuple[int, ...],
+        processes: Accelerator,
+        overwrite: bool = False,
+    ) -> None:
         self.out, self.settings, self.count, self.shape = out, json.loads(json.dumps(settings)), count, shape
         self.processes = processes
         self.partial = out / PARTIAL
-        self.layout = {"checks": (np.uint32, (count,)), "labels": (np.int64, (count,)), "images": (np.uint8, (count, *shape))}
+        self.layout = {
+            "checks": (np.uint32, (count,)),
+            "labels": (np.int64, (count,)),
+            "images": (np.uint8, (count, *shape)),
+        }
         launch.on_main(processes, lambda: self._prepare(overwrite))
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -55,9 +66,11 @@ class Store:
             require_ours(self.out)
             earlier = files.read_json(mark) if mark.is_file() else None
             same = earlier == self.settings
-            require(same or earlier is None or overwrite,
-                    f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose another "
-                    f"--out, or add --overwrite")
+            require(
+                same or earlier is None or overwrite,
+                f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose another "
+                f"--out, or add --overwrite",
+            )
             if same and all(self._whole(name) for name in self.layout):
                 self._forget_damaged()
                 return
@@ -80,7 +93,9 @@ class Store:
 
     def _forget_damaged(self) -> None:
         """Mark samples whose checksum does not fit as missing."""
-        images, labels, checks = (np.load(self.partial / f"{name}.npy", mmap_mode="r+") for name in ("images", "labels", "checks"))
+        images, labels, checks = (
+            np.load(self.partial / f"{name}.npy", mmap_mode="r+") for name in ("images", "labels", "checks")
+        )
         there = np.flatnonzero(checks)
         bad = [index for index in there if checks[index] != checksum(images[index], labels[index])]
         if bad:
@@ -104,7 +119,9 @@ class Store:
         with files.writing(self.partial):
             self._open("images")[indices] = images
             self._open("labels")[indices] = labels
-            self._open("checks")[indices] = [checksum(image, label) for image, label in zip(images, labels, strict=True)]
+            self._open("checks")[indices] = [
+                checksum(image, label) for image, label in zip(images, labels, strict=True)
+            ]
 
     def flush(self) -> None:
         """Push this process's rows to disk."""
@@ -120,9 +137,15 @@ class Store:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # streamed: no copy in memory
                         np.lib.format.write_array(member, np.asanyarray(array))
         shown = picture.by_class(np.asarray(labels))
-        picture.write(self.out / "grid.png", [np.asarray(images[places]) for _, places in shown], [names[label] for label, _ in shown])
-        files.write_sealed(self.out / "samples.json", {
-            "format": FORMAT, **self.settings, "samples": files.digest(self.out / "samples.npz")})
+        picture.write(
+            self.out / "grid.png",
+            [np.asarray(images[places]) for _, places in shown],
+            [names[label] for label, _ in shown],
+        )
+        files.write_sealed(
+            self.out / "samples.json",
+            {"format": FORMAT, **self.settings, "samples": files.digest(self.out / "samples.npz")},
+        )
         remove_partial(self.partial)
 
 
@@ -147,7 +170,10 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     if then != now and (out / PARTIAL / SETTINGS).is_file():
         return False  # an --overwrite that was interrupted; `Store` decides
     require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
-    require(files.digest(archive) == saved["samples"], f"{archive} is damaged: its digest differs from samples.json; {remedy}")
+    require(
+        files.digest(archive) == saved["samples"],
+        f"{archive} is damaged: its digest differs from samples.json; {remedy}",
+    )
     return True
 
 
@@ -167,15 +193,20 @@ def read_record(path: Path) -> Any:
 def difference(then: Any, now: dict[str, Any]) -> str:
     """'seed 0, not 1' for the first setting that differs."""
     then = then if isinstance(then, dict) else {}
-    return next((f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
-                f"{', '.join(then.keys() - now.keys())} besides")
+    return next(
+        (f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
+        f"{', '.join(then.keys() - now.keys())} besides",
+    )
 
 
 def require_ours(out: Path) -> None:
     """Raise UserError where the folder of unfinished samples holds anything that this class did not write."""
     partial = out / PARTIAL
     others = [path.name for path in partial.iterdir() if path.name not in FILES] if partial.is_dir() else [PARTIAL]
-    require(not others, f"{partial} holds {', '.join(sorted(others)[:3])}, which generate.py did not write; choose another --out")
+    require(
+        not others,
+        f"{partial} holds {', '.join(sorted(others)[:3])}, which generate.py did not write; choose another --out",
+    )
 
 
 def remove_partial(partial: Path) -> None:

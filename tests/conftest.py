@@ -18,7 +18,16 @@ from preprocessing import digits
 
 torch.set_num_threads(1)
 
-SLOW = ("test_recipes", "test_training", "test_long_runs", "test_refusals", "test_presets", "test_compare", "test_beyond", "test_clusters")
+SLOW = (
+    "test_recipes",
+    "test_training",
+    "test_long_runs",
+    "test_refusals",
+    "test_presets",
+    "test_compare",
+    "test_beyond",
+    "test_clusters",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,8 +48,21 @@ def words(data: Path) -> Callable[..., list[str]]:
     """Command-line words of a tiny run: words(output_dir, name, *more)."""
 
     def build(output: Path, name: str, *more: object) -> list[str]:
-        return ["--recipe", "digits", "--data-dir", str(data), "--output-dir", str(output), "--exp-name", name,
-                "--batch-size", "16", "--log-steps", "1", *map(str, more)]
+        return [
+            "--recipe",
+            "digits",
+            "--data-dir",
+            str(data),
+            "--output-dir",
+            str(output),
+            "--exp-name",
+            name,
+            "--batch-size",
+            "16",
+            "--log-steps",
+            "1",
+            *map(str, more),
+        ]
 
     return build
 
@@ -56,8 +78,20 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[
 def guided(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[str]], teacher: Path) -> Path:
     """A stage-2 run of 4 steps whose guidance ends after 2."""
     folder = tmp_path_factory.mktemp("guided")
-    return train_guide.main(words(folder, "stage2", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 2,
-                                  "--max-train-steps", 4))
+    return train_guide.main(
+        words(
+            folder,
+            "stage2",
+            "--guiding-ckpt",
+            teacher,
+            "--align-hidden",
+            32,
+            "--align-stop-steps",
+            2,
+            "--max-train-steps",
+            4,
+        )
+    )
 
 
 @pytest.fixture(scope="session")

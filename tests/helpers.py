@@ -79,9 +79,16 @@ def tiny_vae(folder: Path, channels: int = 4) -> str:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        scaling_factor=0.18215, sample_size=16)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        scaling_factor=0.18215,
+        sample_size=16,
+    )
     vae.save_pretrained(folder)
     return str(folder)
 
@@ -90,7 +97,9 @@ def tiny_vae(folder: Path, channels: int = 4) -> str:
 def held_elsewhere(file: Path) -> Iterator[None]:
     """Another process holds `file` inside the block."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         yield
         holder.stdin.close()

@@ -16,12 +16,19 @@ FLOORS: list[tuple[str, set[str], set[str]]] = [
     ("interpolant", {"runtime"}, {"accelerate"}),
     ("config", {"interpolant"}, {"torch", "accelerate"}),
     ("models", {"config", "interpolant"}, {"accelerate"}),
-    ("dataset", {"models.backbone", "models.layers", "models.sit", "models.lightningdit", "models.checkpoint", "models.vae"},
-     {"accelerate"}),
+    (
+        "dataset",
+        {"models.backbone", "models.layers", "models.sit", "models.lightningdit", "models.checkpoint", "models.vae"},
+        {"accelerate"},
+    ),
     ("sampling", {"dataset"}, set()),
     ("alignment", {"sampling", "models.checkpoint"}, {"accelerate"}),
     ("preprocessing", {"alignment", "sampling"}, set()),
-    ("loss", {"preprocessing", "sampling", "dataset", "runtime.launch", "runtime.progress"}, {"accelerate", "tqdm", "wandb"}),
+    (
+        "loss",
+        {"preprocessing", "sampling", "dataset", "runtime.launch", "runtime.progress"},
+        {"accelerate", "tqdm", "wandb"},
+    ),
     ("evaluations", {"alignment", "loss"}, set()),
     ("training", {"interpolant", "evaluations", "sampling", "preprocessing", "models.vae"}, {"diffusers"}),
     ("train", {"interpolant", "loss"}, set()),
@@ -36,8 +43,12 @@ OBJECTIVES = {file.stem for file in (ROOT / "alignment").glob("*.py")} - {"__ini
 
 def sources() -> list[Path]:
     """Every file of the project; what runs leave behind is not part of it."""
-    return sorted(file for file in ROOT.glob("**/*.py") if file.relative_to(ROOT).parts[0] not in ("tests", "runs", "work", "exps")
-                  and not any(part.startswith(".") for part in file.relative_to(ROOT).parts))
+    return sorted(
+        file
+        for file in ROOT.glob("**/*.py")
+        if file.relative_to(ROOT).parts[0] not in ("tests", "runs", "work", "exps")
+        and not any(part.startswith(".") for part in file.relative_to(ROOT).parts)
+    )
 
 
 def name_of(file: Path) -> str:
@@ -86,16 +97,30 @@ def test_imports_run_down(name: str) -> None:
 
 
 def test_the_rule_sees_an_arrow_that_runs_back_up() -> None:
-    tree = ast.parse("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from training.run import Run\nimport alignment.latent")
-    assert {imported for imported in imports(tree) if upward("models", imported)} == {"training.run", "alignment.latent"}
-    assert upward("dataset", "models.backbone") and not upward("dataset", "models.latents") and upward("config", "torch")
+    tree = ast.parse(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from training.run import Run\nimport alignment.latent"
+    )
+    assert {imported for imported in imports(tree) if upward("models", imported)} == {
+        "training.run",
+        "alignment.latent",
+    }
+    assert (
+        upward("dataset", "models.backbone") and not upward("dataset", "models.latents") and upward("config", "torch")
+    )
 
 
 def test_no_two_parts_import_each_other_and_no_files_go_in_a_circle() -> None:
-    arrows = {(name.split(".")[0], imported.split(".")[0]) for name, found in IMPORTS.items() for imported in found
-              if imported in MODULES}
+    arrows = {
+        (name.split(".")[0], imported.split(".")[0])
+        for name, found in IMPORTS.items()
+        for imported in found
+        if imported in MODULES
+    }
     assert not [pair for pair in arrows if pair[0] != pair[1] and pair[::-1] in arrows]
-    left = {name: {imported for imported in found if imported in MODULES and imported != name} for name, found in IMPORTS.items()}
+    left = {
+        name: {imported for imported in found if imported in MODULES and imported != name}
+        for name, found in IMPORTS.items()
+    }
     while free := [name for name, found in left.items() if not found]:  # Kahn: what imports nothing that is left can go
         left = {name: found - set(free) for name, found in left.items() if name not in free}
     assert not left, f"circles among {sorted(left)}"
@@ -107,8 +132,15 @@ def test_objectives_do_not_know_each_other(name: str) -> None:
 
 
 def test_the_root_holds_what_a_newcomer_looks_for() -> None:
-    assert {file.stem for file in ROOT.glob("*.py")} == \
-        {"train", "train_guide", "generate", "loss", "dataset", "config", "interpolant"}
+    assert {file.stem for file in ROOT.glob("*.py")} == {
+        "train",
+        "train_guide",
+        "generate",
+        "loss",
+        "dataset",
+        "config",
+        "interpolant",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -122,10 +154,23 @@ def test_functions_stay_short(name: str) -> None:
 def test_bans(name: str) -> None:
     """No draw from a global generator, no unpickling, no blanket except, no process groups of our own."""
     text = MODULES[name].read_text()
-    for word in ("np.random.seed", "random.seed(", "np.random.rand", "torch.distributed", "except Exception", "except:",
-                 "weights_only=False", "pickle.load"):
+    for word in (
+        "np.random.seed",
+        "random.seed(",
+        "np.random.rand",
+        "torch.distributed",
+        "except Exception",
+        "except:",
+        "weights_only=False",
+        "pickle.load",
+    ):
         assert word not in text, f"{name} has {word}"
     assert "torch.manual_seed(" not in text or "torch.random.fork_rng()" in text, f"{name} moves the global generator"
     for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.randn", "torch.rand", "torch.randint", "torch.randperm"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "torch.randn",
+            "torch.rand",
+            "torch.randint",
+            "torch.randperm",
+        ):
             assert any(keyword.arg == "generator" for keyword in node.keywords), f"{name}:{node.lineno} draws globally"

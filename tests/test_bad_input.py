@@ -79,35 +79,38 @@ def test_batches_that_do_not_divide_or_fit(tmp_path: Path, words: Words) -> None
     refused(train.main, [*words(tmp_path, "x"), "--batch-size", 4096], "4096", "1797")
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--modle", "SiT-B/2"], ("--modle", "--model")),
-    (["--align", "latnt"], ("latnt", "latent")),
-    (["--model", "SiT-B/3"], ("SiT-B/3", "SiT-B/2")),
-    (["--align", "latent", "--align-depth", "7"], ("7", "1 to 6")),
-    (["--align", "latent", "--preset", "papr"], ("papr", "paper")),
-    (["--align", "latent", "--align-interval", "0.7", "0.4"], ("0.7 0.4",)),
-    (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("give one of them",)),
-    (["--guide-scale", "30"], ("--guide-scale",)),
-    (["--mixed-precision", "fp16"], ("fp16", "bf16")),
-    (["--mixed-precision", "fp8"], ("fp8", "bf16")),
-    (["--batch-size", "many"], ("--batch-size", "many")),
-    (["--max-train-steps", "0"], ("--max-train-steps",)),
-    (["--cfg-prob", "1.5"], ("--cfg-prob", "1.5")),
-    (["--learning-rate", "-1"], ("--learning-rate",)),
-    (["--learning-rate", "nan"], ("--learning-rate", "nan")),
-    (["--adam-beta1", "2"], ("--adam-beta1",)),
-    (["--sampling-steps", "-1"], ("--sampling-steps",)),
-    (["--grad-ratio-steps", "-1"], ("--grad-ratio-steps",)),
-    (["--exp-name", ""], ("--exp-name",)),
-    (["--uniform-from-epoch", "3"], ("--time-sampling",)),
-    (["--align", "latent", "--align-stop-steps", "-5"], ("--align-stop-steps -5",)),
-    (["--align", "latent", "--align-hidden", "0"], ("--align-hidden",)),
-    (["--align", "latent", "--align-weight", "inf"], ("inf",)),
-    (["--align", "latent", "--align-mask", "upstream"], ("--align-interval",)),
-    (["--align", "sra", "--align-depth", "0"], ("0 is beyond",)),
-    (["--align", "sra", "--sra-tail-length", "0"], ("--sra-tail-length",)),
-    (["--init-ckpt", "/nowhere"], ("/nowhere",)),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--modle", "SiT-B/2"], ("--modle", "--model")),
+        (["--align", "latnt"], ("latnt", "latent")),
+        (["--model", "SiT-B/3"], ("SiT-B/3", "SiT-B/2")),
+        (["--align", "latent", "--align-depth", "7"], ("7", "1 to 6")),
+        (["--align", "latent", "--preset", "papr"], ("papr", "paper")),
+        (["--align", "latent", "--align-interval", "0.7", "0.4"], ("0.7 0.4",)),
+        (["--align", "latent", "--align-stop-steps", "4", "--align-stop-epochs", "1"], ("give one of them",)),
+        (["--guide-scale", "30"], ("--guide-scale",)),
+        (["--mixed-precision", "fp16"], ("fp16", "bf16")),
+        (["--mixed-precision", "fp8"], ("fp8", "bf16")),
+        (["--batch-size", "many"], ("--batch-size", "many")),
+        (["--max-train-steps", "0"], ("--max-train-steps",)),
+        (["--cfg-prob", "1.5"], ("--cfg-prob", "1.5")),
+        (["--learning-rate", "-1"], ("--learning-rate",)),
+        (["--learning-rate", "nan"], ("--learning-rate", "nan")),
+        (["--adam-beta1", "2"], ("--adam-beta1",)),
+        (["--sampling-steps", "-1"], ("--sampling-steps",)),
+        (["--grad-ratio-steps", "-1"], ("--grad-ratio-steps",)),
+        (["--exp-name", ""], ("--exp-name",)),
+        (["--uniform-from-epoch", "3"], ("--time-sampling",)),
+        (["--align", "latent", "--align-stop-steps", "-5"], ("--align-stop-steps -5",)),
+        (["--align", "latent", "--align-hidden", "0"], ("--align-hidden",)),
+        (["--align", "latent", "--align-weight", "inf"], ("inf",)),
+        (["--align", "latent", "--align-mask", "upstream"], ("--align-interval",)),
+        (["--align", "sra", "--align-depth", "0"], ("0 is beyond",)),
+        (["--align", "sra", "--sra-tail-length", "0"], ("--sra-tail-length",)),
+        (["--init-ckpt", "/nowhere"], ("/nowhere",)),
+    ],
+)
 def test_options(tmp_path: Path, words: Words, argv: list[str], said: tuple[str, ...]) -> None:
     refused(train.main, [*words(tmp_path, "x"), *argv], *said)
 
@@ -118,13 +121,21 @@ def test_required_options_are_named() -> None:
     refused(generate.main, [], "--ckpt")
 
 
-def test_launcher_configurations_that_are_not_supported(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value, word in (("ACCELERATE_USE_FSDP", "true", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
-                                  ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"), ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16"),
-                                  ("WORLD_SIZE", "2", "there is no RANK"), ("WORLD_SIZE", "two", "'two', not a number"),
-                                  ("RANK", "x", "RANK is 'x'"), ("LOCAL_WORLD_SIZE", "", "LOCAL_WORLD_SIZE"),
-                                  ("ACCELERATE_USE_CPU", "maybe", "invalid truth value maybe"),
-                                  ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron")):
+def test_launcher_configurations_that_are_not_supported(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value, word in (
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16"),
+        ("WORLD_SIZE", "2", "there is no RANK"),
+        ("WORLD_SIZE", "two", "'two', not a number"),
+        ("RANK", "x", "RANK is 'x'"),
+        ("LOCAL_WORLD_SIZE", "", "LOCAL_WORLD_SIZE"),
+        ("ACCELERATE_USE_CPU", "maybe", "invalid truth value maybe"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron"),
+    ):
         with monkeypatch.context() as patch:
             patch.setenv(variable, value)
             refused(train.main, words(tmp_path, "x"), word)
@@ -132,8 +143,12 @@ def test_launcher_configurations_that_are_not_supported(tmp_path: Path, words: W
 
 def test_continuing_a_run_that_is_another(tmp_path: Path, words: Words, data: Path) -> None:
     train.main(words(tmp_path, "run", "--max-train-steps", 1))
-    for argv, said in ((["--qk-norm"], "qk_norm"), (["--seed", "7"], "seed"), (["--learning-rate", "0.5"], "learning-rate"),
-                       (["--align", "latent"], "latent")):
+    for argv, said in (
+        (["--qk-norm"], "qk_norm"),
+        (["--seed", "7"], "seed"),
+        (["--learning-rate", "0.5"], "learning-rate"),
+        (["--align", "latent"], "latent"),
+    ):
         refused(train.main, [*words(tmp_path, "run"), *argv], "cannot be continued", said)
     other = damaged(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
@@ -165,16 +180,24 @@ def test_a_teacher_that_does_not_fit(tmp_path: Path, words: Words, teacher: Path
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["space"]["scale"] = [2.0]
     files.write_sealed(folder / "manifest.json", manifest)
-    refused(train_guide.main, [*words(tmp_path, "x"), "--data-dir", folder, "--guiding-ckpt", teacher], "teacher", "scale")
+    refused(
+        train_guide.main, [*words(tmp_path, "x"), "--data-dir", folder, "--guiding-ckpt", teacher], "teacher", "scale"
+    )
     refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", tmp_path / "nowhere"], "nowhere")
-    refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", teacher, "--guiding-depth", "7"], "--guiding-depth 7")
+    refused(
+        train_guide.main,
+        [*words(tmp_path, "x"), "--guiding-ckpt", teacher, "--guiding-depth", "7"],
+        "--guiding-depth 7",
+    )
 
 
 def test_guidance_without_a_null_class(tmp_path: Path, words: Words) -> None:
     """Without label dropout the null label is never trained."""
     run = train.main(words(tmp_path, "run", "--cfg-prob", 0, "--max-train-steps", 1))
     refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", run], "null class", "--guide-scale 30")
-    train_guide.main(words(tmp_path, "one", "--guiding-ckpt", run, "--guide-scale", 1, "--align-hidden", 8, "--max-train-steps", 1))
+    train_guide.main(
+        words(tmp_path, "one", "--guiding-ckpt", run, "--guide-scale", 1, "--align-hidden", 8, "--max-train-steps", 1)
+    )
     sample = ["--ckpt", run, "--num-fid-samples", "2", "--num-steps", "2", "--out", tmp_path / "out"]
     refused(generate.main, [*sample, "--cfg-scale", "2"], "null class", "--cfg-scale 1")
     generate.main([str(word) for word in sample])
@@ -183,8 +206,11 @@ def test_guidance_without_a_null_class(tmp_path: Path, words: Words) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path, words: Words, guided: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(train.main, words(tmp_path / "file", "run"), "cannot write", str(tmp_path / "file"))
-    refused(generate.main, ["--ckpt", guided, "--num-fid-samples", "2", "--num-steps", "2", "--out", tmp_path / "file" / "out"],
-            "cannot write")
+    refused(
+        generate.main,
+        ["--ckpt", guided, "--num-fid-samples", "2", "--num-steps", "2", "--out", tmp_path / "file" / "out"],
+        "cannot write",
+    )
 
 
 def test_pipes_and_devices_are_not_replaced(tmp_path: Path) -> None:
@@ -245,12 +271,25 @@ def test_bugs_keep_their_traceback() -> None:
         errors.run(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("error, said", [
-    (MemoryError(), "out of memory: free some, or lower what is held at once (--batch-size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: free some, or lower what is held at once"),
-    (MemoryError("an array of 9 TiB"), "out of memory (an array of 9 TiB): free some"),
-    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), "CUDA out of memory: lower --batch-size, or raise --gradient-accu"),
-    (OSError(errno.EROFS, "Read-only file system", "/x/y"), "cannot use /x/y: Read-only file system; choose another place")])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "out of memory: free some, or lower what is held at once (--batch-size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory: free some, or lower what is held at once",
+        ),
+        (MemoryError("an array of 9 TiB"), "out of memory (an array of 9 TiB): free some"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"),
+            "CUDA out of memory: lower --batch-size, or raise --gradient-accu",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x/y"),
+            "cannot use /x/y: Read-only file system; choose another place",
+        ),
+    ],
+)
 def test_resources_that_run_out_are_one_line_too(capsys: pytest.CaptureFixture, error: Exception, said: str) -> None:
     def main() -> None:
         raise error
@@ -267,16 +306,25 @@ def test_files_outside_their_folder_are_refused(tmp_path: Path, words: Words, da
     shutil.copy(tmp_path / "set" / value["shards"][0]["file"], tmp_path / "shard")
     value["shards"][0]["file"] = "../shard"
     files.write_sealed(manifest, value)
-    refused(train.main, [*words(tmp_path, "x"), "--data-dir", tmp_path / "set"], "manifest.json", "../shard outside its folder")
+    refused(
+        train.main,
+        [*words(tmp_path, "x"), "--data-dir", tmp_path / "set"],
+        "manifest.json",
+        "../shard outside its folder",
+    )
     config = damaged(guided, tmp_path / "run") / "checkpoints" / "0000004" / "config.json"
     value = files.read_json(config)
     value["files"] = {name.replace("ema.", "../ema."): digest for name, digest in value["files"].items()}
     files.write_sealed(config, value)
-    with pytest.raises(UserError, match=r"config.json is damaged: it names the file \.\./ema.safetensors outside its folder"):
+    with pytest.raises(
+        UserError, match=r"config.json is damaged: it names the file \.\./ema.safetensors outside its folder"
+    ):
         Checkpoint.open(config.parent).require_whole()
 
 
-def test_a_gpu_that_this_torch_cannot_use_is_noted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_gpu_that_this_torch_cannot_use_is_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     def noted(driver: bool, usable: bool, visible: str = "0") -> str:
         monkeypatch.setattr("os.path.exists", lambda path: driver and path == "/proc/driver/nvidia/version")
         monkeypatch.setattr("torch.cuda.is_available", lambda: usable)

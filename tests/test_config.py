@@ -34,14 +34,19 @@ def test_values_are_typed_and_only_given_ones_are_returned() -> None:
     given = parse_one(["--name", "n", "--rates", "0.1", "1e-3", "--words", "p", "q", "--fast"])
     assert given == {"name": "n", "rates": (0.1, 1e-3), "words": ("p", "q"), "fast": True}
     assert build(Small, given).steps == 3
-    assert build(Small, {"steps": 5}, given, {"name": "later"}) == Small(name="later", steps=5, rates=(0.1, 1e-3), words=("p", "q"),
-                                                                           fast=True)
+    assert build(Small, {"steps": 5}, given, {"name": "later"}) == Small(
+        name="later", steps=5, rates=(0.1, 1e-3), words=("p", "q"), fast=True
+    )
     assert parse_one(["--no-fast"]) == {"fast": False}
 
 
 def test_mistakes_are_named() -> None:
-    for argv, said in ((["--stps", "3"], "--steps"), (["--steps", "x"], "--steps"), (["--mode", "z"], "--mode"),
-                       (["--rates", "1"], "--rates")):
+    for argv, said in (
+        (["--stps", "3"], "--steps"),
+        (["--steps", "x"], "--steps"),
+        (["--mode", "z"], "--mode"),
+        (["--rates", "1"], "--rates"),
+    ):
         with pytest.raises(UserError, match=said):
             parse_one(argv)
     with pytest.raises(UserError, match="missing --name"):
@@ -61,7 +66,9 @@ def test_sections_have_their_own_flags_and_a_common_one_where_it_is_clear() -> N
         weight: float = option(0.5, help="w")
         only: int = option(1, help="o")
 
-    both = parse({"": Small, "p": One, "q": Small}, ["--p-weight", "2", "--align-only", "4", "--q-steps", "9"], prog="x")
+    both = parse(
+        {"": Small, "p": One, "q": Small}, ["--p-weight", "2", "--align-only", "4", "--q-steps", "9"], prog="x"
+    )
     assert both == {"": {}, "p": {"weight": 2.0, "only": 4}, "q": {"steps": 9}}
     with pytest.raises(UserError):  # two alignments have a weight: which one is meant?
         parse({"": Small, "p": One, "q": One}, ["--align-weight", "1"], prog="x")
@@ -96,7 +103,9 @@ def test_groups_are_composed_and_laid_flat() -> None:
 
 def test_settings_stand_between_defaults_and_words() -> None:
     preset = lambda given: {"mode": "y", "fast": True} if given.get("name") == "n" else {}  # noqa: E731
-    assert read(Small, ["--name", "n", "--no-fast"], prog="small", between=preset) == Small(name="n", mode="y", fast=False)
+    assert read(Small, ["--name", "n", "--no-fast"], prog="small", between=preset) == Small(
+        name="n", mode="y", fast=False
+    )
     assert read(Small, ["--name", "m"], prog="small", between=preset) == Small(name="m")
 
 
@@ -106,7 +115,12 @@ def test_words_of_the_peers_are_answered() -> None:
         with pytest.raises(UserError) as caught:
             command.resolve(["--data-dir", "d", "--exp-name", "e", *words], "train.py", None)
         assert PEERS[words[0].split("=")[0]] in str(caught.value) and "did you mean" not in str(caught.value)
-    both = {flag for schema in (TrainConfig, GenerateConfig) for found in options_of(schema) for flag in flags_of(found.field)}
+    both = {
+        flag
+        for schema in (TrainConfig, GenerateConfig)
+        for found in options_of(schema)
+        for flag in flags_of(found.field)
+    }
     train = {flag for found in options_of(TrainConfig) for flag in flags_of(found.field)}
     assert set(PEERS) & both == {"--model", "--qk-norm"} <= train  # options of training, known to a checkpoint
     for said in PEERS.values():
@@ -114,23 +128,65 @@ def test_words_of_the_peers_are_answered() -> None:
             assert flag in both | ALIGNED, flag
 
 
-ALIGNED = {"--align-encoder", "--align-depth", "--align-weight", "--align-stop-steps", "--guide-scale", "--out", "--stop-epoch"}
+ALIGNED = {
+    "--align-encoder",
+    "--align-depth",
+    "--align-weight",
+    "--align-stop-steps",
+    "--guide-scale",
+    "--out",
+    "--stop-epoch",
+}
 
 
 def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
     argv = ["--data-dir", "d", "--exp-name", "e"]
     config, options = command.resolve(argv, "train.py", None)
-    assert (config.learning_rate, config.batch_size, config.adam_beta2, config.max_grad_norm, config.ema_decay, config.cfg_prob,
-            config.adam_weight_decay) == (1e-4, 256, 0.999, 1.0, 0.9999, 0.1, 0.0) and options == {}
-    config, options = command.resolve([*argv, "--align", "latent", "--preset", "upstream", "--recipe", "digits",
-                                       "--align-hidden", "64", "--align-interval", "0.1", "0.2"], "train.py", None)
+    assert (
+        config.learning_rate,
+        config.batch_size,
+        config.adam_beta2,
+        config.max_grad_norm,
+        config.ema_decay,
+        config.cfg_prob,
+        config.adam_weight_decay,
+    ) == (1e-4, 256, 0.999, 1.0, 0.9999, 0.1, 0.0) and options == {}
+    config, options = command.resolve(
+        [
+            *argv,
+            "--align",
+            "latent",
+            "--preset",
+            "upstream",
+            "--recipe",
+            "digits",
+            "--align-hidden",
+            "64",
+            "--align-interval",
+            "0.1",
+            "0.2",
+        ],
+        "train.py",
+        None,
+    )
     assert config.qk_norm and config.learning_rate == RECIPES["digits"]["train"]["learning_rate"]
-    assert options["latent"].hidden == 64 and options["latent"].interval == (0.1, 0.2) and options["latent"].mask == "upstream"
-    config, options = command.resolve([*argv, "--align", "latent", "--preset", "upstream", "--no-qk-norm"], "train.py", None)
+    assert (
+        options["latent"].hidden == 64
+        and options["latent"].interval == (0.1, 0.2)
+        and options["latent"].mask == "upstream"
+    )
+    config, options = command.resolve(
+        [*argv, "--align", "latent", "--preset", "upstream", "--no-qk-norm"], "train.py", None
+    )
     assert not config.qk_norm and options["latent"].hidden == 2048
     config, _ = command.resolve([*argv, "--recipe", "lightningdit", "--batch-size", "8"], "train.py", None)
-    assert (config.batch_size, config.adam_beta2, config.velocity_loss, config.time_sampling, config.max_grad_norm) == \
-        (8, 0.95, "mse+cosine", "logit-normal", 0)
+    assert (config.batch_size, config.adam_beta2, config.velocity_loss, config.time_sampling, config.max_grad_norm) == (
+        8,
+        0.95,
+        "mse+cosine",
+        "logit-normal",
+        0,
+    )
 
 
 def test_the_recipe_option_names_every_recipe() -> None:
@@ -152,16 +208,39 @@ def test_help_is_readable(capsys: pytest.CaptureFixture) -> None:
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "SiT-XL/2" in text and "LightningDiT-XL/1" in text and "layersync" in text and "token-cosine" in text
-    assert "--latent-depth" in text and "--align-depth" in text and "    a command\n" in text and "(default 0.0001)" in text
+    assert (
+        "--latent-depth" in text
+        and "--align-depth" in text
+        and "    a command\n" in text
+        and "(default 0.0001)" in text
+    )
 
 
-@pytest.mark.parametrize("module, headings", [
-    ("train", ["data", "network", "method", "optimisation", "precision", "run", "logging", "scores", "models", "alignments"]),
-    ("generate", ["network", "samples", "solver", "guidance", "scores"]),
-    ("evaluations.evaluate", ["images", "scores", "metrics", "output"]),
-    ("evaluations.sweep", ["network", "sweep", "guidance", "scores"]),
-    ("preprocessing.encode", ["images", "encoder", "latent set", "work"]),
-    ("models.convert", ["files", "network", "latent space"])])
+@pytest.mark.parametrize(
+    "module, headings",
+    [
+        (
+            "train",
+            [
+                "data",
+                "network",
+                "method",
+                "optimisation",
+                "precision",
+                "run",
+                "logging",
+                "scores",
+                "models",
+                "alignments",
+            ],
+        ),
+        ("generate", ["network", "samples", "solver", "guidance", "scores"]),
+        ("evaluations.evaluate", ["images", "scores", "metrics", "output"]),
+        ("evaluations.sweep", ["network", "sweep", "guidance", "scores"]),
+        ("preprocessing.encode", ["images", "encoder", "latent set", "work"]),
+        ("models.convert", ["files", "network", "latent space"]),
+    ],
+)
 def test_help_comes_in_groups(module: str, headings: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         importlib.import_module(module).main(["--help"])

@@ -25,16 +25,41 @@ from runtime.errors import UserError
 from tests.helpers import held_elsewhere
 
 
-def write_set(folder: Path, latents: np.ndarray, labels: np.ndarray, *, classes: int = 10, per_shard: int = 7,
-              images: list[bytes] | None = None) -> LatentSet:
+def write_set(
+    folder: Path,
+    latents: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: int = 10,
+    per_shard: int = 7,
+    images: list[bytes] | None = None,
+) -> LatentSet:
     """A latent set of `latents` (n, views, parts, C, H, W), cut into shards of `per_shard`."""
     space = LatentSpace(name="test", channels=latents.shape[3], stride=8, shift=(0.0,), scale=(0.5,))
-    entries = [shards.write_shard(folder, number, latents[at:at + per_shard], labels[at:at + per_shard],
-                                  images=images[at:at + per_shard] if images else None)
-               for number, at in enumerate(range(0, len(latents), per_shard))]
-    shards.write_manifest(folder, space=space, resolution=32, latent_size=4, views=latents.shape[1], parts=latents.shape[2],
-                          dtype=str(latents.dtype), crop="adm", class_names=[str(c) for c in range(classes)],
-                          images=images is not None, shards=entries, source="test")
+    entries = [
+        shards.write_shard(
+            folder,
+            number,
+            latents[at : at + per_shard],
+            labels[at : at + per_shard],
+            images=images[at : at + per_shard] if images else None,
+        )
+        for number, at in enumerate(range(0, len(latents), per_shard))
+    ]
+    shards.write_manifest(
+        folder,
+        space=space,
+        resolution=32,
+        latent_size=4,
+        views=latents.shape[1],
+        parts=latents.shape[2],
+        dtype=str(latents.dtype),
+        crop="adm",
+        class_names=[str(c) for c in range(classes)],
+        images=images is not None,
+        shards=entries,
+        source="test",
+    )
     return LatentSet(folder)
 
 
@@ -145,18 +170,35 @@ def damage(folder: Path, how: str) -> None:
     elif how == "manifest":
         manifest.write_text(manifest.read_text()[:-20])
     else:
-        key, changed = {"count": ("count", 31), "label": ("num_classes", 9), "views": ("views", 1), "format": ("format", 9),
-                        "key": ("spare", 0), "images": ("images", True)}[how]
+        key, changed = {
+            "count": ("count", 31),
+            "label": ("num_classes", 9),
+            "views": ("views", 1),
+            "format": ("format", 9),
+            "key": ("spare", 0),
+            "images": ("images", True),
+        }[how]
         value = {k: v for k, v in value.items() if k != "parts"} if how == "key" else value
         files.write_sealed(manifest, value | {key: changed})
 
 
-@pytest.mark.parametrize(("how", "message"), [
-    ("truncated", "shard-00002.safetensors is truncated"), ("header", "shard-00002.safetensors is truncated or not"),
-    ("empty", "shard-00002"), ("shard missing", "cannot read .*shard-00002"), ("no manifest", "is unfinished"),
-    ("manifest", "manifest.json is not valid JSON"), ("count", "says 31 items but its shards hold 30"),
-    ("label", "item 9 .* label 9, outside 0..8"), ("views", "shard-00000.safetensors holds latents"),
-    ("format", "not of format 2"), ("key", "parts: field required"), ("images", "lacks image_")])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "shard-00002.safetensors is truncated"),
+        ("header", "shard-00002.safetensors is truncated or not"),
+        ("empty", "shard-00002"),
+        ("shard missing", "cannot read .*shard-00002"),
+        ("no manifest", "is unfinished"),
+        ("manifest", "manifest.json is not valid JSON"),
+        ("count", "says 31 items but its shards hold 30"),
+        ("label", "item 9 .* label 9, outside 0..8"),
+        ("views", "shard-00000.safetensors holds latents"),
+        ("format", "not of format 2"),
+        ("key", "parts: field required"),
+        ("images", "lacks image_"),
+    ],
+)
 def test_damage_is_one_clear_line(tmp_path, how, message):
     write_set(tmp_path, random_latents(), np.arange(30) % 10)
     damage(tmp_path, how)
@@ -217,10 +259,10 @@ def test_a_damaged_header_is_named(tmp_path, change):
     shard = next(tmp_path.glob("shard-*"))
     content = shard.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:8 + length])
+    header = json.loads(content[8 : 8 + length])
     header["latents"] |= change
     changed = json.dumps(header).encode()
-    shard.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length:])
+    shard.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
     with pytest.raises(UserError, match="shard-00000"):
         LatentSet(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -24,7 +24,10 @@ from runtime.options import flags_of, options_of, read
 from tests.helpers import ROOT
 from training import command
 
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 
 
 def blocks(language: str, page: str | None = None) -> list[str]:
@@ -61,12 +64,17 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
     found = importlib.import_module("recipes.__main__" if module == "recipes" else module)
-    schemas = [kind for kind in vars(found).values() if dataclasses.is_dataclass(kind)
-               and any(field.metadata for field in dataclasses.fields(kind))]
+    schemas = [
+        kind
+        for kind in vars(found).values()
+        if dataclasses.is_dataclass(kind) and any(field.metadata for field in dataclasses.fields(kind))
+    ]
     return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
 
 
-@pytest.mark.parametrize("words", [words for words in commands() if "smooth" not in words and "..." not in words], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for words in commands() if "smooth" not in words and "..." not in words], ids=" ".join
+)
 def test_commands_parse(words: tuple[str, ...]) -> None:
     rest = after_launcher(words)
     given = [word.replace("--no-", "--", 1) for word in rest if word.startswith("--")]
@@ -101,13 +109,23 @@ def test_links_and_pictures_exist() -> None:
 
 def test_named_files_and_targets_exist() -> None:
     names = {name for text in PAGES.values() for name in re.findall(r"`([^`\s]+)`", text)}
-    files = [name for name in names if name.endswith((".py", "/", ".csv", ".tsv", ".yaml")) and not name.startswith(("exps/", "--"))
-             and "*" not in name and name not in ("train/", "alignment/smooth.py", "partial/")]
+    files = [
+        name
+        for name in names
+        if name.endswith((".py", "/", ".csv", ".tsv", ".yaml"))
+        and not name.startswith(("exps/", "--"))
+        and "*" not in name
+        and name not in ("train/", "alignment/smooth.py", "partial/")
+    ]
     assert len(files) > 20
     for name in files:
         assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")), name
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"{target}:" in makefile for text in PAGES.values() for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE))
+    assert all(
+        f"{target}:" in makefile
+        for text in PAGES.values()
+        for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE)
+    )
 
 
 def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None:
@@ -116,20 +134,31 @@ def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None:
-    spoken = "".join("".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
-                     for path in ROOT.glob("**/*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs", "work")
-                     for raw in path.read_text().splitlines())
-    messages = [re.search(r"`([^`]+)`", line)[1] for line in PAGES["docs/troubleshooting.md"].splitlines() if line.startswith("| `")]
+    spoken = "".join(
+        "".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
+        for path in ROOT.glob("**/*.py")
+        if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs", "work")
+        for raw in path.read_text().splitlines()
+    )
+    messages = [
+        re.search(r"`([^`]+)`", line)[1]
+        for line in PAGES["docs/troubleshooting.md"].splitlines()
+        if line.startswith("| `")
+    ]
     assert len(messages) > 15
     for message in messages:
         assert message in spoken, message
 
 
 def test_symbols_name_real_flags_and_defaults() -> None:
-    config, options = command.resolve(["--data-dir", "d", "--exp-name", "e", "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",))
+    config, options = command.resolve(
+        ["--data-dir", "d", "--exp-name", "e", "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",)
+    )
     known = {flag for field in dataclasses.fields(options["guided"]) for flag in flags_of(field, "guided", alone=True)}
     latent = command.resolve(["--data-dir", "d", "--exp-name", "e", "--align", "latent"], "train.py", None)[1]["latent"]
-    known |= {flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)}
+    known |= {
+        flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)
+    }
     table = PAGES["docs/methods.md"].split("## The paper's symbols")[1].split("\n## ")[0]
     known |= {flag for found in options_of(type(config)) for flag in flags_of(found.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
@@ -157,8 +186,11 @@ def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[
     scope: dict = {"__name__": "alignment.smooth"}
     exec(compile(code, "docs", "exec", dont_inherit=True), scope)
     try:
-        run = train.main(words(tmp_path, "run", "--align", "smooth", "--smooth-depth", 4, "--align-weight", 0.1,
-                               "--max-train-steps", 2))
+        run = train.main(
+            words(
+                tmp_path, "run", "--align", "smooth", "--smooth-depth", 4, "--align-weight", 0.1, "--max-train-steps", 2
+            )
+        )
     finally:
         Alignment.registry.pop("smooth")
     assert '"loss/smooth"' in (run / "log.jsonl").read_text()
@@ -167,7 +199,10 @@ def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[
 def test_sampling_from_plain_python(guided: Path) -> None:
     (code,) = [block for block in blocks("python") if "Checkpoint.open" in block]
     scope: dict = {}
-    exec(code.replace("ckpts/sit-xl", str(guided)).replace('"cuda"', '"cpu"').replace("num_steps=50", "num_steps=4"), scope)
+    exec(
+        code.replace("ckpts/sit-xl", str(guided)).replace('"cuda"', '"cpu"').replace("num_steps=50", "num_steps=4"),
+        scope,
+    )
     assert scope["images"].shape == (4, 8, 8, 1) and scope["images"].dtype == "uint8"
 
 
@@ -198,8 +233,14 @@ def test_the_ten_lines_work_in_another_network() -> None:
     (code,) = [block for block in blocks("python") if "guided_loss" in block]
     torch.nn.init.normal_(torch.empty(1), generator=torch.Generator().manual_seed(0))
     student, teacher = Other(8), Other(8).requires_grad_(False)
-    scope = {"student": student, "teacher": teacher, "student_width": 8, "teacher_width": 8, "student_block": student.blocks[1],
-             "teacher_block": teacher.blocks[2]}
+    scope = {
+        "student": student,
+        "teacher": teacher,
+        "student_width": 8,
+        "teacher_width": 8,
+        "student_block": student.blocks[1],
+        "teacher_block": teacher.blocks[2],
+    }
     exec(compile(code, "docs", "exec", dont_inherit=True), scope)
     xt, t, y = torch.ones(2, 5, 8), torch.tensor([0.2, 0.9]), torch.tensor([1, 2])
     student(xt, t, y)
@@ -212,7 +253,9 @@ def test_the_ten_lines_work_in_another_network() -> None:
 
 
 def test_the_hours_follow_from_the_flops_beside_them() -> None:
-    rows = re.findall(r"^\| (SiT\S+) \| [^|]+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", PAGES["docs/training.md"], flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| (SiT\S+) \| [^|]+ \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", PAGES["docs/training.md"], flags=re.MULTILINE
+    )
     assert len(rows) == 10
     for network, steps, flops, hours in rows:
         computed = int(steps.replace(",", "")) * 256 * float(flops) * 1e9 / (8 * 0.4 * 989e12) / 3600

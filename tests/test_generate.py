@@ -24,30 +24,60 @@ from tests.helpers import held_elsewhere
 
 
 def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    folder = generate.main(["--ckpt", str(ckpt), "--out", str(out), "--num-fid-samples", "20",
-                            *(() if "dopri5" in words else ("--num-steps", "4")), *map(str, words)])
+    folder = generate.main(
+        [
+            "--ckpt",
+            str(ckpt),
+            "--out",
+            str(out),
+            "--num-fid-samples",
+            "20",
+            *(() if "dopri5" in words else ("--num-steps", "4")),
+            *map(str, words),
+        ]
+    )
     with np.load(folder / "samples.npz") as found:
         return found["arr_0"], found["labels"], json.loads((folder / "samples.json").read_text())
 
 
 def sampler(ckpt: Path, **settings: Any) -> Sampler:
-    return Sampler(Checkpoint.open(ckpt).network("raw"), PixelCodec(pixels(1)), SamplingConfig(num_steps=4, **settings), 20)
+    return Sampler(
+        Checkpoint.open(ckpt).network("raw"), PixelCodec(pixels(1)), SamplingConfig(num_steps=4, **settings), 20
+    )
 
 
 def test_everything_is_recorded_and_the_picture_exists(guided: Path, tmp_path: Path) -> None:
     images, labels, record = draw(guided, tmp_path / "a", "--cfg-scale", 2, "--guidance-high", 0.5)
     assert images.dtype == np.uint8 and images.shape == (20, 8, 8, 1) and labels.shape == (20,)
-    assert record["checkpoint"] == Checkpoint.open(guided).digest and record["cfg_scale"] == 2 and record["weights"] == "ema"
+    assert (
+        record["checkpoint"] == Checkpoint.open(guided).digest
+        and record["cfg_scale"] == 2
+        and record["weights"] == "ema"
+    )
     assert record["evaluations"] == 4 + 2  # times 1, 0.68, 0.36, 0.04: the guided ones are at most 0.5
     assert record["decoder"] == "pixels" and record["precision"] == "fp32"
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["grid.png", "samples.json", "samples.npz"]
 
 
-@pytest.mark.parametrize("argv", [("--weights", "raw"), ("--seed", 1), ("--cfg-scale", 3), ("--mode", "ode"), ("--num-steps", 5),
-                                   ("--mode", "ode", "--solver", "heun"), ("--mode", "ode", "--timestep-shift", 0.3),
-                                   ("--mode", "ode", "--grid", "points"), ("--last-step", 0.2), ("--labels", "balanced"),
-                                   ("--rounding", "truncate"), ("--mode", "ode", "--solver", "dopri5"),
-                                   ("--cfg-scale", 3, "--guidance-low", 0.5), ("--cfg-scale", 3, "--guidance-high", 0.5)])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--weights", "raw"),
+        ("--seed", 1),
+        ("--cfg-scale", 3),
+        ("--mode", "ode"),
+        ("--num-steps", 5),
+        ("--mode", "ode", "--solver", "heun"),
+        ("--mode", "ode", "--timestep-shift", 0.3),
+        ("--mode", "ode", "--grid", "points"),
+        ("--last-step", 0.2),
+        ("--labels", "balanced"),
+        ("--rounding", "truncate"),
+        ("--mode", "ode", "--solver", "dopri5"),
+        ("--cfg-scale", 3, "--guidance-low", 0.5),
+        ("--cfg-scale", 3, "--guidance-high", 0.5),
+    ],
+)
 def test_every_option_acts(guided: Path, tmp_path: Path, argv: tuple[object, ...]) -> None:
     base = argv[:2] if argv[:2] in (("--mode", "ode"), ("--cfg-scale", 3)) and len(argv) > 2 else ()
     plain, changed = draw(guided, tmp_path / "a", *base), draw(guided, tmp_path / "b", *argv)
@@ -56,7 +86,9 @@ def test_every_option_acts(guided: Path, tmp_path: Path, argv: tuple[object, ...
 
 def test_first3_guides_three_channels_only(guided: Path) -> None:
     """With one channel there is nothing beyond the third, so `first3` is `all`."""
-    every, first = (sampler(guided, cfg_scale=3.0, guidance_channels=which).latents(range(4)) for which in ("all", "first3"))
+    every, first = (
+        sampler(guided, cfg_scale=3.0, guidance_channels=which).latents(range(4)) for which in ("all", "first3")
+    )
     assert torch.equal(every, first)
 
 
@@ -72,7 +104,9 @@ def test_guidance_at_one_is_conditional_and_at_zero_unconditional(guided: Path) 
 def test_balanced_labels_have_equal_counts_in_shuffled_order(guided: Path) -> None:
     labels = sampler(guided, labels="balanced").labels(range(20))
     assert np.bincount(labels).tolist() == [2] * 10 and labels.tolist() != sorted(labels)
-    drawn = np.concatenate([Sampler(sampler(guided).network, PixelCodec(pixels(1)), SamplingConfig(), 20).labels(range(2000))])
+    drawn = np.concatenate(
+        [Sampler(sampler(guided).network, PixelCodec(pixels(1)), SamplingConfig(), 20).labels(range(2000))]
+    )
     assert np.bincount(drawn, minlength=10).min() > 140  # uniform: 200 each
 
 
@@ -104,10 +138,21 @@ def test_finished_samples_are_not_drawn_again(guided: Path, tmp_path: Path, monk
         draw(guided, tmp_path / "a", "--overwrite")
 
 
-def test_what_a_score_needs_is_checked_before_sampling(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_score_needs_is_checked_before_sampling(
+    guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Sampler, "images", None)
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((8, 16, 16, 1), np.uint8))
-    words = ["--ckpt", str(guided), "--out", str(tmp_path / "out"), "--features", "pixels", "--reference", str(tmp_path / "large.npz")]
+    words = [
+        "--ckpt",
+        str(guided),
+        "--out",
+        str(tmp_path / "out"),
+        "--features",
+        "pixels",
+        "--reference",
+        str(tmp_path / "large.npz"),
+    ]
     with pytest.raises(UserError, match="16"):
         generate.main([*words, "--num-fid-samples", "8"])
     with pytest.raises(UserError, match="at least 4"):
@@ -145,15 +190,23 @@ def test_only_what_was_written_here_is_removed(guided: Path, tmp_path: Path, mon
     (tmp_path / "other" / "samples.npz").write_text("mine")
     with pytest.raises(UserError, match="only one of samples.npz and samples.json"):
         draw(guided, tmp_path / "other")
-    assert (tmp_path / "partial" / "thesis.tex").read_text() == (tmp_path / "other" / "samples.npz").read_text() == "mine"
+    assert (
+        (tmp_path / "partial" / "thesis.tex").read_text() == (tmp_path / "other" / "samples.npz").read_text() == "mine"
+    )
 
 
 @pytest.mark.parametrize("how", ["truncated images", "truncated checks", "flipped image", "flipped label", "missing"])
-def test_damaged_unfinished_samples_are_drawn_again(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture, how: str) -> None:
+def test_damaged_unfinished_samples_are_drawn_again(
+    guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, how: str
+) -> None:
     whole = draw(guided, tmp_path / "whole")
     begun(guided, tmp_path / "cut", monkeypatch)
-    file = tmp_path / "cut" / "partial" / {"truncated checks": "checks.npy", "flipped label": "labels.npy"}.get(how, "images.npy")
+    file = (
+        tmp_path
+        / "cut"
+        / "partial"
+        / {"truncated checks": "checks.npy", "flipped label": "labels.npy"}.get(how, "images.npy")
+    )
     content = bytearray(file.read_bytes())
     content[-70] ^= 1
     file.write_bytes(content if "flipped" in how else content[:-70])
@@ -192,7 +245,9 @@ def test_two_at_once_in_one_place_are_refused(guided: Path, tmp_path: Path) -> N
         draw(guided, tmp_path)
 
 
-def test_networks_that_are_not_finite_draw_nothing(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_that_are_not_finite_draw_nothing(
+    guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PixelCodec, "decode", lambda self, x: x * torch.tensor(float("nan")))
     with pytest.raises(UserError, match="sample 0 is not finite"):
         sampler(guided).images(range(2))
@@ -203,22 +258,53 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
     from sampling.presets import PRESETS, decoder, settings
 
     published = {
-        "table1-sde": None, "table1-ode": None, "fid10k": None, "self-transcendence-cfg": 1.44, "self-transcendence-cfg-512": None,
-        "repa-nocfg": 5.90, "repa-cfg": 1.42, "sit-nocfg-sde": 8.3, "sit-cfg-sde": 2.06, "sit-cfg-ode": 2.15,
-        "layersync-nocfg-ode": 11.24, "layersync-nocfg-sde": 8.29, "dispersive-nocfg": 32.35, "dispersive-cfg": 5.09,
-        "lightningdit-64ep-nocfg": 5.14, "lightningdit-64ep": 2.11, "lightningdit-800ep-nocfg": 2.17, "lightningdit-800ep": 1.35,
-        "internal-680ep-nocfg": 1.34, "internal-680ep": 1.19, "study": None}
+        "table1-sde": None,
+        "table1-ode": None,
+        "fid10k": None,
+        "self-transcendence-cfg": 1.44,
+        "self-transcendence-cfg-512": None,
+        "repa-nocfg": 5.90,
+        "repa-cfg": 1.42,
+        "sit-nocfg-sde": 8.3,
+        "sit-cfg-sde": 2.06,
+        "sit-cfg-ode": 2.15,
+        "layersync-nocfg-ode": 11.24,
+        "layersync-nocfg-sde": 8.29,
+        "dispersive-nocfg": 32.35,
+        "dispersive-cfg": 5.09,
+        "lightningdit-64ep-nocfg": 5.14,
+        "lightningdit-64ep": 2.11,
+        "lightningdit-800ep-nocfg": 2.17,
+        "lightningdit-800ep": 1.35,
+        "internal-680ep-nocfg": 1.34,
+        "internal-680ep": 1.19,
+        "study": None,
+    }
     assert {name: preset.published for name, preset in PRESETS.items()} == published
     assert generate.main(["--list-presets"]) is None
     listed = capsys.readouterr().out
-    assert all(name in listed and (fid is None or f"{fid:.2f}" in listed) for name, fid in published.items()) and "not certain" in listed
+    assert (
+        all(name in listed and (fid is None or f"{fid:.2f}" in listed) for name, fid in published.items())
+        and "not certain" in listed
+    )
     for name in PRESETS:
         build(GenerateConfig, {"ckpt": "x"}, settings(name, {}))  # no contradiction within
     repa = settings("repa-cfg", {})
-    assert (repa["mode"], repa["num_steps"], repa["cfg_scale"], repa["guidance_high"], repa["rounding"], repa["labels"],
-            repa["weights"], repa["mixed_precision"], repa["tf32"]) == ("sde", 250, 1.8, 0.7, "truncate", "random", "ema", "no", True)
+    assert (
+        repa["mode"],
+        repa["num_steps"],
+        repa["cfg_scale"],
+        repa["guidance_high"],
+        repa["rounding"],
+        repa["labels"],
+        repa["weights"],
+        repa["mixed_precision"],
+        repa["tf32"],
+    ) == ("sde", 250, 1.8, 0.7, "truncate", "random", "ema", "no", True)
     assert settings("fid10k", {})["num_fid_samples"] == 10_000 and "num_fid_samples" not in repa
-    sd = LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse")
+    sd = LatentSpace(
+        name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse"
+    )
     assert decoder("repa-cfg", sd) == "stabilityai/sd-vae-ft-ema" and decoder(None, sd) is None
     assert decoder("repa-cfg", pixels(1)) is decoder("lightningdit-64ep", sd) is None
     for fixed in ("--tf32", "--mixed-precision=bf16"):
@@ -237,7 +323,10 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
     for name, guided_steps in (("lightningdit-64ep", 181), ("lightningdit-800ep", 168)):
         one = settings(name, {})
         grid = solvers.ode_grid(249, one["timestep_shift"])
-        assert solvers.evaluations("euler", grid, one["cfg_scale"], one["guidance_low"], one["guidance_high"]) == 249 + guided_steps
+        assert (
+            solvers.evaluations("euler", grid, one["cfg_scale"], one["guidance_low"], one["guidance_high"])
+            == 249 + guided_steps
+        )
 
 
 def test_rounding_rules() -> None:
@@ -247,8 +336,12 @@ def test_rounding_rules() -> None:
 
 
 def test_contradictory_options_are_refused() -> None:
-    for values in ({"mode": "sde", "solver": "heun"}, {"guidance_low": 0.8, "guidance_high": 0.2}, {"num_steps": 1},
-                   {"mode": "ode", "solver": "dopri5", "num_steps": 7}):
+    for values in (
+        {"mode": "sde", "solver": "heun"},
+        {"guidance_low": 0.8, "guidance_high": 0.2},
+        {"num_steps": 1},
+        {"mode": "ode", "solver": "dopri5", "num_steps": 7},
+    ):
         with pytest.raises(UserError):
             build(GenerateConfig, {"ckpt": "x"}, values)
 

@@ -19,7 +19,9 @@ def draws() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_velocity_is_the_time_derivative_of_the_path() -> None:
     x0, eps = draws()
-    _, derivative = torch.autograd.functional.jvp(lambda t: interpolant.corrupt(x0, eps, t), TIMES, torch.ones_like(TIMES))
+    _, derivative = torch.autograd.functional.jvp(
+        lambda t: interpolant.corrupt(x0, eps, t), TIMES, torch.ones_like(TIMES)
+    )
     torch.testing.assert_close(interpolant.velocity(x0, eps), derivative)
 
 

@@ -40,7 +40,10 @@ def batch(count: int = 6, **more: object) -> Batch:
 
 
 def setting(load: object = Checkpoint.open, **more: object) -> Setting:
-    return Setting(**{"student": SPEC, "space": pixels(1), "seed": 0, "device": torch.device("cpu"), "dtype": None, "load": load} | more)
+    return Setting(
+        **{"student": SPEC, "space": pixels(1), "seed": 0, "device": torch.device("cpu"), "dtype": None, "load": load}
+        | more
+    )
 
 
 def make(name: str, **options: object) -> Alignment:
@@ -101,7 +104,9 @@ def test_upstream_preset_of_stage_1() -> None:
     torch.testing.assert_close(alignment(context), ((predicted - (one.eps - one.x0)) ** 2).mean(dim=(1, 2, 3)))
 
 
-@pytest.mark.parametrize(("name", "block", "thirds", "sixth"), [("SiT-B/2", 6, 8, 2), ("SiT-L/2", 12, 16, 4), ("SiT-XL/2", 14, 19, 5)])
+@pytest.mark.parametrize(
+    ("name", "block", "thirds", "sixth"), [("SiT-B/2", 6, 8, 2), ("SiT-L/2", 12, 16, 4), ("SiT-XL/2", 14, 19, 5)]
+)
 def test_layers_of_the_published_sizes(name: str, block: int, thirds: int, sixth: int) -> None:
     from models.backbone import block_number
 
@@ -130,7 +135,9 @@ def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path)
 
     alignment = make("guided", guiding_ckpt=str(teacher))
     assert len(alignment.teacher.network.blocks) == 4 and alignment.teacher.network.final_layer is None
-    torch.testing.assert_close(alignment.target(context), unconditional + 30 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        alignment.target(context), unconditional + 30 * (conditional - unconditional), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(target(guide_scale=1.0), conditional)
     torch.testing.assert_close(target(guide_scale=0.0), unconditional)
     # labels after dropout: a dropped sample has f_c = f_u, so its target is the unconditional feature at any scale
@@ -190,8 +197,10 @@ def test_upstream_mask_is_the_authors_broadcast() -> None:
     torch.testing.assert_close(product.mean(), mask.mean() * losses.mean())
 
 
-@pytest.mark.parametrize("change, word", [({"num_classes": 7}, "classes"), ({"patch_size": 1}, "tokens"),
-                                          ({"input_size": 4, "patch_size": 1}, "latents")])
+@pytest.mark.parametrize(
+    "change, word",
+    [({"num_classes": 7}, "classes"), ({"patch_size": 1}, "tokens"), ({"input_size": 4, "patch_size": 1}, "latents")],
+)
 def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, change: dict, word: str) -> None:
     kind = find("guided")
     student = dataclasses.replace(SPEC, **change)

@@ -23,8 +23,21 @@ from runtime import files
 from runtime.errors import UserError
 from tests.helpers import ROOT, photograph, tiny_vae
 
-TINY = ["--model", "SiT-Tiny/2", "--batch-size", "32", "--max-train-steps", "9", "--ema-decay", "0.9", "--ema-warmup", "--log-steps", "3",
-        "--align-hidden", "32"]
+TINY = [
+    "--model",
+    "SiT-Tiny/2",
+    "--batch-size",
+    "32",
+    "--max-train-steps",
+    "9",
+    "--ema-decay",
+    "0.9",
+    "--ema-warmup",
+    "--log-steps",
+    "3",
+    "--align-hidden",
+    "32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +61,68 @@ def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.Cap
         encode.main(["--images", str(photos), *encoding])
     encode.main(["--images", str(photos / "train"), *encoding])
     said = told()
-    assert "300 images, 2 classes" in said and "PSNR" in said and "warning: reconstructions of" in said  # its weights are random
+    assert (
+        "300 images, 2 classes" in said and "PSNR" in said and "warning: reconstructions of" in said
+    )  # its weights are random
     rescaled(latents)  # as if the autoencoder were a sound one
     verify.main([str(latents)])
     assert "300 in 1 shards" in told()
     # both stages; the second takes its network from the first
     train.main(["--data-dir", str(latents), *output, "--exp-name", "one", "--align", "latent", *TINY])
     assert "warning" not in told()
-    stage2 = train_guide.main(["--data-dir", str(latents), *output, "--exp-name", "two", "--guiding-ckpt", str(tmp_path / "exps" / "one"),
-                               "--align-stop-steps", "6", *TINY[2:]])
+    stage2 = train_guide.main(
+        [
+            "--data-dir",
+            str(latents),
+            *output,
+            "--exp-name",
+            "two",
+            "--guiding-ckpt",
+            str(tmp_path / "exps" / "one"),
+            "--align-stop-steps",
+            "6",
+            *TINY[2:],
+        ]
+    )
     said = told()
     assert "taken over from" in said and "--model SiT-Tiny/2" in said and Checkpoint.open(stage2).step == 9
     # a picture of chosen classes, a score
-    drawn = generate.main(["--ckpt", str(stage2), "--classes", "dogs", "cats", "--per-class", "3", "--num-steps", "3", "--cfg-scale", "2",
-                           "--out", str(tmp_path / "drawn")])
-    assert np.load(drawn / "samples.npz")["labels"].tolist() == [1, 1, 1, 0, 0, 0] and Image.open(drawn / "grid.png").size[0] > 3 * 64
-    many = generate.main(["--ckpt", str(stage2), "--num-fid-samples", "40", "--num-steps", "3", "--out", str(tmp_path / "many")])
-    evaluate.main(["--samples", str(many), "--reference", str(latents), "--features", "pixels", "--out", str(tmp_path / "metrics.json")])
+    drawn = generate.main(
+        [
+            "--ckpt",
+            str(stage2),
+            "--classes",
+            "dogs",
+            "cats",
+            "--per-class",
+            "3",
+            "--num-steps",
+            "3",
+            "--cfg-scale",
+            "2",
+            "--out",
+            str(tmp_path / "drawn"),
+        ]
+    )
+    assert (
+        np.load(drawn / "samples.npz")["labels"].tolist() == [1, 1, 1, 0, 0, 0]
+        and Image.open(drawn / "grid.png").size[0] > 3 * 64
+    )
+    many = generate.main(
+        ["--ckpt", str(stage2), "--num-fid-samples", "40", "--num-steps", "3", "--out", str(tmp_path / "many")]
+    )
+    evaluate.main(
+        [
+            "--samples",
+            str(many),
+            "--reference",
+            str(latents),
+            "--features",
+            "pixels",
+            "--out",
+            str(tmp_path / "metrics.json"),
+        ]
+    )
     assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 40
     # to a shared folder, and from there into another folder's own script, in the two lines that the README gives
     shared = hub.main([str(stage2), "--to", str(tmp_path / "shared"), "--metrics", str(tmp_path / "metrics.json")])
@@ -73,8 +131,14 @@ def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.Cap
     script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom config import RECIPES\nassert 'digits' in RECIPES"
     words = ["-m", "generate", "--ckpt", str(shared), "--num-fid-samples", "2", "--num-steps", "2", "--out", "drawn"]
     for arguments, environment in ((["-c", script], {}), (words, {"PYTHONPATH": str(ROOT)})):
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False,
-                              env={**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **environment})
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path / "elsewhere",
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **environment},
+        )
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "elsewhere" / "drawn" / "samples.npz").is_file()
 

@@ -24,7 +24,9 @@ ROW = 3
 """Measurements in a row outside the band that are worth a word: near initialisation, and in single batches, ratios stray."""
 
 
-def ratios(learner: nn.Module, micros: list[Batch], weights: Mapping[str, float], accelerator: Accelerator) -> dict[str, Tensor]:
+def ratios(
+    learner: nn.Module, micros: list[Batch], weights: Mapping[str, float], accelerator: Accelerator
+) -> dict[str, Tensor]:
     """Each alignment's ratio, a scalar on the device; `learner` may be wrapped. Nothing waits for the device.
 
     Costs a forward and a backward pass for denoising and for each alignment: with one of them, about two steps.
@@ -38,16 +40,23 @@ def ratios(learner: nn.Module, micros: list[Batch], weights: Mapping[str, float]
     return found
 
 
-def _squares(learner: nn.Module, micros: list[Batch], name: str, weight: float, accelerator: Accelerator) -> dict[str, Tensor]:
+def _squares(
+    learner: nn.Module, micros: list[Batch], name: str, weight: float, accelerator: Accelerator
+) -> dict[str, Tensor]:
     """Squared norm of the gradient of one weighted loss, averaged over micro-batches and processes, by parameter that it reaches."""
     names, parameters = zip(*learner.network.named_parameters(), strict=True)
     gradients: list[Tensor | None] = []
     for batch in micros:
         loss = weight * learner(batch)[name].mean() / len(micros)
         more = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients = [a if a is None else a + b for a, b in zip(gradients, more, strict=True)] if gradients else list(more)
-    return {key: accelerator.reduce(gradient, "mean").float().square().sum()
-            for key, gradient in zip(names, gradients, strict=True) if gradient is not None}
+        gradients = (
+            [a if a is None else a + b for a, b in zip(gradients, more, strict=True)] if gradients else list(more)
+        )
+    return {
+        key: accelerator.reduce(gradient, "mean").float().square().sum()
+        for key, gradient in zip(names, gradients, strict=True)
+        if gradient is not None
+    }
 
 
 class Watch:
@@ -71,6 +80,9 @@ class Watch:
 
     @staticmethod
     def _words(name: str, ratio: float, side: str) -> str:
-        what = (f"has been above {HIGH:g} {ROW} times in a row: it outweighs denoising; a lower --align-weight, or an earlier stop,"
-                if side == "above" else f"has been below {LOW:g} {ROW} times in a row: it hardly acts; a higher --align-weight")
+        what = (
+            f"has been above {HIGH:g} {ROW} times in a row: it outweighs denoising; a lower --align-weight, or an earlier stop,"
+            if side == "above"
+            else f"has been below {LOW:g} {ROW} times in a row: it hardly acts; a higher --align-weight"
+        )
         return f"warning: the gradient-norm ratio of {name} to denoising, now {ratio:.3g}, {what} may help (docs/long-runs.md)"

@@ -46,8 +46,12 @@ class Plan:
 def plan(config: TrainConfig, data: LatentSet, step: int) -> Plan:
     """Host draws of optimiser step `step`, counted from 0."""
     batch, seed = config.batch_size, config.seed
-    return Plan(dataset.order(seed, step, batch, len(data)), dataset.flips(seed, step, batch, data.views),
-                times(config, step, len(data)), Stream(seed, "labels", step).uniform(batch) < config.cfg_prob)
+    return Plan(
+        dataset.order(seed, step, batch, len(data)),
+        dataset.flips(seed, step, batch, data.views),
+        times(config, step, len(data)),
+        Stream(seed, "labels", step).uniform(batch) < config.cfg_prob,
+    )
 
 
 def times(config: TrainConfig, step: int, count: int) -> np.ndarray:
@@ -55,7 +59,8 @@ def times(config: TrainConfig, step: int, count: int) -> np.ndarray:
     stream = Stream(config.seed, "time", step)
     until = config.uniform_from_epoch
     if config.time_sampling == "uniform" or (
-            until is not None and step >= until * dataset.steps_per_epoch(count, config.batch_size)):
+        until is not None and step >= until * dataset.steps_per_epoch(count, config.batch_size)
+    ):
         return stream.uniform(config.batch_size)
     return (1 / (1 + np.exp(-stream.host.standard_normal(config.batch_size)))).astype(np.float32)
 
@@ -92,8 +97,12 @@ class Batches:
         drawn = plan(self.config, self.data, step)
         index, view = drawn.index[self.share], drawn.view[self.share]
         latents, labels = self.data.rows(index, view)
-        rows = {"latents": latents, "labels": labels, "t": torch.from_numpy(drawn.t[self.share]),
-                "dropped": torch.from_numpy(drawn.dropped[self.share])}
+        rows = {
+            "latents": latents,
+            "labels": labels,
+            "t": torch.from_numpy(drawn.t[self.share]),
+            "dropped": torch.from_numpy(drawn.dropped[self.share]),
+        }
         if "image" in columns:
             rows["image"] = torch.from_numpy(self.data.images(index, view))
         if "row" in columns:
@@ -102,25 +111,52 @@ class Batches:
             rows = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in rows.items()}
         return drawn, rows
 
-    def _batches(self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]) -> list[Batch]:
+    def _batches(
+        self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]
+    ) -> list[Batch]:
         rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
         x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
-        draws = {name: {key: sent(torch.from_numpy(value[self.share]), self.device) for key, value in
-                        alignment.draw(Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size).items()}
-                 for name, alignment in alignments.items()}
+        draws = {
+            name: {
+                key: sent(torch.from_numpy(value[self.share]), self.device)
+                for key, value in alignment.draw(
+                    Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size
+                ).items()
+            }
+            for name, alignment in alignments.items()
+        }
         batches = []
         for start in range(0, len(labels), self.micro):
             part = slice(start, start + self.micro)
-            everywhere = slice(self.share.start + start, self.share.start + start + self.micro)  # the same, in the global batch
-            selections = {name: Selection.of(alignment.options.interval, alignment.options.mask, drawn.t, everywhere, self.device,
-                                             few_sizes=self.device.type == "cuda" and not alignment.coupled)
-                          for name, alignment in alignments.items() if alignment.options.interval is not None}
-            batches.append(Batch(
-                x0[part], eps[part], rows["t"][part], y[part], labels[part],
-                {name: rows[name][part] for name in ("image", "row") if name in rows},
-                {name: {key: value[part] for key, value in drawn_by.items()} for name, drawn_by in draws.items()}, selections))
+            everywhere = slice(
+                self.share.start + start, self.share.start + start + self.micro
+            )  # the same, in the global batch
+            selections = {
+                name: Selection.of(
+                    alignment.options.interval,
+                    alignment.options.mask,
+                    drawn.t,
+                    everywhere,
+                    self.device,
+                    few_sizes=self.device.type == "cuda" and not alignment.coupled,
+                )
+                for name, alignment in alignments.items()
+                if alignment.options.interval is not None
+            }
+            batches.append(
+                Batch(
+                    x0[part],
+                    eps[part],
+                    rows["t"][part],
+                    y[part],
+                    labels[part],
+                    {name: rows[name][part] for name in ("image", "row") if name in rows},
+                    {name: {key: value[part] for key, value in drawn_by.items()} for name, drawn_by in draws.items()},
+                    selections,
+                )
+            )
         return batches
 
     def noise(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,4 +169,6 @@ class Batches:
         if latents.shape[1] == 2:
             draw = Stream(self.config.seed, "posterior", step).normal(shape, self.device)[self.share]
             raw = raw + latents[:, 1] * draw
-        return self.data.space.normalise(raw), Stream(self.config.seed, "noise", step).normal(shape, self.device)[self.share]
+        return self.data.space.normalise(raw), Stream(self.config.seed, "noise", step).normal(shape, self.device)[
+            self.share
+        ]

@@ -30,7 +30,9 @@ class Callback(Protocol):
 
     every: int
 
-    def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float | Path]:
+    def __call__(
+        self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None
+    ) -> dict[str, float | Path]:
         """Act; returns numbers for the log, on every process, and pictures by their path, on the main one.
 
         `networks` are "ema" (in eval mode) and "raw" (the trained one, in training mode: nothing in it depends on the mode).
@@ -57,7 +59,7 @@ class Between:
         self.launcher = os.getppid()
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0  # of the longest save so far
-        self.owed = False        # a checkpoint that was due while gradients were not finite
+        self.owed = False  # a checkpoint that was due while gradients were not finite
 
     def __call__(self, meter: Meter, end: int) -> None:
         """The end of a step; `end` is the last one of the segment, which is always reported."""
@@ -105,22 +107,35 @@ class Between:
             return "the launcher is gone"
         limit = self.run.config.max_hours
         if limit is not None and self.run.accelerator.is_main_process:
-            reserve = min(60.0, 360 * limit) + 2 * self.save_seconds  # a tenth of the time at most, and twice the longest save
+            reserve = (
+                min(60.0, 360 * limit) + 2 * self.save_seconds
+            )  # a tenth of the time at most, and twice the longest save
             if time.monotonic() - self.run.began > 3600 * limit - reserve:
                 return f"--max-hours {limit:g} are nearly over"
         return None
 
     def _overdue(self) -> bool:
         minutes = self.run.config.checkpointing_minutes
-        return bool(minutes) and self.run.accelerator.is_main_process and time.monotonic() - self.saved_at > 60 * minutes
+        return (
+            bool(minutes) and self.run.accelerator.is_main_process and time.monotonic() - self.saved_at > 60 * minutes
+        )
 
     def _save(self) -> None:
         run, began = self.run, time.monotonic()
         run.data.require_intact(wait=10.0)
-        weights = {"": run.network, **{f"the head of {name}: ": alignment for name, alignment in run.alignments.items()},
-                   **{"EMA of " if name == "ema" else f"{name} of ": average.network for name, average in run.averages.items()}}
-        self._require_finite(prefix + name for prefix, module in weights.items() for name, value in module.named_parameters()
-                             if not torch.isfinite(value).all())
+        weights = {
+            "": run.network,
+            **{f"the head of {name}: ": alignment for name, alignment in run.alignments.items()},
+            **{
+                "EMA of " if name == "ema" else f"{name} of ": average.network for name, average in run.averages.items()
+            },
+        }
+        self._require_finite(
+            prefix + name
+            for prefix, module in weights.items()
+            for name, value in module.named_parameters()
+            if not torch.isfinite(value).all()
+        )
         run.save()
         self.saved_at = time.monotonic()
         self.save_seconds = max(self.save_seconds, self.saved_at - began)
@@ -129,8 +144,11 @@ class Between:
         """End the run early, in every process."""
         run, config = self.run, self.run.config
         why = self.reason() or "another process was asked to end"
-        done = f"step {run.step} of {config.max_train_steps} is saved" if not self.owed else \
-            f"step {run.step} was not saved, as its gradient is not finite; the last checkpoint is"
+        done = (
+            f"step {run.step} of {config.max_train_steps} is saved"
+            if not self.owed
+            else f"step {run.step} was not saved, as its gradient is not finite; the last checkpoint is"
+        )
         if run.accelerator.is_main_process:
             files.write_json(run.folder / ENDED_EARLY, {"step": run.step, "of": config.max_train_steps, "why": why})
         raise EndedEarly(f"{why}: {done} in {run.folder}; the same command continues it")
@@ -139,7 +157,7 @@ class Between:
         """Stop the run if anything is not finite; names the first."""
         bad = next(iter(not_finite), None)
         if bad is not None:
-            raise UserError(f"{bad} is not finite near step {self.run.step}: the run stops before saving it to a checkpoint; "
-                            f"{health.remedy(self.run, self.run.step, self.run.step)}")
-
-
+            raise UserError(
+                f"{bad} is not finite near step {self.run.step}: the run stops before saving it to a checkpoint; "
+                f"{health.remedy(self.run, self.run.step, self.run.step)}"
+            )

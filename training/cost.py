@@ -34,8 +34,13 @@ from training.account import Cost, Part, report
 from training.setup import Setup
 
 
-def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: LatentSet | None = None,
-             load: Callable[[str], Any] = Checkpoint.open, memory: bool = True) -> Cost:
+def estimate(
+    config: TrainConfig,
+    options: dict[str, AlignOptions],
+    data: LatentSet | None = None,
+    load: Callable[[str], Any] = Checkpoint.open,
+    memory: bool = True,
+) -> Cost:
     """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here.
 
     `data` and `load` stand in for a data set and for teachers that are not there yet: only their shapes are asked for.
@@ -65,9 +70,19 @@ def estimate(config: TrainConfig, options: dict[str, AlignOptions], data: Latent
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
     kept, casts, recomputed = probe.memory(alignments) if memory else (math.nan, math.nan, 0.0)
     world = launch.world_size()
-    return Cost(parts, config.max_train_steps, epoch_steps, config.batch_size,
-                config.batch_size // world // config.gradient_accumulation_steps, config.gradient_accumulation_steps, kept, casts,
-                recomputed, dtype, held(setup, alignments) if memory else {})
+    return Cost(
+        parts,
+        config.max_train_steps,
+        epoch_steps,
+        config.batch_size,
+        config.batch_size // world // config.gradient_accumulation_steps,
+        config.gradient_accumulation_steps,
+        kept,
+        casts,
+        recomputed,
+        dtype,
+        held(setup, alignments) if memory else {},
+    )
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
@@ -75,18 +90,27 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
     cost = estimate(config, options)
     if os.environ.get("RANK", "0") != "0":
         return
-    cached = [f"{name}: its encoder runs over the set once before the first step, and keeps the tokens of every image in memory: "
-              f"neither is counted" for name, chosen in options.items() if getattr(chosen, "cache", False)]
+    cached = [
+        f"{name}: its encoder runs over the set once before the first step, and keeps the tokens of every image in memory: "
+        f"neither is counted"
+        for name, chosen in options.items()
+        if getattr(chosen, "cache", False)
+    ]
     known = reported(config.model, options) if config.preset in (None, "paper") else []
     print(report(cost, config.images_per_second), *cached, *known, sep="\n")
 
 
 def reported(model: str, names: Iterable[str]) -> list[str]:
     """What the authors of these alignments report for this model under their own settings, one line each."""
-    results = {name: published.first(method=name, variant="", model=model, resolution=256, guidance="none", samples=50_000)
-               for name in list(names) or ["none"]}
-    return [f"published with {name}: FID {result.metrics['fid']:.2f} after {result.epochs} epochs ({result.protocol()})"
-            for name, result in results.items() if result]
+    results = {
+        name: published.first(method=name, variant="", model=model, resolution=256, guidance="none", samples=50_000)
+        for name in list(names) or ["none"]
+    }
+    return [
+        f"published with {name}: FID {result.metrics['fid']:.2f} after {result.epochs} epochs ({result.protocol()})"
+        for name, result in results.items()
+        if result
+    ]
 
 
 class Alive(TorchDispatchMode):
@@ -98,7 +122,9 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}  # what a view would be of
+        given = {
+            value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)
+        }  # what a view would be of
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in given:
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
@@ -133,7 +159,10 @@ class _Probe:
 
         learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
         recompute(self.network, mode)
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
+        ):
             batch = self._batch(alignments, count)
             with Alive() as alive:
                 losses = learner(batch)
@@ -161,8 +190,10 @@ class _Probe:
         x, t, labels = torch.zeros(count, *self.latent), torch.zeros(count), torch.zeros(count, dtype=torch.long)
         wanted = {column for alignment in alignments.values() for column in alignment.columns}
         columns = {"image": torch.zeros(count, *self.image, dtype=torch.uint8)} if "image" in wanted else {}
-        draws = {name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), count).items()}
-                 for name, alignment in alignments.items()}
+        draws = {
+            name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), count).items()}
+            for name, alignment in alignments.items()
+        }
         return Batch(x, x.clone(), t, labels, labels, columns, draws)
 
 
@@ -171,15 +202,20 @@ def attention_on_cpu() -> dict[Any, Callable[..., int]]:
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
-    return {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-            aten._scaled_dot_product_flash_attention_for_cpu_backward:
-                lambda out, q, k, v, *_, **__: sdpa_backward_flop_count(out, q, k, v)}
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(out, q, k, v)
+        ),
+    }
 
 
 def hollow(spec: models.ModelSpec, depth: int | None = None) -> Backbone:
     """A network (or its first `depth` blocks) whose parameters are never touched, so that they take no memory."""
     network = models.outline(spec, depth=depth)
-    network.load_state_dict({name: torch.empty(value.shape) for name, value in network.state_dict().items()}, assign=True)
+    network.load_state_dict(
+        {name: torch.empty(value.shape) for name, value in network.state_dict().items()}, assign=True
+    )
     return network
 
 
@@ -194,14 +230,19 @@ def held(setup: Setup, alignments: Mapping[str, Alignment]) -> dict[str, int]:
     buffers = [buffer for module in (network, *heads.values()) for buffer in module.buffers()]
     optimizer = optimizers.build(setup.config, network, heads, fused=False)
     members = [(group["name"], parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    alike = {(name, parameter.shape): parameter for name, parameter in members}  # one step of these shows the state of all
+    alike = {
+        (name, parameter.shape): parameter for name, parameter in members
+    }  # one step of these shows the state of all
     for parameter in alike.values():
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     states = [optimizer.state[alike[name, parameter.shape]].values() for name, parameter in members]
     averages = [average.network for average in ema.averages(setup.config, network, heads).values()]
-    return {"parameters and gradients": _bytes(trained) * 2 + _bytes(buffers), "optimizer": sum(map(_bytes, states)),
-            "EMA": sum(_bytes(average.parameters()) + _bytes(average.buffers()) for average in averages)}
+    return {
+        "parameters and gradients": _bytes(trained) * 2 + _bytes(buffers),
+        "optimizer": sum(map(_bytes, states)),
+        "EMA": sum(_bytes(average.parameters()) + _bytes(average.buffers()) for average in averages),
+    }
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

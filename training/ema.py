@@ -81,4 +81,5 @@ def averages(config: TrainConfig, network: Backbone, alignments: Mapping[str, Al
     decays |= {stored_name(length): Power(length) for length in config.ema_lengths}
     heads = {name: alignment.head for name, alignment in alignments.items() if alignment.velocity_head is not None}
     return {name: EMA(network, decay) for name, decay in decays.items()} | {
-        f"{name}-head-{of}": EMA(head, decay) for name, head in heads.items() for of, decay in decays.items()}
+        f"{name}-head-{of}": EMA(head, decay) for name, head in heads.items() for of, decay in decays.items()
+    }

@@ -37,12 +37,20 @@ def require_healthy(run: Run, meter: Meter, last: bool) -> None:
     items = {step: dataset.order(run.config.seed, step - 1, run.config.batch_size, len(run.data)) for step in steps}
     culprits = _not_finite(run, items[first])
     if run.accelerator.is_main_process:
-        files.write_json(run.folder / FILE, {"steps": [first, final], "items": {step: index.tolist() for step, index in items.items()}})
+        files.write_json(
+            run.folder / FILE,
+            {"steps": [first, final], "items": {step: index.tolist() for step, index in items.items()}},
+        )
     some = ", ".join(map(str, items[first][:SHOWN])) + (", ..." if len(items[first]) > SHOWN else "")
-    because = f"{run.data.name(culprits[0])} of {run.data.path} is not finite itself (run preprocessing.verify)" if culprits else \
-        f"no latent of step {first} (items {some}) is itself at fault; the items of the steps are in {run.folder / FILE}"
-    raise UserError(f"the gradient of steps {first} to {final} is not finite, so they were skipped: {because}; "
-                    f"{remedy(run, first, final)}")
+    because = (
+        f"{run.data.name(culprits[0])} of {run.data.path} is not finite itself (run preprocessing.verify)"
+        if culprits
+        else f"no latent of step {first} (items {some}) is itself at fault; the items of the steps are in {run.folder / FILE}"
+    )
+    raise UserError(
+        f"the gradient of steps {first} to {final} is not finite, so they were skipped: {because}; "
+        f"{remedy(run, first, final)}"
+    )
 
 
 def remedy(run: Run, first: int, final: int) -> str:
@@ -55,11 +63,17 @@ def remedy(run: Run, first: int, final: int) -> str:
     done, skipped = (int(newest.name) if newest else 0), run.config.skip_steps
     if skipped is not None and done < skipped[1]:  # those are still to come as well
         first, final = min(first, skipped[0]), max(final, skipped[1])
-    start = f"goes back to {run.folder}@{done}, the last good checkpoint," if newest else "begins anew, as there is no checkpoint yet,"
+    start = (
+        f"goes back to {run.folder}@{done}, the last good checkpoint,"
+        if newest
+        else "begins anew, as there is no checkpoint yet,"
+    )
     precise = "with --mixed-precision no, or " if run.dtype is not None else ""
     norm = "" if run.config.qk_norm else "--qk-norm or "
-    return (f"the same command {start} {precise}with --skip-steps {first} {final} past these steps; where the run has diverged, begin "
-            f"another --exp-name with {norm}a lower --learning-rate")
+    return (
+        f"the same command {start} {precise}with --skip-steps {first} {final} past these steps; where the run has diverged, begin "
+        f"another --exp-name with {norm}a lower --learning-rate"
+    )
 
 
 def _not_finite(run: Run, index: np.ndarray) -> list[int]:

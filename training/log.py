@@ -36,7 +36,9 @@ class Meter:
         self._quarters = torch.zeros_like(self._quarters_now)
         # steps taken, steps skipped; skipped in a row: until now, at most; steps since that was so
         self._counts = torch.zeros(5, device=accelerator.device)
-        self._carried = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device)  # over a report: the row that goes on
+        self._carried = torch.tensor(
+            [0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device
+        )  # over a report: the row that goes on
         self.ratios: dict[str, Tensor] = {}
         """Gradient-norm ratio of each alignment, where it has been measured since the last report (`training.balance`)."""
         self._steps = 0
@@ -71,7 +73,9 @@ class Meter:
         _, _, streak, longest, ago = self._counts
         streak = (streak + 1) * (1 - good)
         ago = (ago + 1).where(taken | (streak < longest), 0)
-        self._counts = torch.stack([self._counts[0] + good, self._counts[1] + 1 - good, streak, longest.maximum(streak), ago])
+        self._counts = torch.stack(
+            [self._counts[0] + good, self._counts[1] + 1 - good, streak, longest.maximum(streak), ago]
+        )
 
     def report(self, batch_size: int) -> dict[str, float]:
         """Means since the last report over all processes; the only place where the host waits for the device."""
@@ -88,7 +92,9 @@ class Meter:
             if count:
                 values[f"loss/{name}"] = total / count
         measured = {f"{balance.PREFIX}{name}": ratio.item() for name, ratio in self.ratios.items()}
-        values |= {name: ratio for name, ratio in measured.items() if math.isfinite(ratio)}  # at initialisation it divides by 0
+        values |= {
+            name: ratio for name, ratio in measured.items() if math.isfinite(ratio)
+        }  # at initialisation it divides by 0
         self.ratios = {}
         if skipped:
             values["skipped_steps"] = round(skipped)
@@ -109,14 +115,24 @@ class RunLog:
     On resume the lines of steps that are run again are dropped, so that every step has one line.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, start: int, total: int, settings: dict[str, Any],
-                 tracker: str, introduction: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        start: int,
+        total: int,
+        settings: dict[str, Any],
+        tracker: str,
+        introduction: Sequence[str] = (),
+    ) -> None:
         self.path = folder / "log.jsonl"
         self._accelerator = accelerator
         self._tracker = Tracker(accelerator, tracker, folder, start, settings)
         if accelerator.is_main_process:
             print(*introduction, sep="\n", flush=True)
-        self._bar = progress.bar(total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process)
+        self._bar = progress.bar(
+            total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process
+        )
         if accelerator.is_main_process:
             kept = [line for line in read(self.path) if line["step"] <= start]
             with files.replacing(self.path) as temporary:
@@ -134,8 +150,14 @@ class RunLog:
         line = {"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
         with files.writing(self.path), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
-        self._bar.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in values.items()
-                               if name.startswith("loss/") and " " not in name}, refresh=False)
+        self._bar.set_postfix(
+            {
+                name.removeprefix("loss/"): f"{value:.4g}"
+                for name, value in values.items()
+                if name.startswith("loss/") and " " not in name
+            },
+            refresh=False,
+        )
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show the picture in the file `path` to the tracker."""

@@ -25,8 +25,14 @@ from training.muon import Muon
 from training.run import Run
 
 
-def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], optimizer: torch.optim.Optimizer | Muon,
-           max_grad_norm: float, meter: Meter | None = None) -> Tensor:
+def update(
+    learner: nn.Module,
+    micros: list[Batch],
+    weights: dict[str, float],
+    optimizer: torch.optim.Optimizer | Muon,
+    max_grad_norm: float,
+    meter: Meter | None = None,
+) -> Tensor:
     """One optimiser step: L = L_diff + sum over alignments of weight x loss, averaged over the micro-batches.
 
     Returns the gradient norm before clipping. Where it is not finite, the step is not taken, by any process: they share the
@@ -36,7 +42,9 @@ def update(learner: nn.Module, micros: list[Batch], weights: dict[str, float], o
         last = number == len(micros)
         with nullcontext() if last or not hasattr(learner, "no_sync") else learner.no_sync():
             losses = learner(batch)
-            total = losses["diffusion"].mean() + sum(weights[name] * losses[name] for name in losses if name != "diffusion")
+            total = losses["diffusion"].mean() + sum(
+                weights[name] * losses[name] for name in losses if name != "diffusion"
+            )
             (total / len(micros)).backward()
         if meter is not None:
             meter.add(losses, batch.t, len(micros))
@@ -76,8 +84,15 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
     if run.accelerator.is_main_process:
         (run.folder / ENDED_EARLY).unlink(missing_ok=True)
         files.write_json(run.folder / "run.json", {"train": as_dict(config), "align": run.resolved})
-    log = RunLog(run.folder, run.accelerator, run.step, config.max_train_steps, run.settings(), config.report_to,
-                 run.introduction())
+    log = RunLog(
+        run.folder,
+        run.accelerator,
+        run.step,
+        config.max_train_steps,
+        run.settings(),
+        config.report_to,
+        run.introduction(),
+    )
     try:
         if run.step < config.max_train_steps:
             preflight.check(run, callbacks)

@@ -42,8 +42,13 @@ class Muon:
                 self.parts |= {part: f"{name}[{number}]" for number, part in enumerate(parts)}
             matrices += parts
         self._adamw = adamw
-        self._muon = torch.optim.Muon([{"name": GROUP, "params": matrices}], lr=lr, weight_decay=weight_decay, momentum=MOMENTUM,
-                                      adjust_lr_fn="match_rms_adamw")
+        self._muon = torch.optim.Muon(
+            [{"name": GROUP, "params": matrices}],
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
         self.param_groups = [*adamw.param_groups, *self._muon.param_groups]
         self.state = self._muon.state = adamw.state
 
@@ -54,12 +59,17 @@ class Muon:
             if weight.grad is not None:
                 for part, gradient in zip(parts, weight.grad.chunk(len(parts)), strict=True):
                     part.grad = gradient
-        self._adamw.param_groups = [group for group in self.param_groups if group["name"] != GROUP]  # those of ended heads are gone
+        self._adamw.param_groups = [
+            group for group in self.param_groups if group["name"] != GROUP
+        ]  # those of ended heads are gone
         before = []
         if self.found_inf is not None:  # AdamW's fused kernel looks at it itself
             self._adamw.found_inf = self.found_inf
-            before = [(value, value.clone()) for part in self._muon.param_groups[0]["params"] for value in
-                      (part, self.state[part].setdefault("momentum_buffer", torch.zeros_like(part)))]
+            before = [
+                (value, value.clone())
+                for part in self._muon.param_groups[0]["params"]
+                for value in (part, self.state[part].setdefault("momentum_buffer", torch.zeros_like(part)))
+            ]
         self._adamw.step()
         self._muon.step()
         for value, earlier in before:
@@ -69,5 +79,8 @@ class Muon:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
-        for parameter in [*(p for group in self.param_groups for p in group["params"]), *(weight for weight, _ in self._split)]:
+        for parameter in [
+            *(p for group in self.param_groups for p in group["params"]),
+            *(weight for weight, _ in self._split),
+        ]:
             parameter.grad = None

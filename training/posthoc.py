@@ -51,11 +51,17 @@ class Options:
         require_lengths("--lengths", self.lengths)
 
 
-def inner_products(steps: np.ndarray, exponents: np.ndarray, other_steps: np.ndarray, other_exponents: np.ndarray) -> np.ndarray:
+def inner_products(
+    steps: np.ndarray, exponents: np.ndarray, other_steps: np.ndarray, other_exponents: np.ndarray
+) -> np.ndarray:
     """Integrals over time of the products of two profiles, given by their last steps and exponents (eq. 151); broadcasts."""
     early = np.where(steps < other_steps, other_exponents, -exponents)
-    return (exponents + 1) * (other_exponents + 1) * (steps / other_steps)**early / (
-        (exponents + other_exponents + 1) * np.maximum(steps, other_steps))
+    return (
+        (exponents + 1)
+        * (other_exponents + 1)
+        * (steps / other_steps) ** early
+        / ((exponents + other_exponents + 1) * np.maximum(steps, other_steps))
+    )
 
 
 def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) -> tuple[np.ndarray, float]:
@@ -85,12 +91,21 @@ def snapshots(run: Path | str) -> list[Checkpoint]:
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the command; returns the checkpoints written."""
-    options = read(Options, sys.argv[1:] if argv is None else argv, prog="python -m training.posthoc", description=__doc__, first="run")
+    options = read(
+        Options,
+        sys.argv[1:] if argv is None else argv,
+        prog="python -m training.posthoc",
+        description=__doc__,
+        first="run",
+    )
     kept = snapshots(options.run)
     require(bool(kept), f"{options.run} keeps no averages to make others of: train with --ema-lengths 0.05 0.1")
     step = kept[-1].step if options.step is None else options.step
     known = [one.step for one in kept]
-    require(step in known, f"--step {step}: {options.run} keeps no averages of that step; choose one of {', '.join(map(str, known))}")
+    require(
+        step in known,
+        f"--step {step}: {options.run} keeps no averages of that step; choose one of {', '.join(map(str, known))}",
+    )
     kept = [earlier for earlier in kept if earlier.step <= step]
     out = Path(options.out or Path(options.run) / "posthoc")
     return [write(out / f"{step:07d}-{length:g}", kept, length) for length in options.lengths]
@@ -102,7 +117,9 @@ def write(path: Path, kept: Sequence[Checkpoint], length: float) -> Path:
     stored = [(one, of) for one in kept for of in one.config["train"]["ema_lengths"]]
     shares, distance = coefficients([(one.step, of) for one, of in stored], last.step, length)
     suffix = stored_name(stored[-1][1])
-    whose = [name.removesuffix(f"{suffix}.safetensors") for name in last.files if name.endswith(f"{suffix}.safetensors")]
+    whose = [
+        name.removesuffix(f"{suffix}.safetensors") for name in last.files if name.endswith(f"{suffix}.safetensors")
+    ]
     whose = [name for name in whose if all(f"{name}{stored_name(of)}.safetensors" in one.files for one, of in stored)]
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in whose}
     with progress.bar(total=len(stored), desc=f"length {length:g}") as bar:
@@ -111,15 +128,30 @@ def write(path: Path, kept: Sequence[Checkpoint], length: float) -> Path:
                 for key, value in one.tensors(f"{name}{stored_name(of)}").items():
                     total[key] = share * value if key not in total else total[key].add_(value, alpha=share)
             bar.update()
-    about: dict[str, Any] = {key: last.config[key] for key in ("data", "train", "align", "resolved", "velocity_heads", "precision")
-                             if key in last.config}
-    checkpoint.write(path, spec=last.spec, space=last.space, step=last.step, network={}, ema=sums.pop(""),
-                     averages={f"{name}ema": total for name, total in sums.items()},
-                     **about, posthoc={"length": length, "distance": distance, "snapshots": len(kept)})
-    print(f"written: {path}, the average of length {length:g} after step {last.step}; its profile is off by {distance:.2%}")
+    about: dict[str, Any] = {
+        key: last.config[key]
+        for key in ("data", "train", "align", "resolved", "velocity_heads", "precision")
+        if key in last.config
+    }
+    checkpoint.write(
+        path,
+        spec=last.spec,
+        space=last.space,
+        step=last.step,
+        network={},
+        ema=sums.pop(""),
+        averages={f"{name}ema": total for name, total in sums.items()},
+        **about,
+        posthoc={"length": length, "distance": distance, "snapshots": len(kept)},
+    )
+    print(
+        f"written: {path}, the average of length {length:g} after step {last.step}; its profile is off by {distance:.2%}"
+    )
     if distance > NEAR:
-        note(f"{len(kept)} snapshots do not hold an average of length {length:g}: train with a smaller --ema-snapshot-steps, or ask for a "
-             f"length nearer to {' and '.join(map(str, last.config['train']['ema_lengths']))}")
+        note(
+            f"{len(kept)} snapshots do not hold an average of length {length:g}: train with a smaller --ema-snapshot-steps, or ask for a "
+            f"length nearer to {' and '.join(map(str, last.config['train']['ema_lengths']))}"
+        )
     return path
 
 

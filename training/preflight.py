@@ -31,7 +31,10 @@ def check(run: Run, callbacks: Sequence[Callback]) -> None:
 
 def checkpoint_bytes(run: Run) -> int:
     """Bytes of one checkpoint: network and heads with AdamW's two moments, and the averages, all in float32."""
-    return 4 * (3 * _count(run.network, *run.alignments.values()) + _count(*(average.network for average in run.averages.values())))
+    return 4 * (
+        3 * _count(run.network, *run.alignments.values())
+        + _count(*(average.network for average in run.averages.values()))
+    )
 
 
 def snapshot_bytes(run: Run) -> int:
@@ -52,11 +55,15 @@ def _disk(run: Run) -> None:
     free = shutil.disk_usage(_existing(run.folder)).free
     kept = snapshot_bytes(run) * sum(map(config.keeps_averages_at, range(run.step + 1, last + 1)))
     shown = f"{size / 2**30:.2f} GiB each, {free / 2**30:.1f} GiB are free"
-    require(free > 1.05 * size or not to_come,
-            f"{run.folder} has no room for a checkpoint ({shown}); free some space or choose another --output-dir")
+    require(
+        free > 1.05 * size or not to_come,
+        f"{run.folder} has no room for a checkpoint ({shown}); free some space or choose another --output-dir",
+    )
     if free < 1.05 * (size * (to_come + passing) + kept):
-        note(f"{to_come} checkpoints are to come at --checkpointing-steps {every}, and {passing} more by the clock, {shown}: they do not "
-             f"all fit" + (f", with {kept / 2**30:.1f} GiB of --ema-lengths" if kept else ""))
+        note(
+            f"{to_come} checkpoints are to come at --checkpointing-steps {every}, and {passing} more by the clock, {shown}: they do not "
+            f"all fit" + (f", with {kept / 2**30:.1f} GiB of --ema-lengths" if kept else "")
+        )
 
 
 def _existing(folder: Path) -> Path:
@@ -71,7 +78,9 @@ def _written_is_read(folder: Path) -> None:
     try:
         same = torch.equal(files.load_tensors(file)["tensor"], tensor)
     except UserError as error:
-        raise UserError(f"{folder} does not keep what is written there ({error}); choose another --output-dir") from error
+        raise UserError(
+            f"{folder} does not keep what is written there ({error}); choose another --output-dir"
+        ) from error
     finally:
         file.unlink(missing_ok=True)
     require(same, f"{folder} does not keep what is written there; choose another --output-dir")

@@ -51,12 +51,19 @@ def _newest(folder: Path, tidy: bool) -> Path | None:
     for damaged, fault in faults.items():
         require(newest is not None, f"no checkpoint of {folder} is intact; the newest: {fault}; use another --exp-name")
         aside = damaged.with_name(f"{damaged.name}.damaged")
-        note(f"{fault}: continuing from {newest.name}, the newest whole one" + (f"; {damaged.name} is now {aside.name}" if tidy else ""))
+        note(
+            f"{fault}: continuing from {newest.name}, the newest whole one"
+            + (f"; {damaged.name} is now {aside.name}" if tidy else "")
+        )
         if tidy:
             with files.writing(aside):
                 damaged.rename(aside if not aside.exists() else damaged.with_name(f"{aside.name}-{time.time_ns()}"))
     if tidy:
-        left = [name for part in (folder, folder / "checkpoints", folder / "averages") for name in files.remove_leftovers(part)]
+        left = [
+            name
+            for part in (folder, folder / "checkpoints", folder / "averages")
+            for name in files.remove_leftovers(part)
+        ]
         if left:
             note(f"removed what a killed save left in {folder}: {', '.join(left)}")
     return newest
@@ -80,25 +87,40 @@ def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: st
     where, config = f"{folder} cannot be continued", setup.config
     _require_same_base(where, earlier, setup, precision, changeable=config.mixed_precision is not None)
     for key, then, now in changes(config, earlier.config["train"]):
-        raise UserError(f"{where}: its {key.replace('_', '-')} is {then}, not {now}; use the same options, or another --exp-name")
+        raise UserError(
+            f"{where}: its {key.replace('_', '-')} is {then}, not {now}; use the same options, or another --exp-name"
+        )
     saved = earlier.config["align"]
-    require(saved.keys() == setup.options.keys(), f"{where}: its alignments are {list(saved)}, not {list(setup.options)}; "
-                                                  f"use another --exp-name")
+    require(
+        saved.keys() == setup.options.keys(),
+        f"{where}: its alignments are {list(saved)}, not {list(setup.options)}; use another --exp-name",
+    )
     for name, options in setup.options.items():
         for key, then, now in changes(options, saved[name]):
-            raise UserError(f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; use the same options, or another "
-                            f"--exp-name")
+            raise UserError(
+                f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; use the same options, or another "
+                f"--exp-name"
+            )
 
 
 def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision: str, changeable: bool = False) -> None:
     """Network and data set of `earlier` are those of `setup`; so is the precision, unless it may be changed, which is said."""
     spec = dataclasses.replace(setup.spec, position_span=earlier.spec.position_span)  # that came with the weights
-    require(earlier.spec == spec, f"{where}: its network is {differences(earlier.spec.to_json(), spec.to_json())}; "
-                                  f"use its --model, or another --exp-name")
-    require(earlier.config["data"]["digest"] == setup.data.digest, f"{where}: {setup.config.data_dir} is another latent set "
-                                                                   f"than the one it was trained on; use another --exp-name")
+    require(
+        earlier.spec == spec,
+        f"{where}: its network is {differences(earlier.spec.to_json(), spec.to_json())}; "
+        f"use its --model, or another --exp-name",
+    )
+    require(
+        earlier.config["data"]["digest"] == setup.data.digest,
+        f"{where}: {setup.config.data_dir} is another latent set "
+        f"than the one it was trained on; use another --exp-name",
+    )
     before = earlier.config["precision"]
-    require(before == precision or changeable, f"{where}: it was trained in {before}, not {precision}; say {launch.PRECISIONS.get(before)}")
+    require(
+        before == precision or changeable,
+        f"{where}: it was trained in {before}, not {precision}; say {launch.PRECISIONS.get(before)}",
+    )
     if before != precision:
         note(f"{earlier.path} was trained in {before}; from step {earlier.step} on this run goes on in {precision}")
 
@@ -106,7 +128,9 @@ def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision:
 def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(name, saved value, value now) of each option that differs and may not; an option that is younger than `saved` had its default."""
     defaults = {option.field.name: option.field.default for option in options_of(type(options))}
-    free = FREE_ON_RESUME - (set() if getattr(options, "lr_scheduler", "constant") == "constant" else {"max_train_steps"})
+    free = FREE_ON_RESUME - (
+        set() if getattr(options, "lr_scheduler", "constant") == "constant" else {"max_train_steps"}
+    )
     for key, value in json.loads(json.dumps(as_dict(options, whole=True))).items():
         then = saved[key] if key in saved else json.loads(json.dumps(defaults.get(key, value), default=list))
         if key not in free and then != value:  # (a cosine of the rate ends at --max-train-steps)
@@ -125,24 +149,37 @@ def branch(setup: Setup, precision: str) -> Checkpoint:
     _require_same_base(where, trunk, setup, precision)
     for key, then, now in changes(setup.config, trunk.config["train"]):
         if key not in ("align", "preset", "branch_from"):
-            raise UserError(f"{where}: its {key.replace('_', '-')} is {then}, not {now}; a branch may change options of its alignments "
-                            f"alone")
+            raise UserError(
+                f"{where}: its {key.replace('_', '-')} is {then}, not {now}; a branch may change options of its alignments "
+                f"alone"
+            )
     saved, heads = trunk.config["align"], set(trunk.tensors("heads")) if "heads.safetensors" in trunk.files else set()
-    require(saved.keys() == setup.options.keys(),
-            f"{where}: its alignments are {list(saved) or ['none']}, not {list(setup.options) or ['none']}; to end one here, "
-            f"give --align-stop-steps {trunk.step}")
+    require(
+        saved.keys() == setup.options.keys(),
+        f"{where}: its alignments are {list(saved) or ['none']}, not {list(setup.options) or ['none']}; to end one here, "
+        f"give --align-stop-steps {trunk.step}",
+    )
     for name, options in setup.options.items():
         for key, then, now in changes(options, saved[name]):
-            require(key in TIMED, f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
-                                  f"{', '.join(TIMED)}")
-        before = build(type(options), {key: value for key, value in saved[name].items() if key in as_dict(options, whole=True)})
+            require(
+                key in TIMED,
+                f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
+                f"{', '.join(TIMED)}",
+            )
+        before = build(
+            type(options), {key: value for key, value in saved[name].items() if key in as_dict(options, whole=True)}
+        )
         if (step := _first_difference(before, options, trunk.step, setup.epoch_steps)) is not None:
-            raise UserError(f"{where}: the weight of {name} at step {step} was {before.weight_at(step, setup.epoch_steps):g}, not "
-                            f"{options.weight_at(step, setup.epoch_steps):g}: branch before that step, or keep the weights up to it")
+            raise UserError(
+                f"{where}: the weight of {name} at step {step} was {before.weight_at(step, setup.epoch_steps):g}, not "
+                f"{options.weight_at(step, setup.epoch_steps):g}: branch before that step, or keep the weights up to it"
+            )
         has_head = any(key.startswith(f"{name}.") for key in heads)
         stopped = trunk.config["resolved"][name]["stop"]
-        require(name not in setup.alive(trunk.step) or has_head or stopped is None or trunk.step < stopped,
-                f"{where}: {name} had ended by step {trunk.step} and its head is gone; branch from an earlier step")
+        require(
+            name not in setup.alive(trunk.step) or has_head or stopped is None or trunk.step < stopped,
+            f"{where}: {name} had ended by step {trunk.step} and its head is gone; branch from an earlier step",
+        )
     return trunk
 
 
@@ -152,7 +189,10 @@ TIMED = ("weight", "schedule", "stop_steps", "stop_epochs")
 
 def _first_difference(before: AlignOptions, after: AlignOptions, steps: int, epoch_steps: int) -> int | None:
     """The first of `steps` steps at which two sets of options weigh differently, None where there is none."""
-    return next((step for step in range(steps) if before.weight_at(step, epoch_steps) != after.weight_at(step, epoch_steps)), None)
+    return next(
+        (step for step in range(steps) if before.weight_at(step, epoch_steps) != after.weight_at(step, epoch_steps)),
+        None,
+    )
 
 
 def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, list[str]]:
@@ -164,17 +204,24 @@ def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, 
         return models.build(setup.spec, seed=config.seed), []
     source = Checkpoint.open(config.init_ckpt)
     difference = source.space.difference(setup.data.space)
-    require(difference is None, f"--init-ckpt {source.path} was trained on other latents than {config.data_dir} ({difference})")
+    require(
+        difference is None,
+        f"--init-ckpt {source.path} was trained on other latents than {config.data_dir} ({difference})",
+    )
     started, changes = start_from(source, setup.spec, config.seed, config.init_weights)
     names = source.config.get("data", {}).get("class_names")
     if names and names != setup.data.manifest["class_names"] and len(names) == setup.data.num_classes:
         changes += ["its classes have other names, the label table keeps its rows"]
-    said = [f"starts from the {config.init_weights} weights of {source.path} (step {source.step}): {', '.join(changes) or 'as they are'}"]
+    said = [
+        f"starts from the {config.init_weights} weights of {source.path} (step {source.step}): {', '.join(changes) or 'as they are'}"
+    ]
     doubt = source.space.doubt(setup.data.space)
     return started, said + ([f"warning: --init-ckpt {source.path}: {doubt}"] if doubt else [])
 
 
-def start_from(source: Checkpoint, spec: models.ModelSpec, seed: int, weights: str = "ema") -> tuple[models.Backbone, list[str]]:
+def start_from(
+    source: Checkpoint, spec: models.ModelSpec, seed: int, weights: str = "ema"
+) -> tuple[models.Backbone, list[str]]:
     """A network with the weights of `source` (`ema`, `raw`, `ema-DECAY`), and what had to change on the way.
 
     The label table is fresh where the number of classes differs; at another latent size the positions are stretched.
@@ -183,14 +230,21 @@ def start_from(source: Checkpoint, spec: models.ModelSpec, seed: int, weights: s
     resized = source.spec.sized(spec.input_size)
     spec = dataclasses.replace(spec, position_span=resized.position_span)
     same = dataclasses.replace(resized, num_classes=spec.num_classes)
-    require(same == spec, f"--init-ckpt {source.path} does not fit: its network is {differences(same.to_json(), spec.to_json())}")
+    require(
+        same == spec,
+        f"--init-ckpt {source.path} does not fit: its network is {differences(same.to_json(), spec.to_json())}",
+    )
     tensors, changes = source.tensors(weights), []
     if source.spec.num_classes != spec.num_classes:
         table = "y_embedder.embedding_table.weight"
         tensors[table] = models.build(spec, seed=seed).state_dict()[table]
-        changes += [f"all {spec.num_classes + 1} rows of the label table are fresh (it knew {source.spec.num_classes} classes)"]
+        changes += [
+            f"all {spec.num_classes + 1} rows of the label table are fresh (it knew {source.spec.num_classes} classes)"
+        ]
     if source.spec.input_size != spec.input_size:
-        changes += [f"positions of its {source.spec.side}x{source.spec.side} tokens are stretched over {spec.side}x{spec.side}"]
+        changes += [
+            f"positions of its {source.spec.side}x{source.spec.side} tokens are stretched over {spec.side}x{spec.side}"
+        ]
     return models.build(spec, weights=tensors), changes
 
 
@@ -207,15 +261,22 @@ def teacher_loader(folder: Path, resolved: Mapping[str, Any]) -> Callable[[str],
         if path not in began_with:
             return Checkpoint.open(path)
         teacher = Checkpoint.open(began_with[path]["path"])
-        require(teacher.digest == began_with[path]["digest"],
-                f"{folder} cannot be continued: its teacher {teacher.path} has changed since; use another --exp-name")
+        require(
+            teacher.digest == began_with[path]["digest"],
+            f"{folder} cannot be continued: its teacher {teacher.path} has changed since; use another --exp-name",
+        )
         return teacher
 
     return load
 
 
-def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer,
-            names: Mapping[Tensor, str]) -> None:
+def restore(
+    earlier: Checkpoint,
+    averages: Mapping[str, nn.Module],
+    alignments: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+) -> None:
     """Load the averages by name, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
     missing = [name for name in averages if "-head-" in name and f"{name}.safetensors" not in earlier.files]
     for name, average in averages.items():
@@ -227,10 +288,13 @@ def restore(earlier: Checkpoint, averages: Mapping[str, nn.Module], alignments: 
         lost = min(needed - heads.keys(), default=None)
         require(lost is None, f"{earlier.path} lacks {lost} among its heads; use another checkpoint")
         for name, alignment in alignments.items():
-            alignment.load_state_dict({key.removeprefix(f"{name}."): value for key, value in heads.items()
-                                       if key.startswith(f"{name}.")})
+            alignment.load_state_dict(
+                {key.removeprefix(f"{name}."): value for key, value in heads.items() if key.startswith(f"{name}.")}
+            )
     for name in missing:
-        note(f"{earlier.path} is from before heads had averages: that of {name.split('-head-')[0]} begins at its weights of this step")
+        note(
+            f"{earlier.path} is from before heads had averages: that of {name.split('-head-')[0]} begins at its weights of this step"
+        )
         averages[name].load_state_dict(alignments[name.split("-head-")[0]].head.state_dict())
     earlier.require_intact("optimizer.json")
     living = ("network.", *(f"{name}." for name in alignments))

@@ -43,8 +43,11 @@ class Run:
         self.config = config
         self.began = time.monotonic()
         self.folder = Path(config.output_dir) / config.exp_name
-        self.accelerator = launch.accelerator(config.timeout_minutes, log_with=None if config.report_to == "none" else config.report_to,
-                                              project_dir=str(self.folder))
+        self.accelerator = launch.accelerator(
+            config.timeout_minutes,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=str(self.folder),
+        )
         self.device = self.accelerator.device
         self.dtype = launch.precision(config.mixed_precision, self.device)
         self.tf32, self.tf32_note = launch.tf32(config.tf32, self.dtype, self.device)
@@ -53,32 +56,59 @@ class Run:
         self.setup = Setup.of(config, options, self.device)
         self.data, self.epoch_steps = self.setup.data, self.setup.epoch_steps
         parts = self.accelerator.num_processes * config.gradient_accumulation_steps
-        require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} is not divisible into {parts} parts "
-                                                f"(processes x --gradient-accumulation-steps); choose a multiple")
+        require(
+            config.batch_size % parts == 0,
+            f"--batch-size {config.batch_size} is not divisible into {parts} parts "
+            f"(processes x --gradient-accumulation-steps); choose a multiple",
+        )
         self.presence = self._hold(held) if held is not None else None
-        self.resumed = resume.find(self.folder, self.setup, launch.precision_name(self.dtype, self.tf32), self.accelerator,
-                                   tidy=held is not None)
+        self.resumed = resume.find(
+            self.folder,
+            self.setup,
+            launch.precision_name(self.dtype, self.tf32),
+            self.accelerator,
+            tidy=held is not None,
+        )
         self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
         """Each alignment's options and resolved choices; those of one that has ended are what they were."""
         self.step: int = self.resumed.step if self.resumed else 0
         network, self.origin = resume.network(self.setup, self.resumed)
         self.network, self.spec = network.to(self.device).train(), network.spec
-        setting = Setting(self.spec, self.data.space, config.seed, self.device, self.dtype,
-                          resume.teacher_loader(self.folder, self.resolved), self.data,
-                          micro_batch=config.batch_size // parts)
-        self.alignments = {name: alignment.to(self.device)
-                           for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()}
+        setting = Setting(
+            self.spec,
+            self.data.space,
+            config.seed,
+            self.device,
+            self.dtype,
+            resume.teacher_loader(self.folder, self.resolved),
+            self.data,
+            micro_batch=config.batch_size // parts,
+        )
+        self.alignments = {
+            name: alignment.to(self.device)
+            for name, alignment in self.setup.alignments(self.setup.alive(self.step), setting).items()
+        }
         self.averages = ema.averages(config, self.network, self.alignments)
         self.ema = self.averages["ema"]
-        self.optimizer = optimizers.build(config, self.network, self.alignments,
-                                          fused=self.device.type == "cuda" or self.dtype is not None)
+        self.optimizer = optimizers.build(
+            config, self.network, self.alignments, fused=self.device.type == "cuda" or self.dtype is not None
+        )
         if self.resumed:
-            resume.restore(self.resumed, {name: average.network for name, average in self.averages.items()}, self.alignments,
-                           self.optimizer, self.parameter_names())
+            resume.restore(
+                self.resumed,
+                {name: average.network for name, average in self.averages.items()},
+                self.alignments,
+                self.optimizer,
+                self.parameter_names(),
+            )
         self.compile_note = self._compile()
         self.attention_note = self._choose_attention()
         for name, alignment in self.alignments.items():
-            self.resolved[name] = {**as_dict(self.setup.options[name]), "stop": self.setup.stops[name], **alignment.describe()}
+            self.resolved[name] = {
+                **as_dict(self.setup.options[name]),
+                "stop": self.setup.stops[name],
+                **alignment.describe(),
+            }
 
     def _hold(self, held: ExitStack) -> Presence | None:
         """Take the folder for the processes of this launch; returns their signs of life, where there are several."""
@@ -120,7 +150,9 @@ class Run:
         if compiling:
             wanted, alignments = self.config.compile, self.alignments.values()
             frozen = [network for alignment in alignments for network in alignment.compiled]
-            launch.compile_network(self.network, [head for alignment in alignments for head in alignment.children()], wanted, self.device)
+            launch.compile_network(
+                self.network, [head for alignment in alignments for head in alignment.children()], wanted, self.device
+            )
             for network in [self.ema.network, *frozen]:  # the average compiles at its first call, if there is one
                 launch.compile_network(network, [], wanted, self.device)
         return note
@@ -133,7 +165,12 @@ class Run:
         if self.device.type != "cuda" or self.config.deterministic:
             return "fp32" if self.device.type == "cpu" else "PyTorch's choice"
         images = self.config.batch_size // self.accelerator.num_processes // self.config.gradient_accumulation_steps
-        teachers = [network for alignment in self.alignments.values() for network in alignment.frozen if isinstance(network, Backbone)]
+        teachers = [
+            network
+            for alignment in self.alignments.values()
+            for network in alignment.frozen
+            if isinstance(network, Backbone)
+        ]
         for network in [self.ema.network, *teachers]:
             attention.choose(network, images, self.dtype, backward=False)
         return attention.choose(self.network, images, self.dtype, backward=True)
@@ -145,7 +182,9 @@ class Run:
 
     def batches(self, end: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of the steps from the current one up to `end`."""
-        source = Batches(self.config, self.data, self.device, self.accelerator.process_index, self.accelerator.num_processes)
+        source = Batches(
+            self.config, self.data, self.device, self.accelerator.process_index, self.accelerator.num_processes
+        )
         return source.steps(self.step, end, self.alignments)
 
     def weights(self) -> dict[str, float]:
@@ -181,13 +220,23 @@ class Run:
         """Write the checkpoint of the current step, on the main process; the others wait for it."""
         if self.accelerator.is_main_process:
             checkpoint.write(
-                self.folder / "checkpoints" / f"{self.step:07d}", **self._about(),
-                network=self.network.state_dict(), ema=self.ema.network.state_dict(),
-                averages={name: average.network.state_dict() for name, average in self.averages.items() if average is not self.ema},
-                heads={f"{name}.{key}": value for name, alignment in self.alignments.items()
-                       for key, value in alignment.state_dict().items()},
+                self.folder / "checkpoints" / f"{self.step:07d}",
+                **self._about(),
+                network=self.network.state_dict(),
+                ema=self.ema.network.state_dict(),
+                averages={
+                    name: average.network.state_dict()
+                    for name, average in self.averages.items()
+                    if average is not self.ema
+                },
+                heads={
+                    f"{name}.{key}": value
+                    for name, alignment in self.alignments.items()
+                    for key, value in alignment.state_dict().items()
+                },
                 optimizer=optimizers.state_of(self.optimizer, self.parameter_names()),
-                kept=self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps)
+                kept=self.step % self.config.checkpointing_steps == 0 or self.step == self.config.max_train_steps,
+            )
             resume.prune(self.folder, self.config.checkpoints_total_limit, self.config.keep_every)
         self.accelerator.wait_for_everyone()
 
@@ -195,27 +244,54 @@ class Run:
         """Write the averages of --ema-lengths alone, on the main process: what `training.posthoc` makes others of."""
         if self.accelerator.is_main_process:
             checkpoint.write(
-                self.folder / "averages" / f"{self.step:07d}", **self._about(), network={},
-                averages={name: average.network.state_dict() for name, average in self.averages.items()
-                          if isinstance(average.decay, ema.Power)})
+                self.folder / "averages" / f"{self.step:07d}",
+                **self._about(),
+                network={},
+                averages={
+                    name: average.network.state_dict()
+                    for name, average in self.averages.items()
+                    if isinstance(average.decay, ema.Power)
+                },
+            )
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint of the current step says of itself."""
-        data, heads = self.data, {name: as_dict(alignment.velocity_head) for name, alignment in self.alignments.items()
-                                  if alignment.velocity_head is not None}
-        return {"spec": self.spec, "space": data.space, "step": self.step,
-                "data": {"path": str(self.config.data_dir), "digest": data.digest, "count": len(data),
-                         "class_names": data.manifest["class_names"]},
-                "train": as_dict(self.config), "align": {name: as_dict(chosen) for name, chosen in self.setup.options.items()},
-                "resolved": self.resolved, **({"velocity_heads": heads} if heads else {}),
-                "precision": launch.precision_name(self.dtype, self.tf32)}
+        data, heads = (
+            self.data,
+            {
+                name: as_dict(alignment.velocity_head)
+                for name, alignment in self.alignments.items()
+                if alignment.velocity_head is not None
+            },
+        )
+        return {
+            "spec": self.spec,
+            "space": data.space,
+            "step": self.step,
+            "data": {
+                "path": str(self.config.data_dir),
+                "digest": data.digest,
+                "count": len(data),
+                "class_names": data.manifest["class_names"],
+            },
+            "train": as_dict(self.config),
+            "align": {name: as_dict(chosen) for name, chosen in self.setup.options.items()},
+            "resolved": self.resolved,
+            **({"velocity_heads": heads} if heads else {}),
+            "precision": launch.precision_name(self.dtype, self.tf32),
+        }
 
     def settings(self) -> dict[str, Any]:
         """All that the run was told and what it came to, laid flat: for a tracker."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {**as_dict(self.config), "device": device, "processes": self.accelerator.num_processes,
-                "precision": launch.precision_name(self.dtype, self.tf32), "commit": launch.commit(),
-                **{f"{name}/{key}": value for name, choices in self.resolved.items() for key, value in choices.items()}}
+        return {
+            **as_dict(self.config),
+            "device": device,
+            "processes": self.accelerator.num_processes,
+            "precision": launch.precision_name(self.dtype, self.tf32),
+            "commit": launch.commit(),
+            **{f"{name}/{key}": value for name, choices in self.resolved.items() for key, value in choices.items()},
+        }
 
     def introduction(self) -> list[str]:
         """What is about to run: everything that two runs of the same name could differ in."""
@@ -225,27 +301,40 @@ class Run:
             f"{config.model}: {models.parameter_count(self.network) / 1e6:.1f}M parameters, {self.spec.depth} blocks; "
             f"{launch.precision_name(self.dtype, self.tf32)} on {self.device.type}, compile {self.compile_note}, "
             f"attention {self.attention_note}",
-            *(["note: this CPU multiplies bf16 natively: --mixed-precision bf16 is faster here"]
-              if self.device.type == "cpu" and self.dtype is None and launch.native_bf16(self.device) else []),
+            *(
+                ["note: this CPU multiplies bf16 natively: --mixed-precision bf16 is faster here"]
+                if self.device.type == "cpu" and self.dtype is None and launch.native_bf16(self.device)
+                else []
+            ),
             f"data: {len(data)} latents {data.channels}x{data.latent_size}x{data.latent_size} ({data.space.name}), "
             f"{data.num_classes} classes, {self.epoch_steps} steps per epoch",
             f"batch {config.batch_size} = {world} process(es) x {config.gradient_accumulation_steps} micro-batch(es) x {micro}; "
             f"{config.max_train_steps} steps = {config.max_train_steps / self.epoch_steps:.1f} epochs",
-            *self.origin]
+            *self.origin,
+        ]
         for name, choices in self.resolved.items():
-            lines.append(f"alignment {name}: " + ", ".join(f"{key} {value}" for key, value in choices.items() if value is not None))
+            lines.append(
+                f"alignment {name}: "
+                + ", ".join(f"{key} {value}" for key, value in choices.items() if value is not None)
+            )
             authors = published.first(method=name, variant="", model=config.model, guidance="none", samples=50_000)
             if authors and authors.flips not in (None, data.views == 2):
-                lines.append(f"note: the published {name} of {config.model} trained with{'' if authors.flips else 'out'} flips; this "
-                             f"latent set has {'none' if authors.flips else 'them'}")
+                lines.append(
+                    f"note: the published {name} of {config.model} trained with{'' if authors.flips else 'out'} flips; this "
+                    f"latent set has {'none' if authors.flips else 'them'}"
+                )
         lines += [note for alignment in self.alignments.values() for note in alignment.notes()]
         lines += [self.tf32_note] if self.tf32_note else []
         if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
-            lines.append(f"warning: {config.max_train_steps} steps are few for EMA decay {config.ema_decay}; EMA "
-                         f"weights stay near initialisation: add --ema-warmup")
+            lines.append(
+                f"warning: {config.max_train_steps} steps are few for EMA decay {config.ema_decay}; EMA "
+                f"weights stay near initialisation: add --ema-warmup"
+            )
         if (epochs := config.max_train_steps / self.epoch_steps) > MANY_EPOCHS:
-            lines.append(f"warning: {epochs:,.0f} epochs of {len(data):,} items: a network learns so few by heart; give --batch-size 32 "
-                         f"--max-train-steps {1000 * max(1, len(data) // 32)} or fewer (docs/data.md)")
+            lines.append(
+                f"warning: {epochs:,.0f} epochs of {len(data):,} items: a network learns so few by heart; give --batch-size 32 "
+                f"--max-train-steps {1000 * max(1, len(data) // 32)} or fewer (docs/data.md)"
+            )
         if self.step >= config.max_train_steps:
             return [*lines, f"finished: step {self.step} is done; for more give --max-train-steps"]
         return lines + ([f"continuing from step {self.step}"] if self.step else [])

@@ -39,15 +39,32 @@ class Setup:
     """The step after which each alignment is gone, None for never."""
 
     @classmethod
-    def of(cls, config: TrainConfig, options: Mapping[str, AlignOptions], device: torch.device | str = "cpu",
-           data: LatentSet | None = None) -> Setup:
+    def of(
+        cls,
+        config: TrainConfig,
+        options: Mapping[str, AlignOptions],
+        device: torch.device | str = "cpu",
+        data: LatentSet | None = None,
+    ) -> Setup:
         """Open the data set (unless it is given), whose latents may be kept on `device`, and resolve the options."""
         data = data or LatentSet(config.data_dir, resident=config.resident, device=device)
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
-        spec = models.spec(config.model, in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes,
-                           qk_norm=config.qk_norm)
+        spec = models.spec(
+            config.model,
+            in_channels=data.channels,
+            input_size=data.latent_size,
+            num_classes=data.num_classes,
+            qk_norm=config.qk_norm,
+        )
         resolved = {name: find(name).resolve(chosen, spec, config.batch_size) for name, chosen in options.items()}
-        return cls(config, data, spec, resolved, epoch_steps, {name: chosen.stop(epoch_steps) for name, chosen in resolved.items()})
+        return cls(
+            config,
+            data,
+            spec,
+            resolved,
+            epoch_steps,
+            {name: chosen.stop(epoch_steps) for name, chosen in resolved.items()},
+        )
 
     def alive(self, step: int) -> list[str]:
         """The alignments that still act after `step` optimiser steps."""
@@ -57,8 +74,15 @@ class Setup:
         """The alignments called `names`, with their heads and frozen networks."""
         return {name: find(name)(self.options[name], setting) for name in names}
 
-    def learner(self, network: Backbone, alignments: Mapping[str, Alignment], dtype: torch.dtype | None, ema: Backbone) -> Learner:
+    def learner(
+        self, network: Backbone, alignments: Mapping[str, Alignment], dtype: torch.dtype | None, ema: Backbone
+    ) -> Learner:
         """What is differentiated: network and alignments under the run's loss, precision and activation checkpointing."""
         recompute(network, self.config.activation_checkpointing)
-        return Learner(network, alignments, velocity_loss=self.config.velocity_loss, autocast=dtype,
-                       ema=ema if any(alignment.reads_ema for alignment in alignments.values()) else None)
+        return Learner(
+            network,
+            alignments,
+            velocity_loss=self.config.velocity_loss,
+            autocast=dtype,
+            ema=ema if any(alignment.reads_ema for alignment in alignments.values()) else None,
+        )

@@ -24,24 +24,33 @@ PROJECT = "self-transcendence"
 
 def require_installed(kind: str) -> None:
     """Raise UserError where the tracker `kind` is not installed; Accelerate would go on without it."""
-    require(kind == "none" or importlib.util.find_spec(kind) is not None,
-            f"--report-to {kind}: it is not installed: pip install {kind}, or --report-to none")
+    require(
+        kind == "none" or importlib.util.find_spec(kind) is not None,
+        f"--report-to {kind}: it is not installed: pip install {kind}, or --report-to none",
+    )
 
 
 class Tracker:
     """Values and pictures by step; does nothing for the kind `none`. Every process calls it, the main one writes."""
 
-    def __init__(self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]
+    ) -> None:
         self._accelerator, self._kind = accelerator, kind
         if kind == "none":
             return
         project = os.environ.get("WANDB_PROJECT", PROJECT) if kind == "wandb" else kind
         options = _wandb(folder) if kind == "wandb" else {"purge_step": start + 1}
         try:
-            accelerator.init_trackers(project, {name: _plain(value) for name, value in settings.items()},
-                                      {kind: options} if accelerator.is_main_process else {})
+            accelerator.init_trackers(
+                project,
+                {name: _plain(value) for name, value in settings.items()},
+                {kind: options} if accelerator.is_main_process else {},
+            )
         except _failures(kind) as error:
-            raise UserError(f"--report-to {kind}: {error}; log in, set WANDB_MODE=offline, or --report-to none") from error
+            raise UserError(
+                f"--report-to {kind}: {error}; log in, set WANDB_MODE=offline, or --report-to none"
+            ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one step."""

@@ -35,7 +35,11 @@ ALL = sorted(Alignment.registry)
 @pytest.fixture(scope="session")
 def build(teacher: Path, encoder: Path) -> Callable[..., Alignment]:
     """build(name, **options): an alignment on the tiny network."""
-    own = {"guided": {"guiding_ckpt": str(teacher)}, "repa": {"encoder": str(encoder)}, "haste": {"encoder": str(encoder)}}
+    own = {
+        "guided": {"guiding_ckpt": str(teacher)},
+        "repa": {"encoder": str(encoder)},
+        "haste": {"encoder": str(encoder)},
+    }
 
     def make(name: str, **options: Any) -> Alignment:
         kind = find(name)
@@ -56,18 +60,34 @@ def batch(one: Alignment | None = None, count: int = 6, **more: Any) -> Batch:
     images = torch.randint(0, 256, (count, 8, 8, 1), generator=generator, dtype=torch.uint8)
     labels = torch.arange(count) % 10
     draws = {one.name: {k: torch.from_numpy(v) for k, v in one.draw(Stream(0, "x"), count).items()}} if one else {}
-    return Batch(x0, eps, torch.linspace(0.01, 0.95, count), torch.where(labels == 2, 10, labels), labels, {"image": images},
-                 draws, **more)
+    return Batch(
+        x0,
+        eps,
+        torch.linspace(0.01, 0.95, count),
+        torch.where(labels == 2, 10, labels),
+        labels,
+        {"image": images},
+        draws,
+        **more,
+    )
 
 
 def part(whole: Batch, index: slice) -> Batch:
     """Some samples of a batch, as a rank or a micro-batch gets them."""
-    return Batch(whole.x0[index], whole.eps[index], whole.t[index], whole.y[index], whole.labels[index],
-                 {key: value[index] for key, value in whole.columns.items()},
-                 {name: {key: value[index] for key, value in own.items()} for name, own in whole.draws.items()})
+    return Batch(
+        whole.x0[index],
+        whole.eps[index],
+        whole.t[index],
+        whole.y[index],
+        whole.labels[index],
+        {key: value[index] for key, value in whole.columns.items()},
+        {name: {key: value[index] for key, value in own.items()} for name, own in whole.draws.items()},
+    )
 
 
-def context(network: models.Backbone, one: Batch, taps: tuple, name: str = "", ema: models.Backbone | None = None) -> Context:
+def context(
+    network: models.Backbone, one: Batch, taps: tuple, name: str = "", ema: models.Backbone | None = None
+) -> Context:
     xt = interpolant.corrupt(one.x0, one.eps, one.t)
     features = network(xt, one.t, one.y, taps=taps).features
     return Context(one.x0, one.eps, xt, one.t, one.y, one.labels, features, one.columns, one.draws.get(name, {}), ema)
@@ -106,9 +126,13 @@ def test_two_ranks_equal_one_except_where_the_batch_couples(name: str, build: Ca
     one = build(name)
     learner = Learner(perturbed(SPEC), {name: one}, ema=perturbed(SPEC, seed=5))
     whole = batch(one)
-    together, left, right = (gradients(learner, part(whole, index)) for index in (slice(0, 6), slice(0, 3), slice(3, 6)))
-    error = max(((left[key] + right[key]) / 2 - value).abs().max() / value.abs().max().clamp(min=1e-3)
-                for key, value in together.items())
+    together, left, right = (
+        gradients(learner, part(whole, index)) for index in (slice(0, 6), slice(0, 3), slice(3, 6))
+    )
+    error = max(
+        ((left[key] + right[key]) / 2 - value).abs().max() / value.abs().max().clamp(min=1e-3)
+        for key, value in together.items()
+    )
     assert error > 1e-3 if one.coupled else error < 1e-4
 
 
@@ -143,18 +167,29 @@ def test_queries_and_keys_are_those_of_the_block_and_change_nothing() -> None:
         network(x, t, y, taps=[QK(9)])
     for block in network.blocks:
         block.compile(backend="eager", fullgraph=True)
-    torch.testing.assert_close(network(x, t, y, taps=[QK(3)]).features[QK(3)], tapped.features[QK(3)], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        network(x, t, y, taps=[QK(3)]).features[QK(3)], tapped.features[QK(3)], rtol=0, atol=1e-6
+    )
 
 
 # --- published settings -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "field", "expected"), [
-    ("repa", "depth", (4, 8, 8)), ("haste", "depth", (8, 8, 8)), ("haste", "stop_steps", (100_000, 250_000, 250_000)),
-    ("haste", "attention_depths", ((5, 6, 7, 8),) * 3), ("haste", "encoder_depths", ((-4, -3, -2, -1),) * 3),
-    ("dispersive", "depth", (3, 6, 7)), ("layersync", "depth", (4, 8, 8)), ("layersync", "target_depth", (8, 18, 16)),
-    ("sra", "depth", (3, 6, 8)), ("sra", "target_depth", (8, 16, 20)),
-])
+@pytest.mark.parametrize(
+    ("name", "field", "expected"),
+    [
+        ("repa", "depth", (4, 8, 8)),
+        ("haste", "depth", (8, 8, 8)),
+        ("haste", "stop_steps", (100_000, 250_000, 250_000)),
+        ("haste", "attention_depths", ((5, 6, 7, 8),) * 3),
+        ("haste", "encoder_depths", ((-4, -3, -2, -1),) * 3),
+        ("dispersive", "depth", (3, 6, 7)),
+        ("layersync", "depth", (4, 8, 8)),
+        ("layersync", "target_depth", (8, 18, 16)),
+        ("sra", "depth", (3, 6, 8)),
+        ("sra", "target_depth", (8, 16, 20)),
+    ],
+)
 def test_blocks_and_stops_as_published(name: str, field: str, expected: tuple) -> None:
     kind = find(name)
     for size, value in zip(("SiT-B/2", "SiT-L/2", "SiT-XL/2"), expected, strict=True):
@@ -168,7 +203,11 @@ def test_both_settings_of_dispersive_and_weights_as_published() -> None:
     assert [(o.weight, o.temperature, o.depth) for o in found.values()] == [(0.5, 0.5, 3), (0.25, 1.0, 12)]
     assert kind.resolve(kind.Options(), spec) == found["paper"]
     assert {name: find(name).Options().weight for name in ("repa", "haste", "layersync", "sra")} == {
-        "repa": 0.5, "haste": 0.5, "layersync": 0.2, "sra": 0.2}
+        "repa": 0.5,
+        "haste": 0.5,
+        "layersync": 0.2,
+        "sra": 0.2,
+    }
 
 
 def test_blocks_that_contradict_each_other_are_refused() -> None:
@@ -224,16 +263,28 @@ def test_repa_gives_the_authors_numbers() -> None:
 
     weights, _ = parity("repa_sit")
     _, stored = parity("repa_loss")
-    spec = models.ModelSpec(name="custom", architecture="sit", depth=4, hidden_size=48, num_heads=4, patch_size=2, in_channels=4,
-                            input_size=8, num_classes=10)
+    spec = models.ModelSpec(
+        name="custom",
+        architecture="sit",
+        depth=4,
+        hidden_size=48,
+        num_heads=4,
+        patch_size=2,
+        in_channels=4,
+        input_size=8,
+        num_classes=10,
+    )
     names = set(models.parameter_names(spec))
     network = models.build(spec, weights={name: value for name, value in weights.items() if name in names})
     repa = Repa.__new__(Repa)
     torch.nn.Module.__init__(repa)
     repa.taps = (2,)
-    head = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.SiLU(), torch.nn.Linear(32, 32), torch.nn.SiLU(),
-                               torch.nn.Linear(32, 24))
-    head.load_state_dict({k.removeprefix("projectors.0."): v for k, v in weights.items() if k.startswith("projectors.0.")})
+    head = torch.nn.Sequential(
+        torch.nn.Linear(48, 32), torch.nn.SiLU(), torch.nn.Linear(32, 32), torch.nn.SiLU(), torch.nn.Linear(32, 24)
+    )
+    head.load_state_dict(
+        {k.removeprefix("projectors.0."): v for k, v in weights.items() if k.startswith("projectors.0.")}
+    )
     repa.head, repa.external = head, lambda _: type("Encoded", (), {"tokens": stored["encoder_features"]})
     one = Batch(stored["x0"], stored["eps"], stored["t"], stored["y"], stored["y"])
     found = Learner(network, {"repa": repa})(one)
@@ -246,10 +297,15 @@ def test_repa_against_a_loop_over_tokens(build: Callable[..., Alignment]) -> Non
     seen = context(network, batch(repa), repa.taps)
     value = repa(seen)
     for n in range(6):
-        tokens = repa.external.encoder.model.forward_features(seen.columns["image"][n : n + 1].permute(0, 3, 1, 2) / 127.5 - 1)
+        tokens = repa.external.encoder.model.forward_features(
+            seen.columns["image"][n : n + 1].permute(0, 3, 1, 2) / 127.5 - 1
+        )
         total = 0.0
         for i in range(16):
-            a, b = repa.head(seen.features[repa.taps[0]][n, i]).detach(), tokens[0, 1 + i]  # the class token comes first
+            a, b = (
+                repa.head(seen.features[repa.taps[0]][n, i]).detach(),
+                tokens[0, 1 + i],
+            )  # the class token comes first
             total += float(a @ b / (a.norm() * b.norm()))
         assert float(value[n].detach()) == pytest.approx(-total / 16, abs=1e-5)
 
@@ -263,7 +319,9 @@ def test_irepa_against_loops(build: Callable[..., Alignment]) -> None:
     value, feature = irepa(seen).detach(), seen.features[irepa.taps[0]].detach()
     weight, bias = irepa.head.conv.weight.detach(), irepa.head.conv.bias.detach()
     for n in (0, 5):
-        tokens = irepa.external.encoder.model.forward_features(seen.columns["image"][n : n + 1].permute(0, 3, 1, 2) / 127.5 - 1)[0, 1:]
+        tokens = irepa.external.encoder.model.forward_features(
+            seen.columns["image"][n : n + 1].permute(0, 3, 1, 2) / 127.5 - 1
+        )[0, 1:]
         centre, spread = tokens.mean(0), ((tokens - tokens.mean(0)) ** 2).sum(0).div(15).sqrt()
         total = 0.0
         for row in range(4):
@@ -282,8 +340,14 @@ def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) 
 
     network, one = perturbed(SPEC), build("contrastive")
     whole = batch(one)
-    whole = Batch(whole.x0, whole.eps, whole.t, whole.y, torch.tensor([0, 0, 1, 1, 1, 0]), draws={"contrastive": {
-        "choice": torch.tensor([0.0, 0.4, 0.99, 0.5, 0.34, 0.999])}})
+    whole = Batch(
+        whole.x0,
+        whole.eps,
+        whole.t,
+        whole.y,
+        torch.tensor([0, 0, 1, 1, 1, 0]),
+        draws={"contrastive": {"choice": torch.tensor([0.0, 0.4, 0.99, 0.5, 0.34, 0.999])}},
+    )
     pairs = [2, 3, 5, 1, 1, 4]  # the floor(3 u)-th of the three samples of the other class, in order
     velocity = network(interpolant.corrupt(whole.x0, whole.eps, whole.t), whole.t, whole.y).velocity.detach()
     total = sum(float(((velocity[i] - (whole.eps[j] - whole.x0[j])) ** 2).mean()) for i, j in enumerate(pairs))
@@ -309,8 +373,10 @@ def test_haste_attention_against_loops(build: Callable[..., Alignment]) -> None:
         total = 0.0
         for head in range(3):
             for query in range(4):
-                guess, goal = (torch.stack([qk[n, 0, head, query] @ qk[n, 1, head, key] for key in range(4)]) / qk.shape[-1] ** 0.5
-                               for qk in (mine, theirs))
+                guess, goal = (
+                    torch.stack([qk[n, 0, head, query] @ qk[n, 1, head, key] for key in range(4)]) / qk.shape[-1] ** 0.5
+                    for qk in (mine, theirs)
+                )
                 p_s, p_t = guess.exp() / guess.exp().sum(), goal.exp() / goal.exp().sum()
                 total -= float((p_t * p_s.log()).sum())
         assert float(value[n]) == pytest.approx(total / 12, rel=1e-5)
@@ -328,7 +394,9 @@ def test_haste_is_repa_plus_the_mean_over_its_pairs(build: Callable[..., Alignme
     torch.testing.assert_close(haste(seen), features + 0.7 * maps)
 
 
-def test_haste_compares_the_first_heads_where_the_student_has_more(build: Callable[..., Alignment], encoder: Path) -> None:
+def test_haste_compares_the_first_heads_where_the_student_has_more(
+    build: Callable[..., Alignment], encoder: Path
+) -> None:
     haste = build("haste")
     haste.heads, network = 2, perturbed(SPEC)
     seen = context(network, batch(haste), haste.taps)
@@ -343,7 +411,10 @@ def test_dispersive_against_the_whole_matrix_with_its_diagonal(build: Callable[.
         loss, network = build("dispersive", temperature=temperature), perturbed(SPEC)
         seen = context(network, batch(loss), loss.taps)
         z = seen.features[loss.taps[0]].detach().double().flatten(1)
-        matrix = [[math.exp(-float(((z[i] - z[j]) ** 2).sum()) / (16 * 128) / temperature) for j in range(6)] for i in range(6)]
+        matrix = [
+            [math.exp(-float(((z[i] - z[j]) ** 2).sum()) / (16 * 128) / temperature) for j in range(6)]
+            for i in range(6)
+        ]
         assert float(loss(seen).detach()) == pytest.approx(math.log(np.mean(matrix)), abs=1e-5)
         assert all(matrix[i][i] == 1 for i in range(6))
     same = {loss.taps[0]: torch.ones(5, 16, 128, requires_grad=True)}
@@ -363,7 +434,9 @@ def test_layersync_follows_and_is_not_followed(build: Callable[..., Alignment]) 
     value = sync(seen)
     for n in range(6):
         pairs = zip(seen.features[2][n], seen.features[4][n], strict=True)
-        assert float(value[n]) == pytest.approx(-np.mean([float(a @ b / (a.norm() * b.norm())) for a, b in pairs]), abs=1e-5)
+        assert float(value[n]) == pytest.approx(
+            -np.mean([float(a @ b / (a.norm() * b.norm())) for a, b in pairs]), abs=1e-5
+        )
     value.sum().backward()
     assert network.blocks[1].mlp.fc1.weight.grad.any()
     assert all(block.mlp.fc1.weight.grad is None for block in network.blocks[2:])
@@ -424,8 +497,16 @@ def test_the_distances_of_dispersive_and_their_gradient_are_those_of_pdist_witho
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = func(*args, **(kwargs or {}))
-            largest = max([largest, *(value.numel() for value in (result if isinstance(result, tuple) else (result,))
-                                      if isinstance(value, torch.Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(
+                        value.numel()
+                        for value in (result if isinstance(result, tuple) else (result,))
+                        if isinstance(value, torch.Tensor)
+                    ),
+                ]
+            )
             return result
 
     with Largest():

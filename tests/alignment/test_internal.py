@@ -41,8 +41,13 @@ def inner(low: float = 0.0, high: float = 1.0, spec: models.ModelSpec = SPEC) ->
 
 
 def sampler(guide: Inner | None, **settings: object) -> Sampler:
-    return Sampler(perturbed(SPEC, seed=0).requires_grad_(False), PixelCodec(pixels(1)),
-                   SamplingConfig(mode="ode", num_steps=4, **settings), 4, inner=guide)
+    return Sampler(
+        perturbed(SPEC, seed=0).requires_grad_(False),
+        PixelCodec(pixels(1)),
+        SamplingConfig(mode="ode", num_steps=4, **settings),
+        4,
+        inner=guide,
+    )
 
 
 def by_hand(x: torch.Tensor, t: float, labels: torch.Tensor, guide: Inner) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,9 +59,13 @@ def by_hand(x: torch.Tensor, t: float, labels: torch.Tensor, guide: Inner) -> tu
         tokens = block(tokens, c)
         if number == 2:
             shift, scale = guide.head.adaLN_modulation(c).chunk(2, dim=1)
-            middle = guide.head.linear(modulate(torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), shift, scale))
+            middle = guide.head.linear(
+                modulate(torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), shift, scale)
+            )
     ends = network.final_layer(tokens, c), middle
-    return tuple(part.reshape(-1, 4, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 1, 8, 8).detach().double() for part in ends)
+    return tuple(
+        part.reshape(-1, 4, 4, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 1, 8, 8).detach().double() for part in ends
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.4])
@@ -69,9 +78,13 @@ def test_one_euler_step_is_the_formula_with_and_without_cfg(scale: float) -> Non
         found = drawn.latents(range(4), y.numpy())
         with torch.no_grad():
             start = next(drawn._noise(range(4), 1))
-            conditional, unconditional = (middle + scale * (own - middle) for own, middle in
-                                          (by_hand(start, 1.0, labels, guide) for labels in (y, null)))
-        torch.testing.assert_close(found, start - (unconditional + cfg * (conditional - unconditional)), rtol=0, atol=2e-5)
+            conditional, unconditional = (
+                middle + scale * (own - middle)
+                for own, middle in (by_hand(start, 1.0, labels, guide) for labels in (y, null))
+            )
+        torch.testing.assert_close(
+            found, start - (unconditional + cfg * (conditional - unconditional)), rtol=0, atol=2e-5
+        )
 
 
 def test_scale_one_is_no_guidance_bit_for_bit_and_scale_zero_the_shallow_velocity() -> None:
@@ -86,8 +99,15 @@ def test_scale_one_is_no_guidance_bit_for_bit_and_scale_zero_the_shallow_velocit
 def test_it_guides_inside_its_interval_alone() -> None:
     x, y = torch.ones(4, 1, 8, 8).double(), torch.arange(4)
     plain, guided = (sampler(one, internal_scale=2.0 if one else 1.0)._velocity(y) for one in (None, inner(0.3, 0.6)))
-    assert [torch.equal(plain(x, t), guided(x, t)) for t in (0.0, 0.29, 0.3, 0.45, 0.6, 0.61, 1.0)] == \
-        [True, True, False, False, False, True, True]
+    assert [torch.equal(plain(x, t), guided(x, t)) for t in (0.0, 0.29, 0.3, 0.45, 0.6, 0.61, 1.0)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_forward_pass_gives_the_condition_and_the_velocity_away() -> None:
@@ -95,7 +115,9 @@ def test_a_forward_pass_gives_the_condition_and_the_velocity_away() -> None:
     x, t, y = inputs(SPEC)
     output = network(x, t, y, taps=(2, models.CONDITION, models.VELOCITY))
     assert torch.equal(output.features[models.VELOCITY], output.velocity)
-    torch.testing.assert_close(output.features[models.CONDITION], network.t_embedder(t) + network.y_embedder(y), rtol=0, atol=0)
+    torch.testing.assert_close(
+        output.features[models.CONDITION], network.t_embedder(t) + network.y_embedder(y), rtol=0, atol=0
+    )
     assert list(network(x, t, y, taps=(models.CONDITION,), exit_early=True).features) == [models.CONDITION]
 
 
@@ -106,7 +128,9 @@ def test_the_head_is_a_second_final_layer_that_starts_at_zero_and_draws_nothing(
         head = VelocityHead(kind="final-layer", block=1).build(spec, None)
         fresh = network.final_layer.state_dict()
         weights = head.state_dict()
-        assert weights.keys() == fresh.keys() and all(torch.equal(value, fresh[name]) for name, value in weights.items())
+        assert weights.keys() == fresh.keys() and all(
+            torch.equal(value, fresh[name]) for name, value in weights.items()
+        )
         assert all(parameter.requires_grad for parameter in head.parameters())
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -126,8 +150,14 @@ def test_the_loss_reaches_head_condition_and_shallow_blocks_alone(tmp_path: Path
     with torch.no_grad():
         for parameter in alignment.parameters():
             parameter += 0.1
-    one.setup.learner(one.network, one.alignments, None, one.ema.network)(next(iter(one.batches(1)))[0])["internal"].backward()
-    reached = {name for name, parameter in one.network.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    one.setup.learner(one.network, one.alignments, None, one.ema.network)(next(iter(one.batches(1)))[0])[
+        "internal"
+    ].backward()
+    reached = {
+        name
+        for name, parameter in one.network.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
     assert {name.split(".")[1] for name in reached if name.startswith("blocks.")} == {"0", "1"}
     assert {name.split(".")[0] for name in reached} == {"blocks", "x_embedder", "t_embedder", "y_embedder"}
     assert all(parameter.grad is not None for parameter in alignment.head.parameters())
@@ -136,10 +166,14 @@ def test_the_loss_reaches_head_condition_and_shallow_blocks_alone(tmp_path: Path
 def test_the_average_of_the_head_follows_its_definition(run: Path) -> None:
     """After n steps, from w0 and weights w1 .. wn: sum over s of (1 - d_s) w_s times the product of later decays."""
     steps = [Checkpoint.open(f"{run}@{step}") for step in range(1, 5)]
-    trained = [{key.removeprefix("internal.head."): value for key, value in one.tensors("heads").items()} for one in steps]
+    trained = [
+        {key.removeprefix("internal.head."): value for key, value in one.tensors("heads").items()} for one in steps
+    ]
     assert any(value.any() for value in trained[-1].values())
     for of, decay in (("ema", 0.9999), ("ema-0.5", 0.5)):
-        expected = {name: torch.zeros_like(value).double() for name, value in trained[0].items()}  # w0: the head starts at zero
+        expected = {
+            name: torch.zeros_like(value).double() for name, value in trained[0].items()
+        }  # w0: the head starts at zero
         for step, weights in enumerate(trained, start=1):
             d = min(decay, (1 + step) / (10 + step))
             expected = {name: d * value + (1 - d) * weights[name].double() for name, value in expected.items()}
@@ -160,18 +194,36 @@ def test_it_continues_exactly(run: Path, tmp_path: Path, words: Words) -> None:
 
 def test_samples_record_how_they_were_guided(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def draw(name: str, *more: object) -> tuple[np.ndarray, dict]:
-        folder = generate.main(["--ckpt", str(run), "--out", str(tmp_path / name), "--num-fid-samples", "4", "--num-steps", "4",
-                                "--weights", "raw", *map(str, more)])
+        folder = generate.main(
+            [
+                "--ckpt",
+                str(run),
+                "--out",
+                str(tmp_path / name),
+                "--num-fid-samples",
+                "4",
+                "--num-steps",
+                "4",
+                "--weights",
+                "raw",
+                *map(str, more),
+            ]
+        )
         with np.load(folder / "samples.npz") as found:
             return found["arr_0"], json.loads((folder / "samples.json").read_text())
 
     plain, record = draw("plain")
     assert not [key for key in record if "internal" in key]  # as it was before there was internal guidance
     guided, record = draw("guided", "--internal-scale", 30)
-    assert record["internal"] == {"head": "internal", "block": 2, "low": 0.2, "high": 0.9} and record["internal_scale"] == 30
+    assert (
+        record["internal"] == {"head": "internal", "block": 2, "low": 0.2, "high": 0.9}
+        and record["internal_scale"] == 30
+    )
     assert record["evaluations"] == 4 and not np.array_equal(plain, guided)
     assert "internal guidance 30 by block 2 (internal) for t in 0.2 to 0.9" in capsys.readouterr().out
-    assert np.array_equal(plain, draw("outside", "--internal-scale", 30, "--internal-low", 0.5, "--internal-high", 0.6)[0])
+    assert np.array_equal(
+        plain, draw("outside", "--internal-scale", 30, "--internal-low", 0.5, "--internal-high", 0.6)[0]
+    )
     for wrong in (("--internal-low", 0.5), ("--internal-scale", -1), ("--internal-scale", 2, "--internal-low", 0.95)):
         with pytest.raises(UserError, match="internal"):
             draw("wrong", *wrong)
@@ -180,12 +232,32 @@ def test_samples_record_how_they_were_guided(run: Path, tmp_path: Path, capsys: 
 def test_a_sweep_guides_internally_too(run: Path, tmp_path: Path, data: Path) -> None:
     reference = tmp_path / "reference.npz"
     np.savez(reference, arr_0=np.arange(8 * 64, dtype=np.uint8).reshape(8, 8, 8, 1))
-    folder = sweep.main(["--ckpt", str(run), "--reference", str(reference), "--features", "pixels", "--cfg-scale", "1",
-                         "--num-fid-samples", "4", "--num-steps", "3", "--internal-scale", "2", "--out", str(tmp_path / "sweep")])
+    folder = sweep.main(
+        [
+            "--ckpt",
+            str(run),
+            "--reference",
+            str(reference),
+            "--features",
+            "pixels",
+            "--cfg-scale",
+            "1",
+            "--num-fid-samples",
+            "4",
+            "--num-steps",
+            "3",
+            "--internal-scale",
+            "2",
+            "--out",
+            str(tmp_path / "sweep"),
+        ]
+    )
     assert json.loads((folder / "sweep.json").read_text())["settings"]["internal"]["block"] == 2
 
 
-def test_a_stage_1_with_velocity_target_serves_and_one_without_is_refused(teacher: Path, tmp_path: Path, words: Words) -> None:
+def test_a_stage_1_with_velocity_target_serves_and_one_without_is_refused(
+    teacher: Path, tmp_path: Path, words: Words
+) -> None:
     settings = SamplingConfig(internal_scale=1.4)
     with pytest.raises(UserError, match="no velocity head.*--align internal") as refused:
         generate.main(["--ckpt", str(teacher), "--internal-scale", "1.4"])
@@ -204,12 +276,16 @@ def test_a_stage_1_with_velocity_target_serves_and_one_without_is_refused(teache
     for layer in (0, 2, 4):
         tokens = torch.nn.functional.linear(tokens, average[f"0.{layer}.weight"], average[f"0.{layer}.bias"])
         tokens = torch.nn.functional.silu(tokens) if layer < 4 else tokens
-    tokens = torch.nn.functional.linear(torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), average["2.weight"],
-                                        average["2.bias"])
+    tokens = torch.nn.functional.linear(
+        torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), average["2.weight"], average["2.bias"]
+    )
     torch.testing.assert_close(one, models.unpatchify(tokens, 2), rtol=0, atol=1e-5)
     # a checkpoint from before heads were described and averaged: the raw head, from what its run resolved
-    older = Checkpoint(stage1.path, {key: value for key, value in stage1.config.items() if key != "velocity_heads"} | {
-        "files": {name: digest for name, digest in stage1.files.items() if "-head-" not in name}})
+    older = Checkpoint(
+        stage1.path,
+        {key: value for key, value in stage1.config.items() if key != "velocity_heads"}
+        | {"files": {name: digest for name, digest in stage1.files.items() if "-head-" not in name}},
+    )
     assert open_inner(older, settings).spec == found.spec
     assert torch.equal(open_inner(older, settings).head[2].weight, raw["2.weight"])
 
@@ -221,9 +297,9 @@ def test_a_head_that_has_ended_guides_no_more(tmp_path: Path, words: Words) -> N
         open_inner(Checkpoint.open(run), SamplingConfig(internal_scale=2.0))
 
 
-
-
-def test_a_run_from_before_heads_had_averages_continues(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_from_before_heads_had_averages_continues(
+    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture
+) -> None:
     """The average starts at the head as it was trained by then: after one more step it is d w1 + (1 - d) w2."""
     more = ("--align", "latent", "--preset", "efficient", "--align-hidden", 16)
     run = train.main(words(tmp_path, "x", *more, "--max-train-steps", 1))
@@ -231,8 +307,10 @@ def test_a_run_from_before_heads_had_averages_continues(tmp_path: Path, words: W
     config = files.read_json(folder / "config.json")
     kept = {name: digest for name, digest in config["files"].items() if name != file}
     (folder / file).unlink()
-    files.write_sealed(folder / "config.json", {key: value for key, value in config.items() if key not in ("velocity_heads", files.SEAL)}
-                       | {"files": kept})
+    files.write_sealed(
+        folder / "config.json",
+        {key: value for key, value in config.items() if key not in ("velocity_heads", files.SEAL)} | {"files": kept},
+    )
     train.main(words(tmp_path, "x", *more, "--max-train-steps", 2))
     assert "that of latent begins at its weights of this step" in capsys.readouterr().out
     before, after = (Checkpoint.open(f"{run}@{step}").tensors("heads") for step in (1, 2))

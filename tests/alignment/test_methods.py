@@ -35,8 +35,22 @@ def plain(tmp_path_factory: pytest.TempPathFactory, words: Words) -> Path:
 @pytest.fixture(scope="module")
 def repa(tmp_path_factory: pytest.TempPathFactory, words: Words, encoder: Path) -> Path:
     """M_repa: a network aligned with an encoder and with itself."""
-    return train.main(words(tmp_path_factory.mktemp("repa"), "both", "--align", "repa", "layersync", "--repa-encoder", encoder,
-                            "--repa-hidden", 32, "--layersync-weight", 0.3, *SHORT))
+    return train.main(
+        words(
+            tmp_path_factory.mktemp("repa"),
+            "both",
+            "--align",
+            "repa",
+            "layersync",
+            "--repa-encoder",
+            encoder,
+            "--repa-hidden",
+            32,
+            "--layersync-weight",
+            0.3,
+            *SHORT,
+        )
+    )
 
 
 def test_two_alignments_train_together(repa: Path, plain: Path) -> None:
@@ -53,8 +67,9 @@ def test_two_alignments_train_together(repa: Path, plain: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 @pytest.mark.parametrize("origin", ["plain", "teacher", "repa"])
-def test_stage_2_takes_any_teacher(origin: str, weights: str, tmp_path: Path, words: Words,
-                                   request: pytest.FixtureRequest) -> None:
+def test_stage_2_takes_any_teacher(
+    origin: str, weights: str, tmp_path: Path, words: Words, request: pytest.FixtureRequest
+) -> None:
     """M_ori, M_align and M_repa, raw or averaged: the same program, the teacher's identity in the checkpoint."""
     source = request.getfixturevalue(origin)
     more = ("--guiding-ckpt", source, "--guiding-weights", weights, "--align-hidden", 32, "--align-stop-steps", 0)
@@ -70,24 +85,32 @@ def test_stage_2_takes_any_teacher(origin: str, weights: str, tmp_path: Path, wo
 
 def test_every_option_of_the_guidance_moves_the_run(plain: Path, tmp_path: Path, words: Words) -> None:
     def weights(name: str, *more: object) -> torch.Tensor:
-        run = train_guide.main(words(tmp_path, name, "--guiding-ckpt", plain, "--align-hidden", 32, "--max-train-steps", 2,
-                                     *more))
+        run = train_guide.main(
+            words(tmp_path, name, "--guiding-ckpt", plain, "--align-hidden", 32, "--max-train-steps", 2, *more)
+        )
         return Checkpoint.open(run).tensors("network")["blocks.0.attn.qkv.weight"]
 
     base = weights("base")
-    changes = {"omega": ("--guide-scale", 3), "guiding": ("--guiding-depth", 3), "guided": ("--guided-depth", 2),
-               "lambda": ("--align-weight", 0.1), "stop": ("--align-stop-steps", 1),
-               "interval": ("--align-interval", 0.4, 0.7),
-               "upstream": ("--align-interval", 0.4, 0.7, "--align-mask", "upstream"),
-               "dropped": ("--guiding-labels", "dropped", "--cfg-prob", 0.5),
-               "linear": ("--align-schedule", "linear", "--align-stop-steps", 3)}
+    changes = {
+        "omega": ("--guide-scale", 3),
+        "guiding": ("--guiding-depth", 3),
+        "guided": ("--guided-depth", 2),
+        "lambda": ("--align-weight", 0.1),
+        "stop": ("--align-stop-steps", 1),
+        "interval": ("--align-interval", 0.4, 0.7),
+        "upstream": ("--align-interval", 0.4, 0.7, "--align-mask", "upstream"),
+        "dropped": ("--guiding-labels", "dropped", "--cfg-prob", 0.5),
+        "linear": ("--align-schedule", "linear", "--align-stop-steps", 3),
+    }
     found = {name: weights(name, *more) for name, more in changes.items()}
     names = list(found)
     assert all(not torch.equal(base, value) for value in found.values())
     assert all(not torch.equal(found[a], found[b]) for i, a in enumerate(names) for b in names[:i])
 
 
-def test_the_loop_weighs_each_step_by_the_schedule(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_weighs_each_step_by_the_schedule(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import training.loop
 
     seen, update = [], training.loop.update
@@ -98,8 +121,27 @@ def test_the_loop_weighs_each_step_by_the_schedule(tmp_path: Path, words: Words,
         update(learner, [Batch(**few, draws={"sra": {"offset": torch.zeros(4)}})], weights, *rest)
 
     monkeypatch.setattr("training.loop.update", watched)
-    train.main(words(tmp_path, "x", "--align", "layersync", "sra", "--layersync-schedule", "linear", "--layersync-stop-steps", 2,
-                     "--sra-tail-epoch", 0, "--sra-tail-length", 1, "--batch-size", 599, "--max-train-steps", 5))
+    train.main(
+        words(
+            tmp_path,
+            "x",
+            "--align",
+            "layersync",
+            "sra",
+            "--layersync-schedule",
+            "linear",
+            "--layersync-stop-steps",
+            2,
+            "--sra-tail-epoch",
+            0,
+            "--sra-tail-length",
+            1,
+            "--batch-size",
+            599,
+            "--max-train-steps",
+            5,
+        )
+    )
     assert [one.get("layersync") for one in seen] == [0.2, 0.1, None, None, None]  # gone after its stop
     assert [one["sra"] for one in seen] == pytest.approx([0.2, 0.2, 0.2, 0.02, 0.02])  # 3 steps an epoch
 
@@ -121,9 +163,14 @@ def test_sra_continues_exactly(tmp_path: Path, words: Words) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("more", [("dispersive", "--preset", "pytorch"), ("sra", "--align-distance", "token-cosine"),
-                                  ("haste", "--align-stop-steps", 2, "--align-attention-depths", 2, 3,
-                                   "--align-encoder-depths", 1, 4)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("dispersive", "--preset", "pytorch"),
+        ("sra", "--align-distance", "token-cosine"),
+        ("haste", "--align-stop-steps", 2, "--align-attention-depths", 2, 3, "--align-encoder-depths", 1, 4),
+    ],
+)
 def test_options_reach_their_alignment(more: tuple, tmp_path: Path, words: Words, encoder: Path) -> None:
     external = ("--align-encoder", encoder, "--align-hidden", 32) if more[0] == "haste" else ()
     run = train.main(words(tmp_path, "x", "--align", *more, *external, *SHORT))

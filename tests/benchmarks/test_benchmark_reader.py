@@ -16,8 +16,24 @@ def test_anonymous_memory_is_what_is_measured():
 
 
 def test_it_runs_at_tiny_size(tmp_path):
-    reader.main(["--items", "16", "--batch-size", "8", "--repetitions", "2", "--sparse-items", "5000", "--sparse-batches", "20",
-                 "--folder", str(tmp_path), "--out", str(tmp_path / "result.json")])
+    reader.main(
+        [
+            "--items",
+            "16",
+            "--batch-size",
+            "8",
+            "--repetitions",
+            "2",
+            "--sparse-items",
+            "5000",
+            "--sparse-batches",
+            "20",
+            "--folder",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "result.json"),
+        ]
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["microseconds_per_item"]) == {"shards", "shards, float32", "npy", "png+npy"}
     assert result["times_faster"]["png+npy"]["median"] > result["times_faster"]["npy"]["median"] > 1

@@ -17,8 +17,24 @@ from runtime.errors import UserError
 from sampling import sampler
 
 CPU = torch.device("cpu")
-SMALL = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2", "--classes", "10", "--items", "16", "--steps", "1", "--warmup",
-         "1", "--repetitions", "2"]
+SMALL = [
+    "--model",
+    "SiT-Tiny/2",
+    "--latent-size",
+    "8",
+    "--batch-size",
+    "2",
+    "--classes",
+    "10",
+    "--items",
+    "16",
+    "--steps",
+    "1",
+    "--warmup",
+    "1",
+    "--repetitions",
+    "2",
+]
 
 
 def test_what_is_compared_is_measured_in_turns_and_the_ratio_is_right():
@@ -30,7 +46,9 @@ def test_what_is_compared_is_measured_in_turns_and_the_ratio_is_right():
         while time.process_time() < ends:
             pass
 
-    rows = measure.alternate({"a": lambda: spend("a", 0.01), "b": lambda: spend("b", 0.03)}, 8, CPU, steps=2, warmup=1, repetitions=3)
+    rows = measure.alternate(
+        {"a": lambda: spend("a", 0.01), "b": lambda: spend("b", 0.03)}, 8, CPU, steps=2, warmup=1, repetitions=3
+    )
     assert order == ["a", "b"] + ["a", "a", "b", "b"] * 3
     assert rows["a"]["images_per_second"]["median"] == pytest.approx(800, rel=0.2)
     assert rows["b"]["a, times faster"]["median"] == pytest.approx(3, rel=0.2)
@@ -54,12 +72,16 @@ def test_a_result_keeps_its_rows_and_goes_on_unless_the_settings_differ(tmp_path
     assert measure.Results(out, "python -m x", {"model": "b"}).rows == {}
 
 
-def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     words = [*SMALL, "--out", str(tmp_path / "r.json"), "--rows"]
     train_step.main([*words, "plain"])
     measured = []
     row = train_step.Bench.row
-    monkeypatch.setattr(train_step.Bench, "row", lambda self, name, more: (measured.append(name), row(self, name, more))[1])
+    monkeypatch.setattr(
+        train_step.Bench, "row", lambda self, name, more: (measured.append(name), row(self, name, more))[1]
+    )
     result = train_step.main([*words, "plain", "stage 2, interval"])
     assert measured == ["stage 2, interval"] and set(result["rows"]) == {"plain", "stage 2, interval"}
     assert result["rows"]["plain"]["operators"] < result["rows"]["stage 2, interval"]["operators"]
@@ -70,7 +92,8 @@ def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_agai
 def test_the_peers_loop_body_is_its_own_and_what_does_not_belong_to_a_step_is_left_out(tmp_path: Path):
     """A checkout in small, laid out as REPA's: the body between data and logs is executed as it stands there."""
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "sit.py").write_text(textwrap.dedent("""
+    (tmp_path / "models" / "sit.py").write_text(
+        textwrap.dedent("""
         import torch
         from torch import nn
         class SiT(nn.Module):
@@ -80,14 +103,18 @@ def test_the_peers_loop_body_is_its_own_and_what_does_not_belong_to_a_step_is_le
             def forward(self, x, t, y):
                 return self.scale * x, []
         SiT_models = {"SiT-B/2": SiT}
-        """))
-    (tmp_path / "loss.py").write_text(textwrap.dedent("""
+        """)
+    )
+    (tmp_path / "loss.py").write_text(
+        textwrap.dedent("""
         class SILoss:
             def __init__(self, **_): pass
             def __call__(self, model, x, words, zs):
                 return (model(x, None, words["y"])[0] ** 2).flatten(1).mean(1), 0.0
-        """))
-    (tmp_path / "train.py").write_text(textwrap.dedent("""
+        """)
+    )
+    (tmp_path / "train.py").write_text(
+        textwrap.dedent("""
         import no_such_module
         def sample_posterior(x, latents_scale, latents_bias): return x[:, :4]
         @torch.no_grad()
@@ -107,7 +134,8 @@ def test_the_peers_loop_body_is_its_own_and_what_does_not_belong_to_a_step_is_le
                         raise RuntimeError("a checkpoint is no part of a step")
                     if global_step >= args.max_train_steps:
                         break
-        """))
+        """)
+    )
     batches = [(torch.ones(2, 1, 8, 4, 4), torch.zeros(2, dtype=torch.long))]
     step = peer.TrainingStep(tmp_path, "SiT-B/2", batches, 10, CPU, "no")
     for _ in range(3):
@@ -119,7 +147,18 @@ def test_the_peers_loop_body_is_its_own_and_what_does_not_belong_to_a_step_is_le
 
 
 def test_sampling_is_timed_with_and_without_its_decoder_and_a_step_is_traced(tmp_path: Path):
-    words = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2", "--num-steps", "3", "--repetitions", "1"]
+    words = [
+        "--model",
+        "SiT-Tiny/2",
+        "--latent-size",
+        "8",
+        "--batch-size",
+        "2",
+        "--num-steps",
+        "3",
+        "--repetitions",
+        "1",
+    ]
     result = sample.main([*words, "--decoder", "tiny", "--out", str(tmp_path / "s.json")])
     assert set(result["rows"]) == {"latents", "images"} and result["rows"]["images"]["evaluations"] == 5
     assert result["rows"]["latents"]["images_per_second"]["median"] > 0
@@ -129,12 +168,24 @@ def test_sampling_is_timed_with_and_without_its_decoder_and_a_step_is_traced(tmp
     assert json.loads((tmp_path / "chrome.json").read_text())["traceEvents"]
 
 
-def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = gpu.GpuConfig(out=str(tmp_path), scale="tiny", peer="../REPA")
     every = {part.name: part for part in gpu.parts(config, tmp_path)}
-    assert list(every)[:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and len(every) == len(gpu.parts(config, tmp_path))
-    assert {"sample-SiT-XL-2", "peer-SiT-B-2-32", "attention", "trace", "ablation-SiT-B-2-256", "methods-SiT-B-2-256", "loader",
-            "run"} <= every.keys()
+    assert list(every)[:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and len(every) == len(
+        gpu.parts(config, tmp_path)
+    )
+    assert {
+        "sample-SiT-XL-2",
+        "peer-SiT-B-2-32",
+        "attention",
+        "trace",
+        "ablation-SiT-B-2-256",
+        "methods-SiT-B-2-256",
+        "loader",
+        "run",
+    } <= every.keys()
     chosen = [every[name] for name in ("attention", "loader")]
     failing = gpu.Part("failing", ("-c", "print('why'); raise SystemExit(3)"), 0.1)
     slow = gpu.Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 0.1)
@@ -152,7 +203,13 @@ def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_
     monkeypatch.setattr(gpu, "parts", lambda *_: [slow, *chosen])
     assert not gpu.main([*words, "--minutes", "0.02"])
     page = (tmp_path / "tables.md").read_text()
-    for word in ("slow: cut off", "loader: done", "latents and images, 1 thread", "digits, 2 images", "a test of the command"):
+    for word in (
+        "slow: cut off",
+        "loader: done",
+        "latents and images, 1 thread",
+        "digits, 2 images",
+        "a test of the command",
+    ):
         assert word in page, word
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees none here; --scale tiny"):
@@ -170,12 +227,18 @@ def test_the_page_of_the_gpu_command_has_words_that_can_be_pasted_and_no_noise(t
     assert [tuple(shlex.split(line.strip("`"))[1:]) for line in lines] == [part.words for part in every]
 
 
-def test_the_quickstarts_picture_has_as_many_rows_as_every_digit_has_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_quickstarts_picture_has_as_many_rows_as_every_digit_has_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from recipes import quickstart
 
     shown: list[int] = []
     grid = sampler.grid_picture
-    monkeypatch.setattr(sampler, "grid_picture", lambda images, *more, **named: shown.append(len(images)) or grid(images, *more, **named))
+    monkeypatch.setattr(
+        sampler,
+        "grid_picture",
+        lambda images, *more, **named: shown.append(len(images)) or grid(images, *more, **named),
+    )
     config = quickstart.QuickstartConfig(steps=8, samples=16)
     for count in (16, 64):
         for row in config.rows:
@@ -207,11 +270,18 @@ def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monk
     training = [argv for name, argv in called if name in ("train.py", "train_guide.py")]
     assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
     for argv in training:
-        for flag, value in (("--model", "SiT-S/2"), ("--mixed-precision", "bf16"), ("--checkpointing-steps", "40"), ("--seed", "3")):
+        for flag, value in (
+            ("--model", "SiT-S/2"),
+            ("--mixed-precision", "bf16"),
+            ("--checkpointing-steps", "40"),
+            ("--seed", "3"),
+        ):
             assert argv[argv.index(flag) + 1] == value
     assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
     assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
-    assert "at 40 of its own steps" in quickstart.verdict({3: rows}, 80) and "120 total steps" in quickstart.verdict({3: rows}, 80)
+    assert "at 40 of its own steps" in quickstart.verdict({3: rows}, 80) and "120 total steps" in quickstart.verdict(
+        {3: rows}, 80
+    )
     assert "self-guided SiT" in quickstart.table({3: rows})
     default = quickstart.QuickstartConfig(out=str(tmp_path))
     assert default.rows == list(quickstart.ROWS)

@@ -17,14 +17,20 @@ def test_every_part_measures(part, capsys):
 
 
 def test_agreement_with_scipy(monkeypatch):
-    monkeypatch.setattr(benchmark, "AGREEMENT", [(name, 48, *counts) for name, counts in
-                                                 (("full", (200, 300)), ("few", (20, 300)), ("both", (20, 30)))])
+    monkeypatch.setattr(
+        benchmark,
+        "AGREEMENT",
+        [(name, 48, *counts) for name, counts in (("full", (200, 300)), ("few", (20, 300)), ("both", (20, 30)))],
+    )
     assert all(row["relative_difference"] < 1e-6 for row in benchmark.agreement())
 
 
 def test_the_result_is_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "in_process", lambda part, config: benchmark.agreement() if part == "agreement"
-                        else benchmark.measure(config, part))
+    monkeypatch.setattr(
+        benchmark,
+        "in_process",
+        lambda part, config: benchmark.agreement() if part == "agreement" else benchmark.measure(config, part),
+    )
     monkeypatch.setattr(benchmark, "AGREEMENT", [("full", 16, 50, 60)])
     out = tmp_path / "result.json"
     benchmark.main(["--samples", "30", "--reference", "20", "--dimensions", "16", "--out", str(out)])

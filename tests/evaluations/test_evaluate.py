@@ -38,8 +38,19 @@ def pair(tmp_path):
 
 
 def run(folder, *extra, samples="samples.npz", reference="reference.npz"):
-    evaluate.main(["--samples", str(folder / samples), "--reference", str(folder / reference), "--features", "pixels",
-                   "--out", str(folder / "metrics.json"), *extra])
+    evaluate.main(
+        [
+            "--samples",
+            str(folder / samples),
+            "--reference",
+            str(folder / reference),
+            "--features",
+            "pixels",
+            "--out",
+            str(folder / "metrics.json"),
+            *extra,
+        ]
+    )
     return json.loads((folder / "metrics.json").read_text())
 
 
@@ -94,19 +105,22 @@ def bad(name, **arrays):
 UINT8 = np.zeros((9, 6, 6, 1), np.uint8)
 
 
-@pytest.mark.parametrize(("arrays", "message"), [
-    ({"images": UINT8}, "no arr_0.*images"),
-    ({"arr_0": UINT8 / 255}, "float64, not uint8"),
-    ({"arr_0": UINT8.transpose(0, 3, 1, 2)}, "looks like .N, C, H, W."),
-    ({"arr_0": UINT8[0]}, "give .N, H, W, C."),
-    ({"arr_0": UINT8[:0]}, "holds no images"),
-    ({"arr_0": UINT8[:3]}, "at least 4 samples, got 3"),
-    ({"arr_0": UINT8[:, :4, :4]}, "images are 4 x 4 x 1, those of reference.npz are 6 x 6 x 1"),
-    ({"arr_0": UINT8, "labels": np.zeros(8, int)}, "one for each image"),
-    ({"arr_0": UINT8, "labels": np.zeros(9)}, "not integers"),
-    ({"arr_0": UINT8, "mu": np.zeros(3), "sigma": np.eye(3)}, "stored statistics"),
-    ({"arr_0": np.array([{}])}, "object, not uint8"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": UINT8}, "no arr_0.*images"),
+        ({"arr_0": UINT8 / 255}, "float64, not uint8"),
+        ({"arr_0": UINT8.transpose(0, 3, 1, 2)}, "looks like .N, C, H, W."),
+        ({"arr_0": UINT8[0]}, "give .N, H, W, C."),
+        ({"arr_0": UINT8[:0]}, "holds no images"),
+        ({"arr_0": UINT8[:3]}, "at least 4 samples, got 3"),
+        ({"arr_0": UINT8[:, :4, :4]}, "images are 4 x 4 x 1, those of reference.npz are 6 x 6 x 1"),
+        ({"arr_0": UINT8, "labels": np.zeros(8, int)}, "one for each image"),
+        ({"arr_0": UINT8, "labels": np.zeros(9)}, "not integers"),
+        ({"arr_0": UINT8, "mu": np.zeros(3), "sigma": np.eye(3)}, "stored statistics"),
+        ({"arr_0": np.array([{}])}, "object, not uint8"),
+    ],
+)
 def test_bad_samples_are_refused_in_one_line(pair, arrays, message):
     folder, *_ = pair
     np.savez(folder / "samples.npz", **arrays)
@@ -234,8 +248,11 @@ def test_a_reference_from_photographs_is_cropped(pair):
     build_reference(folder, "photos", "--resolution", "4")
     with np.load(folder / "ref.npz") as made:
         assert made["pool"].shape == (5, 48) and made["labels"].tolist() == [0, 0, 1, 1, 1]
-        np.testing.assert_allclose(made["pool"].mean(1), [10 / 127.5 - 1, 90 / 127.5 - 1, 200 / 127.5 - 1, 250 / 127.5 - 1,
-                                                          30 / 127.5 - 1], atol=0.03)
+        np.testing.assert_allclose(
+            made["pool"].mean(1),
+            [10 / 127.5 - 1, 90 / 127.5 - 1, 200 / 127.5 - 1, 250 / 127.5 - 1, 30 / 127.5 - 1],
+            atol=0.03,
+        )
 
 
 def test_a_latent_set_of_pixels_is_a_reference(tmp_path):
@@ -249,7 +266,11 @@ def test_a_latent_set_of_pixels_is_a_reference(tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=next(images.batches(range(1797), 1797)), labels=images.labels)
     result = run(tmp_path, reference="digits")
     assert abs(result["metrics"]["fd"]) < 1e-9
-    assert (result["metrics"]["precision"], result["metrics"]["recall"], result["metrics"]["class_accuracy"]) == (1, 1, 1)
+    assert (result["metrics"]["precision"], result["metrics"]["recall"], result["metrics"]["class_accuracy"]) == (
+        1,
+        1,
+        1,
+    )
 
 
 def test_references_that_do_not_fit_are_refused(pair):
@@ -304,11 +325,15 @@ def test_image_files_are_rgb_unless_grey(pair):
     folder, samples, labels = pair
     write_folder(folder / "png", samples, labels)
     write_folder(folder / "real", *digits(1, 200))
-    with pytest.raises(UserError, match="6 x 6 x 3, those of reference.npz are 6 x 6 x 1; one channel against three.*--grey"):
+    with pytest.raises(
+        UserError, match="6 x 6 x 3, those of reference.npz are 6 x 6 x 1; one channel against three.*--grey"
+    ):
         run(folder, samples="png")
     by_file = run(folder)["metrics"]["fd"]
     assert run(folder, "--grey", samples="png", reference="real")["metrics"]["fd"] == pytest.approx(by_file)
-    assert run(folder, samples="png", reference="real")["metrics"]["fd"] == pytest.approx(3 * by_file)  # three equal channels
+    assert run(folder, samples="png", reference="real")["metrics"]["fd"] == pytest.approx(
+        3 * by_file
+    )  # three equal channels
 
 
 def test_nothing_is_written_over_what_is_read(pair):
@@ -316,8 +341,20 @@ def test_nothing_is_written_over_what_is_read(pair):
     before = {name: (folder / name).read_bytes() for name in ("samples.npz", "reference.npz")}
     for out in before:
         with pytest.raises(UserError, match=f"--out .*{out} is read by this command: give another name"):
-            evaluate.main(["--samples", str(folder / "samples.npz"), "--reference", str(folder / "reference.npz"), "--features", "pixels",
-                           "--out", str(folder / ".." / folder.name / out)])
+            evaluate.main(
+                [
+                    "--samples",
+                    str(folder / "samples.npz"),
+                    "--reference",
+                    str(folder / "reference.npz"),
+                    "--features",
+                    "pixels",
+                    "--out",
+                    str(folder / ".." / folder.name / out),
+                ]
+            )
     with pytest.raises(UserError, match="is read by this command"):
-        reference.main(["--images", str(folder / "reference.npz"), "--features", "pixels", "--out", str(folder / "reference.npz")])
+        reference.main(
+            ["--images", str(folder / "reference.npz"), "--features", "pixels", "--out", str(folder / "reference.npz")]
+        )
     assert {name: (folder / name).read_bytes() for name in before} == before

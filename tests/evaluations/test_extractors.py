@@ -33,7 +33,9 @@ def weights(tmp_path_factory):
             module.running_mean.normal_(0, 0.1)
             torch.nn.init.normal_(module.bias, 0, 0.1)
     folder = tmp_path_factory.mktemp("weights")
-    torch.save({name: value for name, value in network.state_dict().items() if "num_batches" not in name}, folder / "w.pth")
+    torch.save(
+        {name: value for name, value in network.state_dict().items() if "num_batches" not in name}, folder / "w.pth"
+    )
     digest = hashlib.sha256((folder / "w.pth").read_bytes()).hexdigest()
     return (folder / "w.pth").rename(folder / f"inception-{digest[:8]}.pth")
 
@@ -66,7 +68,9 @@ def pictures(seed, count, size=64):
 def test_inception_is_torch_fidelitys(extractor, weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    other = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)).eval()
+    other = FeatureExtractorInceptionV3(
+        "peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    ).eval()
     hooked = []
     other.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: hooked.append(output))
     images = torch.from_numpy(pictures(0, 3, 80))
@@ -178,8 +182,14 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
         x = x.double().numpy() * 1.5  # not what arr_0 gives: the stored ones must be used
         stored |= {f"mu{suffix}": x.mean(0).astype(np.float32), f"sigma{suffix}": np.cov(x, rowvar=False)}
     np.savez(tmp_path / "adm.npz", arr_0=pictures(1, 4, 32), **stored)
-    words = ["--samples", str(tmp_path / "samples.npz"), "--inception-weights", str(weights), "--out",
-             str(tmp_path / "m.json")]
+    words = [
+        "--samples",
+        str(tmp_path / "samples.npz"),
+        "--inception-weights",
+        str(weights),
+        "--out",
+        str(tmp_path / "m.json"),
+    ]
     monkeypatch.setattr(metrics, "frechet", cheap_distance)
     evaluate.main([*words, "--reference", str(tmp_path / "adm.npz")])
     result = json.loads((tmp_path / "m.json").read_text())
@@ -193,9 +203,13 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
     mine = extractor(torch.from_numpy(pictures(0, 4, 32)))
     for name, x, suffix in (("fid", mine.pool, ""), ("sfid", mine.spatial, "_s")):
         x = x.double().numpy()
-        own, other = ([torch.from_numpy(part.astype(float)) for part in pair] for pair in (
-            (x.mean(0), np.cov(x, rowvar=False)), (stored[f"mu{suffix}"], stored[f"sigma{suffix}"])))
-        assert values[name] == pytest.approx(cheap_distance(metrics.Statistics(*own), metrics.Statistics(*other)), rel=1e-9)
+        own, other = (
+            [torch.from_numpy(part.astype(float)) for part in pair]
+            for pair in ((x.mean(0), np.cov(x, rowvar=False)), (stored[f"mu{suffix}"], stored[f"sigma{suffix}"]))
+        )
+        assert values[name] == pytest.approx(
+            cheap_distance(metrics.Statistics(*own), metrics.Statistics(*other)), rel=1e-9
+        )
     p = (mine.pool @ extractor.head.T).double().softmax(1).numpy()
     assert values["is"] == pytest.approx(math.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()), rel=1e-5)
 
@@ -221,13 +235,22 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
 
 def test_a_reference_made_with_other_weights_is_refused(weights, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=pictures(0, 4, 16))
-    reference.main(["--images", str(tmp_path / "x.npz"), "--inception-weights", str(weights),
-                    "--out", str(tmp_path / "r.npz")])
+    reference.main(
+        ["--images", str(tmp_path / "x.npz"), "--inception-weights", str(weights), "--out", str(tmp_path / "r.npz")]
+    )
     state = torch.load(weights, weights_only=True)
     torch.save(state | {"fc.bias": state["fc.bias"] + 1}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="made with other inception weights"):
-        evaluate.main(["--samples", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "r.npz"), "--inception-weights",
-                       str(tmp_path / "w.pth")])
+        evaluate.main(
+            [
+                "--samples",
+                str(tmp_path / "x.npz"),
+                "--reference",
+                str(tmp_path / "r.npz"),
+                "--inception-weights",
+                str(tmp_path / "w.pth"),
+            ]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +270,9 @@ def test_timm_features_are_those_of_the_model(vit):
     side = model.pretrained_cfg["input_size"][1]
     images = torch.from_numpy(pictures(0, 2, side))
     cfg = model.pretrained_cfg
-    x = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(cfg["mean"])[:, None, None]) / torch.tensor(cfg["std"])[:, None, None]
+    x = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(cfg["mean"])[:, None, None]) / torch.tensor(cfg["std"])[
+        :, None, None
+    ]
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(x), pre_logits=True)
     torch.testing.assert_close(extractor(images).pool, expected, rtol=1e-4, atol=1e-5)
@@ -259,9 +284,13 @@ def test_timm_size_safetensors_and_grey_images(vit, tmp_path):
 
     _model, path = vit
     save_file(torch.load(path, weights_only=True), tmp_path / "vit.safetensors")
-    extractor = open_extractor(FeatureOptions(features="timm:test_vit@64", feature_weights=str(tmp_path / "vit.safetensors")))
+    extractor = open_extractor(
+        FeatureOptions(features="timm:test_vit@64", feature_weights=str(tmp_path / "vit.safetensors"))
+    )
     colour = extractor(torch.from_numpy(pictures(0, 2, 32))).pool
-    usual = open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(path)))(torch.from_numpy(pictures(0, 2, 32))).pool
+    usual = open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(path)))(
+        torch.from_numpy(pictures(0, 2, 32))
+    ).pool
     assert colour.shape == usual.shape and not torch.allclose(colour, usual, atol=1e-3)
     grey = torch.from_numpy(pictures(0, 2, 32)[..., :1])
     torch.testing.assert_close(extractor(grey).pool, extractor(grey.expand(-1, -1, -1, 3)).pool)
@@ -271,8 +300,20 @@ def test_timm_metrics_end_to_end(vit, tmp_path):
     _, path = vit
     np.savez(tmp_path / "a.npz", arr_0=pictures(0, 6, 16))
     np.savez(tmp_path / "b.npz", arr_0=pictures(1, 6, 16))
-    evaluate.main(["--samples", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "b.npz"), "--features",
-                   "timm:test_vit@32", "--feature-weights", str(path), "--out", str(tmp_path / "m.json")])
+    evaluate.main(
+        [
+            "--samples",
+            str(tmp_path / "a.npz"),
+            "--reference",
+            str(tmp_path / "b.npz"),
+            "--features",
+            "timm:test_vit@32",
+            "--feature-weights",
+            str(path),
+            "--out",
+            str(tmp_path / "m.json"),
+        ]
+    )
     result = json.loads((tmp_path / "m.json").read_text())
     assert list(result["metrics"]) == ["fd", "precision", "recall"] and result["features"]["name"] == "timm:test_vit@32"
 

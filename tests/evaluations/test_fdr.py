@@ -32,7 +32,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> tuple[Path
         (folder / kind).mkdir()
         for index, name in enumerate(names):
             if kind != "samples":
-                reference.main(["--images", str(folder / f"{kind}.npz"), "--features", name, "--out", str(folder / kind / f"{index}.npz")])
+                reference.main(
+                    [
+                        "--images",
+                        str(folder / f"{kind}.npz"),
+                        "--features",
+                        name,
+                        "--out",
+                        str(folder / kind / f"{index}.npz"),
+                    ]
+                )
     return folder, names
 
 
@@ -45,19 +54,29 @@ def distance(a: np.ndarray, b: np.ndarray, name: str) -> float:
 
 
 def run(folder: Path, samples: str = "samples.npz", *more: str) -> dict:
-    return fdr.main(["--samples", str(folder / samples), "--train", str(folder / "train"), "--out", str(folder / "fdr.json"), *more])
+    return fdr.main(
+        ["--samples", str(folder / samples), "--train", str(folder / "train"), "--out", str(folder / "fdr.json"), *more]
+    )
 
 
 def test_the_mean_of_ratios(place: tuple[Path, list[str]], capsys: pytest.CaptureFixture) -> None:
     folder, names = place
     result = run(folder, "samples.npz", "--val", str(folder / "val"))
-    sets = {kind: images(number, bright) for number, (kind, bright) in enumerate((("samples", 60), ("train", 0), ("val", 20)))}
-    expected = [distance(sets["samples"], sets["train"], name) / distance(sets["val"], sets["train"], name) for name in names]
+    sets = {
+        kind: images(number, bright)
+        for number, (kind, bright) in enumerate((("samples", 60), ("train", 0), ("val", 20)))
+    }
+    expected = [
+        distance(sets["samples"], sets["train"], name) / distance(sets["val"], sets["train"], name) for name in names
+    ]
     assert [row["ratio"] for row in result["extractors"]] == pytest.approx(expected, rel=1e-4)
     assert result["metrics"] == {"fdr2": pytest.approx(np.mean(expected), rel=1e-4)} and not result["six"]
     assert json.loads((folder / "fdr.json").read_text())["metrics"] == result["metrics"]
     said = capsys.readouterr().out
-    assert all(f"{row['normaliser']:.4f}" in said and row["features"] in said for row in result["extractors"]) and "not the six" in said
+    assert (
+        all(f"{row['normaliser']:.4f}" in said and row["features"] in said for row in result["extractors"])
+        and "not the six" in said
+    )
 
 
 def test_validation_images_are_the_unit_and_training_images_nothing(place: tuple[Path, list[str]]) -> None:
@@ -105,7 +124,9 @@ def by_hand(model: nn.Module, images: Tensor, side: int) -> Tensor:
     timm pads and resamples positions by itself here (`dynamic_img_size`, `dynamic_img_pad`), as the authors have it do.
     """
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    x = F.interpolate(images.permute(0, 3, 1, 2).float(), size=(side, side), mode="bicubic", align_corners=False, antialias=True)
+    x = F.interpolate(
+        images.permute(0, 3, 1, 2).float(), size=(side, side), mode="bicubic", align_corners=False, antialias=True
+    )
     x = (x - 255 * mean) / (255 * std)
     if hasattr(model, "stages"):  # ConvNeXt: the last stage, averaged over its positions
         for layer in (model.stem, *model.stages):
@@ -139,13 +160,19 @@ def test_each_extractor_has_its_published_pooling_and_side(name: str, tmp_path: 
         for parameter in model.parameters():  # far from what zeros and ones would hide
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     timm.models.save_for_hf(model, tmp_path / "net", model_args=shape, safe_serialization=True)
-    images = 255 * torch.randint(0, 2, (2, 80, 80, 3), generator=generator, dtype=torch.uint8)  # bicubic goes beyond these
+    images = 255 * torch.randint(
+        0, 2, (2, 80, 80, 3), generator=generator, dtype=torch.uint8
+    )  # bicubic goes beyond these
     small = SIDES[int(side)]
-    mine, timms = (open_extractor(FeatureOptions(features=f"{kind}:{tmp_path / 'net'}@{small}")) for kind in ("fdr", "timm"))
+    mine, timms = (
+        open_extractor(FeatureOptions(features=f"{kind}:{tmp_path / 'net'}@{small}")) for kind in ("fdr", "timm")
+    )
 
     peer = model
     if name.startswith("fdr:vit"):
-        peer = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **shape).eval()
+        peer = timm.create_model(
+            architecture, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **shape
+        ).eval()
         peer.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = by_hand(peer, images, small)
@@ -172,7 +199,16 @@ def test_the_published_networks_are_of_these_families() -> None:
 def test_references_tell_the_two_poolings_apart(encoder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", arr_0=images(0, 0))
     for kind in ("timm", "fdr"):
-        reference.main(["--images", str(tmp_path / "x.npz"), "--features", f"{kind}:{encoder}", "--out", str(tmp_path / f"{kind}.npz")])
+        reference.main(
+            [
+                "--images",
+                str(tmp_path / "x.npz"),
+                "--features",
+                f"{kind}:{encoder}",
+                "--out",
+                str(tmp_path / f"{kind}.npz"),
+            ]
+        )
     found = reference.read_compact(tmp_path / "fdr.npz")
     with pytest.raises(UserError, match=f"holds fdr:{encoder} features, not timm:"):
         found.require(open_extractor(FeatureOptions(features=f"timm:{encoder}")))

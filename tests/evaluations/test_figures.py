@@ -26,14 +26,22 @@ def drawn(kind: str, *words: object):
 
 
 def test_every_style_is_told_apart_without_colour() -> None:
-    assert len({str(one["linestyle"]) for one in drawing.STYLES}) == len({one["marker"] for one in drawing.STYLES}) == len(drawing.STYLES)
+    assert (
+        len({str(one["linestyle"]) for one in drawing.STYLES})
+        == len({one["marker"] for one in drawing.STYLES})
+        == len(drawing.STYLES)
+    )
 
 
 def test_pca_maps_are_scikit_learns_components_of_f_g(data: Path, teacher: Path) -> None:
-    figure = drawn("pca", "--ckpt", teacher, "--data-dir", data, "--items", 5, "--blocks", 2, 4, "--t", 0.4, "--omega", 10)
+    figure = drawn(
+        "pca", "--ckpt", teacher, "--data-dir", data, "--items", 5, "--blocks", 2, 4, "--t", 0.4, "--omega", 10
+    )
     panels = np.array(figure.axes, dtype=object).reshape(5, 5)  # images, then f_c and f_g of two blocks
-    assert [axes.get_ylabel() for axes in panels[:, 0]] == ["images", *(f"stage1@4, t 0.4, block {block}, {what}" for block in (2, 4)
-                                                                      for what in ("f_c", "f_g 10"))]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == [
+        "images",
+        *(f"stage1@4, t 0.4, block {block}, {what}" for block in (2, 4) for what in ("f_c", "f_g 10")),
+    ]
     items = Items(str(data), 5, 0)
     assert [axes.get_title() for axes in panels[0]] == [str(label) for label in items.labels.tolist()]
     np.testing.assert_array_equal(panels[0, 3].get_images()[0].get_array(), items.data.images(items.index)[3, ..., 0])
@@ -48,7 +56,23 @@ def test_pca_maps_are_scikit_learns_components_of_f_g(data: Path, teacher: Path)
 
 
 def test_t_sne_has_a_glyph_a_class_and_a_point_an_image(data: Path, guided: Path) -> None:
-    figure = drawn("tsne", "--ckpt", guided, "--data-dir", data, "--items", 24, "--blocks", 3, "--classes", 3, 7, "--features", "u", "g")
+    figure = drawn(
+        "tsne",
+        "--ckpt",
+        guided,
+        "--data-dir",
+        data,
+        "--items",
+        24,
+        "--blocks",
+        3,
+        "--classes",
+        3,
+        7,
+        "--features",
+        "u",
+        "g",
+    )
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title().split("\n")[1] for axes in panels] == ["f_u", "f_g 30"]
     for axes in panels:
@@ -63,8 +87,11 @@ def test_t_sne_has_a_glyph_a_class_and_a_point_an_image(data: Path, guided: Path
 
 def history(folder: Path, values: dict[int, float], stop: int = 0, **more: float) -> Path:
     folder.mkdir(parents=True)
-    lines = [{"step": step, "loss/diffusion": 1.0, "loss/t 0-1/4": 1.0, "eval/is@50": 9.0, "eval/fid@50": value, **more}
-             | ({"loss/guided": 0.1} if step <= stop else {}) for step, value in values.items()]
+    lines = [
+        {"step": step, "loss/diffusion": 1.0, "loss/t 0-1/4": 1.0, "eval/is@50": 9.0, "eval/fid@50": value, **more}
+        | ({"loss/guided": 0.1} if step <= stop else {})
+        for step, value in values.items()
+    ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -75,7 +102,11 @@ def test_scores_against_steps_are_means_over_seeds_with_the_stop_marked(tmp_path
     never = history(tmp_path / "never", {10: 36, 20: 26}, stop=20)
     figure = drawn("steps", "--runs", *[f"plain={run}" for run in plain], stopped, never)
     (axes,) = figure.axes
-    assert axes.get_ylabel() == "fid@50" and [text.get_text() for text in axes.get_legend().get_texts()] == ["plain", "stopped", "never"]
+    assert axes.get_ylabel() == "fid@50" and [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "plain",
+        "stopped",
+        "never",
+    ]
     curves = [container.lines[0] for container in axes.containers]
     assert curves[0].get_xydata().tolist() == [[10, 41], [20, 29]] and curves[1].get_ydata().tolist() == [35, 25, 24]
     bars = axes.containers[0].lines[2][0].get_segments()
@@ -91,18 +122,45 @@ def test_scores_against_steps_are_means_over_seeds_with_the_stop_marked(tmp_path
 
 def test_internal_guidance_is_part_of_a_protocol_and_its_absence_is_not() -> None:
     def told(**settings: object) -> dict:
-        return histories.protocol({"metrics": {}, "samples": {"settings": settings}, "features": {}, "reference": {"sha256": "r"},
-                                   "precision_recall": None})
+        return histories.protocol(
+            {
+                "metrics": {},
+                "samples": {"settings": settings},
+                "features": {},
+                "reference": {"sha256": "r"},
+                "precision_recall": None,
+            }
+        )
 
-    plain, guided = told(cfg_scale=1.0), told(cfg_scale=1.0, internal_scale=1.5, internal={"block": 2, "low": 0.0, "high": 1.0})
+    plain, guided = (
+        told(cfg_scale=1.0),
+        told(cfg_scale=1.0, internal_scale=1.5, internal={"block": 2, "low": 0.0, "high": 1.0}),
+    )
     assert plain != guided != told(cfg_scale=1.0, internal_scale=1.4, internal={"block": 2, "low": 0.0, "high": 1.0})
     assert not {name for name in plain if "internal" in name}  # keys of records from before stay what they are
 
 
 def score(file: Path, step: int, value: float, **more: object) -> str:
-    settings = {"step": step, "cfg_scale": 1.0, "mode": "sde", "solver": "euler", "num_steps": 250, "weights": "ema", **more}
-    file.write_text(json.dumps({"metrics": {"fid": value}, "features": {"name": "pixels"}, "reference": {"sha256": "r"},
-                                "precision_recall": None, "samples": {"settings": settings}}))
+    settings = {
+        "step": step,
+        "cfg_scale": 1.0,
+        "mode": "sde",
+        "solver": "euler",
+        "num_steps": 250,
+        "weights": "ema",
+        **more,
+    }
+    file.write_text(
+        json.dumps(
+            {
+                "metrics": {"fid": value},
+                "features": {"name": "pixels"},
+                "reference": {"sha256": "r"},
+                "precision_recall": None,
+                "samples": {"settings": settings},
+            }
+        )
+    )
     return f"a={file}"
 
 
@@ -114,8 +172,11 @@ def test_score_files_make_curves_of_one_protocol(tmp_path: Path) -> None:
         drawn("steps", "--scores", *files, score(tmp_path / "guided.json", 6, 1, cfg_scale=2.0))
     with pytest.raises(UserError, match="different labels .balanced and None."):
         drawn("steps", "--scores", *files, score(tmp_path / "labels.json", 6, 1, labels="balanced"))
-    for text, said in (('{"samples": {"settings": 3}}', "metrics: field required"), ("[]", "damaged or from another"),
-                       ('{"metrics": 3}', "metrics: .* not 3")):
+    for text, said in (
+        ('{"samples": {"settings": 3}}', "metrics: field required"),
+        ("[]", "damaged or from another"),
+        ('{"metrics": 3}', "metrics: .* not 3"),
+    ):
         (tmp_path / "odd.json").write_text(text)
         with pytest.raises(UserError, match=f"odd.json .*{said}.*give metrics.json"):
             drawn("steps", "--scores", f"a={tmp_path / 'odd.json'}")
@@ -126,7 +187,9 @@ def test_score_files_make_curves_of_one_protocol(tmp_path: Path) -> None:
 
 
 def test_one_seed_across_checkpoints(teacher: Path, guided: Path) -> None:
-    figure = drawn("seeds", "--ckpt", guided, teacher, "--classes", 7, 2, "--num-steps", 3, "--mode", "ode", "--seed", 5)
+    figure = drawn(
+        "seeds", "--ckpt", guided, teacher, "--classes", 7, 2, "--num-steps", 3, "--mode", "ode", "--seed", 5
+    )
     panels = np.array(figure.axes, dtype=object).reshape(4, 1)
     assert [axes.get_ylabel() for axes in panels[:, 0]] == ["stage2, 7", "stage1, 7", "stage2, 2", "stage1, 2"]
     assert panels[0, 0].get_title() == "4"
@@ -139,27 +202,52 @@ def test_one_seed_across_checkpoints(teacher: Path, guided: Path) -> None:
         drawn("seeds", "--ckpt", teacher, teacher, "--num-steps", 3)
 
 
-def test_the_time_table_counts_stage_one(teacher: Path, guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_time_table_counts_stage_one(
+    teacher: Path, guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(guided, tmp_path / "run")
     history(tmp_path / "log", {2: 1.0, 4: 1.0}, images_per_second=8.0)
     shutil.copy(tmp_path / "log" / "log.jsonl", run / "log.jsonl")
-    lines = [line for line in map(json.loads, (teacher / "log.jsonl").read_text().splitlines()) if "images_per_second" in line]
+    lines = [
+        line
+        for line in map(json.loads, (teacher / "log.jsonl").read_text().splitlines())
+        if "images_per_second" in line
+    ]
     stage1 = sum(16 / line["images_per_second"] for line in lines) / 3600  # a line a step of 16 images
     figures.main(["time", "--runs", f"ours={run}", "--out", str(tmp_path / "time.json")])
     (told,) = json.loads((tmp_path / "time.json").read_text())
     assert told["hours"] == pytest.approx(4 * 16 / 8 / 3600) and told["rate"] == pytest.approx(8) and told["steps"] == 4
-    assert len(lines) == 4 and told["stage1"] == pytest.approx(stage1) and told["total"] == pytest.approx(told["hours"] + stage1)
+    assert (
+        len(lines) == 4
+        and told["stage1"] == pytest.approx(stage1)
+        and told["total"] == pytest.approx(told["hours"] + stage1)
+    )
     assert capsys.readouterr().out.splitlines()[2].split()[0] == "ours"
     alone = histories.time_of(str(teacher))
     assert alone.stage1 == 0 and alone.total == alone.hours == pytest.approx(stage1)
     assert "?" in histories.time_table([histories.Time("x", 1, 1.0, 1.0, 1.0, None)])
 
 
-def test_files_are_the_same_each_time(data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_the_same_each_time(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen = []
     for folder in ("a", "b"):
-        figures.main(["pca", "--ckpt", str(teacher), "--data-dir", str(data), "--items", "2", "--blocks", "1", "--out",
-                      str(tmp_path / folder / "p")])
+        figures.main(
+            [
+                "pca",
+                "--ckpt",
+                str(teacher),
+                "--data-dir",
+                str(data),
+                "--items",
+                "2",
+                "--blocks",
+                "1",
+                "--out",
+                str(tmp_path / folder / "p"),
+            ]
+        )
         seen.append([(tmp_path / folder / f"p.{kind}").read_bytes() for kind in ("png", "svg")])
     assert seen[0] == seen[1] and seen[0][0][:4] == b"\x89PNG" and b"<svg" in seen[0][1]
     assert "wrote" in capsys.readouterr().out
@@ -168,8 +256,11 @@ def test_files_are_the_same_each_time(data: Path, teacher: Path, tmp_path: Path,
 def test_mistakes_are_answered(data: Path, teacher: Path) -> None:
     with pytest.raises(UserError, match="no figure pcs .did you mean pca"):
         figures.main(["pcs"])
-    for more, message in ((("--features", "x"), "has no x"), (("--classes", 11), "there are 10 classes"),
-                          (("--blocks", 9), "blocks 1 to 6")):
+    for more, message in (
+        (("--features", "x"), "has no x"),
+        (("--classes", 11), "there are 10 classes"),
+        (("--blocks", 9), "blocks 1 to 6"),
+    ):
         with pytest.raises(UserError, match=message):
             drawn("pca", "--ckpt", teacher, "--data-dir", data, *more)
     with pytest.raises(UserError, match="at least 5"):
@@ -181,6 +272,12 @@ def test_mistakes_are_answered(data: Path, teacher: Path) -> None:
 
 def test_colours_are_stretched_per_component() -> None:
     picture = figures.colours(Stream(0, "tokens").normal((4, 16, 5)))
-    assert picture.shape == (4, 4, 4, 3) and picture.min((0, 1, 2)).tolist() == [0, 0, 0] and picture.max((0, 1, 2)).tolist() == [1, 1, 1]
-    flat = figures.colours(Stream(0, "tokens").normal((4, 16, 1)) * torch.ones(3))  # a single direction: no colour out of rounding
+    assert (
+        picture.shape == (4, 4, 4, 3)
+        and picture.min((0, 1, 2)).tolist() == [0, 0, 0]
+        and picture.max((0, 1, 2)).tolist() == [1, 1, 1]
+    )
+    flat = figures.colours(
+        Stream(0, "tokens").normal((4, 16, 1)) * torch.ones(3)
+    )  # a single direction: no colour out of rounding
     assert flat[..., 0].max() == 1 and np.ptp(flat[..., 1:]) < 1e-6

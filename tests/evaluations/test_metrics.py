@@ -152,6 +152,7 @@ def test_inception_score_of_known_distributions():
 
 def brute_force(x: np.ndarray, r: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Every distance in float64, every ball tested."""
+
     def table(u, v):
         return ((u[:, None] - v[None]) ** 2).sum(-1)
 
@@ -219,8 +220,13 @@ def test_mind_by_optimal_assignment_along_every_direction():
     """Along each direction the distance of the best pairing, found among all of them; sets of equal and of unequal sizes."""
     x, r = normal(1, 40, 6), normal(2, 55, 6) * 1.5 + 0.3
     for count, samples, reference in ((40, x, r[:40]), (40, x, r), (40, r, x)):
-        generator = torch.Generator().manual_seed(2020)  # the recipe of torch-fidelity: subset of the larger, then directions
-        sets = [s if len(s) == count else s[torch.randperm(len(s), generator=generator)[:count]] for s in (samples, reference)]
+        generator = torch.Generator().manual_seed(
+            2020
+        )  # the recipe of torch-fidelity: subset of the larger, then directions
+        sets = [
+            s if len(s) == count else s[torch.randperm(len(s), generator=generator)[:count]]
+            for s in (samples, reference)
+        ]
         directions = torch.randn(1000, 6, generator=generator).double()
         costs = []
         for u in directions / directions.norm(dim=1, keepdim=True):
@@ -235,7 +241,9 @@ def test_mind_of_gaussians_in_closed_form():
     in the mean."""
     x = normal(1, 4_000, 12)
     shift = normal(2, 12)
-    assert metrics.mind(x, x[torch.randperm(4_000, generator=torch.Generator().manual_seed(1))]) == pytest.approx(0, abs=1e-9)
+    assert metrics.mind(x, x[torch.randperm(4_000, generator=torch.Generator().manual_seed(1))]) == pytest.approx(
+        0, abs=1e-9
+    )
     assert metrics.mind(x, 3 * x + shift) == pytest.approx(3 * 12 * (float(shift @ shift) / 12 + 4), rel=0.05)
     assert metrics.mind(2 * x, 6 * x + 2 * shift) == pytest.approx(4 * metrics.mind(x, 3 * x + shift), rel=1e-6)
     with pytest.raises(UserError, match="12 features and the reference 5"):

@@ -35,10 +35,14 @@ def normal(name: str, *shape: int) -> torch.Tensor:
     return Stream(0, name).normal(shape).double()
 
 
-def blobs(count: int = 150, width: int = 12, classes: int = 4, spread: float = 1.6) -> tuple[torch.Tensor, torch.Tensor]:
+def blobs(
+    count: int = 150, width: int = 12, classes: int = 4, spread: float = 1.6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Overlapping classes in dimensions of very different scale, one of which never varies."""
     labels = torch.arange(count) % classes
-    x = (normal("centres", classes, width)[labels] + spread * normal("blobs", count, width)) * torch.logspace(-2, 2, width) + 5
+    x = (normal("centres", classes, width)[labels] + spread * normal("blobs", count, width)) * torch.logspace(
+        -2, 2, width
+    ) + 5
     x[:, 3] = 7.25
     return x, labels
 
@@ -91,7 +95,9 @@ def test_the_neighbour_probe_is_scikit_learns() -> None:
     scaled = StandardScaler().fit(x[train_part])
     theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
     theirs.fit(scaled.transform(x[train_part]), labels[train_part])
-    assert representation.neighbour_accuracy(x, labels, parts, 4) == theirs.score(scaled.transform(x[parts[2]]), labels[parts[2]])
+    assert representation.neighbour_accuracy(x, labels, parts, 4) == theirs.score(
+        scaled.transform(x[parts[2]]), labels[parts[2]]
+    )
 
 
 def test_ridge_from_moments_is_scikit_learns_and_maps_are_explicit_features() -> None:
@@ -105,14 +111,26 @@ def test_ridge_from_moments_is_scikit_learns_and_maps_are_explicit_features() ->
     for penalty, ours in zip((1e-3, 1.0), representation.ridge(moments.mapped(by), (1e-3, 1.0))):
         theirs = Ridge(alpha=penalty * 150).fit(scaled, y).predict(scaled)
         np.testing.assert_allclose(ours(torch.from_numpy(guided)), theirs, atol=1e-8)
-        assert representation.squared_error(ours, moments.mapped(by)) == pytest.approx(((theirs - y.numpy()) ** 2).sum(), rel=1e-9)
+        assert representation.squared_error(ours, moments.mapped(by)) == pytest.approx(
+            ((theirs - y.numpy()) ** 2).sum(), rel=1e-9
+        )
 
 
 def test_the_mask_probe_takes_the_penalty_that_errs_least_on_the_validation_part() -> None:
     x, noise = normal("tokens", 60, 30), normal("targets", 60, 2)
     parts = [Moments.of(x[:40], x[:40, :2] + noise[:40]), Moments.of(x[40:], x[40:, :2] + noise[40:])]
-    errors = {penalty: ((Ridge(alpha=penalty * 40).fit(StandardScaler().fit(x[:40]).transform(x[:40]), x[:40, :2] + noise[:40]).predict(
-        StandardScaler().fit(x[:40]).transform(x[40:])) - (x[40:, :2] + noise[40:]).numpy()) ** 2).sum() for penalty in PENALTIES}
+    errors = {
+        penalty: (
+            (
+                Ridge(alpha=penalty * 40)
+                .fit(StandardScaler().fit(x[:40]).transform(x[:40]), x[:40, :2] + noise[:40])
+                .predict(StandardScaler().fit(x[:40]).transform(x[40:]))
+                - (x[40:, :2] + noise[40:]).numpy()
+            )
+            ** 2
+        ).sum()
+        for penalty in PENALTIES
+    }
     expected = representation.ridge(parts[0] + parts[1], [min(errors, key=errors.get)])[0]
     torch.testing.assert_close(representation.mask_probe(*parts).weight, expected.weight)
     assert min(errors, key=errors.get) != PENALTIES[0]
@@ -120,8 +138,10 @@ def test_the_mask_probe_takes_the_penalty_that_errs_least_on_the_validation_part
 
 def test_miou_is_scikit_learns_jaccard_of_both_classes() -> None:
     mask, predicted = (Stream(0, name).uniform(500) > share for name, share in (("mask", 0.8), ("predicted", 0.6)))
-    halves = [representation.confusion(torch.from_numpy(predicted[part]), torch.from_numpy(mask[part]))
-              for part in (slice(0, 200), slice(200, 500))]
+    halves = [
+        representation.confusion(torch.from_numpy(predicted[part]), torch.from_numpy(mask[part]))
+        for part in (slice(0, 200), slice(200, 500))
+    ]
     assert representation.iou(halves[0] + halves[1]) == pytest.approx(jaccard_score(mask, predicted, average="macro"))
     empty = torch.zeros(9, dtype=torch.bool)
     assert representation.iou(representation.confusion(empty, empty)) == 1
@@ -129,15 +149,21 @@ def test_miou_is_scikit_learns_jaccard_of_both_classes() -> None:
 
 def cknna_by_hand(a: np.ndarray, b: np.ndarray, k: int) -> float:
     """arXiv 2405.07987, written out as sums over pairs."""
+
     def parts(x: np.ndarray) -> tuple[np.ndarray, list[set[int]]]:
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
         products = np.array([[p @ q for q in x] for p in x])
-        near = [set(sorted((j for j in range(len(x)) if j != i), key=lambda j: -products[i, j])[:k]) for i in range(len(x))]
+        near = [
+            set(sorted((j for j in range(len(x)) if j != i), key=lambda j: -products[i, j])[:k]) for i in range(len(x))
+        ]
         return products, near
 
     def align(p: tuple, q: tuple) -> float:
-        return sum((p[0][i, j] - p[0][i].mean()) * (q[0][i, j] - q[0][i].mean())
-                   for i in range(len(a)) for j in p[1][i] & q[1][i])
+        return sum(
+            (p[0][i, j] - p[0][i].mean()) * (q[0][i, j] - q[0][i].mean())
+            for i in range(len(a))
+            for j in p[1][i] & q[1][i]
+        )
 
     p, q = parts(a), parts(b)
     return align(p, q) / math.sqrt(align(p, p) * align(q, q))
@@ -150,7 +176,9 @@ def test_cknna_is_its_definition() -> None:
     assert found == pytest.approx(cknna_by_hand(a.numpy(), b.numpy(), 10)) and 0.05 < found < 0.95
     turn = torch.linalg.qr(normal("turn", 6, 6)).Q
     assert representation.cknna(representation.kernel(a), representation.kernel(3 * a @ turn)) == pytest.approx(1)
-    classes = representation.kernel(torch.nn.functional.one_hot(torch.arange(40) % 2).double())[1]  # ties are all neighbours
+    classes = representation.kernel(torch.nn.functional.one_hot(torch.arange(40) % 2).double())[
+        1
+    ]  # ties are all neighbours
     assert classes.sum(1).tolist() == [19] * 40
 
 
@@ -198,7 +226,9 @@ def test_both_passes_are_those_of_the_network_alone(data: Path, teacher: Path) -
     xt, t = 0.7 * x0 + 0.3 * eps, torch.full((3,), 0.3)
     for block in (2, 4):
         for value, y in zip(pairs[block], (torch.full((3,), 10), torch.from_numpy(labels))):
-            torch.testing.assert_close(value.float(), network(xt, t, y, taps=[block]).features[block], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                value.float(), network(xt, t, y, taps=[block]).features[block], atol=1e-5, rtol=1e-4
+            )
     alone = probed.pairs(items, places, 0.3, unconditional=False)[4]
     torch.testing.assert_close(alone[1], pairs[4][1], atol=1e-5, rtol=1e-4)
     assert not alone[0].any()
@@ -206,15 +236,26 @@ def test_both_passes_are_those_of_the_network_alone(data: Path, teacher: Path) -
 
 def test_weights_seed_and_count_act(data: Path, teacher: Path) -> None:
     items, other = Items(str(data), 40, 0), Items(str(data), 40, 1)
-    assert len(items) == 40 and set(items.index) != set(other.index) and set(items.index) < set(Items(str(data), 60, 0).index)
+    assert (
+        len(items) == 40
+        and set(items.index) != set(other.index)
+        and set(items.index) < set(Items(str(data), 60, 0).index)
+    )
     all_of_them = [Items(str(data), 1797, seed) for seed in (0, 1)]
     assert (all_of_them[0].index == all_of_them[1].index).all()
     assert not all_of_them[0].noise(np.arange(2)).equal(all_of_them[1].noise(np.arange(2)))
-    assert all_of_them[0].noise(items.index[:2]).equal(items.noise(np.arange(2)))  # an image's own, whichever are drawn with it
-    raw, ema = (Probed.open(str(teacher), items, weights, None).pairs(items, np.arange(3), 0.5)[6][1] for weights in ("raw", "ema"))
+    assert (
+        all_of_them[0].noise(items.index[:2]).equal(items.noise(np.arange(2)))
+    )  # an image's own, whichever are drawn with it
+    raw, ema = (
+        Probed.open(str(teacher), items, weights, None).pairs(items, np.arange(3), 0.5)[6][1]
+        for weights in ("raw", "ema")
+    )
     assert (raw - ema).abs().max() > 1e-4
     shuffled = Items(str(data), 40, 0, shuffled=True)
-    one, two = (Probed.open(str(teacher), items, "raw", [6]).pairs(told, np.arange(40), 0.5)[6] for told in (items, shuffled))
+    one, two = (
+        Probed.open(str(teacher), items, "raw", [6]).pairs(told, np.arange(40), 0.5)[6] for told in (items, shuffled)
+    )
     assert one[0].equal(two[0]) and not one[1].equal(two[1])  # f_u is told nothing
 
 
@@ -228,25 +269,41 @@ def test_rows_are_those_of_explicit_features(data: Path, teacher: Path, masks: P
     patches = items.patches(np.arange(60), 4)
     fit, validate, test = (torch.from_numpy(part) for part in items.parts)
     for row, feature in zip(rows, (u, c, u + 10 * (c - u)), strict=True):
-        assert row["accuracy"] == representation.class_accuracy(feature.mean(1), items.labels, (fit, validate, test), 10)
+        assert row["accuracy"] == representation.class_accuracy(
+            feature.mean(1), items.labels, (fit, validate, test), 10
+        )
         sums = [Moments.of(feature[part].flatten(0, 1), patches[part].flatten(0, 1)) for part in (fit, validate)]
         found = representation.mask_probe(*sums)
         counts = representation.confusion(found(feature[test]) > 0.5, patches[test] > 0.5)
         assert row["miou"] == pytest.approx(representation.iou(counts), abs=0.01)
 
 
-def test_cknna_compares_the_images_drawn_first_and_not_those_first_on_disk(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cknna_compares_the_images_drawn_first_and_not_those_first_on_disk(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sets are often stored class after class: the first on disk would be of few classes."""
     monkeypatch.setattr(reading, "ALIGNED", 60)
     items = Items(str(data), 300, 0)
     places = items.first(60)
-    assert set(items.index[places]) == set(Items(str(data), 60, 0).index) and places.max() > 200 and list(places) == sorted(places)
+    assert (
+        set(items.index[places]) == set(Items(str(data), 60, 0).index)
+        and places.max() > 200
+        and list(places) == sorted(places)
+    )
     latents = items.clean(np.arange(300)).flatten(1).double()
     with probe.progress.bar(total=300, main=False) as bar:
-        (found,) = reading.measure(reading.as_they_are("latents", lambda some: latents[some, None]), items, 4,
-                                   reading.compared(items, None, 64, torch.device("cpu")), 64, bar)
+        (found,) = reading.measure(
+            reading.as_they_are("latents", lambda some: latents[some, None]),
+            items,
+            4,
+            reading.compared(items, None, 64, torch.device("cpu")),
+            64,
+            bar,
+        )
     x, classes = latents[places], torch.nn.functional.one_hot(items.labels[places]).double()
-    wanted = representation.cknna(representation.kernel(representation.standardise(x, x)), representation.kernel(classes))
+    wanted = representation.cknna(
+        representation.kernel(representation.standardise(x, x)), representation.kernel(classes)
+    )
     assert found["cknna class"] == pytest.approx(wanted) and found["cknna latents"] == pytest.approx(1)
 
 
@@ -260,46 +317,115 @@ def test_patches_of_masks_are_the_pixels_of_their_tokens(data: Path, masks: Path
 
 @pytest.fixture(scope="module")
 def probed(data: Path, teacher: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return probe.main(["--ckpt", str(teacher), "--data-dir", str(data), "--masks", str(masks), *WORDS, "--out",
-                       str(tmp_path_factory.mktemp("probe") / "out")])
+    return probe.main(
+        [
+            "--ckpt",
+            str(teacher),
+            "--data-dir",
+            str(data),
+            "--masks",
+            str(masks),
+            *WORDS,
+            "--out",
+            str(tmp_path_factory.mktemp("probe") / "out"),
+        ]
+    )
 
 
-def test_the_command_writes_numbers_picture_and_flags(probed: Path, data: Path, teacher: Path, masks: Path, tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_numbers_picture_and_flags(
+    probed: Path, data: Path, teacher: Path, masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = json.loads((probed / "probe.json").read_text())
     assert [(row["features"], row["omega"], row["block"]) for row in result["rows"]] == [("latents", None, None)] + [
-        (kind, omega, block) for block in (1, 3) for kind, omega in (("u", None), ("c", None), ("g", 3), ("g", 10), ("g", 30))]
+        (kind, omega, block)
+        for block in (1, 3)
+        for kind, omega in (("u", None), ("c", None), ("g", 3), ("g", 10), ("g", 30))
+    ]
     assert all(0 <= row[name] <= 1 for row in result["rows"] for name in ("accuracy", "knn", "miou"))
-    assert result["rows"][0]["miou"] > 0.9 and result["rows"][0]["cknna latents"] < 1  # ink is brightness: linear in the pixels
+    assert (
+        result["rows"][0]["miou"] > 0.9 and result["rows"][0]["cknna latents"] < 1
+    )  # ink is brightness: linear in the pixels
     told = result["protocol"]
     assert told["data"] == LatentSet(data).digest and told["items"] == 90 and told["held_out"] in (17, 18, 19)
     assert result["checkpoints"]["stage1@4"]["digest"] == Checkpoint.open(teacher).digest
     for kind, head in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (probed / f"probe.{kind}").read_bytes().startswith(head)
     capsys.readouterr()
-    again = probe.main(["--ckpt", str(teacher), "--data-dir", str(data), "--masks", str(masks), *WORDS, "--batch-size", "31", "--out",
-                        str(tmp_path / "again")])
+    again = probe.main(
+        [
+            "--ckpt",
+            str(teacher),
+            "--data-dir",
+            str(data),
+            "--masks",
+            str(masks),
+            *WORDS,
+            "--batch-size",
+            "31",
+            "--out",
+            str(tmp_path / "again"),
+        ]
+    )
     repeated = json.loads((again / "probe.json").read_text())
     assert repeated["protocol"] == told
     for one, two in zip(result["rows"], repeated["rows"], strict=True):
         assert one == pytest.approx(two, abs=0.03)  # a border case may fall to the other side of a threshold
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == repeated["recommended"]
-    _config, options = command.resolve(["--data-dir", str(data), "--exp-name", "e", "--guiding-ckpt", str(teacher), *shlex.split(lines[-1])],
-                                      "train_guide.py", None, ("guided",))
+    _config, options = command.resolve(
+        ["--data-dir", str(data), "--exp-name", "e", "--guiding-ckpt", str(teacher), *shlex.split(lines[-1])],
+        "train_guide.py",
+        None,
+        ("guided",),
+    )
     assert options["guided"].guiding_depth in (1, 3) and options["guided"].guide_scale in (3, 10, 30)
     assert len({len(line) for line in lines[:2]}) == 1 and lines[2].split()[:2] == ["-", "latents"]
 
 
-def test_without_masks_and_with_an_encoder(data: Path, teacher: Path, guided: Path, encoder: Path, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
-    out = probe.main(["--ckpt", str(teacher), str(guided), "--data-dir", str(data), *WORDS, "--encoder", str(encoder), "--omega", "5",
-                      "--features", "g", "--out", str(tmp_path)])
+def test_without_masks_and_with_an_encoder(
+    data: Path, teacher: Path, guided: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = probe.main(
+        [
+            "--ckpt",
+            str(teacher),
+            str(guided),
+            "--data-dir",
+            str(data),
+            *WORDS,
+            "--encoder",
+            str(encoder),
+            "--omega",
+            "5",
+            "--features",
+            "g",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     rows = json.loads((out / "probe.json").read_text())["rows"]
-    assert [(row["checkpoint"], row["features"]) for row in rows] == [(None, "encoder"), *[("stage1@4", "g")] * 2, *[("stage2@4", "g")] * 2]
+    assert [(row["checkpoint"], row["features"]) for row in rows] == [
+        (None, "encoder"),
+        *[("stage1@4", "g")] * 2,
+        *[("stage2@4", "g")] * 2,
+    ]
     assert rows[0]["cknna encoder"] == pytest.approx(1) and "miou" not in rows[0] and rows[1]["cknna encoder"] < 1
-    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[:2] in [["--guiding-ckpt", str(run)] for run in (teacher, guided)]
-    probe.main(["--ckpt", str(teacher), "--data-dir", str(data), *WORDS, "--features", "latents", "--out", str(tmp_path / "plain")])
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[:2] in [
+        ["--guiding-ckpt", str(run)] for run in (teacher, guided)
+    ]
+    probe.main(
+        [
+            "--ckpt",
+            str(teacher),
+            "--data-dir",
+            str(data),
+            *WORDS,
+            "--features",
+            "latents",
+            "--out",
+            str(tmp_path / "plain"),
+        ]
+    )
     assert capsys.readouterr().out.splitlines()[-1] == "no recommendation: it needs --features g"
 
 
@@ -311,19 +437,37 @@ def test_shuffled_labels_are_those_of_other_images(data: Path) -> None:
 
 
 def row(name: str, block: int, omega: float, knn: float, miou: float, t: float = 0.5) -> dict:
-    return {"checkpoint": name, "features": "g", "block": block, "omega": omega, "t": t, "accuracy": 1.0, "knn": knn, "miou": miou}
+    return {
+        "checkpoint": name,
+        "features": "g",
+        "block": block,
+        "omega": omega,
+        "t": t,
+        "accuracy": 1.0,
+        "knn": knn,
+        "miou": miou,
+    }
 
 
 def test_the_recommendation_follows_its_rule() -> None:
-    rows = [row("a", 4, 10, 0.9, 0.8), row("a", 5, 10, 1.0, 0.9, t=0.3), row("a", 5, 10, 0.8, 0.6), row("a", 2, 30, 0.95, 0.7)]
+    rows = [
+        row("a", 4, 10, 0.9, 0.8),
+        row("a", 5, 10, 1.0, 0.9, t=0.3),
+        row("a", 5, 10, 0.8, 0.6),
+        row("a", 2, 30, 0.95, 0.7),
+    ]
     given = {"a": "exps/a", "b": "my exps/b@9"}
-    assert probe.recommend(rows, {"a": 6}, given) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10" and not probe.doubts(rows)
+    assert probe.recommend(
+        rows, {"a": 6}, given
+    ) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10" and not probe.doubts(rows)
     rows.append(row("a", 3, 3, 0.9, 0.795))  # level with the best, and cheaper
     assert probe.recommend(rows, {"a": 6}, given) == "--guiding-depth 3 --guided-depth 2 --guide-scale 3"
     assert "widen --omega" in probe.doubts([*rows, row("a", 6, 30, 1.0, 1.0)])[0]
     rows.append(row("b", 1, 3, 1.0, 0.9))
-    assert probe.recommend(rows, {"a": 6, "b": 12}, given) == \
-        "--guiding-ckpt 'my exps/b@9' --guiding-depth 1 --guided-depth 1 --guide-scale 3"
+    assert (
+        probe.recommend(rows, {"a": 6, "b": 12}, given)
+        == "--guiding-ckpt 'my exps/b@9' --guiding-depth 1 --guided-depth 1 --guide-scale 3"
+    )
     unguided = [{**rows[0], "features": "u"}]
     assert probe.recommend(unguided, {"a": 6}, given) is None and probe.doubts(unguided) == []
     blind = [{key: value for key, value in one.items() if key != "miou"} for one in rows[:4]]
@@ -334,23 +478,35 @@ def test_the_recommendation_follows_its_rule() -> None:
 def test_the_plot_marks_the_recommended_block_of_its_checkpoint() -> None:
     rows = [row(name, block, 10, 0.5 + 0.1 * (name == "b" and block == 3), 0.5) for name in "ab" for block in (2, 3)]
     axes = probe.plot(rows).axes
-    assert [(one.get_ylabel(), [line.get_xdata()[0] for line in one.lines if line.get_zorder() == 0]) for one in axes] == [
-        *((metric, []) for metric in ("accuracy", "knn", "mIoU")), *((metric, [3]) for metric in ("accuracy", "knn", "mIoU"))]
+    assert [
+        (one.get_ylabel(), [line.get_xdata()[0] for line in one.lines if line.get_zorder() == 0]) for one in axes
+    ] == [
+        *((metric, []) for metric in ("accuracy", "knn", "mIoU")),
+        *((metric, [3]) for metric in ("accuracy", "knn", "mIoU")),
+    ]
 
 
 def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path: Path, words) -> None:
     def run(*more: object, ckpt: Path = teacher) -> None:
-        probe.main(["--ckpt", str(ckpt), "--data-dir", str(data), *WORDS, "--out", str(tmp_path / "out"), *map(str, more)])
+        probe.main(
+            ["--ckpt", str(ckpt), "--data-dir", str(data), *WORDS, "--out", str(tmp_path / "out"), *map(str, more)]
+        )
 
     np.savez(tmp_path / "few.npz", masks=np.zeros((3, 8, 8), np.uint8))
     np.savez(tmp_path / "odd.npz", masks=np.zeros((1797, 6, 6), np.uint8))
     np.savez(tmp_path / "grey.npz", masks=np.full((1797, 8, 8), 128, np.uint8))
-    for more, message in ((("--features", "f"), "--features has no f"), (("--t", 1.5), "must lie between 0 and 1"),
-                          (("--blocks", 7), "blocks 1 to 6"), (("--masks", tmp_path / "absent.npz"), "cannot read"),
-                          (("--masks", tmp_path / "few.npz"), "3 masks, the data set 1797 items"),
-                          (("--masks", tmp_path / "odd.npz"), "6 pixels a side"), (("--masks", tmp_path / "grey.npz"), "0 and 1 in it"),
-                          (("--items", 3), "too few"), (("--encoder-weights", "x"), "give --encoder too"),
-                          (("--ckpt", teacher, teacher), "two checkpoints are called stage1@4")):
+    for more, message in (
+        (("--features", "f"), "--features has no f"),
+        (("--t", 1.5), "must lie between 0 and 1"),
+        (("--blocks", 7), "blocks 1 to 6"),
+        (("--masks", tmp_path / "absent.npz"), "cannot read"),
+        (("--masks", tmp_path / "few.npz"), "3 masks, the data set 1797 items"),
+        (("--masks", tmp_path / "odd.npz"), "6 pixels a side"),
+        (("--masks", tmp_path / "grey.npz"), "0 and 1 in it"),
+        (("--items", 3), "too few"),
+        (("--encoder-weights", "x"), "give --encoder too"),
+        (("--ckpt", teacher, teacher), "two checkpoints are called stage1@4"),
+    ):
         with pytest.raises(UserError, match=message):
             run(*more)
     no_null = train.main(words(tmp_path, "no-null", "--cfg-prob", 0, "--max-train-steps", 1))
@@ -363,4 +519,6 @@ def test_text_tables_and_json_lines(tmp_path: Path) -> None:
     assert aligned([["a", "bb"], ["cccc", "d"]]) == "a     bb\n--------\ncccc   d"
     assert aligned([["a", "bb"], ["cccc", "d"]], left=(), rule=False) == "   a  bb\ncccc   d"
     (tmp_path / "log.jsonl").write_text('{"step": 1, "x": 2}\nnot json\n{"step": 3}\n{"ste')
-    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == [1, 3] and read_lines(tmp_path / "absent") == []
+    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == [1, 3] and read_lines(
+        tmp_path / "absent"
+    ) == []

@@ -24,8 +24,21 @@ def test_folder_zip_and_latent_set_give_the_training_crops(tmp_path):
     source = ImageFiles(folder)
     expected = np.stack([cropped(source, index, 16) for index in range(15)])
     vae = tiny_vae(tmp_path / "vae")
-    preprocessing.encode.main(["--images", str(folder), "--vae", vae, "--resolution", "16", "--out", str(tmp_path / "latents"),
-                               "--keep-images", "--workers", "0"])
+    preprocessing.encode.main(
+        [
+            "--images",
+            str(folder),
+            "--vae",
+            vae,
+            "--resolution",
+            "16",
+            "--out",
+            str(tmp_path / "latents"),
+            "--keep-images",
+            "--workers",
+            "0",
+        ]
+    )
     for images in (folder, zipped(folder, tmp_path / "set.zip")):
         pictures, labels = written(tmp_path / "r.npz", "--images", images, "--resolution", 16, "--workers", 0)
         np.testing.assert_array_equal(pictures, expected)
@@ -47,9 +60,14 @@ def test_the_digits_and_a_random_choice_of_them(tmp_path):
     assert len(some) == 100 and all(image.tobytes() in known for image in some) and not np.array_equal(some, other)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "give --resolution"), (["--resolution", "16", "--num-images", "16"], "holds 15 images"),
-    (["--resolution", "16", "--num-images", "0"], "--num-images 0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --resolution"),
+        (["--resolution", "16", "--num-images", "16"], "holds 15 images"),
+        (["--resolution", "16", "--num-images", "0"], "--num-images 0"),
+    ],
+)
 def test_wrong_requests_are_one_clear_line(tmp_path, arguments, message):
     folder = class_folders(tmp_path / "set")
     with pytest.raises(UserError, match=message):
@@ -58,8 +76,20 @@ def test_wrong_requests_are_one_clear_line(tmp_path, arguments, message):
 
 def test_what_a_latent_set_cannot_give_is_one_clear_line(tmp_path):
     folder = class_folders(tmp_path / "set")
-    preprocessing.encode.main(["--images", str(folder), "--vae", tiny_vae(tmp_path / "vae"), "--resolution", "16", "--out",
-                               str(tmp_path / "latents"), "--workers", "0"])
+    preprocessing.encode.main(
+        [
+            "--images",
+            str(folder),
+            "--vae",
+            tiny_vae(tmp_path / "vae"),
+            "--resolution",
+            "16",
+            "--out",
+            str(tmp_path / "latents"),
+            "--workers",
+            "0",
+        ]
+    )
     for arguments, message in (([], "--keep-images"), (["--resolution", "32"], "--keep-images")):
         with pytest.raises(UserError, match=message):
             written(tmp_path / "r.npz", "--images", tmp_path / "latents", *arguments)
@@ -68,12 +98,17 @@ def test_what_a_latent_set_cannot_give_is_one_clear_line(tmp_path):
 def test_images_that_are_not_files_are_as_they_are(tmp_path):
     digits.main(["--out", str(tmp_path / "digits")])
     np.savez(tmp_path / "colour.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
-    for images, arguments, message in (("digits", ["--resolution", "32"], "is of 8 x 8"), ("colour.npz", ["--grey"], "--grey is for")):
+    for images, arguments, message in (
+        ("digits", ["--resolution", "32"], "is of 8 x 8"),
+        ("colour.npz", ["--grey"], "--grey is for"),
+    ):
         with pytest.raises(UserError, match=message):
             written(tmp_path / "r.npz", "--images", tmp_path / images, *arguments)
     assert written(tmp_path / "r.npz", "--images", tmp_path / "digits", "--grey")[0].shape[-1] == 1  # they are grey
     with pytest.raises(UserError, match="--num-images goes with"):
-        reference.main(["--images", str(tmp_path / "digits"), "--num-images", "5", "--features", "pixels", "--out", "r.npz"])
+        reference.main(
+            ["--images", str(tmp_path / "digits"), "--num-images", "5", "--features", "pixels", "--out", "r.npz"]
+        )
 
 
 def test_colour_images_stay_coloured_though_the_first_is_grey(tmp_path):

@@ -37,14 +37,37 @@ def real(data, tmp_path_factory):
 
 
 def test_score_while_drawing_equals_score_of_the_files(guided, real, tmp_path, capsys):
-    words = ["--ckpt", str(guided), "--num-fid-samples", "40", "--num-steps", "3", "--batch-size", "16", "--cfg-scale", "2"]
-    folder = generate.main([*words, "--reference", str(real), "--features", "pixels", "--out", str(tmp_path / "scored")])
+    words = [
+        "--ckpt",
+        str(guided),
+        "--num-fid-samples",
+        "40",
+        "--num-steps",
+        "3",
+        "--batch-size",
+        "16",
+        "--cfg-scale",
+        "2",
+    ]
+    folder = generate.main(
+        [*words, "--reference", str(real), "--features", "pixels", "--out", str(tmp_path / "scored")]
+    )
     assert [path.name for path in folder.iterdir()] == ["metrics.json"]
     found = json.loads((folder / "metrics.json").read_text())
     assert "fd" in capsys.readouterr().out
     generate.main([*words, "--out", str(tmp_path / "drawn")])
-    evaluate.main(["--samples", str(tmp_path / "drawn" / "samples.npz"), "--reference", str(real), "--features", "pixels",
-                   "--out", str(tmp_path / "m.json")])
+    evaluate.main(
+        [
+            "--samples",
+            str(tmp_path / "drawn" / "samples.npz"),
+            "--reference",
+            str(real),
+            "--features",
+            "pixels",
+            "--out",
+            str(tmp_path / "m.json"),
+        ]
+    )
     expected = json.loads((tmp_path / "m.json").read_text())
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
     assert found["reference"] == expected["reference"] and found["num_samples"] == 40
@@ -64,17 +87,61 @@ generate.main(sys.argv[cut + 1:])
 
 def test_two_processes_score_as_one(guided, real, tmp_path):
     """Files and fresh samples, in one launch of two processes."""
-    files = ["--samples", random_images(tmp_path / "samples.npz", 31), "--reference", random_images(tmp_path / "real.npz", 41),
-             "--features", "pixels", "--batch-size", "4", "--out"]
-    fresh = ["--ckpt", str(guided), "--num-fid-samples", "25", "--batch-size", "8", "--reference", str(real), *FAST, "--out"]
+    files = [
+        "--samples",
+        random_images(tmp_path / "samples.npz", 31),
+        "--reference",
+        random_images(tmp_path / "real.npz", 41),
+        "--features",
+        "pixels",
+        "--batch-size",
+        "4",
+        "--out",
+    ]
+    fresh = [
+        "--ckpt",
+        str(guided),
+        "--num-fid-samples",
+        "25",
+        "--batch-size",
+        "8",
+        "--reference",
+        str(real),
+        *FAST,
+        "--out",
+    ]
     (tmp_path / "both.py").write_text(BOTH)
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-                    tmp_path / "both.py", *files, tmp_path / "two.json", "--then", *fresh, tmp_path / "two"], check=True,
-                   timeout=120, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(port),
+            tmp_path / "both.py",
+            *files,
+            tmp_path / "two.json",
+            "--then",
+            *fresh,
+            tmp_path / "two",
+        ],
+        check=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     evaluate.main([*files, str(tmp_path / "one.json")])
     generate.main([*fresh, str(tmp_path / "one")])
     for one, two in (("one.json", "two.json"), ("one/metrics.json", "two/metrics.json")):
@@ -92,8 +159,21 @@ def random_images(path, count):
 
 def test_scores_during_training(data, real, words, tmp_path, capsys):
     more = ["--max-train-steps", "3", "--checkpointing-steps", "2", "--log-steps", "2", "--vae", "pixels"]
-    scored = train.main(words(tmp_path, "scored", *more, "--eval-steps", "2", "--reference", real, "--features",
-                              "pixels", "--num-fid-samples", "16"))
+    scored = train.main(
+        words(
+            tmp_path,
+            "scored",
+            *more,
+            "--eval-steps",
+            "2",
+            "--reference",
+            real,
+            "--features",
+            "pixels",
+            "--num-fid-samples",
+            "16",
+        )
+    )
     lines = read(scored / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 3]  # losses and scores of a step share its line
     assert {"eval/fd@16", "eval/precision@16", "eval/mind@16"} <= lines[0].keys() and "eval/fd@16" not in lines[1]
@@ -103,10 +183,25 @@ def test_scores_during_training(data, real, words, tmp_path, capsys):
 
     checkpoint = scored / "checkpoints" / "0000002"  # the same, from the checkpoint's EMA weights afterwards
     how = {field.name: getattr(SETTINGS, field.name) for field in dataclasses.fields(SETTINGS)}
-    flags = [word for name, value in how.items() if value is not None
-             for word in (f"--{name.replace('_', '-')}", str(value))]
-    out = generate.main(["--ckpt", str(checkpoint), *flags, "--num-fid-samples", "16", "--reference", str(real), "--features",
-                         "pixels", "--mind", "--out", str(tmp_path / "out")])
+    flags = [
+        word for name, value in how.items() if value is not None for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    out = generate.main(
+        [
+            "--ckpt",
+            str(checkpoint),
+            *flags,
+            "--num-fid-samples",
+            "16",
+            "--reference",
+            str(real),
+            "--features",
+            "pixels",
+            "--mind",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     after = json.loads((out / "metrics.json").read_text())["metrics"]
     assert lines[0]["eval/fd@16"] == pytest.approx(after["fd"], rel=1e-5)
     assert lines[0]["eval/mind@16"] == pytest.approx(after["mind"], rel=1e-4)
@@ -131,12 +226,40 @@ def test_how_to_score_without_score_is_refused():
 def test_score_refuses_images_of_another_size(guided, tmp_path):
     np.savez(tmp_path / "other.npz", arr_0=np.zeros((9, 16, 16, 1), np.uint8))
     with pytest.raises(UserError, match="8 x 8 x 1, those of other.npz are 16 x 16 x 1"):
-        generate.main(["--ckpt", str(guided), "--num-fid-samples", "8", *FAST, "--reference", str(tmp_path / "other.npz"), "--out",
-                       str(tmp_path / "out")])
+        generate.main(
+            [
+                "--ckpt",
+                str(guided),
+                "--num-fid-samples",
+                "8",
+                *FAST,
+                "--reference",
+                str(tmp_path / "other.npz"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
 
 
 def test_ranges():
-    assert values("--x", "1.0:2.5:0.1") == [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5]
+    assert values("--x", "1.0:2.5:0.1") == [
+        1.0,
+        1.1,
+        1.2,
+        1.3,
+        1.4,
+        1.5,
+        1.6,
+        1.7,
+        1.8,
+        1.9,
+        2.0,
+        2.1,
+        2.2,
+        2.3,
+        2.4,
+        2.5,
+    ]
     assert values("--x", "0.6:1.0:0.05")[-1] == 1.0 and len(values("--x", "0.6:1.0:0.05")) == 9
     assert values("--x", "1.5") == [1.5] and values("--x", "1:2:0.75") == [1, 1.75]
     for text in ("a", "1:2", "1:2:0", "2:1:0.1", "1:2:-1"):
@@ -152,13 +275,29 @@ def test_a_sweep_has_no_presets():
 
 
 def test_scale_one_is_one_point():
-    config = options.build(SweepConfig, {"ckpt": "x", "reference": "r"}, {"cfg_scale": "1:2:0.5", "guidance_high": "0.5:1:0.5"})
+    config = options.build(
+        SweepConfig, {"ckpt": "x", "reference": "r"}, {"cfg_scale": "1:2:0.5", "guidance_high": "0.5:1:0.5"}
+    )
     assert config.points() == [(1, 1), (1.5, 0.5), (1.5, 1), (2, 0.5), (2, 1)]
 
 
 def run(guided, real, out, *words):
-    return sweep.main(["--ckpt", str(guided), "--reference", str(real), *FAST, "--num-fid-samples", "24", "--batch-size", "24", "--out",
-                       str(out), *words])
+    return sweep.main(
+        [
+            "--ckpt",
+            str(guided),
+            "--reference",
+            str(real),
+            *FAST,
+            "--num-fid-samples",
+            "24",
+            "--batch-size",
+            "24",
+            "--out",
+            str(out),
+            *words,
+        ]
+    )
 
 
 def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_path, capsys, monkeypatch):
@@ -167,12 +306,27 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     text = capsys.readouterr().out
     # 3 SDE steps: 3 evaluations without guidance, 6 with it
     assert text.startswith("2 of 2 points to do, 24 samples each: 48 images, 216 network evaluations")
-    first, left = (float(part) for part in re.search(r"took ([\d.]+) minutes, the other 1 take about ([\d.]+)", text).groups())
+    first, left = (
+        float(part) for part in re.search(r"took ([\d.]+) minutes, the other 1 take about ([\d.]+)", text).groups()
+    )
     assert left == pytest.approx(2 * first, abs=0.16)  # twice the evaluations
     result = json.loads((out / "sweep.json").read_text())
     assert [(one["cfg_scale"], one["guidance_high"]) for one in result["points"]] == [(1, 1), (3, 1)]
-    generate.main(["--ckpt", str(guided), "--num-fid-samples", "24", *FAST, "--cfg-scale", "3", "--reference", str(real), "--out",
-                   str(tmp_path / "one")])
+    generate.main(
+        [
+            "--ckpt",
+            str(guided),
+            "--num-fid-samples",
+            "24",
+            *FAST,
+            "--cfg-scale",
+            "3",
+            "--reference",
+            str(real),
+            "--out",
+            str(tmp_path / "one"),
+        ]
+    )
     alone = json.loads((tmp_path / "one" / "metrics.json").read_text())["metrics"]
     assert result["points"][1]["metrics"] == pytest.approx(alone, rel=1e-9)
     capsys.readouterr()
@@ -191,7 +345,7 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     assert (parsed.sampling.cfg_scale, parsed.sampling.guidance_high) == (best["cfg_scale"], best["guidance_high"])
     assert (parsed.sampling.num_steps, parsed.num_fid_samples) == (3, 50_000)
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
-    lines = text[text.index("high \\ scale"):].splitlines()[:3]
+    lines = text[text.index("high \\ scale") :].splitlines()[:3]
     assert [line.split()[0] for line in lines] == ["high", "0.5", "1"] and len({len(line) for line in lines}) == 1
     assert lines[1].split()[1] == lines[2].split()[1]  # scale 1 is the same whatever the interval
 
@@ -213,7 +367,9 @@ def test_the_heat_map_has_its_numbers_and_the_tables_order():
 
 
 def test_a_best_point_at_the_end_of_its_range_says_so():
-    config = options.build(SweepConfig, {"ckpt": "x", "reference": "r"}, {"cfg_scale": "1:2:0.5", "guidance_high": "0.5:1:0.25"})
+    config = options.build(
+        SweepConfig, {"ckpt": "x", "reference": "r"}, {"cfg_scale": "1:2:0.5", "guidance_high": "0.5:1:0.25"}
+    )
     assert list(sweep.edges(config, (2, 0.75))) == ["--cfg-scale"]
     assert list(sweep.edges(config, (1.5, 0.5))) == ["--guidance-high"]
     assert list(sweep.edges(config, (1, 1))) == [] == list(sweep.edges(config, (1.5, 0.75)))
@@ -222,8 +378,20 @@ def test_a_best_point_at_the_end_of_its_range_says_so():
 def test_a_reference_of_another_size_is_refused_before_training(tmp_path, words):
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((8, 16, 16, 1), np.uint8))
     with pytest.raises(UserError, match="16"):
-        train.main(words(tmp_path, "x", "--eval-steps", 50, "--reference", tmp_path / "large.npz", "--num-fid-samples", 8,
-                         "--features", "pixels"))
+        train.main(
+            words(
+                tmp_path,
+                "x",
+                "--eval-steps",
+                50,
+                "--reference",
+                tmp_path / "large.npz",
+                "--num-fid-samples",
+                8,
+                "--features",
+                "pixels",
+            )
+        )
     assert not (tmp_path / "x").exists()
 
 

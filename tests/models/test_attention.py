@@ -52,7 +52,10 @@ def test_the_fastest_kernel_is_fixed_in_every_block_for_any_batch(monkeypatch: p
         asked.append(shape)
         return {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0}
 
-    assert attention.choose(network, 32, torch.bfloat16, True, measured) == "cudnn (flash 2.00 ms, cudnn 1.00 ms, efficient 3.00 ms)"
+    assert (
+        attention.choose(network, 32, torch.bfloat16, True, measured)
+        == "cudnn (flash 2.00 ms, cudnn 1.00 ms, efficient 3.00 ms)"
+    )
     assert asked == [(4, 16, 32, 32, torch.bfloat16, CPU, True)]
     assert {block.attn.kernel for block in network.blocks} == {"cudnn"}
     # the name decides the kernel that runs: here the plain one of matrix products
@@ -82,7 +85,11 @@ def test_a_chosen_kernel_compiles_without_a_graph_break():
 def test_native_bf16_of_a_cpu_is_what_its_instructions_say(monkeypatch: pytest.MonkeyPatch):
     from recipes import quickstart
 
-    for known, native in (({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True), ({"avx512_f": True}, False)):
+    for known, native in (
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
+        ({"avx512_f": True}, False),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
         assert launch.native_bf16(CPU) is native
         assert launch.precision(None, CPU) is None  # float32 unless it is asked for

@@ -26,10 +26,22 @@ from tests.helpers import DATA, inputs, parity, perturbed, tiny_vae
 def save(path: Path, weights: dict, *, wrapped: bool = False) -> Path:
     """Weights as a trainer leaves them: flat, or beside the raw ones, the optimiser and an argument list."""
     if wrapped:
-        raw = {f"module.{name}".replace("attn.", "_orig_mod.attn."): value + 1 if name == "final_layer.linear.bias" else value
-               for name, value in weights.items()}
-        torch.save({"model": raw, "ema": weights, "opt": {"state": {}, "param_groups": []},
-                    "args": argparse.Namespace(model="SiT-XL/2", lr=1e-4), "steps": 400}, path)
+        raw = {
+            f"module.{name}".replace("attn.", "_orig_mod.attn."): value + 1
+            if name == "final_layer.linear.bias"
+            else value
+            for name, value in weights.items()
+        }
+        torch.save(
+            {
+                "model": raw,
+                "ema": weights,
+                "opt": {"state": {}, "param_groups": []},
+                "args": argparse.Namespace(model="SiT-XL/2", lr=1e-4),
+                "steps": 400,
+            },
+            path,
+        )
     elif path.suffix == ".safetensors":
         save_file(weights, path)
     else:
@@ -38,8 +50,10 @@ def save(path: Path, weights: dict, *, wrapped: bool = False) -> Path:
 
 
 def statistics(tmp_path: Path, channels: int) -> str:
-    torch.save({"mean": torch.arange(channels).view(1, -1, 1, 1) / 10, "std": torch.full((1, channels, 1, 1), 2.0)},
-               tmp_path / "latents_stats.pt")
+    torch.save(
+        {"mean": torch.arange(channels).view(1, -1, 1, 1) / 10, "std": torch.full((1, channels, 1, 1), 2.0)},
+        tmp_path / "latents_stats.pt",
+    )
     return str(tmp_path / "latents_stats.pt")
 
 
@@ -53,9 +67,15 @@ def compare(found: Checkpoint, stored: dict[str, Tensor], reversed_time: bool) -
     assert max((a - b).abs().max() for a, b in pairs) < 2e-5
 
 
-@pytest.mark.parametrize(("name", "suffix", "reversed_time"), [
-    ("repa_sit", ".pt", False), ("sit_original", ".pth", True), ("lightningdit", ".safetensors", True),
-    ("lightningdit_qknorm", ".pt", True)])
+@pytest.mark.parametrize(
+    ("name", "suffix", "reversed_time"),
+    [
+        ("repa_sit", ".pt", False),
+        ("sit_original", ".pth", True),
+        ("lightningdit", ".safetensors", True),
+        ("lightningdit_qknorm", ".pt", True),
+    ],
+)
 def test_parity_with_the_published_code(name, suffix, reversed_time, tmp_path, capsys):
     weights, stored = parity(name)
     source = save(tmp_path / f"{name}{suffix}", weights)
@@ -88,7 +108,9 @@ def test_without_an_average_the_weights_that_are_there_count(tmp_path):
     weights, stored = parity("repa_sit")
     for name in ("model", "state_dict"):
         torch.save({name: weights, "epoch": 3}, tmp_path / "0000007.pt")
-        found = Checkpoint.open(convert.main([str(tmp_path / "0000007.pt"), "--out", str(tmp_path / name), "--num-heads", "4"]))
+        found = Checkpoint.open(
+            convert.main([str(tmp_path / "0000007.pt"), "--out", str(tmp_path / name), "--num-heads", "4"])
+        )
         compare(found, stored, reversed_time=False)
         assert found.step == 7 and "epoch" in found.config["source"]["ignored"]
         with pytest.raises(UserError, match="has no network.safetensors; its weights are ema: "):
@@ -102,8 +124,10 @@ def test_every_layout_of_the_family_is_the_same_network(tmp_path):
     mlp = {f"projectors.{i}.{part}": torch.zeros(1) for i in (0, 2, 4) for part in ("weight", "bias")}
     layouts = {
         "REPA without projectors": bare,
-        "REPA": {name.replace("blocks.2.", "decoder_blocks.0.").replace("blocks.3.", "decoder_blocks.1."): value
-                 for name, value in weights.items()},
+        "REPA": {
+            name.replace("blocks.2.", "decoder_blocks.0.").replace("blocks.3.", "decoder_blocks.1."): value
+            for name, value in weights.items()
+        },
         "SRA": bare | {f"ap_head.linear{i}.{part}": torch.zeros(1) for i in (1, 2) for part in ("weight", "bias")},
         "Self-Transcendence, stage 2": bare | mlp,
         "Self-Transcendence, stage 1": bare | mlp | {"projectors_final.linear.weight": torch.zeros(1)},
@@ -135,9 +159,17 @@ def test_the_authors_release_as_their_trainer_saves_it(stage, tmp_path):
     networks = {"model": perturbed(spec, seed=1), "ema": perturbed(spec, seed=2)}
     heads = {f"projectors.{layer}.{kind}": torch.zeros(1) for layer in (0, 2, 4) for kind in ("weight", "bias")}
     if stage == 1:
-        heads |= {"projectors_final.linear.weight": torch.zeros(16, 128), "projectors_final.linear.bias": torch.zeros(16)}
-    archive = {name: {**network.state_dict(), "pos_embed": network.pos_embed, **heads} for name, network in networks.items()}
-    torch.save({**archive, "opt": {"state": {}}, "args": argparse.Namespace(qk_norm=True), "steps": 2_000_000}, tmp_path / "2000000.pt")
+        heads |= {
+            "projectors_final.linear.weight": torch.zeros(16, 128),
+            "projectors_final.linear.bias": torch.zeros(16),
+        }
+    archive = {
+        name: {**network.state_dict(), "pos_embed": network.pos_embed, **heads} for name, network in networks.items()
+    }
+    torch.save(
+        {**archive, "opt": {"state": {}}, "args": argparse.Namespace(qk_norm=True), "steps": 2_000_000},
+        tmp_path / "2000000.pt",
+    )
     found = Checkpoint.open(convert.main([str(tmp_path / "2000000.pt"), "--out", str(tmp_path / "out")]))
     assert found.step == 2_000_000 and found.spec.qk_norm and found.spec.num_heads == 4
     assert f"Self-Transcendence, stage {stage}" in found.config["source"]["layout"]
@@ -150,7 +182,9 @@ def test_the_direction_of_time_can_be_said(tmp_path):
     """A four-channel SiT has REPA's keys: --noise-at folds the reversal where the keys leave it open."""
     weights, stored = parity("repa_sit")
     source = save(tmp_path / "a.pt", weights)
-    found = Checkpoint.open(convert.main([str(source), "--out", str(tmp_path / "out"), "--num-heads", "4", "--noise-at", "0"]))
+    found = Checkpoint.open(
+        convert.main([str(source), "--out", str(tmp_path / "out"), "--num-heads", "4", "--noise-at", "0"])
+    )
     compare(found, stored, reversed_time=True)
 
 
@@ -172,8 +206,11 @@ def test_reversing_time_changes_the_direction_and_nothing_else():
 def second_layer(weights: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """Internal Guidance's second final layer for a network: the names and shapes of its own, other values."""
     generator = torch.Generator().manual_seed(seed)
-    return {name.replace("final_layer.", "final_layer_xr."): 0.1 * torch.randn(value.shape, generator=generator)
-            for name, value in weights.items() if name.startswith("final_layer.")}
+    return {
+        name.replace("final_layer.", "final_layer_xr."): 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in weights.items()
+        if name.startswith("final_layer.")
+    }
 
 
 def second_velocity(weights: dict[str, Tensor], t: Tensor, y: Tensor, tokens: Tensor, patch: int) -> Tensor:
@@ -186,24 +223,34 @@ def second_velocity(weights: dict[str, Tensor], t: Tensor, y: Tensor, tokens: Te
     scale = weights.get("final_layer_xr.norm_final.weight")
     centred = tokens - tokens.mean(-1, keepdim=True) if scale is None else tokens  # LayerNorm, or RMSNorm with a weight
     normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 if scale is None else scale)
-    shift, gain = F.linear(F.silu(c), weights["final_layer_xr.adaLN_modulation.1.weight"],
-                           weights["final_layer_xr.adaLN_modulation.1.bias"])[:, None].chunk(2, dim=-1)
-    patches = F.linear(normed * (1 + gain) + shift, weights["final_layer_xr.linear.weight"], weights["final_layer_xr.linear.bias"])
+    shift, gain = F.linear(
+        F.silu(c),
+        weights["final_layer_xr.adaLN_modulation.1.weight"],
+        weights["final_layer_xr.adaLN_modulation.1.bias"],
+    )[:, None].chunk(2, dim=-1)
+    patches = F.linear(
+        normed * (1 + gain) + shift, weights["final_layer_xr.linear.weight"], weights["final_layer_xr.linear.bias"]
+    )
     side, channels = int(tokens.shape[1] ** 0.5), patches.shape[-1] // patch**2
     out = torch.zeros(len(tokens), channels, side * patch, side * patch)
     for number in range(tokens.shape[1]):
         row, column = divmod(number, side)
-        out[:, :, row * patch:(row + 1) * patch, column * patch:(column + 1) * patch] = \
+        out[:, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = (
             patches[:, number].reshape(-1, patch, patch, channels).permute(0, 3, 1, 2)
+        )
     return out
 
 
-@pytest.mark.parametrize(("name", "patch", "reversed_time"), [
-    ("repa_sit", 2, False), ("lightningdit", 1, True), ("lightningdit_qknorm", 1, True)])
+@pytest.mark.parametrize(
+    ("name", "patch", "reversed_time"),
+    [("repa_sit", 2, False), ("lightningdit", 1, True), ("lightningdit_qknorm", 1, True)],
+)
 def test_internal_guidance_brings_its_second_velocity(name, patch, reversed_time, tmp_path, capsys):
     """Both velocities are the peer's: noise at t = 1 for SiT, at 0 for LightningDiT, as in its authors' two folders."""
     weights, stored = parity(name)
-    weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")} | second_layer(weights)
+    weights = {key: value for key, value in weights.items() if not key.startswith("projectors.")} | second_layer(
+        weights
+    )
     extra = ["--statistics", statistics(tmp_path, 8)] if reversed_time else []
     argv = [str(save(tmp_path / "ig.pt", {"ema": weights})), "--num-heads", "4", *extra]
     found = Checkpoint.open(convert.main([*argv, "--out", str(tmp_path / "out"), "--internal-block", "2"]))
@@ -211,7 +258,13 @@ def test_internal_guidance_brings_its_second_velocity(name, patch, reversed_time
     assert "second velocity from block 2 (--internal-scale)" in capsys.readouterr().out
     compare(found, stored, reversed_time)
     inner = open_inner(found, SamplingConfig(internal_scale=1.4))
-    assert (inner.name, inner.spec.kind, inner.spec.block, inner.low, inner.high) == ("internal", "final-layer", 2, 0.0, 1.0)
+    assert (inner.name, inner.spec.kind, inner.spec.block, inner.low, inner.high) == (
+        "internal",
+        "final-layer",
+        2,
+        0.0,
+        1.0,
+    )
     t = 1 - stored["t"] if reversed_time else stored["t"]
     velocity = inner(found.network()(stored["x"], t, stored["y"], taps=inner.taps).features)
     expected = second_velocity(weights, stored["t"], stored["y"], stored["block2"], patch)
@@ -219,7 +272,9 @@ def test_internal_guidance_brings_its_second_velocity(name, patch, reversed_time
     assert expected.abs().mean() > 0.05
 
     again = tmp_path / "again"  # where the file says otherwise, both velocities turn
-    turned = Checkpoint.open(convert.main([*argv, "--out", str(again), "--internal-block", "2", "--noise-at", str(int(reversed_time))]))
+    turned = Checkpoint.open(
+        convert.main([*argv, "--out", str(again), "--internal-block", "2", "--noise-at", str(int(reversed_time))])
+    )
     inner = open_inner(turned, SamplingConfig(internal_scale=1.4))
     opposite = inner(turned.network()(stored["x"], 1 - t, stored["y"], taps=inner.taps).features)
     torch.testing.assert_close(opposite, -velocity, rtol=0, atol=2e-5)
@@ -230,9 +285,14 @@ def test_converted_internal_guidance_samples_at_once(tmp_path, capsys):
     networks = {"model": perturbed(spec, seed=1), "ema": perturbed(spec, seed=2)}
     sets = {name: {**network.state_dict(), "pos_embed": network.pos_embed} for name, network in networks.items()}
     sets = {name: weights | second_layer(weights, seed) for seed, (name, weights) in enumerate(sets.items())}
-    torch.save({**sets, "opt": {"state": {}}, "args": argparse.Namespace(encoder_depth=8), "steps": 4_000_000}, tmp_path / "4000000.pt")
+    torch.save(
+        {**sets, "opt": {"state": {}}, "args": argparse.Namespace(encoder_depth=8), "steps": 4_000_000},
+        tmp_path / "4000000.pt",
+    )
     source = [str(tmp_path / "4000000.pt"), "--vae", "pixels", "--out"]
-    with pytest.raises(UserError, match="block 8 of its second final layer is not among blocks 1 to 6: .*--internal-block"):
+    with pytest.raises(
+        UserError, match="block 8 of its second final layer is not among blocks 1 to 6: .*--internal-block"
+    ):
         convert.main([*source, str(tmp_path / "out")])
     out = convert.main([*source, str(tmp_path / "out"), "--internal-block", "2"])
     for weights, name in (("raw", "model"), ("ema", "ema")):
@@ -240,7 +300,19 @@ def test_converted_internal_guidance_samples_at_once(tmp_path, capsys):
         assert torch.equal(head.linear.weight, sets[name]["final_layer_xr.linear.weight"])
 
     def draw(name: str, *more: str) -> np.ndarray:
-        words = ["--ckpt", str(out), "--num-fid-samples", "4", "--mode", "ode", "--num-steps", "3", "--out", str(tmp_path / name), *more]
+        words = [
+            "--ckpt",
+            str(out),
+            "--num-fid-samples",
+            "4",
+            "--mode",
+            "ode",
+            "--num-steps",
+            "3",
+            "--out",
+            str(tmp_path / name),
+            *more,
+        ]
         with np.load(generate.main(words) / "samples.npz") as found:
             return found["arr_0"]
 
@@ -250,8 +322,18 @@ def test_converted_internal_guidance_samples_at_once(tmp_path, capsys):
 
 
 def test_the_second_velocity_is_of_block_8_unless_said_and_must_fit(tmp_path):
-    spec = models.ModelSpec(name="custom", architecture="sit", depth=9, hidden_size=16, num_heads=2, patch_size=2, in_channels=4,
-                            input_size=4, num_classes=3, qk_norm=False)
+    spec = models.ModelSpec(
+        name="custom",
+        architecture="sit",
+        depth=9,
+        hidden_size=16,
+        num_heads=2,
+        patch_size=2,
+        in_channels=4,
+        input_size=4,
+        num_classes=3,
+        qk_norm=False,
+    )
     network = models.build(spec)
     weights = network.state_dict() | {"pos_embed": network.pos_embed}
     second = second_layer(weights)
@@ -265,11 +347,20 @@ def test_the_second_velocity_is_of_block_8_unless_said_and_must_fit(tmp_path):
     assert converted(weights | second, "--internal-block", "4")["block"] == 4
     bias = "final_layer_xr.linear.bias"
     for tensors, more, message in (
-            (weights, ("--internal-block", "4"), r"no second final layer \(final_layer_xr.\*\): leave out --internal-block"),
-            (weights | second, ("--internal-block", "10"), "block 10 of its second final layer is not among blocks 1 to 9"),
-            (weights | second | {bias: torch.zeros(8)}, (), rf"{bias} is \(8,\) where \(16,\) is needed"),
-            (weights | {name: value for name, value in second.items() if name != bias}, (), f"{bias} is missing where"),
-            (weights | second | {"final_layer_xr.extra": torch.zeros(1)}, (), r"final_layer_xr.extra is \(1,\) where nothing is")):
+        (
+            weights,
+            ("--internal-block", "4"),
+            r"no second final layer \(final_layer_xr.\*\): leave out --internal-block",
+        ),
+        (weights | second, ("--internal-block", "10"), "block 10 of its second final layer is not among blocks 1 to 9"),
+        (weights | second | {bias: torch.zeros(8)}, (), rf"{bias} is \(8,\) where \(16,\) is needed"),
+        (weights | {name: value for name, value in second.items() if name != bias}, (), f"{bias} is missing where"),
+        (
+            weights | second | {"final_layer_xr.extra": torch.zeros(1)},
+            (),
+            r"final_layer_xr.extra is \(1,\) where nothing is",
+        ),
+    ):
         with pytest.raises(UserError, match=message):
             converted(tensors, *more)
 
@@ -278,15 +369,23 @@ def test_published_sizes_need_no_heads_and_keep_their_names(tmp_path):
     spec = models.spec("SiT-S/2", in_channels=4, input_size=8, num_classes=3)
     network = models.build(spec)
     weights = network.state_dict() | {"pos_embed": network.pos_embed}
-    found = Checkpoint.open(convert.main([str(save(tmp_path / "a.safetensors", weights)), "--out", str(tmp_path / "out")]))
+    found = Checkpoint.open(
+        convert.main([str(save(tmp_path / "a.safetensors", weights)), "--out", str(tmp_path / "out")])
+    )
     assert found.spec == spec
 
 
 def test_the_vae_of_the_latents_can_be_named(tmp_path):
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.5)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        scaling_factor=0.5,
+    )
     vae.save_pretrained(tmp_path / "vae")
     source = str(save(tmp_path / "a.pt", parity("repa_sit")[0]))
     arguments = ["--out", str(tmp_path / "out"), "--num-heads", "4", "--vae"]
@@ -327,8 +426,12 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
             convert.main([str(tmp_path / f"{number}.pt"), "--out", str(tmp_path / "out"), *arguments])
     (tmp_path / "cut.pt").write_bytes((tmp_path / "0.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
-    for name, message in (("cut.pt", "damaged"), ("text.pt", "damaged"), ("absent.pt", "cannot read"),
-                          ("absent.safetensors", "cannot read")):
+    for name, message in (
+        ("cut.pt", "damaged"),
+        ("text.pt", "damaged"),
+        ("absent.pt", "cannot read"),
+        ("absent.safetensors", "cannot read"),
+    ):
         with pytest.raises(UserError, match=message):
             convert.main([str(tmp_path / name), "--out", str(tmp_path / "out"), *heads])
     assert not (tmp_path / "out").exists()
@@ -373,5 +476,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     name = next(iter(tensors))
     save(tmp_path / "nan.safetensors", {**tensors, name: torch.full_like(tensors[name], float("nan"))})
     with pytest.raises(UserError, match=f"nan.safetensors holds numbers that are not finite, first in {name}"):
-        convert.main([str(tmp_path / "nan.safetensors"), "--num-heads", "4", "--vae", "pixels", "--out", str(tmp_path / "out")])
+        convert.main(
+            [str(tmp_path / "nan.safetensors"), "--num-heads", "4", "--vae", "pixels", "--out", str(tmp_path / "out")]
+        )
     assert not (tmp_path / "out").exists()

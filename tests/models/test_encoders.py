@@ -34,7 +34,9 @@ def dino() -> Encoder:
 
 
 def images(count: int = 2, side: int = 8, channels: int = 1) -> torch.Tensor:
-    return torch.randint(0, 256, (count, side, side, channels), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, side, side, channels), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 def test_dinov2_returns_patch_tokens_on_the_students_grid(dino: Encoder) -> None:
@@ -104,7 +106,9 @@ def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="not a plain vision transformer but a ResNet"):
         open_encoder("resnet10t", grid=2, pretrained=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="weights of encoder vit_small_patch14_dinov2.lvd142m are neither local") as error:
+    with pytest.raises(
+        UserError, match="weights of encoder vit_small_patch14_dinov2.lvd142m are neither local"
+    ) as error:
         open_encoder(SMALL_DINO, grid=2)
     assert "hf download timm/vit_small_patch14_dinov2.lvd142m" in str(error.value) and "\n" not in str(error.value)
 
@@ -117,21 +121,40 @@ def test_cached_tokens_are_those_of_the_images(tmp_path: Path, words: Words, enc
         assert one["loss/haste"] == pytest.approx(two["loss/haste"], rel=1e-4)
     first, second = Checkpoint.open(plain).tensors("network"), Checkpoint.open(cached).tensors("network")
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
-    assert Checkpoint.open(plain).config["resolved"]["haste"]["encoder_digest"] == open_encoder(str(encoder), grid=4).digest()
+    assert (
+        Checkpoint.open(plain).config["resolved"]["haste"]["encoder_digest"]
+        == open_encoder(str(encoder), grid=4).digest()
+    )
 
 
 def test_a_cache_in_bf16_is_what_autocast_would_give(tmp_path: Path, words: Words, encoder: Path) -> None:
-    more = ("--align", "repa", "--align-hidden", 32, "--align-encoder", encoder, "--max-train-steps", 2, "--mixed-precision", "bf16")
-    plain, cached = (train.main(words(tmp_path, name, *more, *cache)) for name, cache in (("a", ()), ("b", ("--align-cache",))))
+    more = (
+        "--align",
+        "repa",
+        "--align-hidden",
+        32,
+        "--align-encoder",
+        encoder,
+        "--max-train-steps",
+        2,
+        "--mixed-precision",
+        "bf16",
+    )
+    plain, cached = (
+        train.main(words(tmp_path, name, *more, *cache)) for name, cache in (("a", ()), ("b", ("--align-cache",)))
+    )
     for one, two in zip(read(plain / "log.jsonl"), read(cached / "log.jsonl"), strict=True):
         assert one["loss/repa"] == pytest.approx(two["loss/repa"], abs=2e-3)
 
 
-def test_a_cache_beyond_its_limit_is_refused(tmp_path: Path, words: Words, encoder: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_beyond_its_limit_is_refused(
+    tmp_path: Path, words: Words, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("alignment.external.LIMIT", 1000)
     with pytest.raises(UserError, match="leave out --align-cache"):
-        train.main(words(tmp_path, "x", "--align", "repa", "--align-encoder", encoder, "--align-cache", "--max-train-steps", 1))
+        train.main(
+            words(tmp_path, "x", "--align", "repa", "--align-encoder", encoder, "--align-cache", "--max-train-steps", 1)
+        )
 
 
 def test_the_image_column_is_mirrored_as_the_latent_is(tmp_path: Path) -> None:
@@ -146,15 +169,31 @@ def test_the_image_column_is_mirrored_as_the_latent_is(tmp_path: Path) -> None:
         Image.fromarray(picture[..., 0]).save(buffer, "PNG")
         kept.append(buffer.getvalue())
     entry = shards.write_shard(tmp_path, 0, latents.astype(np.float32), np.arange(40) % 10, images=kept)
-    shards.write_manifest(tmp_path, space=pixels(1), resolution=8, latent_size=8, views=2, parts=1, dtype="float32", crop="none",
-                          class_names=list("0123456789"), images=True, shards=[entry], source="test")
+    shards.write_manifest(
+        tmp_path,
+        space=pixels(1),
+        resolution=8,
+        latent_size=8,
+        views=2,
+        parts=1,
+        dtype="float32",
+        crop="none",
+        class_names=list("0123456789"),
+        images=True,
+        shards=[entry],
+        source="test",
+    )
     data = LatentSet(tmp_path)
     config, _ = command.resolve(["--data-dir", str(tmp_path), "--exp-name", "x", "--batch-size", "16"], "train", None)
     source = Batches(config, data, torch.device("cpu"), 0, 1)
-    wants = type("Wants", (), {"columns": ("image", "row"), "draw": lambda *_: {}, "options": type("O", (), {"interval": None})})
-    (one,), = source.steps(0, 1, {"x": wants})
+    wants = type(
+        "Wants", (), {"columns": ("image", "row"), "draw": lambda *_: {}, "options": type("O", (), {"interval": None})}
+    )
+    ((one,),) = source.steps(0, 1, {"x": wants})
     from_latents = ((one.x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert torch.equal(one.columns["image"], from_latents)
     view = one.columns["row"] % 2
     assert 0 < view.sum() < 16
-    assert torch.equal(one.columns["image"], torch.from_numpy(data.images(one.columns["row"].numpy() // 2, view.numpy())))
+    assert torch.equal(
+        one.columns["image"], torch.from_numpy(data.images(one.columns["row"].numpy() // 2, view.numpy()))
+    )

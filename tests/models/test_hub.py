@@ -48,36 +48,76 @@ def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return stand_in
 
 
-def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(guided: Path, data: Path, tmp_path: Path, repositories: Hub,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = generate.main(["--ckpt", str(guided), "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "drawn")])
-    evaluate.main(["--samples", str(drawn), "--reference", str(data), "--features", "pixels", "--out", str(tmp_path / "metrics.json")])
-    address = hub.main([str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "metrics.json"), "--private"])
+def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
+    guided: Path, data: Path, tmp_path: Path, repositories: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = generate.main(
+        ["--ckpt", str(guided), "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "drawn")]
+    )
+    evaluate.main(
+        [
+            "--samples",
+            str(drawn),
+            "--reference",
+            str(data),
+            "--features",
+            "pixels",
+            "--out",
+            str(tmp_path / "metrics.json"),
+        ]
+    )
+    address = hub.main(
+        [str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "metrics.json"), "--private"]
+    )
     assert address == "https://hub.example/lab/digits/tree/main" and repositories.private
     known, fetched = Checkpoint.open(guided), Checkpoint.open("hub:lab/digits")
-    assert sorted(fetched.files) == ["ema.safetensors", "network.safetensors"] and fetched.config["packed_from"] == known.digest
+    assert (
+        sorted(fetched.files) == ["ema.safetensors", "network.safetensors"]
+        and fetched.config["packed_from"] == known.digest
+    )
     for weights in ("ema", "raw"):
         assert all(torch.equal(value, fetched.tensors(weights)[name]) for name, value in known.tensors(weights).items())
     card = (tmp_path / "hub" / "lab" / "digits" / "README.md").read_text()
     result = json.loads((tmp_path / "metrics.json").read_text())
-    for said in ("SiT-Tiny/2, step 4", "`guided`", "guide_scale 30", "1,797 items of 10 classes", known.config["data"]["digest"],
-                 known.digest, f"| fd | {result['metrics']['fd']:.4f} |", "20 samples against", "mode sde", "num_steps 2",
-                 known.files["ema.safetensors"]):
+    for said in (
+        "SiT-Tiny/2, step 4",
+        "`guided`",
+        "guide_scale 30",
+        "1,797 items of 10 classes",
+        known.config["data"]["digest"],
+        known.digest,
+        f"| fd | {result['metrics']['fd']:.4f} |",
+        "20 samples against",
+        "mode sde",
+        "num_steps 2",
+        known.files["ema.safetensors"],
+    ):
         assert said in card, said
-    again = generate.main(["--ckpt", "hub:lab/digits", "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "again")])
+    again = generate.main(
+        ["--ckpt", "hub:lab/digits", "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "again")]
+    )
     assert np.array_equal(np.load(drawn / "samples.npz")["arr_0"], np.load(again / "samples.npz")["arr_0"])
     monkeypatch.chdir(tmp_path)
     place = generate.main(["--ckpt", "hub:lab/digits", "--num-fid-samples", "2", "--num-steps", "2"])
     assert place.parent == Path("exps/lab--digits/samples")  # not in the hub's cache
 
 
-def test_what_the_hub_or_the_metrics_refuse_is_one_line(guided: Path, teacher: Path, tmp_path: Path, repositories: Hub,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_or_the_metrics_refuse_is_one_line(
+    guided: Path, teacher: Path, tmp_path: Path, repositories: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="cannot fetch hub:lab/none@v2: no such repository: lab/none v2"):
         Checkpoint.open("hub:lab/none@v2")
     settings = {"checkpoint": Checkpoint.open(teacher).digest}
-    (tmp_path / "other.json").write_text(json.dumps({
-        "metrics": {}, "num_samples": 4, "reference": {"name": "r", "sha256": "0"}, "samples": {"settings": settings}}))
+    (tmp_path / "other.json").write_text(
+        json.dumps(
+            {
+                "metrics": {},
+                "num_samples": 4,
+                "reference": {"name": "r", "sha256": "0"},
+                "samples": {"settings": settings},
+            }
+        )
+    )
     with pytest.raises(UserError, match="does not say that its samples are of"):
         hub.main([str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "other.json")])
     with pytest.raises(UserError, match="--private is for the hub"):
@@ -90,7 +130,10 @@ def test_offline_one_line_says_so(guided: Path, monkeypatch: pytest.MonkeyPatch)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for call in (lambda: Checkpoint.open("hub:lab/nothing-of-the-kind"), lambda: hub.main([str(guided), "--to", "hub:lab/digits"])):
+    for call in (
+        lambda: Checkpoint.open("hub:lab/nothing-of-the-kind"),
+        lambda: hub.main([str(guided), "--to", "hub:lab/digits"]),
+    ):
         with pytest.raises(UserError, match="cannot (fetch|push to) hub:lab/.*is there a network") as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -99,7 +142,12 @@ def test_offline_one_line_says_so(guided: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_folder_takes_a_checkpoint_as_well(guided: Path, tmp_path: Path) -> None:
     folder = hub.main([str(guided), "--to", str(tmp_path / "shared" / "digits")])
-    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "ema.safetensors", "network.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "ema.safetensors",
+        "network.safetensors",
+    }
     assert Checkpoint.open(folder).network("ema") is not None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
@@ -107,7 +155,9 @@ def test_a_folder_takes_a_checkpoint_as_well(guided: Path, tmp_path: Path) -> No
         hub.main([str(guided), "--to", str(tmp_path / "mine")])
     hub.main([str(guided), "--to", str(folder)])  # its own copy it may write again
     own = Checkpoint.open(shutil.copytree(guided, tmp_path / "run")).path
-    with pytest.raises(UserError, match="not what this command wrote there"):  # a run's checkpoint has an optimiser to lose
+    with pytest.raises(
+        UserError, match="not what this command wrote there"
+    ):  # a run's checkpoint has an optimiser to lose
         hub.main([str(guided), "--to", str(own)])
     Checkpoint.open(own).require_whole()
 

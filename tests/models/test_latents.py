@@ -23,9 +23,15 @@ def vae(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("vaes") / "sd-vae-toy"
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-                  up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=3, norm_num_groups=4,
-                  scaling_factor=0.25, shift_factor=0.5).save_pretrained(folder)
+    AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=3,
+        norm_num_groups=4,
+        scaling_factor=0.25,
+        shift_factor=0.5,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -83,11 +89,23 @@ def test_the_published_sizes_and_scale():
 
     from models.vae import VaeCodec, _space_of
 
-    model = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
-                          up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=2, mid_block_add_attention=False)
+    model = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
     for name in ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"):
         space = _space_of(name, model, None)
-        assert (space.name, space.channels, space.stride, space.shift, space.scale) == ("sd-vae", 4, 8, (0.0,), (0.18215,))
+        assert (space.name, space.channels, space.stride, space.shift, space.scale) == (
+            "sd-vae",
+            4,
+            8,
+            (0.0,),
+            (0.18215,),
+        )
     codec = VaeCodec(model, space, "cpu", torch.float32)
     for size in (256, 512):
         mean, _ = codec.encode(images(1, size))
@@ -99,10 +117,13 @@ def test_statistics_come_from_the_config_or_from_the_published_files(vae, tmp_pa
     folder = edited(vae, tmp_path, latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=1.0)
     shape = (1, 3, 1, 1)
     torch.save({"mean": mean.view(shape), "std": std.view(shape)}, tmp_path / "latents_stats.pt")
-    torch.save({"latents_bias": mean.view(shape), "latents_scale": 1 / std.view(shape)}, tmp_path / "e2e-latents-stats.pt")
+    torch.save(
+        {"latents_bias": mean.view(shape), "latents_scale": 1 / std.view(shape)}, tmp_path / "e2e-latents-stats.pt"
+    )
     raw = torch.randn(2, 3, 4, 4)
-    spaces = [open_codec(str(folder)).space] + [open_codec(str(vae), statistics=tmp_path / name).space
-                                                for name in ("latents_stats.pt", "e2e-latents-stats.pt")]
+    spaces = [open_codec(str(folder)).space] + [
+        open_codec(str(vae), statistics=tmp_path / name).space for name in ("latents_stats.pt", "e2e-latents-stats.pt")
+    ]
     for space in spaces:
         torch.testing.assert_close(space.normalise(raw), (raw - mean.view(shape)) / std.view(shape))
 

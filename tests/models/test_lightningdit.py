@@ -16,7 +16,9 @@ COUNTS = {"B/1": 130_556_192, "L/2": 458_153_056, "XL/1": 675_256_736, "1p0B/1":
 
 
 def outline(name: str, **kwargs) -> models.Backbone:
-    return models.outline(models.spec(f"LightningDiT-{name}", in_channels=32, input_size=16, num_classes=1000, **kwargs))
+    return models.outline(
+        models.spec(f"LightningDiT-{name}", in_channels=32, input_size=16, num_classes=1000, **kwargs)
+    )
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -31,13 +33,26 @@ def test_qk_norm_adds_one_weight_for_each_element_of_a_head():
 @pytest.mark.parametrize("name", ["lightningdit", "lightningdit_qknorm"])
 def test_state_dict_has_the_published_names_and_the_tables_are_recomputed(name):
     weights, _ = parity(name)
-    spec = models.ModelSpec(name="custom", architecture="lightningdit", depth=3, hidden_size=48, num_heads=4, patch_size=1,
-                            in_channels=8, input_size=4, num_classes=10, qk_norm=name.endswith("qknorm"))
+    spec = models.ModelSpec(
+        name="custom",
+        architecture="lightningdit",
+        depth=3,
+        hidden_size=48,
+        num_heads=4,
+        patch_size=1,
+        in_channels=8,
+        input_size=4,
+        num_classes=10,
+        qk_norm=name.endswith("qknorm"),
+    )
     network = models.build(spec)
     tables = {"pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
     assert set(network.state_dict()) == set(weights) - tables
-    for table, key in ((network.pos_embed, "pos_embed"), (network.rotary_cos, "feat_rope.freqs_cos"),
-                       (network.rotary_sin, "feat_rope.freqs_sin")):
+    for table, key in (
+        (network.pos_embed, "pos_embed"),
+        (network.rotary_cos, "feat_rope.freqs_cos"),
+        (network.rotary_sin, "feat_rope.freqs_sin"),
+    ):
         torch.testing.assert_close(table, weights[key], rtol=0, atol=1e-6)
 
 
@@ -50,7 +65,9 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_offsets_alone():
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(side, side))
     products = torch.einsum("abd,efd->abef", turned_q, turned_k)
     for row, column in ((0, 1), (2, 0), (1, 3)):
-        along = torch.stack([products[i, j, i + row, j + column] for i in range(side - row) for j in range(side - column)])
+        along = torch.stack(
+            [products[i, j, i + row, j + column] for i in range(side - row) for j in range(side - column)]
+        )
         torch.testing.assert_close(along, along[0].expand_as(along), rtol=0, atol=1e-5)
     assert (products[0, 0, 0, 1] - products[0, 0, 1, 0]).abs() > 1e-3  # rows and columns turn different halves
 
@@ -72,5 +89,16 @@ def test_layers_against_their_formulas():
 
 def test_heads_that_cannot_be_rotated_are_refused():
     with pytest.raises(UserError, match="divisible by 4, not 6"):
-        models.build(models.ModelSpec(name="custom", architecture="lightningdit", depth=1, hidden_size=24, num_heads=4,
-                                      patch_size=1, in_channels=4, input_size=4, num_classes=10))
+        models.build(
+            models.ModelSpec(
+                name="custom",
+                architecture="lightningdit",
+                depth=1,
+                hidden_size=24,
+                num_heads=4,
+                patch_size=1,
+                in_channels=4,
+                input_size=4,
+                num_classes=10,
+            )
+        )

@@ -10,14 +10,27 @@ from models.layers import patchify, unpatchify
 from runtime.errors import UserError
 from tests.helpers import inputs, parity, perturbed
 
-TINY = models.ModelSpec(name="custom", architecture="sit", depth=4, hidden_size=48, num_heads=4, patch_size=2,
-                        in_channels=4, input_size=8, num_classes=10)
+TINY = models.ModelSpec(
+    name="custom",
+    architecture="sit",
+    depth=4,
+    hidden_size=48,
+    num_heads=4,
+    patch_size=2,
+    in_channels=4,
+    input_size=8,
+    num_classes=10,
+)
 
 both = pytest.mark.parametrize("name", ["SiT-Tiny/2", "LightningDiT-Tiny/1"])
 
 # Published tables: 4 latent channels at 32x32, 1000 classes, patch 2, 4, 8.
-COUNTS = {"S": (32_957_200, 32_920_384, 33_049_600), "B": (130_500_112, 130_426_432, 130_684_672),
-          "L": (458_086_416, 457_988_160, 458_332_416), "XL": (675_111_184, 675_000_640, 675_387_904)}
+COUNTS = {
+    "S": (32_957_200, 32_920_384, 33_049_600),
+    "B": (130_500_112, 130_426_432, 130_684_672),
+    "L": (458_086_416, 457_988_160, 458_332_416),
+    "XL": (675_111_184, 675_000_640, 675_387_904),
+}
 
 
 @pytest.mark.parametrize("size", COUNTS)
@@ -106,8 +119,12 @@ def test_initialisation_follows_the_published_distributions():
     weights = models.build(spec, depth=1).state_dict()
     for name in ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"):
         assert weights[name].std() == pytest.approx(0.02, rel=0.01) and abs(weights[name].mean()) < 2e-4
-    for name, fan in {"x_embedder.proj.weight": 768 + 16, "blocks.0.attn.qkv.weight": 4 * 768,
-                      "blocks.0.attn.proj.weight": 2 * 768, "blocks.0.mlp.fc1.weight": 5 * 768}.items():
+    for name, fan in {
+        "x_embedder.proj.weight": 768 + 16,
+        "blocks.0.attn.qkv.weight": 4 * 768,
+        "blocks.0.attn.proj.weight": 2 * 768,
+        "blocks.0.mlp.fc1.weight": 5 * 768,
+    }.items():
         bound = (6 / fan) ** 0.5
         assert weights[name].abs().max() <= bound * (1 + 1e-6)
         assert weights[name].std() == pytest.approx(bound / 3**0.5, rel=0.02)
@@ -137,18 +154,23 @@ def test_given_weights_are_copied_and_must_fit():
     with torch.no_grad():
         copy.x_embedder.proj.bias += 1
     assert not network.x_embedder.proj.bias.any()
-    for broken, message in ((dict(weights, extra=torch.zeros(1)), "extra is unexpected"),
-                            ({k: v for k, v in weights.items() if k != "blocks.1.attn.qkv.bias"}, "qkv.bias is missing"),
-                            (dict(weights, **{"x_embedder.proj.bias": torch.zeros(3)}), r"is \(3,\) where \(48,\)")):
+    for broken, message in (
+        (dict(weights, extra=torch.zeros(1)), "extra is unexpected"),
+        ({k: v for k, v in weights.items() if k != "blocks.1.attn.qkv.bias"}, "qkv.bias is missing"),
+        (dict(weights, **{"x_embedder.proj.bias": torch.zeros(3)}), r"is \(3,\) where \(48,\)"),
+    ):
         with pytest.raises(UserError, match=message):
             models.build(TINY, weights=broken)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"name": "SiT-B2"}, "did you mean SiT-B/2"),
-    ({"name": "SiT-B/4", "input_size": 10}, "input_size 10 is not a multiple of patch_size 4"),
-    ({"name": "SiT-B/2", "num_classes": 0}, "num_classes must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "SiT-B2"}, "did you mean SiT-B/2"),
+        ({"name": "SiT-B/4", "input_size": 10}, "input_size 10 is not a multiple of patch_size 4"),
+        ({"name": "SiT-B/2", "num_classes": 0}, "num_classes must be at least 1"),
+    ],
+)
 def test_specs_that_make_no_network_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         models.spec(**{"in_channels": 4, "input_size": 32, "num_classes": 10} | arguments)

@@ -25,20 +25,35 @@ class LDM:
 
     def draw(self, name: str, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
         if name not in self.weights:
-            value = torch.empty(shape, device=self.device) if self.device == "meta" else \
-                offset + scale * torch.randn(shape, generator=self.generator)
+            value = (
+                torch.empty(shape, device=self.device)
+                if self.device == "meta"
+                else offset + scale * torch.randn(shape, generator=self.generator)
+            )
             self.weights[name] = value
         return self.weights[name]
 
-    def conv(self, name: str, x: Tensor, out: int, size: int = 3, stride: int = 1, padding: int | None = None) -> Tensor:
+    def conv(
+        self, name: str, x: Tensor, out: int, size: int = 3, stride: int = 1, padding: int | None = None
+    ) -> Tensor:
         fan = x.shape[1] * size**2
-        return F.conv2d(x, self.draw(f"{name}.weight", out, x.shape[1], size, size, scale=fan**-0.5),
-                        self.draw(f"{name}.bias", out, scale=0.1), stride, size // 2 if padding is None else padding)
+        return F.conv2d(
+            x,
+            self.draw(f"{name}.weight", out, x.shape[1], size, size, scale=fan**-0.5),
+            self.draw(f"{name}.bias", out, scale=0.1),
+            stride,
+            size // 2 if padding is None else padding,
+        )
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         width = x.shape[1]
-        return F.group_norm(x, 32, self.draw(f"{name}.weight", width, scale=0.2, offset=1.0),
-                            self.draw(f"{name}.bias", width, scale=0.2), eps=1e-6)
+        return F.group_norm(
+            x,
+            32,
+            self.draw(f"{name}.weight", width, scale=0.2, offset=1.0),
+            self.draw(f"{name}.bias", width, scale=0.2),
+            eps=1e-6,
+        )
 
     def residual(self, name: str, x: Tensor, out: int) -> Tensor:
         h = self.conv(f"{name}.conv1", F.silu(self.norm(f"{name}.norm1", x)), out)
@@ -50,7 +65,9 @@ class LDM:
         h = self.norm(f"{name}.norm", x)
         q, k, v = (self.conv(f"{name}.{part}", h, c, 1).flatten(2) for part in "qkv")
         weights = (torch.einsum("nci,ncj->nij", q, k) / c**0.5).softmax(dim=-1)
-        return x + self.conv(f"{name}.proj_out", torch.einsum("nij,ncj->nci", weights, v).view(n, c, height, width), c, 1)
+        return x + self.conv(
+            f"{name}.proj_out", torch.einsum("nij,ncj->nci", weights, v).view(n, c, height, width), c, 1
+        )
 
     def middle(self, name: str, x: Tensor) -> Tensor:
         x = self.residual(f"{name}.mid.block_1", x, x.shape[1])
@@ -66,7 +83,9 @@ class LDM:
                 if level == last:
                     x = self.attention(f"encoder.down.{level}.attn.{block}", x)
             if level != last:
-                x = self.conv(f"encoder.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), width, stride=2, padding=0)
+                x = self.conv(
+                    f"encoder.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), width, stride=2, padding=0
+                )
         x = F.silu(self.norm("encoder.norm_out", self.middle("encoder", x)))
         return self.conv("quant_conv", self.conv("encoder.conv_out", x, 2 * self.latent), 2 * self.latent, 1)
 
@@ -96,12 +115,24 @@ def reference():
 
 def test_an_ldm_file_converts_and_agrees_with_ldms_forward(reference, tmp_path, capsys):
     ldm, image, moments, latent, decoded = reference
-    extra = {"foundation_model.model.norm.weight": torch.zeros(2), "linear_proj.weight": torch.zeros(2),
-             "loss.logvar": torch.zeros(1)}
+    extra = {
+        "foundation_model.model.norm.weight": torch.zeros(2),
+        "linear_proj.weight": torch.zeros(2),
+        "loss.logvar": torch.zeros(1),
+    }
     torch.save({"state_dict": ldm.weights | extra, "epoch": 3}, tmp_path / "vavae.pt")
-    torch.save({"mean": torch.full((1, 4, 1, 1), 0.5), "std": torch.full((1, 4, 1, 1), 4.0)}, tmp_path / "latents_stats.pt")
-    folder = convert.main([str(tmp_path / "vavae.pt"), "--out", str(tmp_path / "vavae-f4"), "--statistics",
-                           str(tmp_path / "latents_stats.pt")])
+    torch.save(
+        {"mean": torch.full((1, 4, 1, 1), 0.5), "std": torch.full((1, 4, 1, 1), 4.0)}, tmp_path / "latents_stats.pt"
+    )
+    folder = convert.main(
+        [
+            str(tmp_path / "vavae.pt"),
+            "--out",
+            str(tmp_path / "vavae-f4"),
+            "--statistics",
+            str(tmp_path / "latents_stats.pt"),
+        ]
+    )
     ignored = ["epoch", "foundation_model.* (1 tensors)", "linear_proj.* (1 tensors)", "loss.* (1 tensors)"]
     assert json.loads((folder / "source.json").read_text())["ignored"] == ignored
     assert ", ".join(ignored) in capsys.readouterr().out
@@ -141,13 +172,24 @@ def test_the_published_network_has_its_342_tensors_and_69836067_parameters():
 def test_a_vae_that_does_not_fit_is_refused(reference, tmp_path):
     weights = reference[0].weights
     torch.save({"mean": torch.zeros(3), "std": torch.ones(3)}, tmp_path / "stats.pt")
-    for number, (value, arguments, message) in enumerate((
-            ({k: v for k, v in weights.items() if "up.0.block.2.conv1" not in k}, [], "first decoder.up_blocks.2.resnets.2"),
-            ({k: v for k, v in weights.items() if "decoder.conv_out" not in k}, [], "decoder.conv_out.weight is missing"),
+    for number, (value, arguments, message) in enumerate(
+        (
+            (
+                {k: v for k, v in weights.items() if "up.0.block.2.conv1" not in k},
+                [],
+                "first decoder.up_blocks.2.resnets.2",
+            ),
+            (
+                {k: v for k, v in weights.items() if "decoder.conv_out" not in k},
+                [],
+                "decoder.conv_out.weight is missing",
+            ),
             (weights | {"encoder.extra": torch.zeros(1)}, [], "first encoder.extra"),
             (weights | {"quant_conv.bias": torch.zeros(3)}, [], "first quant_conv.bias"),
             (weights, ["--statistics", str(tmp_path / "stats.pt")], "4 latent channels, the statistics have 3"),
-            (weights, ["--num-heads", "4"], "is a VAE"))):
+            (weights, ["--num-heads", "4"], "is a VAE"),
+        )
+    ):
         torch.save(value, tmp_path / f"{number}.pt")
         with pytest.raises(UserError, match=message):
             convert.main([str(tmp_path / f"{number}.pt"), "--out", str(tmp_path / "out"), *arguments])

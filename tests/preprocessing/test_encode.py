@@ -37,8 +37,23 @@ def folder(tmp_path_factory) -> Path:
 
 
 def arguments(images: Path, vae: str, out: Path, *more: str) -> list[str]:
-    return ["--images", str(images), "--vae", vae, "--resolution", "16", "--out", str(out), "--batch-size", "2",
-            "--shard-size", "4", "--workers", "0", *more]
+    return [
+        "--images",
+        str(images),
+        "--vae",
+        vae,
+        "--resolution",
+        "16",
+        "--out",
+        str(out),
+        "--batch-size",
+        "2",
+        "--shard-size",
+        "4",
+        "--workers",
+        "0",
+        *more,
+    ]
 
 
 def encode(images: Path, vae: str, out: Path, *more: str) -> LatentSet:
@@ -79,7 +94,9 @@ def test_options_of_precision_and_samples_act(folder, vae, tmp_path):
     half = encode(folder, vae, tmp_path / "half")
     assert half.manifest["dtype"] == "float16"
     np.testing.assert_array_equal(half.read(np.arange(15))[0], full.astype(np.float16))
-    bf16 = encode(folder, vae, tmp_path / "bf16", "--mixed-precision", "bf16", "--dtype", "float32").read(np.arange(15))[0]
+    bf16 = encode(folder, vae, tmp_path / "bf16", "--mixed-precision", "bf16", "--dtype", "float32").read(
+        np.arange(15)
+    )[0]
     assert 0 < np.abs(bf16 - full).max() < 0.1
 
     def sample(name: str, *more: str) -> np.ndarray:
@@ -97,14 +114,20 @@ def test_pixels_statistics_grey_and_zip(folder, vae, tmp_path):
     archive = zipped(folder, tmp_path / "set.zip")
     colour = encode(archive, "pixels", tmp_path / "colour", "--dtype", "float32")
     assert colour.parts == 1 and colour.space.name == "pixels"
-    np.testing.assert_array_equal(np.round((colour.read(np.arange(15))[0][:, 0] + 1) * 127.5),
-                                  crops(folder).transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(
+        np.round((colour.read(np.arange(15))[0][:, 0] + 1) * 127.5), crops(folder).transpose(0, 3, 1, 2)
+    )
     assert encode(archive, "pixels", tmp_path / "grey", "--grey").channels == 1
-    torch.save({"mean": torch.arange(4.0).reshape(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 4.0)}, tmp_path / "stats.pt")
+    torch.save(
+        {"mean": torch.arange(4.0).reshape(1, 4, 1, 1), "std": torch.full((1, 4, 1, 1), 4.0)}, tmp_path / "stats.pt"
+    )
     scaled = encode(folder, vae, tmp_path / "scaled", "--statistics", str(tmp_path / "stats.pt"))
     assert scaled.space.shift == (0.0, 1.0, 2.0, 3.0) and scaled.space.scale == (0.25,) * 4
-    for wrong, message in ((["--grey"], "--grey needs"), (["--resolution", "18"], "not a multiple of 4"),
-                           (["--batch-size", "0"], "at least 1")):
+    for wrong, message in (
+        (["--grey"], "--grey needs"),
+        (["--resolution", "18"], "not a multiple of 4"),
+        (["--batch-size", "0"], "at least 1"),
+    ):
         with pytest.raises(UserError, match=message):
             encode(folder, vae, tmp_path / "wrong", *wrong)
     with pytest.raises(UserError, match="--statistics scales"):
@@ -132,8 +155,13 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
     with pytest.raises(KeyboardInterrupt):
         encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
     assert sorted(contents(tmp_path / "again")) == [
-        ".shard-00000.safetensors.json", ".shard-00001.safetensors.json", ".shard-00002.safetensors.1.tmp", "job.json",
-        "shard-00000.safetensors", "shard-00001.safetensors"]
+        ".shard-00000.safetensors.json",
+        ".shard-00001.safetensors.json",
+        ".shard-00002.safetensors.1.tmp",
+        "job.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
     with pytest.raises(UserError, match="is unfinished"):
         LatentSet(tmp_path / "again")
     first = tmp_path / "again" / "shard-00000.safetensors"
@@ -171,14 +199,34 @@ def test_two_processes_finish_what_one_began_with_the_bytes_of_one(folder, vae, 
     images = class_folders(tmp_path / "bad")
     (images / "n01" / "3.png").write_bytes(b"")  # in shard 2, which the first process encodes
     (tmp_path / "probe.py").write_text(PROBE)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port",
-               "0", str(tmp_path / "probe.py"), str(images), *arguments(folder, vae, tmp_path / "two", "--flip")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        str(tmp_path / "probe.py"),
+        str(images),
+        *arguments(folder, vae, tmp_path / "two", "--flip"),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0 and done.stdout.split().count("two") == 2, done.stderr
     assert done.stdout.count("refused") == done.stdout.count("n01/3.png is empty") == 2
     assert "continuing: 1 of 4 shards" in done.stdout
-    assert contents(tmp_path / "two") == contents(tmp_path / "whole") and whole.digest == LatentSet(tmp_path / "two").digest
+    assert (
+        contents(tmp_path / "two") == contents(tmp_path / "whole")
+        and whole.digest == LatentSet(tmp_path / "two").digest
+    )
 
 
 def test_a_folder_of_another_job_or_of_something_else_is_refused(folder, tmp_path):
@@ -225,9 +273,15 @@ def test_a_shard_of_bad_images_alone(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     for number in range(8):
-        photograph(number).save(folder / f"{number}.png") if number >= 4 else (folder / f"{number}.png").write_bytes(b"")
+        photograph(number).save(folder / f"{number}.png") if number >= 4 else (folder / f"{number}.png").write_bytes(
+            b""
+        )
     opened = encode(folder, "pixels", tmp_path / "out", "--skip-bad", "4", "--keep-images")
-    assert len(opened) == 4 and opened.read(np.arange(4))[0].shape == (4, 1, 3, 16, 16) and opened.images([3]).shape[0] == 1
+    assert (
+        len(opened) == 4
+        and opened.read(np.arange(4))[0].shape == (4, 1, 3, 16, 16)
+        and opened.images([3]).shape[0] == 1
+    )
 
 
 def test_too_little_disk_is_refused_beforehand_and_a_full_disk_leaves_nothing_half(folder, tmp_path, monkeypatch):

@@ -41,7 +41,9 @@ def resampled(pixels: np.ndarray, size: int, kernel, radius: float) -> np.ndarra
         low = max(0, int(center - radius * stretch + 0.5))
         high = min(len(pixels), int(center + radius * stretch + 0.5))
         weights = np.array([kernel((x - center + 0.5) / stretch) for x in range(low, high)])
-        fixed = np.array([math.floor(abs(w) * 2**22 + 0.5) * (1 if w >= 0 else -1) for w in weights / weights.sum()], np.int64)
+        fixed = np.array(
+            [math.floor(abs(w) * 2**22 + 0.5) * (1 if w >= 0 else -1) for w in weights / weights.sum()], np.int64
+        )
         rows.append((np.tensordot(fixed, pixels[low:high].astype(np.int64), 1) + 2**21) >> 22)
     return np.clip(rows, 0, 255).astype(np.uint8)
 
@@ -59,7 +61,7 @@ def restated_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     scale = size / min(pixels.shape[:2])
     pixels = resized(pixels, round(pixels.shape[0] * scale), round(pixels.shape[1] * scale), cubic, 2.0)
     top, left = ((side - size) // 2 for side in pixels.shape[:2])
-    return pixels[top:top + size, left:left + size]
+    return pixels[top : top + size, left : left + size]
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,7 +81,9 @@ def test_folder_zip_and_label_file_give_the_same_items(tmp_path):
     by_folder, by_zip = ImageFiles(folder), ImageFiles(zipped(folder, tmp_path / "set.zip"))
     names = by_folder.names
     assert by_folder.class_names == ["n00", "n01", "n02"] and by_folder.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    (folder / "dataset.json").write_text(json.dumps({"labels": [[name, int(2 - int(name[2]))] for name in reversed(names)]}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"labels": [[name, int(2 - int(name[2]))] for name in reversed(names)]})
+    )
     by_file = ImageFiles(folder)
     assert by_file.labels.tolist() == [2] * 5 + [1] * 5 + [0] * 5 and by_file.class_names == ["0", "1", "2"]
     assert by_folder.names == by_zip.names == by_file.names and by_folder.fingerprint == by_zip.fingerprint
@@ -107,17 +111,24 @@ def labels_of(folder: Path, value: object) -> None:
     (folder / "dataset.json").write_text(json.dumps({"labels": value}))
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda f: (f / "n03").mkdir(), "class folder .*n03 holds no image"),
-    (lambda f: photograph(0).save(f / "loose.png"), "loose.png lies beside the class folders"),
-    (lambda f: labels_of(f, [["n00/0.png", 0]]), "no label for n00/1.png"),
-    (lambda f: labels_of(f, [["n00/x.png", 0]]), "gives a label to n00/x.png, which is not there"),
-    (lambda f: labels_of(f, [["n00/0.png", 0]] * 2), "lists n00/0.png twice"),
-    (lambda f: labels_of(f, [["n00/0.png", -1]]), "n00/0.png the label -1"),
-    (lambda f: labels_of(f, [["n00/0.png", 0.5]]), "n00/0.png the label 0.5"),
-    (lambda f: labels_of(f, [[n, 0 if "n00" in n else 2] for n in ImageFiles(f).names]), "class 1 of .* has no image"),
-    (lambda f: labels_of(f, None), "is not of the form"),
-    (lambda f: (f / "dataset.json").write_text("{"), "is not of the form")])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "n03").mkdir(), "class folder .*n03 holds no image"),
+        (lambda f: photograph(0).save(f / "loose.png"), "loose.png lies beside the class folders"),
+        (lambda f: labels_of(f, [["n00/0.png", 0]]), "no label for n00/1.png"),
+        (lambda f: labels_of(f, [["n00/x.png", 0]]), "gives a label to n00/x.png, which is not there"),
+        (lambda f: labels_of(f, [["n00/0.png", 0]] * 2), "lists n00/0.png twice"),
+        (lambda f: labels_of(f, [["n00/0.png", -1]]), "n00/0.png the label -1"),
+        (lambda f: labels_of(f, [["n00/0.png", 0.5]]), "n00/0.png the label 0.5"),
+        (
+            lambda f: labels_of(f, [[n, 0 if "n00" in n else 2] for n in ImageFiles(f).names]),
+            "class 1 of .* has no image",
+        ),
+        (lambda f: labels_of(f, None), "is not of the form"),
+        (lambda f: (f / "dataset.json").write_text("{"), "is not of the form"),
+    ],
+)
 def test_a_set_that_disagrees_with_itself_is_one_clear_line(tmp_path, spoil, message):
     folder = class_folders(tmp_path / "set")
     spoil(folder)
@@ -153,7 +164,9 @@ def saved(picture: Image.Image, kind: str = "PNG", **arguments) -> bytes:
 def test_palette_cmyk_and_transparent_pictures_become_rgb():
     picture = photograph(1)
     palette = picture.quantize(16)
-    np.testing.assert_array_equal(np.asarray(decode(saved(palette), "p").convert("RGB")), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(
+        np.asarray(decode(saved(palette), "p").convert("RGB")), np.asarray(palette.convert("RGB"))
+    )
     cmyk = picture.convert("CMYK")
     np.testing.assert_array_equal(np.asarray(decode(saved(cmyk, "TIFF"), "c").convert("RGB")), np.asarray(picture))
     clear = picture.copy()
@@ -183,13 +196,26 @@ def spoiled(kind: str) -> bytes:
         return saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF")
     if kind == "checksum":
         return whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
-    return {"empty": b"", "truncated": whole[:-200], "text": b"this is no picture",
-            "jpeg": saved(photograph(3), "JPEG")[:-300]}[kind]
+    return {
+        "empty": b"",
+        "truncated": whole[:-200],
+        "text": b"this is no picture",
+        "jpeg": saved(photograph(3), "JPEG")[:-300],
+    }[kind]
 
 
-@pytest.mark.parametrize(("kind", "message"), [
-    ("empty", r"is empty \(0 bytes\)"), ("truncated", "cannot be read"), ("jpeg", "cannot be read"), ("text", "cannot be read"),
-    ("checksum", "cannot be read"), ("animated", "has 2 frames"), ("float", "is an image of kind F")])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty", r"is empty \(0 bytes\)"),
+        ("truncated", "cannot be read"),
+        ("jpeg", "cannot be read"),
+        ("text", "cannot be read"),
+        ("checksum", "cannot be read"),
+        ("animated", "has 2 frames"),
+        ("float", "is an image of kind F"),
+    ],
+)
 def test_an_unusable_file_is_named(tmp_path, kind, message):
     (tmp_path / "bad.png").write_bytes(spoiled(kind))
     with pytest.raises(BadImage, match=f"bad.png {message}"):

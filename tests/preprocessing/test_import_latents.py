@@ -38,15 +38,22 @@ def lightningdit(folder: Path, counts: tuple[int, ...] = (5, 5, 2)) -> dict[str,
     generator = torch.Generator().manual_seed(0)
     everything: dict[str, list] = {"latents": [], "latents_flip": [], "labels": []}
     for number, count in enumerate(counts):
-        part = {"latents": torch.randn(count, 6, 4, 4, generator=generator),
-                "latents_flip": torch.randn(count, 6, 4, 4, generator=generator),
-                "labels": torch.randint(9, (count,), generator=generator)}
-        save_file(part, folder / f"latents_rank{number % 2:02d}_shard{number // 2:03d}.safetensors",
-                  metadata={"total_size": str(count), "dtype": "torch.float32", "device": "cpu"})
+        part = {
+            "latents": torch.randn(count, 6, 4, 4, generator=generator),
+            "latents_flip": torch.randn(count, 6, 4, 4, generator=generator),
+            "labels": torch.randint(9, (count,), generator=generator),
+        }
+        save_file(
+            part,
+            folder / f"latents_rank{number % 2:02d}_shard{number // 2:03d}.safetensors",
+            metadata={"total_size": str(count), "dtype": "torch.float32", "device": "cpu"},
+        )
         for key in everything:
             everything[key].append(part[key])
-    torch.save({"mean": torch.arange(6.0).reshape(1, 6, 1, 1), "std": torch.arange(1.0, 7.0).reshape(1, 6, 1, 1)},
-               folder / "latents_stats.pt")
+    torch.save(
+        {"mean": torch.arange(6.0).reshape(1, 6, 1, 1), "std": torch.arange(1.0, 7.0).reshape(1, 6, 1, 1)},
+        folder / "latents_stats.pt",
+    )
     order = [0, 2, 1]  # the files by name
     return {key: torch.cat([value[number] for number in order]) for key, value in everything.items()}
 
@@ -85,7 +92,9 @@ def test_lightningdit_folders(tmp_path):
     (tmp_path / "peer" / "latents_stats.pt").rename(tmp_path / "elsewhere.pt")
     with pytest.raises(UserError, match="latents_stats.pt is missing.*--statistics"):
         imported(tmp_path / "peer", tmp_path / "none")
-    again = imported(tmp_path / "peer", tmp_path / "again", "--dtype", "float32", "--statistics", str(tmp_path / "elsewhere.pt"))
+    again = imported(
+        tmp_path / "peer", tmp_path / "again", "--dtype", "float32", "--statistics", str(tmp_path / "elsewhere.pt")
+    )
     assert again.space == opened.space
 
 
@@ -93,12 +102,18 @@ def test_an_interrupted_import_continues_to_the_same_bytes(tmp_path, monkeypatch
     repa(tmp_path / "peer")
     whole = imported(tmp_path / "peer", tmp_path / "whole", "--shard-size", "3")
     shard = import_latents.REPA.shard
-    monkeypatch.setattr(import_latents.REPA, "shard",
-                        lambda self, number: (_ for _ in ()).throw(KeyboardInterrupt) if number else shard(self, number))
+    monkeypatch.setattr(
+        import_latents.REPA,
+        "shard",
+        lambda self, number: (_ for _ in ()).throw(KeyboardInterrupt) if number else shard(self, number),
+    )
     with pytest.raises(KeyboardInterrupt):
         imported(tmp_path / "peer", tmp_path / "out", "--shard-size", "3")
-    monkeypatch.setattr(import_latents.REPA, "shard",
-                        lambda self, number: shard(self, number) if number else pytest.fail("shard 0 was whole"))
+    monkeypatch.setattr(
+        import_latents.REPA,
+        "shard",
+        lambda self, number: shard(self, number) if number else pytest.fail("shard 0 was whole"),
+    )
     assert imported(tmp_path / "peer", tmp_path / "out", "--shard-size", "3").digest == whole.digest
 
 
@@ -106,17 +121,25 @@ def first(folder: Path) -> Path:
     return folder / "vae-sd" / "00000" / "img-mean-std-00000001.npy"
 
 
-@pytest.mark.parametrize(("spoil", "message", "more"), [
-    (lambda f: first(f).unlink(), "gives a label to 00000/img-mean-std-00000001.npy", ()),
-    (lambda f: first(f).write_bytes(first(f).read_bytes()[:-9]), "00000001.npy cannot be read", ()),
-    (lambda f: np.save(first(f), np.zeros((8, 5, 5), np.float32)), "00000001.npy has shape", ()),
-    (lambda f: np.save(first(f), np.zeros((4, 4))), r"00000001.npy is float64 \(4, 4\)", ()),
-    (lambda f: np.save(first(f), np.full((8, 4, 4), -1.0)), "00000001.npy has a negative standard deviation", ()),
-    (lambda f: np.save(first(f), np.full((8, 4, 4), np.nan)), "00000001.npy has a latent that is not finite", ()),
-    (lambda f: np.save(first(f), np.full((8, 4, 4), 1e6)), "--dtype float32", ()),
-    (lambda f: (f / "vae-sd" / "dataset.json").unlink(), "dataset.json is missing", ()),
-    (lambda f: (f / "images" / "00000" / "img00000002.png").unlink(), "img00000002.png, the image of", ("--keep-images",)),
-    (lambda f: None, "--num-classes 3: .* has the label 3", ("--num-classes", "3"))])
+@pytest.mark.parametrize(
+    ("spoil", "message", "more"),
+    [
+        (lambda f: first(f).unlink(), "gives a label to 00000/img-mean-std-00000001.npy", ()),
+        (lambda f: first(f).write_bytes(first(f).read_bytes()[:-9]), "00000001.npy cannot be read", ()),
+        (lambda f: np.save(first(f), np.zeros((8, 5, 5), np.float32)), "00000001.npy has shape", ()),
+        (lambda f: np.save(first(f), np.zeros((4, 4))), r"00000001.npy is float64 \(4, 4\)", ()),
+        (lambda f: np.save(first(f), np.full((8, 4, 4), -1.0)), "00000001.npy has a negative standard deviation", ()),
+        (lambda f: np.save(first(f), np.full((8, 4, 4), np.nan)), "00000001.npy has a latent that is not finite", ()),
+        (lambda f: np.save(first(f), np.full((8, 4, 4), 1e6)), "--dtype float32", ()),
+        (lambda f: (f / "vae-sd" / "dataset.json").unlink(), "dataset.json is missing", ()),
+        (
+            lambda f: (f / "images" / "00000" / "img00000002.png").unlink(),
+            "img00000002.png, the image of",
+            ("--keep-images",),
+        ),
+        (lambda f: None, "--num-classes 3: .* has the label 3", ("--num-classes", "3")),
+    ],
+)
 def test_damaged_repa_folders_are_one_clear_line(tmp_path, spoil, message, more):
     repa(tmp_path / "peer")
     spoil(tmp_path / "peer")
@@ -126,18 +149,26 @@ def test_damaged_repa_folders_are_one_clear_line(tmp_path, spoil, message, more)
 
 
 def rewritten(folder: Path, **changed: torch.Tensor | None) -> None:
-    part = {"latents": torch.zeros(2, 6, 4, 4), "latents_flip": torch.zeros(2, 6, 4, 4), "labels": torch.zeros(2).long()}
+    part = {
+        "latents": torch.zeros(2, 6, 4, 4),
+        "latents_flip": torch.zeros(2, 6, 4, 4),
+        "labels": torch.zeros(2).long(),
+    }
     part = {key: value for key, value in {**part, **changed}.items() if value is not None}
     save_file(part, folder / "latents_rank01_shard000.safetensors")
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda f: rewritten(f, latents_flip=None), "shard000.safetensors lacks latents_flip"),
-    (lambda f: rewritten(f, labels=torch.zeros(3).long()), "does not fit 3 labels"),
-    (lambda f: rewritten(f, latents=torch.zeros(2, 5, 4, 4)), "does not fit"),
-    (lambda f: rewritten(f, latents=torch.zeros(2, 6, 4, 4).bfloat16()), "as BF16"),
-    (lambda f: rewritten(f, labels=torch.full((2,), -1)), "labels from -"),
-    (lambda f: (f / "latents_rank01_shard000.safetensors").write_bytes(b"x" * 99), "truncated or not")])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: rewritten(f, latents_flip=None), "shard000.safetensors lacks latents_flip"),
+        (lambda f: rewritten(f, labels=torch.zeros(3).long()), "does not fit 3 labels"),
+        (lambda f: rewritten(f, latents=torch.zeros(2, 5, 4, 4)), "does not fit"),
+        (lambda f: rewritten(f, latents=torch.zeros(2, 6, 4, 4).bfloat16()), "as BF16"),
+        (lambda f: rewritten(f, labels=torch.full((2,), -1)), "labels from -"),
+        (lambda f: (f / "latents_rank01_shard000.safetensors").write_bytes(b"x" * 99), "truncated or not"),
+    ],
+)
 def test_damaged_lightningdit_folders_are_one_clear_line(tmp_path, spoil, message):
     lightningdit(tmp_path / "peer")
     spoil(tmp_path / "peer")

@@ -48,14 +48,19 @@ def test_ink_is_dark_where_the_mask_says_so() -> None:
 
 def test_each_dial_does_what_it_says() -> None:
     def spread(of: str, **dials: object) -> float:
-        drawn = [Scenes(Dials(**{**BARE, "jitter": 0.0, "size": (1.0, 1.0), **dials}), 200).draw(index) for index in range(0, 200, 10)]
+        drawn = [
+            Scenes(Dials(**{**BARE, "jitter": 0.0, "size": (1.0, 1.0), **dials}), 200).draw(index)
+            for index in range(0, 200, 10)
+        ]
         masks = np.stack([mask for _, mask, _ in drawn]).astype(float)  # all of class 0
         if of == "place":
             rows = masks.sum(2) @ np.arange(masks.shape[1]) / masks.sum((1, 2))
             return float(rows.std())
         if of == "area":
             return float(masks.sum((1, 2)).mean())
-        edges = [np.concatenate([picture[:, :2], picture[:, -2:]], 1).astype(float) for picture, *_ in drawn]  # no ink comes so far
+        edges = [
+            np.concatenate([picture[:, :2], picture[:, -2:]], 1).astype(float) for picture, *_ in drawn
+        ]  # no ink comes so far
         return float(np.mean([values.mean(-1).std() if of == "slope" else values.std(-1).mean() for values in edges]))
 
     assert spread("place", jitter=3.0) > 2 * spread("place") and spread("area", size=(0.6, 0.6)) < 0.5 * spread("area")
@@ -94,13 +99,21 @@ def test_the_set_on_disk_is_the_scenes(tmp_path: Path, capsys: pytest.CaptureFix
     scenes.main(argv)
     assert "is finished already" in capsys.readouterr().out
     assert {name: time for name, time in before.items() if not name.startswith(".")}.items() <= {
-        file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}.items()
+        file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()
+    }.items()
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--digits", "3"], "must be 1 or 2"), (["--classes", "11"], "between 2 and 10"), (["--colours", "2"], "must lie in"),
-    (["--size", "0", "1"], "the smallest and the largest"), (["--count", "3"], "at least --classes"),
-    (["--resolution", "9"], "must be even")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--digits", "3"], "must be 1 or 2"),
+        (["--classes", "11"], "between 2 and 10"),
+        (["--colours", "2"], "must lie in"),
+        (["--size", "0", "1"], "the smallest and the largest"),
+        (["--count", "3"], "at least --classes"),
+        (["--resolution", "9"], "must be even"),
+    ],
+)
 def test_dials_that_cannot_be_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         read(scenes.Options, words, prog="scenes", description="")
@@ -126,7 +139,9 @@ def test_the_committed_classifier_knows_unseen_handwriting_as_well_as_it_says() 
     assert metrics.class_accuracy(features[:200], labels[:200], features[200:], labels[200:]) > 0.9
 
 
-def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encoder, "SCENES", 60)
     dials = Dials(resolution=8, classes=2, **BARE)
     encoder.train_encoder(tmp_path / "made", 1, dials)
@@ -135,13 +150,19 @@ def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(tmp_path: Pat
     extractor = open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}"))
     assert extractor(torch.zeros(2, 8, 8, 3, dtype=torch.uint8)).pool.shape == (2, 64) and extractor.weights
     with pytest.raises(UserError, match="leave out --feature-weights"):
-        open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}", feature_weights=str(tmp_path / "made" / "model.safetensors")))
+        open_extractor(
+            FeatureOptions(
+                features=f"timm:{tmp_path / 'made'}", feature_weights=str(tmp_path / "made" / "model.safetensors")
+            )
+        )
     with pytest.raises(UserError, match=r"holds an encoder of other .*1 epochs"):
         encoder.train_encoder(tmp_path / "made", 2, dials)
     assert encoder.train_encoder(tmp_path / "made", 1, dials) == told["accuracy"]
     for name, content in (("model.safetensors", b"x" * 100), ("config.json", b"[]"), ("config.json", b"{}")):
         (tmp_path / "made" / name).write_bytes(content)
-        for attempt in (lambda: open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}")),
-                        lambda: open_encoder(str(tmp_path / "made"), grid=4)):
+        for attempt in (
+            lambda: open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}")),
+            lambda: open_encoder(str(tmp_path / "made"), grid=4),
+        ):
             with pytest.raises(UserError, match="is damaged, or no folder that timm's save_for_hf wrote"):
                 attempt()

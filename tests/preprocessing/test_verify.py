@@ -19,12 +19,24 @@ from tests.helpers import class_folders, tiny_vae
 
 
 def write_set(folder: Path, latents: np.ndarray, labels: np.ndarray, scale: float = 1.0, classes: int = 2) -> None:
-    entries = [shards.write_shard(folder, number, latents[at:at + 8], labels[at:at + 8])
-               for number, at in enumerate(range(0, len(latents), 8))]
+    entries = [
+        shards.write_shard(folder, number, latents[at : at + 8], labels[at : at + 8])
+        for number, at in enumerate(range(0, len(latents), 8))
+    ]
     shards.write_manifest(
-        folder, space=LatentSpace(name="test", channels=3, stride=8, shift=(0.0,), scale=(scale,)), resolution=32,
-        latent_size=4, views=latents.shape[1], parts=latents.shape[2], dtype=str(latents.dtype), crop="adm",
-        class_names=["cat", "dog", "elk"][:classes], images=False, shards=entries, source="test")
+        folder,
+        space=LatentSpace(name="test", channels=3, stride=8, shift=(0.0,), scale=(scale,)),
+        resolution=32,
+        latent_size=4,
+        views=latents.shape[1],
+        parts=latents.shape[2],
+        dtype=str(latents.dtype),
+        crop="adm",
+        class_names=["cat", "dog", "elk"][:classes],
+        images=False,
+        shards=entries,
+        source="test",
+    )
 
 
 def moments(count: int = 20) -> np.ndarray:
@@ -51,7 +63,17 @@ def test_reconstructions_with_and_without_kept_images(tmp_path, capsys, monkeypa
     folder, vae = class_folders(tmp_path / "set"), tiny_vae(tmp_path / "vae")
 
     def run(name: str, keep: list[str], *more: str) -> str:
-        common = ["--images", str(folder), "--resolution", "16", "--out", str(tmp_path / name), "--workers", "0", "--vae"]
+        common = [
+            "--images",
+            str(folder),
+            "--resolution",
+            "16",
+            "--out",
+            str(tmp_path / name),
+            "--workers",
+            "0",
+            "--vae",
+        ]
         if not (tmp_path / name).exists():
             preprocessing.encode.main([*common, "pixels" if "pixels" in name else vae, *keep])
         capsys.readouterr()
@@ -124,8 +146,21 @@ def test_an_autoencoder_that_does_not_reconstruct_is_warned_of(tmp_path, capsys,
     from preprocessing import quality
 
     folder, vae = class_folders(tmp_path / "set"), tiny_vae(tmp_path / "vae")
-    preprocessing.encode.main(["--images", str(folder), "--vae", vae, "--resolution", "16", "--out", str(tmp_path / "latents"),
-                               "--keep-images", "--workers", "0"])
+    preprocessing.encode.main(
+        [
+            "--images",
+            str(folder),
+            "--vae",
+            vae,
+            "--resolution",
+            "16",
+            "--out",
+            str(tmp_path / "latents"),
+            "--keep-images",
+            "--workers",
+            "0",
+        ]
+    )
     told = capsys.readouterr().out
     psnr, std = (float(told.split(word)[1].split()[0].rstrip(".;")) for word in ("PSNR ", "standard deviation of "))
     assert psnr < 18 and "warning: reconstructions of" in told and "8 items decoded again" in told

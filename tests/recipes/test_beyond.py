@@ -10,14 +10,40 @@ from recipes import beyond_digits
 
 
 def test_every_row_is_trained_drawn_and_kept(tmp_path: Path) -> None:
-    words = ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "table"), "--steps", "4", "--seeds", "0", "--batch-size", "8",
-             "--samples", "8", "--scales", "1", "3", "--rates", "0.001", "0.01"]
+    words = [
+        "--out",
+        str(tmp_path / "out"),
+        "--results",
+        str(tmp_path / "table"),
+        "--steps",
+        "4",
+        "--seeds",
+        "0",
+        "--batch-size",
+        "8",
+        "--samples",
+        "8",
+        "--scales",
+        "1",
+        "3",
+        "--rates",
+        "0.001",
+        "0.01",
+    ]
     found = beyond_digits.main(words)
-    rows = [f"{name}, w = {scale}" for name in beyond_digits.NETWORKS for scale in ((1, 3) if name != "plain" else (1,))]
+    rows = [
+        f"{name}, w = {scale}" for name in beyond_digits.NETWORKS for scale in ((1, 3) if name != "plain" else (1,))
+    ]
     assert list(found["internal"]) == rows and len(found["muon"]) in (2, 3)
     runs = tmp_path / "out" / "steps4-batch8" / "seed0"
-    aligned = {run.name: set(Checkpoint.open(run).config["align"]) for run in runs.iterdir() if (run / "checkpoints").is_dir()}
-    assert aligned["plain"] == set() and aligned["second-velocity"] == {"internal"} and aligned["stage-1-velocity-target"] == {"latent"}
+    aligned = {
+        run.name: set(Checkpoint.open(run).config["align"]) for run in runs.iterdir() if (run / "checkpoints").is_dir()
+    }
+    assert (
+        aligned["plain"] == set()
+        and aligned["second-velocity"] == {"internal"}
+        and aligned["stage-1-velocity-target"] == {"latent"}
+    )
     assert aligned["stage-2-second-velocity"] == {"guided", "internal"}
     assert Checkpoint.open(runs / "muon-0.01").config["train"]["optimizer"] == "muon"
     guided = json.loads((runs / "second-velocity" / "samples" / "internal-scale-3" / "metrics.json").read_text())

@@ -14,14 +14,23 @@ from runtime.errors import UserError
 
 
 def record(row: str, seed: int, scores: dict[float, float], key: str = "aaaa", scale: str = "study") -> dict:
-    return {"row": f"study/SiT-B-2/{row}", "table": "study", "scale": scale, "seed": seed, "status": "finished",
-            "scores": [{"epochs": epochs, "key": key, "metrics": {"fd": value, "class_accuracy": 0.5}, "flops": 2e12}
-                       for epochs, value in scores.items()]}
+    return {
+        "row": f"study/SiT-B-2/{row}",
+        "table": "study",
+        "scale": scale,
+        "seed": seed,
+        "status": "finished",
+        "scores": [
+            {"epochs": epochs, "key": key, "metrics": {"fd": value, "class_accuracy": 0.5}, "flops": 2e12}
+            for epochs, value in scores.items()
+        ],
+    }
 
 
 def study(full: tuple[float, ...], plain: tuple[float, ...]) -> list[dict]:
     return [record("full", seed, {80: value}) for seed, value in enumerate(full)] + [
-        record("plain", seed, {80: value, rows.PLAIN_TOTAL: 1.0}) for seed, value in enumerate(plain)]
+        record("plain", seed, {80: value, rows.PLAIN_TOTAL: 1.0}) for seed, value in enumerate(plain)
+    ]
 
 
 def finding(records: list[dict], said: str) -> claims.Finding:
@@ -46,9 +55,14 @@ def test_a_paired_test_is_the_t_test_of_the_differences() -> None:
     assert one.interval == pytest.approx(2.7764451 * error, rel=1e-6)  # the table's t for 4 degrees of freedom
     assert one.verdict == "holds"
     assert finding(study(plain, full), "stage 2 improves on plain training, at equal steps").verdict == "reversed"
-    assert finding(study((2.0, 3.0, 2.5), (2.4, 2.5, 2.6)), "stage 2 improves on plain training, at equal steps").verdict == "undecided"
+    assert (
+        finding(study((2.0, 3.0, 2.5), (2.4, 2.5, 2.6)), "stage 2 improves on plain training, at equal steps").verdict
+        == "undecided"
+    )
     assert finding(study((2.0,), (3.0,)), "stage 2 improves on plain training, at equal steps").verdict == "not run"
-    assert finding(study(full, plain[:3]), "stage 2 improves on plain training, at equal steps").differences == pytest.approx(gaps[:3])
+    assert finding(
+        study(full, plain[:3]), "stage 2 improves on plain training, at equal steps"
+    ).differences == pytest.approx(gaps[:3])
 
 
 def test_holms_correction() -> None:
@@ -63,18 +77,27 @@ def test_scores_of_two_protocols_are_never_paired() -> None:
         claims.test([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
     with pytest.raises(UserError, match="2 protocols"):
         publish.study_table([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
-    assert "| stage 2 | 80 | 1.00 |" in publish.study_table([record("full", 0, {80: 9.0}), record("full", 0, {80: 1.0})])
-    assert all(one.verdict == "not run" for one in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)]))
+    assert "| stage 2 | 80 | 1.00 |" in publish.study_table(
+        [record("full", 0, {80: 9.0}), record("full", 0, {80: 1.0})]
+    )
+    assert all(
+        one.verdict == "not run"
+        for one in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)])
+    )
 
 
-def test_pages_are_rewritten_from_records_and_stale_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_rewritten_from_records_and_stale_ones_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records = study((2.0, 2.2), (3.0, 3.4))
     monkeypatch.setattr("recipes.record.load", lambda results: records)
     (tmp_path / "README.md").write_text("head\n<!-- results: study -->\nold\n<!-- end -->\ntail\n")
     assert publish.stale(tmp_path, tmp_path) == [tmp_path / "README.md"] == publish.publish(tmp_path, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("<!-- end -->\ntail\n") and "old" not in text
-    assert "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 146 | 1.00 ± 0.00" in text
+    assert (
+        "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 146 | 1.00 ± 0.00" in text
+    )
     assert publish.stale(tmp_path, tmp_path) == []
     records[0]["scores"][0]["metrics"]["fd"] = 2.1
     assert publish.stale(tmp_path, tmp_path) == [tmp_path / "README.md"]
@@ -83,16 +106,30 @@ def test_pages_are_rewritten_from_records_and_stale_ones_are_named(tmp_path: Pat
 
 
 def test_probes_are_averaged_over_times_and_then_over_seeds(tmp_path: Path) -> None:
-    def row(t: float | None, accuracy: float, block: int | None = 4, network: str | None = "teacher", features: str = "g") -> dict:
-        return {"checkpoint": network, "t": t, "features": features, "omega": 3.0 if features == "g" else None, "block": block,
-                "accuracy": accuracy, "knn": 0.5, "miou": 0.25}
+    def row(
+        t: float | None, accuracy: float, block: int | None = 4, network: str | None = "teacher", features: str = "g"
+    ) -> dict:
+        return {
+            "checkpoint": network,
+            "t": t,
+            "features": features,
+            "omega": 3.0 if features == "g" else None,
+            "block": block,
+            "accuracy": accuracy,
+            "knn": 0.5,
+            "miou": 0.25,
+        }
 
-    probes = [{"rows": [row(0.3, 0.2), row(0.7, 0.4), row(0.3, 0.9, block=5), row(None, 0.1, None, None, "latents")]},
-              {"rows": [row(0.3, 0.4), row(0.7, 0.6)]}]
+    probes = [
+        {"rows": [row(0.3, 0.2), row(0.7, 0.4), row(0.3, 0.9, block=5), row(None, 0.1, None, None, "latents")]},
+        {"rows": [row(0.3, 0.4), row(0.7, 0.6)]},
+    ]
     lines = inside.summary(probes)
     assert lines[1] == ["teacher: f_g, omega 3", "0.400 ± 0.141", "0.500 ± 0.000", "0.250 ± 0.000"]
     assert lines[2][:2] == ["latents", "0.100"]
-    with pytest.raises(UserError, match="is missing: python -m recipes run study/SiT-B-2/plain --scale study --seeds 3"):
+    with pytest.raises(
+        UserError, match="is missing: python -m recipes run study/SiT-B-2/plain --scale study --seeds 3"
+    ):
         inside.probe(scale.find("study"), 3, tmp_path, tmp_path)
 
 

@@ -12,16 +12,38 @@ from recipes import compare_digits
 from runtime.errors import UserError
 
 
-def test_rows_run_once_and_the_table_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                       capsys: pytest.CaptureFixture) -> None:
+def test_rows_run_once_and_the_table_follows_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(compare_digits, "train_encoder", functools.partial(compare_digits.train_encoder, epochs=4))
-    argv = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "table"), "--steps", "4", "--batch-size", "16", "--seeds",
-            "0", "1", "--samples", "20", "--rows", "plain", "latent", "guided", "repa"]
+    argv = [
+        "--out",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "table"),
+        "--steps",
+        "4",
+        "--batch-size",
+        "16",
+        "--seeds",
+        "0",
+        "1",
+        "--samples",
+        "20",
+        "--rows",
+        "plain",
+        "latent",
+        "guided",
+        "repa",
+    ]
     compare_digits.main(argv)
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "table.json").read_text())
     rows = {row["key"]: row for row in results["rows"]}
-    assert 0.3 < results["encoder_accuracy"] < 1 and f"{100 * results['encoder_accuracy']:.1f}% held-out" in rows["repa"]["name"]
+    assert (
+        0.3 < results["encoder_accuracy"] < 1
+        and f"{100 * results['encoder_accuracy']:.1f}% held-out" in rows["repa"]["name"]
+    )
     frechet = {key: [one["fd"] for one in row["metrics"].values()] for key, row in rows.items()}
     assert all(len(values) == 2 and values[0] != values[1] for values in frechet.values())
     paired = [a - b for a, b in zip(frechet["repa"], frechet["plain"], strict=True)]

@@ -23,8 +23,15 @@ from runtime.options import build
 from sampling import presets
 from training import command
 
-RUN = ("table1/SiT-B-2/repa-80", "table2/LightningDiT-XL-1/guided-400", "table3/SiT-XL-2/guided-100", "table4/SiT-B-2/full",
-       "table5/SiT-B-2/REPA-teacher", "figure8/SiT-XL-2/guided-stop-100K", "figure4/SiT-B-2/none")
+RUN = (
+    "table1/SiT-B-2/repa-80",
+    "table2/LightningDiT-XL-1/guided-400",
+    "table3/SiT-XL-2/guided-100",
+    "table4/SiT-B-2/full",
+    "table5/SiT-B-2/REPA-teacher",
+    "figure8/SiT-XL-2/guided-stop-100K",
+    "figure4/SiT-B-2/none",
+)
 STEPS = 9
 
 
@@ -32,26 +39,52 @@ STEPS = 9
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One row of each table and figure, from nothing to its record; presets as they are, but for the number of a sampler's steps."""
     folder = tmp_path_factory.mktemp("recipes")
-    few = {name: dataclasses.replace(preset, settings={**preset.settings, "num_steps": STEPS})
-           for name, preset in presets.PRESETS.items() if "num_steps" in preset.settings}
+    few = {
+        name: dataclasses.replace(preset, settings={**preset.settings, "num_steps": STEPS})
+        for name, preset in presets.PRESETS.items()
+        if "num_steps" in preset.settings
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(presets, "PRESETS", {**presets.PRESETS, **few})
         for name in RUN:
-            recipes.main(["run", name, "--scale", "tiny", "--work", str(folder / "work"), "--results", str(folder / "results")])
+            recipes.main(
+                ["run", name, "--scale", "tiny", "--work", str(folder / "work"), "--results", str(folder / "results")]
+            )
     return folder
 
 
-def test_every_row_of_the_tables_is_listed_with_its_published_number(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_every_row_of_the_tables_is_listed_with_its_published_number(
+    capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
     assert {name: len(rows.of_table(name)) for name in rows.TABLES} == {
-        "table1": 28, "table2": 8, "table3": 4, "table4": 4, "table5": 18, "figure4": 3, "figure8": 10, "study": 10}
+        "table1": 28,
+        "table2": 8,
+        "table3": 4,
+        "table4": 4,
+        "table5": 18,
+        "figure4": 3,
+        "figure8": 10,
+        "study": 10,
+    }
     assert all(row.published is not None for row in rows.rows().values() if row.table.startswith("table"))
-    fids = {name: rows.find(name).published.metrics["fid"] for name in (
-        "table1/SiT-XL-2/guided-80", "table2/SiT-XL-2/guided-400", "table3/SiT-XL-2/guided-200", "table4/SiT-B-2/plain-teacher",
-        "table5/SiT-B-2/omega-45")}
+    fids = {
+        name: rows.find(name).published.metrics["fid"]
+        for name in (
+            "table1/SiT-XL-2/guided-80",
+            "table2/SiT-XL-2/guided-400",
+            "table3/SiT-XL-2/guided-200",
+            "table4/SiT-B-2/plain-teacher",
+            "table5/SiT-B-2/omega-45",
+        )
+    }
     assert list(fids.values()) == [7.51, 1.44, 1.76, 25.21, 23.01]
     recipes.main(["list", "table5", "--results", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "table5/SiT-B-2/blocks-10-to-6" in text and "24.05" in text and len({len(line.rstrip()) for line in text.splitlines()[:2]}) <= 2
+    assert (
+        "table5/SiT-B-2/blocks-10-to-6" in text
+        and "24.05" in text
+        and len({len(line.rstrip()) for line in text.splitlines()[:2]}) <= 2
+    )
 
 
 @pytest.mark.parametrize("name", list(rows.rows()))
@@ -66,24 +99,35 @@ def test_every_command_of_every_row_parses(name: str) -> None:
                 assert config.seed == 3 and f"{config.max_train_steps:07d}" in str(link.makes)
             elif program == "generate.py":
                 given = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2]))
-                build(GenerateConfig, presets.settings(given["preset"], {}), {"ckpt": given["ckpt"], "reference": given["reference"]})
+                build(
+                    GenerateConfig,
+                    presets.settings(given["preset"], {}),
+                    {"ckpt": given["ckpt"], "reference": given["reference"]},
+                )
         assert plan.scores and plan.scores[-1].step == plan.step
 
 
 def test_rows_share_what_they_have_in_common() -> None:
     work, paper = Path("work"), scale.find("paper")
-    full, default, omega = (chain.build(rows.find(name), paper, 0, work) for name in (
-        "table4/SiT-B-2/full", "table5/SiT-B-2/default", "table5/SiT-B-2/omega-45"))
+    full, default, omega = (
+        chain.build(rows.find(name), paper, 0, work)
+        for name in ("table4/SiT-B-2/full", "table5/SiT-B-2/default", "table5/SiT-B-2/omega-45")
+    )
     assert full.run == default.run != omega.run and full.teacher == default.teacher == omega.teacher
     stage1 = chain.build(rows.find("table1/SiT-B-2/latent-80"), paper, 0, work)
     assert stage1.run == full.teacher[0] and (stage1.step, full.teacher[1]) == (400_000, 200_000)
-    assert chain.build(rows.find("table1/SiT-B-2/none-120"), paper, 0, work).run == chain.build(
-        rows.find("table1/SiT-B-2/none-80"), paper, 0, work).run
+    assert (
+        chain.build(rows.find("table1/SiT-B-2/none-120"), paper, 0, work).run
+        == chain.build(rows.find("table1/SiT-B-2/none-80"), paper, 0, work).run
+    )
     other = chain.build(rows.find("table4/SiT-B-2/full"), paper, 1, work)
     assert other.run != full.run and other.links[0].makes == full.links[0].makes  # another seed, the same latents
     branch = chain.build(rows.find("figure8/SiT-XL-2/guided-stop-50K"), paper, 0, work)
     words = branch.links[-2].words
-    assert words[words.index("--branch-from") + 1].endswith("@50000") and words[words.index("--align-stop-steps") + 1] == "50000"
+    assert (
+        words[words.index("--branch-from") + 1].endswith("@50000")
+        and words[words.index("--align-stop-steps") + 1] == "50000"
+    )
 
 
 def test_the_counted_costs_are_those_of_the_rows() -> None:
@@ -96,24 +140,32 @@ def test_the_counted_costs_are_those_of_the_rows() -> None:
 
 
 def test_show_prints_the_chain_and_its_cost(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    recipes.main(["show", "table4/SiT-B-2/stage1", "--work", str(tmp_path), "--images-per-second", "2000", "--nodes", "2"])
+    recipes.main(
+        ["show", "table4/SiT-B-2/stage1", "--work", str(tmp_path), "--images-per-second", "2000", "--nodes", "2"]
+    )
     text = capsys.readouterr().out
     assert "accelerate launch --multi_gpu --num_processes 16 --num_machines 2" in text and "--align latent" in text
     assert "14.2 hours" in text or "14.3 hours" in text  # 400,000 steps of 256 at 2,000 images per second
     flops = float(text.split(" FLOPs in all")[0].split()[-1])
-    assert flops == pytest.approx(400_000 * 256 * 6 * (23.0e9 + 1.88e9), rel=0.02)  # three forward passes of multiply-adds, head and all
+    assert flops == pytest.approx(
+        400_000 * 256 * 6 * (23.0e9 + 1.88e9), rel=0.02
+    )  # three forward passes of multiply-adds, head and all
 
 
 def test_what_is_left_counts_shared_runs_once(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     from recipes import costs
 
     tiny = scale.find("tiny")
-    full, default, stage1 = (rows.find(name) for name in ("table4/SiT-B-2/full", "table5/SiT-B-2/default", "table4/SiT-B-2/stage1"))
+    full, default, stage1 = (
+        rows.find(name) for name in ("table4/SiT-B-2/full", "table5/SiT-B-2/default", "table4/SiT-B-2/stage1")
+    )
     both = costs.flops(full, tiny)
     assert costs.outstanding([full], tiny) == costs.outstanding([full, default], tiny) == both
     teacher = costs.flops(full.of_teacher(), tiny)
     longer = costs.flops(stage1, tiny)
-    assert costs.outstanding([full, stage1], tiny) == pytest.approx(both - teacher + longer) and longer == pytest.approx(2 * teacher)
+    assert costs.outstanding([full, stage1], tiny) == pytest.approx(
+        both - teacher + longer
+    ) and longer == pytest.approx(2 * teacher)
     recipes.main(["cost", "table4/SiT-B-2/full", "--scale", "tiny", "--results", str(tmp_path), "--teraflops", "1e-6"])
     assert f"{both / 1e6 / 3600:,.0f}" in capsys.readouterr().out
 
@@ -125,8 +177,15 @@ def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pyt
         folder = place / "results" / "records" / one["folder"]
         assert one["status"] == "finished" and record.check(folder) == []
         assert {"record.json", "config.json", "metrics.json", "log.jsonl"} == {file.name for file in folder.iterdir()}
-        assert one["commands"] and one["digests"]["data"] and one["images_per_second"] > 0 and one["device_hours"]["training"] > 0
-        assert (one["device_hours"]["stage 1"] > 0) == ("guided" in one["row"] or "full" in one["row"] or "teacher" in one["row"])
+        assert (
+            one["commands"]
+            and one["digests"]["data"]
+            and one["images_per_second"] > 0
+            and one["device_hours"]["training"] > 0
+        )
+        assert (one["device_hours"]["stage 1"] > 0) == (
+            "guided" in one["row"] or "full" in one["row"] or "teacher" in one["row"]
+        )
         assert all(score["metrics"]["fd"] > 0 for score in one["scores"])
     assert [len(one["scores"]) for one in records if one["row"].startswith(("table1", "figure4"))] == [8, 2]
     ledger = (place / "results" / "ledger.csv").read_text().splitlines()
@@ -135,11 +194,14 @@ def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pyt
     assert capsys.readouterr().out.count("holds") == len(RUN)
 
 
-def test_a_chain_goes_on_where_it_was_and_records_are_never_replaced(place: Path, tmp_path: Path,
-                                                                     capsys: pytest.CaptureFixture) -> None:
+def test_a_chain_goes_on_where_it_was_and_records_are_never_replaced(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copytree(place / "results", tmp_path / "results")
     before = {file: file.read_bytes() for file in (tmp_path / "results" / "records").rglob("*.json")}
-    recipes.main(["run", RUN[3], "--scale", "tiny", "--work", str(place / "work"), "--results", str(tmp_path / "results")])
+    recipes.main(
+        ["run", RUN[3], "--scale", "tiny", "--work", str(place / "work"), "--results", str(tmp_path / "results")]
+    )
     said = capsys.readouterr().out
     assert said.count("done: ") == 4 and "\n$ " not in said
     assert all(file.read_bytes() == text for file, text in before.items())
@@ -147,7 +209,9 @@ def test_a_chain_goes_on_where_it_was_and_records_are_never_replaced(place: Path
     assert len(twice) == 2 and twice[0]["scores"] == twice[1]["scores"]
 
 
-def test_a_whole_table_leaves_out_what_has_a_record(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_whole_table_leaves_out_what_has_a_record(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     asked: list[tuple[str, int]] = []
     monkeypatch.setattr("recipes.runner.run", lambda row, size, seed, *rest: asked.append((row.name, seed)))
     argv = ["--scale", "tiny", "--work", str(place / "work"), "--results", str(place / "results"), "--seeds", "0:2"]
@@ -157,13 +221,22 @@ def test_a_whole_table_leaves_out_what_has_a_record(place: Path, monkeypatch: py
     assert "recorded already: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda folder: (folder / "metrics.json").write_text((folder / "metrics.json").read_text().replace('"fd": ', '"fd": 1')),
-     "has changed"),
-    (lambda folder: (folder / "log.jsonl").unlink(), "its files are"),
-    (lambda folder: folder.rename(folder.with_name("2020-01-01-else")), "should be called after"),
-])
-def test_a_record_that_was_touched_is_named(change: object, said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda folder: (folder / "metrics.json").write_text(
+                (folder / "metrics.json").read_text().replace('"fd": ', '"fd": 1')
+            ),
+            "has changed",
+        ),
+        (lambda folder: (folder / "log.jsonl").unlink(), "its files are"),
+        (lambda folder: folder.rename(folder.with_name("2020-01-01-else")), "should be called after"),
+    ],
+)
+def test_a_record_that_was_touched_is_named(
+    change: object, said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = next((place / "results" / "records").glob("*table4*"))
     shutil.copytree(source, tmp_path / "records" / source.name)
     change(tmp_path / "records" / source.name)
@@ -176,9 +249,11 @@ def test_numbers_that_do_not_follow_from_the_rest_are_named(place: Path, tmp_pat
     from runtime import files
 
     source = next((place / "results" / "records").glob("*table4*"))
-    for name, old, new, said in (("metrics.json", f'"num_steps": {STEPS}', '"num_steps": 50', "does not give its key"),
-                                 ("metrics.json", '"flops": ', '"flops": 1', "steps and .* FLOPs, not"),
-                                 ("log.jsonl", '"images_per_second": ', '"images_per_second": 1', "images per second, not")):
+    for name, old, new, said in (
+        ("metrics.json", f'"num_steps": {STEPS}', '"num_steps": 50', "does not give its key"),
+        ("metrics.json", '"flops": ', '"flops": 1', "steps and .* FLOPs, not"),
+        ("log.jsonl", '"images_per_second": ', '"images_per_second": 1', "images per second, not"),
+    ):
         folder = tmp_path / said[:4] / source.name
         shutil.copytree(source, folder)
         (folder / name).write_text((folder / name).read_text().replace(old, new))
@@ -187,28 +262,64 @@ def test_numbers_that_do_not_follow_from_the_rest_are_named(place: Path, tmp_pat
         (folder / "record.json").write_text(json.dumps(summary))
         assert re.search(said, " ".join(record.check(folder)))
     whole = json.loads((source / "record.json").read_text())
-    without = [{key: value for key, value in whole.items() if key != left_out} for left_out in ("step", "images_per_second")]
-    for text, wrong in (("{}", "row: field required"), ("[]", "record.json is damaged"), ('{"row": 3}', "row: .* not 3"),
-                        *((json.dumps(one), "field required") for one in without)):
+    without = [
+        {key: value for key, value in whole.items() if key != left_out} for left_out in ("step", "images_per_second")
+    ]
+    for text, wrong in (
+        ("{}", "row: field required"),
+        ("[]", "record.json is damaged"),
+        ('{"row": 3}', "row: .* not 3"),
+        *((json.dumps(one), "field required") for one in without),
+    ):
         (folder / "record.json").write_text(text)
         shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
         shutil.copytree(folder, tmp_path / "damaged" / "records" / "one")
         for words in (["check"], ["list"], ["table", "4"], ["claims"], ["publish"]):
             with pytest.raises(UserError, match=wrong):
-                recipes.main([*words, "--results", str(tmp_path / "damaged")] if words != ["check"] else ["check", str(folder)])
+                recipes.main(
+                    [*words, "--results", str(tmp_path / "damaged")] if words != ["check"] else ["check", str(folder)]
+                )
 
 
-SCORE = {"preset": "p", "epochs": 1, "step": 1, "metrics": {"fd": 1.0}, "num_samples": 4, "key": "k", "protocol": {},
-         "device_hours": {"training": 1, "stage 1": 0}, "flops": 1}
+SCORE = {
+    "preset": "p",
+    "epochs": 1,
+    "step": 1,
+    "metrics": {"fd": 1.0},
+    "num_samples": 4,
+    "key": "k",
+    "protocol": {},
+    "device_hours": {"training": 1, "stage 1": 0},
+    "flops": 1,
+}
 
 
-@pytest.mark.parametrize(("name", "text", "wrong"), [
-    ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"precision": 1.0}}]}), "a score without fid or fd; restore it"),
-    ("metrics.json", json.dumps({"scores": [{**SCORE, "metrics": {"fd": 10**400}}]}), "metrics.fd: input should be a .* number"),
-    ("metrics.json", json.dumps({"scores": [{**SCORE, "epochs": 10**400}]}), "epochs: input should be a .* number"),
-    ("metrics.json", json.dumps({"scores": [{**SCORE, "device_hours": {"training": 1}}]}), "stage 1: field required"),
-    ("config.json", "{}", "train: field required"), ("config.json", '{"train": {"batch_size": "x"}}', "train.batch_size: .* not \"x\"")])
-def test_a_record_whose_files_are_of_another_shape_is_refused(name: str, text: str, wrong: str, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "wrong"),
+    [
+        (
+            "metrics.json",
+            json.dumps({"scores": [{**SCORE, "metrics": {"precision": 1.0}}]}),
+            "a score without fid or fd; restore it",
+        ),
+        (
+            "metrics.json",
+            json.dumps({"scores": [{**SCORE, "metrics": {"fd": 10**400}}]}),
+            "metrics.fd: input should be a .* number",
+        ),
+        ("metrics.json", json.dumps({"scores": [{**SCORE, "epochs": 10**400}]}), "epochs: input should be a .* number"),
+        (
+            "metrics.json",
+            json.dumps({"scores": [{**SCORE, "device_hours": {"training": 1}}]}),
+            "stage 1: field required",
+        ),
+        ("config.json", "{}", "train: field required"),
+        ("config.json", '{"train": {"batch_size": "x"}}', 'train.batch_size: .* not "x"'),
+    ],
+)
+def test_a_record_whose_files_are_of_another_shape_is_refused(
+    name: str, text: str, wrong: str, place: Path, tmp_path: Path
+) -> None:
     from runtime import files
 
     folder = Path(shutil.copytree(next((place / "results" / "records").glob("*table4*")), tmp_path / "records" / "one"))
@@ -217,14 +328,20 @@ def test_a_record_whose_files_are_of_another_shape_is_refused(name: str, text: s
     summary["files"][name] = files.digest(folder / name)
     named = folder.rename(folder.with_name(f"{summary['date']}-{summary['row'].replace('/', '-')}-tiny-s0"))
     (named / "record.json").write_text(json.dumps(summary))
-    for words in ([["check"], ["list"], ["table", "4"], ["publish"]] if name == "metrics.json" else [["check"]]):
+    for words in [["check"], ["list"], ["table", "4"], ["publish"]] if name == "metrics.json" else [["check"]]:
         with pytest.raises(UserError, match=wrong):
             recipes.main([*words, "--results", str(tmp_path)])
 
 
 def test_a_rate_of_nothing_in_a_log_is_no_crash(place: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(next((place / "results" / "records").glob("*table4*")), tmp_path / "one"))
-    for line in ('{"step": 4, "images_per_second": 0}', '{"step": 4, "images_per_second": "x"}', '{"step": "x"}', "[]", "nonsense"):
+    for line in (
+        '{"step": 4, "images_per_second": 0}',
+        '{"step": 4, "images_per_second": "x"}',
+        '{"step": "x"}',
+        "[]",
+        "nonsense",
+    ):
         (folder / "log.jsonl").write_text(line)
         assert any("log.jsonl has changed" in fault for fault in record.check(folder))
         assert spent(folder, 16, 4) == (0.0, 0.0)
@@ -249,8 +366,18 @@ def test_a_chain_that_fails_leaves_a_record_of_it(tmp_path: Path, capsys: pytest
     shard = next((tmp_path / "work" / "data" / "digits").glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(UserError, match="truncated"):
-        recipes.main(["run", "table4/SiT-B-2/plain", "--scale", "tiny", "--work", str(tmp_path / "work"), "--results",
-                      str(tmp_path / "results")])
+        recipes.main(
+            [
+                "run",
+                "table4/SiT-B-2/plain",
+                "--scale",
+                "tiny",
+                "--work",
+                str(tmp_path / "work"),
+                "--results",
+                str(tmp_path / "results"),
+            ]
+        )
     (one,) = record.load(tmp_path / "results")
     assert one["status"] == "failed" and "truncated" in one["failure"] and one["scores"] == []
     assert "failed" in (tmp_path / "results" / "ledger.csv").read_text()
@@ -267,10 +394,25 @@ def test_verdicts() -> None:
 
 
 def fake(row: str, seed: int, key: str, fid: float, size: str = "paper") -> dict:
-    return {"row": row, "scale": size, "seed": seed, "status": "finished", "images_per_second": 1.0,
-            "device_hours": {"training": 8.0, "stage 1": 2.0},
-            "scores": [{"preset": "fid10k", "epochs": 80, "step": 1, "key": key, "metrics": {"fid": fid}, "flops": 3e18,
-                        "device_hours": {"training": 8.0, "stage 1": 2.0}}]}
+    return {
+        "row": row,
+        "scale": size,
+        "seed": seed,
+        "status": "finished",
+        "images_per_second": 1.0,
+        "device_hours": {"training": 8.0, "stage 1": 2.0},
+        "scores": [
+            {
+                "preset": "fid10k",
+                "epochs": 80,
+                "step": 1,
+                "key": key,
+                "metrics": {"fid": fid},
+                "flops": 3e18,
+                "device_hours": {"training": 8.0, "stage 1": 2.0},
+            }
+        ],
+    }
 
 
 def test_a_table_never_mixes_protocols_or_scales() -> None:
@@ -279,10 +421,18 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
     records += [fake("table4/SiT-B-2/full", 0, "bbbb", 30.0), fake("table4/SiT-B-2/full", 0, "cccc", 1.0, "tiny")]
     text = table.render(chosen, records, "paper")
     first, second = text.split("\n\n")
-    assert "[aaaa]" in first and "23.00 ± 0.10 (3)" in first and "+0.09" in first and "reproduced" in first and "10" in first
+    assert (
+        "[aaaa]" in first
+        and "23.00 ± 0.10 (3)" in first
+        and "+0.09" in first
+        and "reproduced" in first
+        and "10" in first
+    )
     assert "[bbbb]" in second and "30.00 (1)" in second and "inconclusive" in second and "cccc" not in text
     tiny = table.render(chosen, records, "tiny")
-    assert "1.00 (1)" in tiny and "22.91" not in tiny and "reproduced" not in tiny  # no published number at another scale
+    assert (
+        "1.00 (1)" in tiny and "22.91" not in tiny and "reproduced" not in tiny
+    )  # no published number at another scale
     assert first.count("not run") == 3
 
 
@@ -308,8 +458,16 @@ def test_figures_are_drawn_from_records(place: Path, capsys: pytest.CaptureFixtu
 def test_the_job_file_is_whole(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     recipes.main(["run", "table1/SiT-XL-2/guided-80", "--slurm", "--nodes", "2", "--seeds", "0:3", "--hours", "12.5"])
     text = capsys.readouterr().out
-    for word in ("#SBATCH --array=0-2", "#SBATCH --nodes=2", "#SBATCH --signal=B:USR1@600", "#SBATCH --requeue", "--time=12:30:00",
-                 "-eq 75", "scontrol requeue", '--seeds "$SLURM_ARRAY_TASK_ID"'):
+    for word in (
+        "#SBATCH --array=0-2",
+        "#SBATCH --nodes=2",
+        "#SBATCH --signal=B:USR1@600",
+        "#SBATCH --requeue",
+        "--time=12:30:00",
+        "-eq 75",
+        "scontrol requeue",
+        '--seeds "$SLURM_ARRAY_TASK_ID"',
+    ):
         assert word in text, word
     assert "--scale paper --seeds" in text and "--processes 8 --nodes 2" in text
     recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--scale", "study"])
@@ -328,8 +486,11 @@ def link_of(program: str, makes: Path) -> chain.Link:
 def test_a_signal_reaches_the_processes_of_a_launcher_and_the_chain_asks_to_be_queued_again(tmp_path: Path) -> None:
     """The launcher's own exit code says nothing: accelerate ends with 1 where its processes ended with 75."""
     makes = tmp_path / "run" / "checkpoints" / "0000001" / "config.json"
-    waits = link_of(f"import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
-                    f"os.kill({os.getpid()}, signal.SIGUSR1)\ntime.sleep(300)", makes)
+    waits = link_of(
+        f"import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        f"os.kill({os.getpid()}, signal.SIGUSR1)\ntime.sleep(300)",
+        makes,
+    )
     with pytest.raises(SystemExit) as ended:
         runner._start(waits, waits.command(2), 2, 1)
     assert ended.value.code == 75
@@ -353,16 +514,28 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
     link = chain.Link("train", ("train.py", "--exp-name", "a b"), tmp_path / "x" / "y" / "z", many=True)
     runner._start(link, link.command(8, 2), 8, 2)
     assert [line.split()[6:10] for line in (tmp_path / "said").read_text().splitlines()] == [
-        ["--machine_rank", number, "--main_process_ip", "head"] for number in "01"]
+        ["--machine_rank", number, "--main_process_ip", "head"] for number in "01"
+    ]
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["runn"], "did you mean run"), (["run"], "needs a name"), (["run", "table4/SiT-B-2/ful"], "did you mean table4/SiT-B-2/full"),
-    (["list", "table9"], "there is no table9"), (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
-    (["--scale", "tiny"], "say what to do"), (["check", "nowhere"], "nowhere is not a record"), (["figure", "3"], "there is no figure3"),
-    (["show", RUN[3], "--seeds", "4:2"], "no seed"), (["claims", "study"], "takes no name: leave out study"),
-    (["figure", "table1"], "table1 is a table"), (["cost", "table1", "table99"], "no row is called table99"),
-    (["claims", "--scale", "study"], "no two rows of the study have records")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["runn"], "did you mean run"),
+        (["run"], "needs a name"),
+        (["run", "table4/SiT-B-2/ful"], "did you mean table4/SiT-B-2/full"),
+        (["list", "table9"], "there is no table9"),
+        (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
+        (["--scale", "tiny"], "say what to do"),
+        (["check", "nowhere"], "nowhere is not a record"),
+        (["figure", "3"], "there is no figure3"),
+        (["show", RUN[3], "--seeds", "4:2"], "no seed"),
+        (["claims", "study"], "takes no name: leave out study"),
+        (["figure", "table1"], "table1 is a table"),
+        (["cost", "table1", "table99"], "no row is called table99"),
+        (["claims", "--scale", "study"], "no two rows of the study have records"),
+    ],
+)
 def test_mistakes_are_one_line(words: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         recipes.main([*words, *([] if words[0].startswith("-") else ["--results", str(tmp_path)])])

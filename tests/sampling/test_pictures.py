@@ -23,11 +23,25 @@ from tests.helpers import perturbed
 def test_imagenets_classes_in_the_order_of_their_labels() -> None:
     synsets, names = list(imagenet()), list(imagenet().values())
     assert len(names) == 1000 and synsets == sorted(synsets)
-    known = {207: "golden retriever", 360: "otter", 387: "lesser panda", 974: "geyser", 88: "macaw", 979: "valley", 417: "balloon",
-             279: "Arctic fox", 0: "tench", 999: "toilet tissue"}
+    known = {
+        207: "golden retriever",
+        360: "otter",
+        387: "lesser panda",
+        974: "geyser",
+        88: "macaw",
+        979: "valley",
+        417: "balloon",
+        279: "Arctic fox",
+        0: "tench",
+        999: "toilet tissue",
+    }
     assert {label: names[label] for label in known} == known
     assert labels_of(["Golden Retriever", "88"], names) == [207, 88]
-    for word, said in (("crane", "classes 134 and 517"), ("goldn retriever", "did you mean golden retriever"), ("1000", "0 to 999")):
+    for word, said in (
+        ("crane", "classes 134 and 517"),
+        ("goldn retriever", "did you mean golden retriever"),
+        ("1000", "0 to 999"),
+    ):
         with pytest.raises(UserError, match=said):
             labels_of([word], names)
 
@@ -50,20 +64,26 @@ def test_chosen_classes_come_in_order(guided: Path, tmp_path: Path, capsys: pyte
     record = json.loads((out / "samples.json").read_text())
     assert record["classes"] == [7, 7, 7, 2, 2, 2] and record["labels"] == "chosen"
     told = capsys.readouterr().out
-    assert "6 samples of stage2@4 (SiT-Tiny/2, ema weights): SDE, 2 steps, 2 network evaluations each, no guidance" in told
+    assert (
+        "6 samples of stage2@4 (SiT-Tiny/2, ema weights): SDE, 2 steps, 2 network evaluations each, no guidance" in told
+    )
     # one noise a place, whatever the class
     other = generate.main([*sample, "--classes", "2", "2", "--per-class", "3", "--out", str(tmp_path / "b")])
     with np.load(other / "samples.npz") as drawn:
         assert np.array_equal(drawn["arr_0"][3:], first[3:]) and not np.array_equal(drawn["arr_0"][:3], first[:3])
     assert "7-2x3" in generate.main([*sample, "--classes", "7", "2", "--per-class", "3"]).name
-    assert "40classes-" in generate.main([*sample, "--classes", *"0123456789" * 4, "--per-class", "1"]).name  # no name too long
+    assert (
+        "40classes-" in generate.main([*sample, "--classes", *"0123456789" * 4, "--per-class", "1"]).name
+    )  # no name too long
 
 
 def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tmp_path: Path) -> None:
     words = ["--classes", "1", "3", "--per-class", "2", "--num-steps", "2"]
     out = generate.main(["--ckpt", str(teacher), "--compare", str(guided), *words, "--out", str(tmp_path / "both")])
     rows = json.loads((out / "compare.json").read_text())["rows"]
-    assert [row["row"] for row in rows] == ["stage1@4", "stage2@4"] and rows[1]["checkpoint"] == Checkpoint.open(guided).digest
+    assert [row["row"] for row in rows] == ["stage1@4", "stage2@4"] and rows[1]["checkpoint"] == Checkpoint.open(
+        guided
+    ).digest
     shown = np.asarray(Image.open(out / "compare.png"))
     # the rows are the samples that each checkpoint draws alone: same noise, same classes
     for row, ckpt in enumerate((teacher, guided)):
@@ -72,8 +92,13 @@ def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tm
             for column, image in enumerate(drawn["arr_0"]):
                 left, top = shown.shape[1] - (4 - column) * 66, shown.shape[0] - (2 - row) * 66
                 assert np.array_equal(shown[top : top + 64 : 8, left : left + 64 : 8, :1], image)
-    for wrong in (["--compare", str(guided)], ["--per-class", "2"], ["--classes", "1", "--num-fid-samples", "4"],
-                  ["--classes", "1", "--labels", "balanced"], ["--classes", "1", "--per-class", "0"]):
+    for wrong in (
+        ["--compare", str(guided)],
+        ["--per-class", "2"],
+        ["--classes", "1", "--num-fid-samples", "4"],
+        ["--classes", "1", "--labels", "balanced"],
+        ["--classes", "1", "--per-class", "0"],
+    ):
         with pytest.raises(UserError, match="--classes|--per-class"):
             generate.main(["--ckpt", str(teacher), *wrong])
 
@@ -81,7 +106,9 @@ def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tm
 @pytest.mark.parametrize(("classes", "shown"), [(3, [0, 1, 2]), (20, [0, 2, 5, 7, 10, 12, 15, 17])])
 def test_a_preview_names_its_rows(tmp_path: Path, classes: int, shown: list[int]) -> None:
     """Every tile is the sample of its noise and class, and each row has its own class's name left of it, and nothing else there."""
-    network = perturbed(models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=classes), seed=0).requires_grad_(False)
+    network = perturbed(
+        models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=classes), seed=0
+    ).requires_grad_(False)
     codec, names = PixelCodec(pixels(1)), ["class" + label * "m" for label in range(classes)]
     preview.write(tmp_path / "a.png", network, codec, names, None, preview.REHEARSAL)
     drawn = np.asarray(Image.open(tmp_path / "a.png"))
@@ -99,12 +126,23 @@ def test_a_preview_names_its_rows(tmp_path: Path, classes: int, shown: list[int]
 
 def test_the_grid_has_a_row_a_class_in_order(tmp_path: Path) -> None:
     labels = np.array([5, 1, 5, 9, 1, 5])
-    assert [(label, places.tolist()) for label, places in picture.by_class(labels)] == [(1, [1, 4]), (5, [0, 2, 5]), (9, [3])]
+    assert [(label, places.tolist()) for label, places in picture.by_class(labels)] == [
+        (1, [1, 4]),
+        (5, [0, 2, 5]),
+        (9, [3]),
+    ]
     assert [label for label, _ in picture.by_class(np.arange(100), rows=4)] == [0, 33, 66, 99]
     images = np.full((6, 8, 8, 3), (200, 30, 30), np.uint8)
-    for names, heads in (((), ()), (["one", "a longer name", "x"], ()), (["a", "b", "c"], ["first", "second", "a head too long to fit"])):
+    for names, heads in (
+        ((), ()),
+        (["one", "a longer name", "x"], ()),
+        (["a", "b", "c"], ["first", "second", "a head too long to fit"]),
+    ):
         picture.write(tmp_path / "p.png", [images[:2], images[:3], images[:1]], names, heads)
         shown = np.asarray(Image.open(tmp_path / "p.png"))
-        assert shown.shape[0] == 2 + 3 * 66 + (15 if heads else 0) and (shown == (200, 30, 30)).all(-1).sum() == 6 * 64 * 64
-        ink = (shown[..., 0] < 100)
+        assert (
+            shown.shape[0] == 2 + 3 * 66 + (15 if heads else 0)
+            and (shown == (200, 30, 30)).all(-1).sum() == 6 * 64 * 64
+        )
+        ink = shown[..., 0] < 100
         assert ink.any() == bool(names)

@@ -92,10 +92,22 @@ class Noise:
 @pytest.mark.parametrize("case", ["euler_plain", "euler_cfg_interval", "heun_plain", "sde_plain", "sde_cfg_interval"])
 def test_published_samplers(case: str) -> None:
     """REPA's loops on a tiny SiT (t = 1 is noise, float64 states)."""
-    weights = {k.removeprefix("weights."): v for k, v in load_file(DATA / "repa_sit.safetensors").items()
-               if k.startswith("weights.") and "projectors" not in k and "pos_embed" not in k}
-    spec = models.ModelSpec(name="custom", architecture="sit", depth=4, hidden_size=48, num_heads=4, patch_size=2, in_channels=4,
-                            input_size=8, num_classes=10)
+    weights = {
+        k.removeprefix("weights."): v
+        for k, v in load_file(DATA / "repa_sit.safetensors").items()
+        if k.startswith("weights.") and "projectors" not in k and "pos_embed" not in k
+    }
+    spec = models.ModelSpec(
+        name="custom",
+        architecture="sit",
+        depth=4,
+        hidden_size=48,
+        num_heads=4,
+        patch_size=2,
+        in_channels=4,
+        input_size=8,
+        num_classes=10,
+    )
     network = models.build(spec, weights=weights).eval()
     stored = load_file(DATA / "repa_samplers.safetensors")
     y = stored["y"]
@@ -104,9 +116,16 @@ def test_published_samplers(case: str) -> None:
     def predict(x: Tensor, t: float, labels: Tensor) -> Tensor:
         return network(x.float(), torch.full((len(x),), t), labels).velocity.double()
 
-    scale, low, high = {"euler_cfg_interval": (2.5, 0.2, 0.7), "sde_cfg_interval": (1.9, 0.0, 0.65)}.get(case, (1.0, 0.0, 1.0))
-    velocity = solvers.guided(lambda x, t: predict(x, t, y),
-                               lambda x, t: (predict(x, t, torch.full_like(y, 10)), predict(x, t, y)), scale, low, high)
+    scale, low, high = {"euler_cfg_interval": (2.5, 0.2, 0.7), "sde_cfg_interval": (1.9, 0.0, 0.65)}.get(
+        case, (1.0, 0.0, 1.0)
+    )
+    velocity = solvers.guided(
+        lambda x, t: predict(x, t, y),
+        lambda x, t: (predict(x, t, torch.full_like(y, 10)), predict(x, t, y)),
+        scale,
+        low,
+        high,
+    )
     x = stored["latents"].double()
     if case.startswith("sde"):
         result = solvers.euler_maruyama(velocity, x, solvers.sde_grid(8), Noise(stored[f"{case}.noise"]))

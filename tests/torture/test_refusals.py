@@ -28,9 +28,13 @@ from runtime.mapped import map_shard
 from training import log
 
 TABLE = bad_inputs.rows()
-SHAPES = [row for row in TABLE if ".json " in row.name]  # one field of another shape: every third, the torture has them all
+SHAPES = [
+    row for row in TABLE if ".json " in row.name
+]  # one field of another shape: every third, the torture has them all
 SHORT = [row for row in TABLE if row not in SHAPES[1::3] + SHAPES[2::3]]
-FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,9 @@ def test_the_table_is_long_and_covers_every_command() -> None:
 
 
 @pytest.mark.parametrize("command", bad_world.MAINS)
-def test_bad_inputs_are_one_line_with_culprit_and_remedy(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         command: str) -> None:
+def test_bad_inputs_are_one_line_with_culprit_and_remedy(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     faults = bad_inputs.check([row for row in SHORT if row.command == command], world, tmp_path)
     assert not faults, "\n".join(f"{name}: {fault}" for name, fault in faults.items())
@@ -61,13 +66,20 @@ def test_the_words_of_the_table_work_where_nothing_is_wrong(world: World, tmp_pa
 def test_the_check_sees_an_answer_that_is_not_as_it_should_be() -> None:
     answer = bad_inputs.Answer(2, ["error: --seed x is bad; use a number"], [])
     assert answer.fault(("--seed",)) is None
-    for wrong in (bad_inputs.Answer(1, answer.lines, []), bad_inputs.Answer(2, answer.lines * 2, []),
-                  bad_inputs.Answer(2, answer.lines, ["x"]), bad_inputs.Answer(2, ["error: --seed x is bad"], [])):
+    for wrong in (
+        bad_inputs.Answer(1, answer.lines, []),
+        bad_inputs.Answer(2, answer.lines * 2, []),
+        bad_inputs.Answer(2, answer.lines, ["x"]),
+        bad_inputs.Answer(2, ["error: --seed x is bad"], []),
+    ):
         assert wrong.fault(("--seed",))
     assert answer.fault(("--speed",))
 
 
-PROCESSES = [("train.py", "data manifest.json garbled"), ("generate.py", "--ckpt /nowhere")]  # the others: benchmarks.torture
+PROCESSES = [
+    ("train.py", "data manifest.json garbled"),
+    ("generate.py", "--ckpt /nowhere"),
+]  # the others: benchmarks.torture
 
 
 @pytest.mark.parametrize(("command", "name"), PROCESSES)
@@ -86,12 +98,18 @@ def test_a_name_cannot_send_codes_to_the_terminal(capsys: pytest.CaptureFixture)
     assert capsys.readouterr().err == "error: \\x1b]0;title\\x07 is bad\n"
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 @FEW
-@given(value=JSON, key=st.sampled_from(["space", "shards", "count", "views", "dtype", "class_names", "latent_size", "images"]))
+@given(
+    value=JSON,
+    key=st.sampled_from(["space", "shards", "count", "views", "dtype", "class_names", "latent_size", "images"]),
+)
 def test_any_json_in_a_manifest_is_read_or_refused(world: World, tmp_path: Path, value: object, key: str) -> None:
     folder = tmp_path / "data"
     if not folder.exists():
@@ -120,9 +138,21 @@ def test_any_json_in_a_checkpoint_is_read_or_refused(world: World, tmp_path: Pat
 
 
 @FEW
-@given(header=st.dictionaries(st.sampled_from(["latents", "labels", "__metadata__", "x"]), st.fixed_dictionaries(
-    {}, optional={"dtype": st.sampled_from(["F32", "I64", "U8", "BF16", 3]), "shape": JSON | st.lists(st.integers(-2, 9), max_size=3),
-                  "data_offsets": JSON | st.lists(st.integers(-9, 200), min_size=2, max_size=2)}) | JSON, max_size=3))
+@given(
+    header=st.dictionaries(
+        st.sampled_from(["latents", "labels", "__metadata__", "x"]),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "dtype": st.sampled_from(["F32", "I64", "U8", "BF16", 3]),
+                "shape": JSON | st.lists(st.integers(-2, 9), max_size=3),
+                "data_offsets": JSON | st.lists(st.integers(-9, 200), min_size=2, max_size=2),
+            },
+        )
+        | JSON,
+        max_size=3,
+    )
+)
 def test_any_safetensors_header_is_mapped_within_the_file_or_refused(tmp_path: Path, header: dict) -> None:
     file = tmp_path / "a.safetensors"
     text = json.dumps(header).encode()
@@ -137,8 +167,9 @@ def test_any_safetensors_header_is_mapped_within_the_file_or_refused(tmp_path: P
 
 @FEW
 @given(place=st.integers(0, 10_000), bit=st.integers(0, 7), cut=st.none() | st.integers(0, 10_000))
-def test_any_flip_in_an_npz_or_a_weight_file_is_refused_or_changes_nothing(world: World, tmp_path: Path, place: int, bit: int,
-                                                                          cut: int | None) -> None:
+def test_any_flip_in_an_npz_or_a_weight_file_is_refused_or_changes_nothing(
+    world: World, tmp_path: Path, place: int, bit: int, cut: int | None
+) -> None:
     sound = world.path("samples/samples.npz")
     content = bytearray(sound.read_bytes())
     content[place % len(content)] ^= 1 << bit
@@ -178,10 +209,26 @@ def test_any_log_is_read(tmp_path: Path, lines: list[bytes]) -> None:
 def test_a_short_torture_loses_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real process killed, and flips: the short form; the long one is run by hand."""
     monkeypatch.setattr(bad_world, "build", lambda _: world)
-    short = ["--kills", "1", "--steps", "16", "--flips", "22", "--starts", "0", "--inputs", "0", "--out", str(tmp_path / "torture.json")]
+    short = [
+        "--kills",
+        "1",
+        "--steps",
+        "16",
+        "--flips",
+        "22",
+        "--starts",
+        "0",
+        "--inputs",
+        "0",
+        "--out",
+        str(tmp_path / "torture.json"),
+    ]
     torture.main(short)
     found = files.read_json(tmp_path / "torture.json")
-    assert found["kills"]["done"] == found["kills"]["counts"]["runs with the same bits"] == 1 and not found["kills"]["faults"]
+    assert (
+        found["kills"]["done"] == found["kills"]["counts"]["runs with the same bits"] == 1
+        and not found["kills"]["faults"]
+    )
     assert found["flips"]["done"] == sum(found["flips"]["counts"].values()) == 22 and not found["flips"]["faults"]
 
 
@@ -189,8 +236,11 @@ def test_a_torture_goes_on_where_it_was_cut_off(world: World, tmp_path: Path, mo
     """The same flips as in one go, none twice; other settings are refused."""
     monkeypatch.setattr(bad_world, "build", lambda _: world)
     tried: list[int] = []
-    monkeypatch.setattr(torture, "bit_flips", lambda world, place, chances: ((str(chance.randrange(2)), tried.append(number))
-                                                                             for number, chance in chances))
+    monkeypatch.setattr(
+        torture,
+        "bit_flips",
+        lambda world, place, chances: ((str(chance.randrange(2)), tried.append(number)) for number, chance in chances),
+    )
 
     def flipped(count: int, name: str, *more: object) -> dict:
         rest = ["--kills", 0, "--starts", 0, "--inputs", 0, "--out", tmp_path / name, *more]
@@ -204,7 +254,9 @@ def test_a_torture_goes_on_where_it_was_cut_off(world: World, tmp_path: Path, mo
         flipped(9, "parts", "--seed", 1)
 
 
-def test_a_flip_that_changes_the_meaning_is_a_fault(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flip_that_changes_the_meaning_is_a_fault(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(flips.Checkpoint, "require_whole", lambda _: None)
     monkeypatch.setattr(flips.Checkpoint, "require_intact", lambda *_: None)
     found = list(flips.flips(world, tmp_path, [(1, random.Random(seed)) for seed in range(12)]))

@@ -23,26 +23,35 @@ def ratios_of(run: Path, name: str) -> dict[int, float]:
 
 
 def without_measurements(run: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in line.items() if not key.startswith(("grad_norm_ratio/", "images_per_second"))}
-            for line in read(run / "log.jsonl")]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("grad_norm_ratio/", "images_per_second"))}
+        for line in read(run / "log.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(tmp_path: Path, words: Words, number: int) -> None:
-    run = Run(*command.resolve(words(tmp_path, "run", "--align", "latent", "--align-hidden", 32, "--gradient-accumulation-steps", number),
-                               "train", None))
+def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(
+    tmp_path: Path, words: Words, number: int
+) -> None:
+    run = Run(
+        *command.resolve(
+            words(tmp_path, "run", "--align", "latent", "--align-hidden", 32, "--gradient-accumulation-steps", number),
+            "train",
+            None,
+        )
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in run.network.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     source = Batches(run.config, run.data, run.device, 0, 1)
-    micros, = source.steps(0, 1, run.alignments)
+    (micros,) = source.steps(0, 1, run.alignments)
     found = balance.ratios(run.learner(), micros, {"latent": 0.3}, run.accelerator)
     assert all(parameter.grad is None for parameter in run.learner().parameters())
 
     source.micro = run.config.batch_size
-    (batch,), = source.steps(0, 1, run.alignments)  # the same samples at once
-    block, = run.alignments["latent"].taps
+    ((batch,),) = source.steps(0, 1, run.alignments)  # the same samples at once
+    (block,) = run.alignments["latent"].taps
     network = run.network
     parts = (network.x_embedder, network.t_embedder, network.y_embedder, *network.blocks[:block])
     shared = [parameter for part in parts for parameter in part.parameters()]
@@ -60,21 +69,48 @@ def test_nothing_in_it_waits_for_the_device(tmp_path: Path, words: Words, teache
 
     argv = words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.8)
     run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
-    micros, = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+    (micros,) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
     with Counter() as counter:
         found = balance.ratios(run.learner(), micros, run.weights(), run.accelerator)
     assert counter.calls["mm"] and isinstance(found["guided"], torch.Tensor)
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "item"} & counter.calls.keys()
 
 
-@pytest.mark.parametrize("more", [("--gradient-accumulation-steps", 2), ("--align-interval", 0.2, 0.8, "--compile", "on"),
-                                  ("--activation-checkpointing", "selective", "--mixed-precision", "bf16")])
-def test_a_run_is_the_same_bits_with_and_without(tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch,
-                                                 more: tuple) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--gradient-accumulation-steps", 2),
+        ("--align-interval", 0.2, 0.8, "--compile", "on"),
+        ("--activation-checkpointing", "selective", "--mixed-precision", "bf16"),
+    ],
+)
+def test_a_run_is_the_same_bits_with_and_without(
+    tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch, more: tuple
+) -> None:
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, backend="aot_eager", fullgraph=True))
-    runs = [train_guide.main(words(tmp_path / str(every), "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 4,
-                                   "--max-train-steps", 5, "--grad-ratio-steps", every, *more)) for every in (0, 1)]
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **_: compile_(self, backend="aot_eager", fullgraph=True)
+    )
+    runs = [
+        train_guide.main(
+            words(
+                tmp_path / str(every),
+                "run",
+                "--guiding-ckpt",
+                teacher,
+                "--align-hidden",
+                32,
+                "--align-stop-steps",
+                4,
+                "--max-train-steps",
+                5,
+                "--grad-ratio-steps",
+                every,
+                *more,
+            )
+        )
+        for every in (0, 1)
+    ]
     assert_same_bits(*runs)
     assert without_measurements(runs[0]) == without_measurements(runs[1])
     # at the first step of all, no gradient of denoising reaches the blocks: the last layer is zero; after the stop, nothing is compared
@@ -108,6 +144,20 @@ def test_a_ratio_that_stays_outside_the_band_is_said_once() -> None:
 
 
 def test_a_run_says_it(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
-    train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--align-weight", 1e-6, "--max-train-steps", 5,
-                     "--grad-ratio-steps", 1))
+    train.main(
+        words(
+            tmp_path,
+            "run",
+            "--align",
+            "latent",
+            "--align-hidden",
+            8,
+            "--align-weight",
+            1e-6,
+            "--max-train-steps",
+            5,
+            "--grad-ratio-steps",
+            1,
+        )
+    )
     assert capsys.readouterr().out.count("warning: the gradient-norm ratio of latent") == 1

@@ -39,15 +39,27 @@ def imagenet_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(buffer, "PNG")
     latents = np.zeros((4, 1, 2, 4, 32, 32), np.float16)
     entry = shards.write_shard(folder, 0, latents, np.arange(4), images=[buffer.getvalue()] * 4)
-    shards.write_manifest(folder, space=LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,)),
-                          resolution=256, latent_size=32, views=1, parts=2, dtype="float16", crop="center", images=True,
-                          class_names=[str(n) for n in range(1000)], shards=[entry], source="shapes")
+    shards.write_manifest(
+        folder,
+        space=LatentSpace(name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,)),
+        resolution=256,
+        latent_size=32,
+        views=1,
+        parts=2,
+        dtype="float16",
+        crop="center",
+        images=True,
+        class_names=[str(n) for n in range(1000)],
+        shards=[entry],
+        source="shapes",
+    )
     return folder
 
 
 @pytest.mark.parametrize("more", [("repa", "sra"), ("haste",), ("guided",)])
-def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: Path, words: Words, encoder: Path,
-                                                         teacher: Path) -> None:
+def test_flops_and_kept_memory_are_those_of_a_real_step(
+    more: tuple, tmp_path: Path, words: Words, encoder: Path, teacher: Path
+) -> None:
     program = "train_guide" if more == ("guided",) else "train"
     argv = words(tmp_path, "x", "--max-train-steps", 1)
     argv += ["--guiding-ckpt", str(teacher)] if program == "train_guide" else ["--align", *more]
@@ -56,7 +68,7 @@ def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: P
 
     run = Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
     learner = Learner(run.network, run.alignments, ema=run.ema.network)
-    (batch,), = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+    ((batch,),) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
     kept: dict[int, tuple[torch.Tensor, int]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,8 +89,22 @@ def test_flops_and_kept_memory_are_those_of_a_real_step(more: tuple, tmp_path: P
 
 def test_the_published_size_by_formulas_on_paper(imagenet_like: Path, tmp_path: Path) -> None:
     """SiT-B/2 at 256 pixels: 3 x 23.00 GMAC a step; REPA's head and DINOv2-B at 224 pixels on the fly, 1.417 in all."""
-    found = estimate(["--data-dir", str(imagenet_like), "--exp-name", "x", "--output-dir", str(tmp_path), "--batch-size", "4",
-                      "--align", "repa", "--mixed-precision", "bf16"])
+    found = estimate(
+        [
+            "--data-dir",
+            str(imagenet_like),
+            "--exp-name",
+            "x",
+            "--output-dir",
+            str(tmp_path),
+            "--batch-size",
+            "4",
+            "--align",
+            "repa",
+            "--mixed-precision",
+            "bf16",
+        ]
+    )
     width, tokens, depth = 768, 256, 12
     block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
     assert found.plain == pytest.approx(2 * 3 * depth * block, rel=0.015)  # embedders and the final layer are the rest
@@ -88,14 +114,17 @@ def test_the_published_size_by_formulas_on_paper(imagenet_like: Path, tmp_path: 
     assert shares["repa: encoder"] == pytest.approx(2 * 23.16e9, rel=0.01)
     assert found.ratio() == pytest.approx(1.417, rel=0.01)
     parameters = {part.name: part.parameters for part in found.parts}
-    assert parameters["network"] == models.parameter_count(models.outline(models.spec(
-        "SiT-B/2", in_channels=4, input_size=32, num_classes=1000)))
+    assert parameters["network"] == models.parameter_count(
+        models.outline(models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000))
+    )
     assert parameters["repa: encoder"] == pytest.approx(85.7e6, rel=0.002)
     memory = found.memory()
     trained = parameters["network"] + parameters["repa: head and loss"]
     # the fixed position table has neither gradient nor moments; AdamW counts its steps
     assert memory["parameters and gradients"] + memory["optimizer"] == pytest.approx(16 * trained, rel=0.002)
-    assert memory["EMA"] == pytest.approx(4 * parameters["network"], rel=1e-5)  # and the frequencies of the time embedding
+    assert memory["EMA"] == pytest.approx(
+        4 * parameters["network"], rel=1e-5
+    )  # and the frequencies of the time embedding
     assert memory["frozen networks"] == 2 * parameters["repa: encoder"]
     # a block keeps some 34 numbers of 1 byte per token and channel in half precision (arXiv 2205.05198), more where float32 stays
     assert 34 < found.kept / (depth * tokens * width) < 68 and 0 < found.casts < 2.2 * trained
@@ -104,8 +133,21 @@ def test_the_published_size_by_formulas_on_paper(imagenet_like: Path, tmp_path: 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_is_held_is_what_a_run_holds(tmp_path: Path, words: Words, optimizer: str) -> None:
     """Byte for byte, after a step: a head with averages of its own, one without, and several averages."""
-    argv = words(tmp_path, "x", "--align", "internal", "latent", "--latent-hidden", 16, "--ema-extra-decays", 0.9, "--optimizer", optimizer,
-                 "--max-train-steps", 1)
+    argv = words(
+        tmp_path,
+        "x",
+        "--align",
+        "internal",
+        "latent",
+        "--latent-hidden",
+        16,
+        "--ema-extra-decays",
+        0.9,
+        "--optimizer",
+        optimizer,
+        "--max-train-steps",
+        1,
+    )
     found = estimate(argv).memory()
     run = Run(*command.resolve(argv, "train", None))
     loop.train(run)
@@ -115,10 +157,14 @@ def test_what_is_held_is_what_a_run_holds(tmp_path: Path, words: Words, optimize
 
     assert found["optimizer"] == sum(size(state.values()) for state in run.optimizer.state.values())
     assert set(run.averages) == {"ema", "ema-0.9", "internal-head-ema", "internal-head-ema-0.9"}
-    assert found["EMA"] == sum(size([*average.network.parameters(), *average.network.buffers()]) for average in run.averages.values())
+    assert found["EMA"] == sum(
+        size([*average.network.parameters(), *average.network.buffers()]) for average in run.averages.values()
+    )
     modules = [run.network, *run.alignments.values()]
     trained = size(parameter for module in modules for parameter in module.parameters())
-    assert found["parameters and gradients"] == 2 * trained + size(buffer for module in modules for buffer in module.buffers())
+    assert found["parameters and gradients"] == 2 * trained + size(
+        buffer for module in modules for buffer in module.buffers()
+    )
     matrices = size(parameter for name, parameter in run.network.named_parameters() if name in run.network.matrices())
     saved = matrices if optimizer == "muon" else 0  # of a matrix, Muon has one momentum where Adam has two
     assert found["parameters and gradients"] + found["optimizer"] == pytest.approx(4 * trained - saved, rel=0.005)
@@ -128,8 +174,13 @@ def test_what_is_held_is_what_a_run_holds(tmp_path: Path, words: Words, optimize
 def test_the_teachers_share_follows_its_depth_and_the_interval(tmp_path: Path, words: Words, teacher: Path) -> None:
     """Two passes to two thirds of the depth: 4/9 of a plain step whatever the size, 0.3 of that on 0.4 <= t <= 0.7."""
     base = words(tmp_path, "x", "--guiding-ckpt", teacher, "--max-train-steps", 100)
-    share = {name: next(p.flops for p in found.parts if p.name == "guided: teacher") / found.plain for name, found in {
-        "all": estimate(base, "train_guide"), "some": estimate([*base, "--align-interval", "0.4", "0.7"], "train_guide")}.items()}
+    share = {
+        name: next(p.flops for p in found.parts if p.name == "guided: teacher") / found.plain
+        for name, found in {
+            "all": estimate(base, "train_guide"),
+            "some": estimate([*base, "--align-interval", "0.4", "0.7"], "train_guide"),
+        }.items()
+    }
     assert share["all"] == pytest.approx(4 / 9, rel=0.02)
     assert share["some"] == pytest.approx(0.3 * share["all"])
     normal = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal(200_000)))
@@ -164,14 +215,29 @@ def test_plain_training_has_its_published_number_too() -> None:
 
 def test_activation_checkpointing_and_the_micro_batch_that_fits(imagenet_like: Path, tmp_path: Path) -> None:
     """Blocks computed twice cost a third of a step, products kept cost none; what fits divides the batch and is not the next size."""
-    argv = ["--data-dir", str(imagenet_like), "--exp-name", "x", "--output-dir", str(tmp_path), "--batch-size", "4", "--mixed-precision",
-            "bf16", "--model", "SiT-Tiny/2", "--activation-checkpointing"]
+    argv = [
+        "--data-dir",
+        str(imagenet_like),
+        "--exp-name",
+        "x",
+        "--output-dir",
+        str(tmp_path),
+        "--batch-size",
+        "4",
+        "--mixed-precision",
+        "bf16",
+        "--model",
+        "SiT-Tiny/2",
+        "--activation-checkpointing",
+    ]
     none, some, full = (estimate([*argv, mode]) for mode in ("none", "selective", "full"))
     width, tokens, depth = 128, 256, 6
     forward = 2 * depth * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
     assert none.recomputed == some.recomputed == 0 and full.recomputed == forward
     assert none.plain == some.plain == full.plain and full.kept < some.kept / 2 < none.kept / 3
-    assert full.kept == pytest.approx(depth * tokens * width * 4 + none.kept / depth, rel=0.1)  # inputs of the blocks, and one block
+    assert full.kept == pytest.approx(
+        depth * tokens * width * 4 + none.kept / depth, rel=0.1
+    )  # inputs of the blocks, and one block
     many = dataclasses.replace(full, micro_batch=256, accumulation=2)
     fixed = sum(many.memory().values()) - 256 * many.kept
     for gigabytes in (0.1, 0.3, 1.0):
@@ -182,17 +248,41 @@ def test_activation_checkpointing_and_the_micro_batch_that_fits(imagenet_like: P
     assert "computed twice" in text and "80 GB 512 (--gradient-accumulation-steps 1)" in text
 
 
-def test_a_dry_run_prints_and_touches_nothing(tmp_path: Path, words: Words, teacher: Path,
-                                              capsys: pytest.CaptureFixture) -> None:
-    train_guide.main(words(tmp_path, "x", "--guiding-ckpt", teacher, "--align-stop-steps", 10, "--max-train-steps", 100,
-                           "--dry-run", "--images-per-second", 500))
+def test_a_dry_run_prints_and_touches_nothing(
+    tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train_guide.main(
+        words(
+            tmp_path,
+            "x",
+            "--guiding-ckpt",
+            teacher,
+            "--align-stop-steps",
+            10,
+            "--max-train-steps",
+            100,
+            "--dry-run",
+            "--images-per-second",
+            500,
+        )
+    )
     text = capsys.readouterr().out
-    for word in ("network", "guided: head and loss", "guided: teacher", "total", "from step 10 on", "mean over the run",
-                 "112 per epoch", "memory per process", "time at 500 images per second"):
+    for word in (
+        "network",
+        "guided: head and loss",
+        "guided: teacher",
+        "total",
+        "from step 10 on",
+        "mean over the run",
+        "112 per epoch",
+        "memory per process",
+        "time at 500 images per second",
+    ):
         assert word in text, word
     assert cost.reported("SiT-B/2", ["layersync", "repa"]) == [
         "published with layersync: FID 30.00 after 80 epochs (ODE, Heun; trained with flips; ImageNet 256, no guidance)",
-        "published with repa: FID 24.40 after 80 epochs (SDE, 250 steps; trained without flips; ImageNet 256, no guidance)"]
+        "published with repa: FID 24.40 after 80 epochs (SDE, 250 steps; trained without flips; ImageNet 256, no guidance)",
+    ]
     assert cost.reported("SiT-Tiny/2", ["repa"]) == []
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="belongs to --dry-run"):

@@ -45,20 +45,29 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path: Path, words: Words, t
 
 def test_bf16_and_compiled_losses_lie_within_the_spread_of_seeds(tmp_path: Path, words: Words):
     """The mean of the last 100 of 300 steps: as far from float32 eager as another seed is, at most."""
+
     def last(name: str, *more: object) -> float:
         run = train.main(words(tmp_path, name, "--max-train-steps", 300, "--log-steps", 100, *more))
         return read(run / "log.jsonl")[-1]["loss/diffusion"]
 
     eager = [last(f"seed{seed}", "--seed", seed, "--mixed-precision", "no", "--compile", "off") for seed in range(4)]
     spread = 3 * statistics.stdev(eager)
-    for name, more in {"bf16": ("--mixed-precision", "bf16", "--compile", "off"), "compiled": ("--mixed-precision", "no"),
-                       "both": ("--mixed-precision", "bf16"), "selective": ("--activation-checkpointing", "selective"),
-                       "full": ("--activation-checkpointing", "full")}.items():
+    for name, more in {
+        "bf16": ("--mixed-precision", "bf16", "--compile", "off"),
+        "compiled": ("--mixed-precision", "no"),
+        "both": ("--mixed-precision", "bf16"),
+        "selective": ("--activation-checkpointing", "selective"),
+        "full": ("--activation-checkpointing", "full"),
+    }.items():
         assert abs(last(name, *more) - eager[0]) < spread, name
 
 
-def test_nothing_is_compiled_after_the_third_step_however_many_samples_are_selected(tmp_path: Path, words: Words, teacher: Path):
-    run = opened(guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 24), "train_guide")
+def test_nothing_is_compiled_after_the_third_step_however_many_samples_are_selected(
+    tmp_path: Path, words: Words, teacher: Path
+):
+    run = opened(
+        guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 24), "train_guide"
+    )
     counted = [torch._dynamo.utils.counters["stats"]["unique_graphs"] for _ in loop.steps(run, 24)]
     assert counted[0] > 0 and counted[-1] == counted[3] and not torch._dynamo.utils.counters["graph_break"]
 
@@ -82,7 +91,9 @@ def test_no_step_waits_for_the_device(tmp_path: Path, words: Words, teacher: Pat
 
 
 def test_memory_stays_flat(tmp_path: Path, words: Words, teacher: Path):
-    run = opened(guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 60), "train_guide")
+    run = opened(
+        guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 60), "train_guide"
+    )
     held = [torch.cuda.memory_allocated() for _ in loop.steps(run, 60, Meter(run.accelerator))]
     assert max(held[30:]) <= 1.02 * max(held[10:30])
 

@@ -50,11 +50,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Betwee
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT"])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture, name: str) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str
+) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 3)
     number = getattr(signal, name)
-    before = signal.signal(number, signal.SIG_DFL)  # a suite that runs in the background was told to ignore some of them
+    before = signal.signal(
+        number, signal.SIG_DFL
+    )  # a suite that runs in the background was told to ignore some of them
     try:
         with monkeypatch.context() as patch:
             at_step(patch, 2, lambda _: os.kill(os.getpid(), number))
@@ -74,8 +77,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, words: Word
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    program = ("import os, signal, sys, time\nfrom runtime import signals\nsignals.TWICE = 0.2\nwith signals.noted() as asked:\n"
-               " print('ready', flush=True)\n while True: time.sleep(0.02)")
+    program = (
+        "import os, signal, sys, time\nfrom runtime import signals\nsignals.TWICE = 0.2\nwith signals.noted() as asked:\n"
+        " print('ready', flush=True)\n while True: time.sleep(0.02)"
+    )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         for _ in range(3):  # a launcher passes on what its processes have got already: no second signal
@@ -104,7 +109,9 @@ def test_max_hours_ends_in_time_and_minutes_between_checkpoints(tmp_path: Path, 
     with pytest.raises(EndedEarly, match="--max-hours 1e-06"):
         train.main(words(tmp_path, "short", "--max-train-steps", 4, "--max-hours", 1e-6))
     assert Checkpoint.open(tmp_path / "short").step == 1
-    run = train.main(words(tmp_path, "often", "--max-train-steps", 5, "--checkpointing-minutes", 1e-6, "--checkpointing-steps", 2))
+    run = train.main(
+        words(tmp_path, "often", "--max-train-steps", 5, "--checkpointing-minutes", 1e-6, "--checkpointing-steps", 2)
+    )
     steps = {int(path.name): files.read_json(path / "config.json")["kept"] for path in checkpoint.saved(run)}
     assert steps == {1: False, 2: True, 3: False, 4: True, 5: True}  # of those by the clock, the last two
     run = train.main(words(tmp_path, "more", "--max-train-steps", 5, "--checkpointing-minutes", 1e-6))
@@ -123,13 +130,15 @@ def test_a_run_holds_its_folder(tmp_path: Path, words: Words, monkeypatch: pytes
     assert seen[0]["process"] == os.getpid() and not (tmp_path / "run" / LOCK).exists()
     program = f"import sys; sys.argv[1:] = {argv!r}; import train; from runtime import errors; errors.run(train.main)"
     from runtime import locks
+
     with locks.locked(tmp_path / "run", "wait"):  # a real second process is told who holds it
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f"process {os.getpid()} on " in done.stderr and "since 20" in done.stderr
 
 
-def test_where_there_are_no_locks_a_claim_file_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         capsys: pytest.CaptureFixture) -> None:
+def test_where_there_are_no_locks_a_claim_file_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     import errno
 
     from runtime import locks
@@ -156,7 +165,9 @@ def test_where_there_are_no_locks_a_claim_file_stands_in(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("how", ["network.safetensors", "optimizer.json", "config.json", "no config.json", "edited"])
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, how: str) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
+    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, how: str
+) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 4, "--checkpointing-steps", 2)
     run = train.main(argv)
     whole = {name: value.clone() for name, value in Checkpoint.open(run).tensors("network").items()}
@@ -174,7 +185,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path: Path, wor
     capsys.readouterr()
     train.main(argv)
     said = capsys.readouterr().out
-    assert "continuing from 0000002, the newest whole one; 0000004 is now 0000004.damaged" in said and ".0000006.123.tmp" in said
+    assert (
+        "continuing from 0000002, the newest whole one; 0000004 is now 0000004.damaged" in said
+        and ".0000006.123.tmp" in said
+    )
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["0000002", "0000004", "0000004.damaged"]
     assert all(torch.equal(value, whole[name]) for name, value in Checkpoint.open(run).tensors("network").items())
@@ -187,7 +201,9 @@ def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path, words: Words) -> 
         train.main(words(tmp_path, "run", "--max-train-steps", 2))
 
 
-def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
+def test_what_a_checkpoint_says_of_itself_is_checked(
+    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture
+) -> None:
     run = train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 1))
     folder = run / "checkpoints" / "0000001"
     config = folder / "config.json"
@@ -200,7 +216,9 @@ def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path: Path, words: Word
     files.write_sealed(config, {**sound, "step": 7})
     with pytest.raises(UserError, match="says it is step 7"):
         Checkpoint.open(run)
-    files.write_sealed(config, {**sound, "files": {k: v for k, v in sound["files"].items() if not k.startswith("heads")}})
+    files.write_sealed(
+        config, {**sound, "files": {k: v for k, v in sound["files"].items() if not k.startswith("heads")}}
+    )
     with pytest.raises(UserError, match="heads.safetensors"):
         train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 2))
     heads = files.load_tensors(folder / "heads.safetensors")
@@ -228,12 +246,18 @@ def broken_steps(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         import dataclasses
 
         for number, micros in enumerate(passes(self, end), self.step + 1):
-            yield [dataclasses.replace(micro, x0=micro.x0 * float("nan")) for micro in micros] if number in steps else micros
+            yield (
+                [dataclasses.replace(micro, x0=micro.x0 * float("nan")) for micro in micros]
+                if number in steps
+                else micros
+            )
 
     monkeypatch.setattr(Run, "batches", batches)
 
 
-def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_a_finite_gradient_is_not_taken(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     skipped = train.main(words(tmp_path / "a", "run", "--max-train-steps", 4, "--skip-steps", 2, 3))
     broken_steps(monkeypatch, 2, 3)
     run = train.main(words(tmp_path / "b", "run", "--max-train-steps", 4, "--log-steps", 4))
@@ -243,7 +267,9 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path: Path, words: Wo
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-def test_many_such_steps_end_the_run_and_its_remedies_work(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_such_steps_end_the_run_and_its_remedies_work(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run goes back to its last good checkpoint; what the message says, word for word, leads on from there."""
     argv = words(tmp_path / "a", "run", "--checkpointing-steps", 2, "--log-steps", 40, "--mixed-precision", "bf16")
     run = tmp_path / "a" / "run"
@@ -257,7 +283,11 @@ def test_many_such_steps_end_the_run_and_its_remedies_work(tmp_path: Path, words
         broken_steps(patch, *range(4, 18))
         said = stopped()
         assert "\n" not in said and "gradient of steps 4 to 13 is not finite" in said
-        assert f"goes back to {run}@2, the last good checkpoint" in said and "--mixed-precision no" in said and "--qk-norm" in said
+        assert (
+            f"goes back to {run}@2, the last good checkpoint" in said
+            and "--mixed-precision no" in said
+            and "--qk-norm" in said
+        )
         record = files.read_json(run / "not-finite.json")
         assert record["steps"] == [4, 13] and len(record["items"]["4"]) == 16
         assert f"items {', '.join(map(str, record['items']['4'][:4]))}, ..." in said
@@ -276,10 +306,14 @@ def test_many_such_steps_end_the_run_and_its_remedies_work(tmp_path: Path, words
         train.main([*argv[:-2], "--max-train-steps", "21"])
 
 
-def test_steps_that_are_skipped_already_stay_so_in_the_next_remedy(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_skipped_already_stay_so_in_the_next_remedy(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 30, "--log-steps", 11)
     broken_steps(monkeypatch, *range(2, 22))
-    with pytest.raises(UserError, match="begins anew, as there is no checkpoint yet, with --skip-steps 2 11 past") as caught:
+    with pytest.raises(
+        UserError, match="begins anew, as there is no checkpoint yet, with --skip-steps 2 11 past"
+    ) as caught:
         train.main(argv)
     assert "--mixed-precision no" not in str(caught.value)  # that it is already
     with pytest.raises(UserError, match="steps 12 to 21 is not finite.* with --skip-steps 2 21 past"):
@@ -297,18 +331,37 @@ def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypa
     assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
 
 
-@pytest.mark.parametrize(("module", "said"), [
-    (lambda run: run.ema.network, "EMA of "), (lambda run: run.averages["ema-0.5"].network, "ema-0.5 of "),
-    (lambda run: run.alignments["latent"], "the head of latent: ")])
-def test_averages_and_heads_are_looked_at_before_they_are_saved(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
-                                                                module: Callable[[Run], torch.nn.Module], said: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda run: run.ema.network, "EMA of "),
+        (lambda run: run.averages["ema-0.5"].network, "ema-0.5 of "),
+        (lambda run: run.alignments["latent"], "the head of latent: "),
+    ],
+)
+def test_averages_and_heads_are_looked_at_before_they_are_saved(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, module: Callable[[Run], torch.nn.Module], said: str
+) -> None:
     def spoil(state: Between) -> None:
         with torch.no_grad():
             next(iter(module(state.run).parameters())).fill_(float("nan"))
 
     at_step(monkeypatch, 1, spoil)
     with pytest.raises(UserError, match=f"^{said}.* is not finite"):
-        train.main(words(tmp_path, "run", "--max-train-steps", 1, "--align", "latent", "--align-hidden", 8, "--ema-extra-decays", 0.5))
+        train.main(
+            words(
+                tmp_path,
+                "run",
+                "--max-train-steps",
+                1,
+                "--align",
+                "latent",
+                "--align-hidden",
+                8,
+                "--ema-extra-decays",
+                0.5,
+            )
+        )
     assert not checkpoint.saved(tmp_path / "run")
 
 
@@ -349,9 +402,27 @@ def launched(tmp_path: Path, argv: list[str], steps: int) -> tuple[subprocess.Po
     """Two processes that train, and their ids once they have taken three steps."""
     (tmp_path / "pair.py").write_text(PAIR)
     process = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
-         str(tmp_path / "pair.py"), str(tmp_path / "at"), *argv, "--max-train-steps", str(steps)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            str(tmp_path / "pair.py"),
+            str(tmp_path / "at"),
+            *argv,
+            "--max-train-steps",
+            str(steps),
+        ],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
     until = time.monotonic() + 300  # a loaded machine starts slowly
     while len(found := sorted(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.02)
@@ -376,8 +447,13 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: 
     process.kill()
     process.wait()
     until = time.monotonic() + 300
-    while any(Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().split()[2] for rank in ranks) \
-            and time.monotonic() < until:
+    while (
+        any(
+            Path(f"/proc/{rank}").exists() and "Z" not in Path(f"/proc/{rank}/stat").read_text().split()[2]
+            for rank in ranks
+        )
+        and time.monotonic() < until
+    ):
         time.sleep(0.05)
     assert time.monotonic() < until
     assert "launcher is gone" in json.loads((tmp_path / "run" / ENDED_EARLY).read_text())["why"]
@@ -385,11 +461,20 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: 
 
 def test_no_process_outlives_its_launcher_for_long() -> None:
     """Whatever it does: here it waits for ever, as in a collective."""
-    child = ("import os, time\nfrom runtime import launch\nlaunch.WATCH = launch.GRACE = 0.1\nlaunch._watch_launcher()\n"
-             "print(os.getpid(), flush=True)\ntime.sleep(600)")
+    child = (
+        "import os, time\nfrom runtime import launch\nlaunch.WATCH = launch.GRACE = 0.1\nlaunch._watch_launcher()\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(600)"
+    )
     parent = f"import subprocess, sys, os\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nsys.stdin.read()\nos._exit(0)"
-    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          stderr=subprocess.PIPE, env={**os.environ, "LOCAL_RANK": "0"}) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", parent],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "LOCAL_RANK": "0"},
+    ) as process:
         number = int(process.stdout.readline())
         assert Path(f"/proc/{number}").exists()
         process.stdin.close()
@@ -409,8 +494,9 @@ def test_a_process_that_stands_still_is_named(tmp_path: Path, words: Words) -> N
         process.communicate(timeout=300)
 
 
-def test_what_would_fail_later_fails_before_the_first_step(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch,
-                                                           capsys: pytest.CaptureFixture) -> None:
+def test_what_would_fail_later_fails_before_the_first_step(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from collections import namedtuple
 
     from sampling import preview
@@ -422,7 +508,9 @@ def test_what_would_fail_later_fails_before_the_first_step(tmp_path: Path, words
         with pytest.raises(UserError, match="no room for a checkpoint .* are free"):
             train.main(words(tmp_path, "full", "--max-train-steps", 1))
         patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 40_000_000))
-        train.main(words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1, "--ema-extra-decays", 0.5))
+        train.main(
+            words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1, "--ema-extra-decays", 0.5)
+        )
     assert "3 checkpoints are to come" in capsys.readouterr().out
     size = sum(file.stat().st_size for file in Checkpoint.open(tmp_path / "tight").path.glob("*.safetensors"))
     run = Run(*train.command.resolve(words(tmp_path, "tight", "--ema-extra-decays", 0.5), "train.py", None))
@@ -447,10 +535,33 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path, words: Words, monkeypat
 
     process, seen = psutil.Process(), {}
     for step in (30, 90):
-        at_step(monkeypatch, step, lambda state: seen.update({state.run.step: (process.memory_info().rss, process.num_fds(),
-                                                                               process.num_threads())}))
-    train.main(words(tmp_path, "run", "--batch-size", 2, "--log-steps", 5, "--max-train-steps", 90, "--checkpointing-steps", 20,
-                     "--sampling-steps", 29, "--align", "latent", "--align-hidden", 8))
+        at_step(
+            monkeypatch,
+            step,
+            lambda state: seen.update(
+                {state.run.step: (process.memory_info().rss, process.num_fds(), process.num_threads())}
+            ),
+        )
+    train.main(
+        words(
+            tmp_path,
+            "run",
+            "--batch-size",
+            2,
+            "--log-steps",
+            5,
+            "--max-train-steps",
+            90,
+            "--checkpointing-steps",
+            20,
+            "--sampling-steps",
+            29,
+            "--align",
+            "latent",
+            "--align-hidden",
+            8,
+        )
+    )
     (memory, opened, threads), (memory_later, opened_later, threads_later) = seen[30], seen[90]
     assert opened_later <= opened and threads_later <= threads and memory_later < memory + 30e6
 
@@ -467,4 +578,8 @@ def test_the_page_on_long_runs_names_what_there_is() -> None:
     known |= {"--no-verify", "--align", "--num_processes", "--signal"}
     assert set(re.findall(r"--[a-z][a-z_-]*", text)) <= known
     assert f"| {errors.TRY_AGAIN} | ended early" in text and ENDED_EARLY in text and "`not-finite.json`" in text
-    assert "(60)" in text and next(opt for opt in options_of(TrainConfig) if opt.field.name == "checkpointing_minutes").field.default == 60
+    assert (
+        "(60)" in text
+        and next(opt for opt in options_of(TrainConfig) if opt.field.name == "checkpointing_minutes").field.default
+        == 60
+    )

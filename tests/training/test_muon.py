@@ -23,7 +23,9 @@ ADAM = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
 def optimiser(network: models.Backbone, **more: object) -> Muon:
     matrices = network.matrices()
     rest = [parameter for name, parameter in network.named_parameters() if name not in matrices]
-    return Muon(network, torch.optim.AdamW([{"name": "network", "params": rest}], **ADAM, **more), lr=0.02, weight_decay=0.1)
+    return Muon(
+        network, torch.optim.AdamW([{"name": "network", "params": rest}], **ADAM, **more), lr=0.02, weight_decay=0.1
+    )
 
 
 def set_gradients(network: models.Backbone, seed: int) -> dict[str, torch.Tensor]:
@@ -34,20 +36,35 @@ def set_gradients(network: models.Backbone, seed: int) -> dict[str, torch.Tensor
     return found
 
 
-@pytest.mark.parametrize(("spec", "split"), [(SIT, {"attn.qkv": 3, "adaLN_modulation.1": 6}),
-                                             (LIGHT, {"attn.qkv": 3, "adaLN_modulation.1": 6, "mlp.w12": 2})])
+@pytest.mark.parametrize(
+    ("spec", "split"),
+    [(SIT, {"attn.qkv": 3, "adaLN_modulation.1": 6}), (LIGHT, {"attn.qkv": 3, "adaLN_modulation.1": 6, "mlp.w12": 2})],
+)
 def test_two_steps_are_torchs_on_copies_of_the_matrices(spec: models.ModelSpec, split: dict[str, int]) -> None:
     network = perturbed(spec, seed=0)
     width = spec.hidden_size
     copies: dict[str, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         inside = name.startswith("blocks.") and parameter.ndim == 2
-        rows = len(parameter) // split.get(name.split(".", 2)[2].removesuffix(".weight"), 1) if inside else len(parameter)
-        assert not (inside and name.split(".", 2)[2].removesuffix(".weight") in ("attn.qkv", "adaLN_modulation.1")) or rows == width
-        copies[name] = [nn.Parameter(parameter.detach()[start : start + rows].clone()) for start in range(0, len(parameter), rows)]
+        rows = (
+            len(parameter) // split.get(name.split(".", 2)[2].removesuffix(".weight"), 1) if inside else len(parameter)
+        )
+        assert (
+            not (inside and name.split(".", 2)[2].removesuffix(".weight") in ("attn.qkv", "adaLN_modulation.1"))
+            or rows == width
+        )
+        copies[name] = [
+            nn.Parameter(parameter.detach()[start : start + rows].clone()) for start in range(0, len(parameter), rows)
+        ]
     matrices = {name for name in copies if name.startswith("blocks.") and copies[name][0].ndim == 2}
-    muon = torch.optim.Muon([part for name in matrices for part in copies[name]], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True,
-                            adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [part for name in matrices for part in copies[name]],
+        lr=0.02,
+        weight_decay=0.1,
+        momentum=0.95,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
     adamw = torch.optim.AdamW([part for name in copies if name not in matrices for part in copies[name]], **ADAM)
     ours = optimiser(network)
     for seed in (1, 2):
@@ -92,13 +109,27 @@ def test_a_step_without_a_finite_gradient_is_not_taken() -> None:
         if good:
             clean.step()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    states = ([state["momentum_buffer"] for state in each.state.values() if "momentum_buffer" in state] for each in (ours, clean))
+    states = (
+        [state["momentum_buffer"] for state in each.state.values() if "momentum_buffer" in state]
+        for each in (ours, clean)
+    )
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_a_run_continues_exactly_under_its_own_optimiser(tmp_path: Path, words: Words) -> None:
     """Across the end of an alignment, at a rate that changes, with the gradient clipped."""
-    more = ("--optimizer", "muon", "--align", "latent", "--align-hidden", 16, "--align-stop-steps", 3, "--lr-warmup-steps", 3)
+    more = (
+        "--optimizer",
+        "muon",
+        "--align",
+        "latent",
+        "--align-hidden",
+        16,
+        "--align-stop-steps",
+        3,
+        "--lr-warmup-steps",
+        3,
+    )
     whole = Checkpoint.open(train.main(words(tmp_path / "a", "x", *more, "--max-train-steps", 4)))
     for steps in (2, 4):
         parts = train.main(words(tmp_path / "b", "x", *more, "--max-train-steps", steps))
@@ -108,13 +139,18 @@ def test_a_run_continues_exactly_under_its_own_optimiser(tmp_path: Path, words: 
     state = whole.tensors("optimizer")
     assert {f"network.blocks.5.attn.qkv.weight[{part}]/momentum_buffer" for part in range(3)} <= state.keys()
     assert state["network.blocks.0.adaLN_modulation.1.weight[5]/momentum_buffer"].shape == (128, 128)
-    assert {"network.blocks.0.attn.proj.weight/momentum_buffer", "network.blocks.0.attn.qkv.bias/exp_avg",
-            "network.final_layer.linear.weight/exp_avg_sq"} <= state.keys()
+    assert {
+        "network.blocks.0.attn.proj.weight/momentum_buffer",
+        "network.blocks.0.attn.qkv.bias/exp_avg",
+        "network.final_layer.linear.weight/exp_avg_sq",
+    } <= state.keys()
     network = models.build(whole.spec)
     named = dict(network.named_parameters())
     slots = {key.rsplit("/", 1)[0].removeprefix("network.").split("[")[0] for key in state}
     assert slots == named.keys()  # each is trained, by one of the two
-    assert not {key for key in state if "exp_avg" in key and key.split("/")[0].removeprefix("network.") in network.matrices()}
+    assert not {
+        key for key in state if "exp_avg" in key and key.split("/")[0].removeprefix("network.") in network.matrices()
+    }
     with pytest.raises(UserError, match="its optimizer is muon, not adamw"):
         train.main(words(tmp_path / "b", "x", *more[2:], "--max-train-steps", 5))
     plain = train.main(words(tmp_path / "c", "x", *more[2:], "--max-train-steps", 1))

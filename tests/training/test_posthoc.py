@@ -59,9 +59,13 @@ def test_an_average_is_the_weighted_sum_of_all_weights(length: float) -> None:
     torch.testing.assert_close(average.network.weight.data, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("first, second", [((40, 0.05), (40, 0.1)), ((40, 0.05), (90, 0.2)), ((90, 0.05), (40, 0.2)), ((7, 0.1), (7, 0.1))])
+@pytest.mark.parametrize(
+    "first, second", [((40, 0.05), (40, 0.1)), ((40, 0.05), (90, 0.2)), ((90, 0.05), (40, 0.2)), ((7, 0.1), (7, 0.1))]
+)
 def test_inner_products_are_the_integrals(first: tuple[int, float], second: tuple[int, float]) -> None:
-    found = posthoc.inner_products(*(np.array(value) for at, of in (first, second) for value in (float(at), exponent(of))))
+    found = posthoc.inner_products(
+        *(np.array(value) for at, of in (first, second) for value in (float(at), exponent(of)))
+    )
     integral = quad(lambda s: profile(s, *first) * profile(s, *second), 0, min(first[0], second[0]))[0]
     assert float(found) == pytest.approx(integral, rel=1e-8)
 
@@ -75,8 +79,10 @@ def test_a_stored_average_is_found_again_and_the_distance_of_another_is_told() -
         found, distance = posthoc.coefficients(stored, 400, length)
         times = np.linspace(0, 400, 200_001)[1:]
         wanted = np.array([profile(1, 1, length)]) * (times / 400) ** exponent(length) / 400
-        made = sum(share * np.where(times <= at, profile(1, 1, of) * (times / at) ** exponent(of) / at, 0)
-                   for share, (at, of) in zip(found, stored, strict=True))
+        made = sum(
+            share * np.where(times <= at, profile(1, 1, of) * (times / at) ** exponent(of) / at, 0)
+            for share, (at, of) in zip(found, stored, strict=True)
+        )
         measured = math.sqrt(np.square(made - wanted).sum() / np.square(wanted).sum())
         assert distance == pytest.approx(measured, rel=5e-3) and found.sum() == pytest.approx(1)
     more = [(step, length) for step in range(10, 401, 10) for length in LENGTHS]
@@ -91,7 +97,17 @@ KEY = "blocks.1.mlp.fc2.weight"
 
 
 def options(*more: object) -> list[object]:
-    return ["--ema-lengths", *LENGTHS, "--ema-snapshot-steps", 2, "--max-train-steps", 24, "--checkpointing-steps", 12, *more]
+    return [
+        "--ema-lengths",
+        *LENGTHS,
+        "--ema-snapshot-steps",
+        2,
+        "--max-train-steps",
+        24,
+        "--checkpointing-steps",
+        12,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +125,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, words: Words) -> Path:
     return train.main(words(folder, "run", *options()))
 
 
-def test_another_length_is_near_its_closed_form(run: Path, weights: np.ndarray, tmp_path: Path,
-                                                capsys: pytest.CaptureFixture) -> None:
+def test_another_length_is_near_its_closed_form(
+    run: Path, weights: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     made = posthoc.main([str(run), "--lengths", "0.08", "0.15", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert [path.name for path in made] == ["0000024-0.08", "0000024-0.15"] and "off by" in said
@@ -121,27 +138,56 @@ def test_another_length_is_near_its_closed_form(run: Path, weights: np.ndarray, 
         assert error < 0.03 * np.abs(last - others).max()
         assert found.config["posthoc"]["length"] == length and found.config["posthoc"]["snapshots"] == 12
         assert found.weights == ["ema"] and found.step == 24 and found.epochs == Checkpoint.open(run).epochs
-    drawn = generate.main(["--ckpt", str(made[0]), "--num-fid-samples", "4", "--num-steps", "2", "--out", str(tmp_path / "drawn")])
+    drawn = generate.main(
+        ["--ckpt", str(made[0]), "--num-fid-samples", "4", "--num-steps", "2", "--out", str(tmp_path / "drawn")]
+    )
     assert (drawn / "samples.npz").is_file()
-    drawn = generate.main(["--ckpt", str(run), "--weights", "ema-length-0.05", "--num-fid-samples", "4", "--num-steps", "2", "--out",
-                           str(tmp_path / "stored")])
+    drawn = generate.main(
+        [
+            "--ckpt",
+            str(run),
+            "--weights",
+            "ema-length-0.05",
+            "--num-fid-samples",
+            "4",
+            "--num-steps",
+            "2",
+            "--out",
+            str(tmp_path / "stored"),
+        ]
+    )
     assert json.loads((drawn / "samples.json").read_text())["weights"] == "ema-length-0.05"
 
 
 def test_what_is_kept_is_what_the_checkpoint_has_and_survives_a_restart(run: Path, weights: np.ndarray) -> None:
     kept = posthoc.snapshots(run)
-    assert [one.step for one in kept] == list(range(2, 25, 2)) and set(kept[0].files) == {f"ema-length-{of}.safetensors" for of in LENGTHS}
+    assert [one.step for one in kept] == list(range(2, 25, 2)) and set(kept[0].files) == {
+        f"ema-length-{of}.safetensors" for of in LENGTHS
+    }
     for of in LENGTHS:
         wanted = torch.from_numpy(np.tensordot(shares(24, of), weights, 1))
         for one in (kept[-1], Checkpoint.open(run)):  # of both parts of the run
             torch.testing.assert_close(one.tensors(f"ema-length-{of}")[KEY].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
+def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(
+    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture
+) -> None:
     more = ["--align", "internal", "--ema-lengths", *LENGTHS, "--ema-snapshot-steps", 1, "--checkpointing-steps", 4]
     trunk = train.main(words(tmp_path, "trunk", *more, "--max-train-steps", 4))
-    branch = train.main(words(tmp_path, "branch", *more, "--max-train-steps", 6, "--branch-from", f"{trunk}@4", "--align-schedule",
-                              "constant"))
+    branch = train.main(
+        words(
+            tmp_path,
+            "branch",
+            *more,
+            "--max-train-steps",
+            6,
+            "--branch-from",
+            f"{trunk}@4",
+            "--align-schedule",
+            "constant",
+        )
+    )
     assert [one.step for one in posthoc.snapshots(branch)] == [1, 2, 3, 4, 5, 6]
     (made,) = posthoc.main(["--run", str(branch), "--lengths", "0.1"])
     assert made == branch / "posthoc" / "0000006-0.1"
@@ -149,8 +195,20 @@ def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(tmp_path: P
     for name in ("ema", "internal-head-ema"):
         stored = kept.tensors(f"{name}-length-0.1")
         assert all(torch.allclose(value, stored[key], atol=1e-6) for key, value in found.tensors(name).items())
-    generate.main(["--ckpt", str(made), "--internal-scale", "1.4", "--num-fid-samples", "4", "--num-steps", "2", "--out",
-                   str(tmp_path / "drawn")])
+    generate.main(
+        [
+            "--ckpt",
+            str(made),
+            "--internal-scale",
+            "1.4",
+            "--num-fid-samples",
+            "4",
+            "--num-steps",
+            "2",
+            "--out",
+            str(tmp_path / "drawn"),
+        ]
+    )
     capsys.readouterr()
     posthoc.main([str(branch), "--lengths", "0.02", "--step", "2"])
     assert "smaller --ema-snapshot-steps" in capsys.readouterr().out

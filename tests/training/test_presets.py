@@ -35,8 +35,17 @@ def spec(name: str) -> models.ModelSpec:
 
 
 def setting(student: models.ModelSpec, **more: object) -> Setting:
-    return Setting(**{"student": student, "space": pixels(student.in_channels), "seed": 0, "device": torch.device("cpu"), "dtype": None,
-                      "load": Checkpoint.open, **more})
+    return Setting(
+        **{
+            "student": student,
+            "space": pixels(student.in_channels),
+            "seed": 0,
+            "device": torch.device("cpu"),
+            "dtype": None,
+            "load": Checkpoint.open,
+            **more,
+        }
+    )
 
 
 # --- alignments ---------------------------------------------------------------------------------------------------------
@@ -44,20 +53,29 @@ def setting(student: models.ModelSpec, **more: object) -> Setting:
 
 @pytest.mark.parametrize("size", ["SiT-B/2", "SiT-L/2", "SiT-XL/2"])
 def test_the_authors_stop_after_100000_optimiser_steps_whatever_the_size(size: str) -> None:
-    _, options = command.resolve([*ARGV, "--guiding-ckpt", "c", "--preset", "upstream"], "train_guide.py", None, ("guided",))
+    _, options = command.resolve(
+        [*ARGV, "--guiding-ckpt", "c", "--preset", "upstream"], "train_guide.py", None, ("guided",)
+    )
     assert find("guided").resolve(options["guided"], spec(size)).stop(5004) == 100_000
     assert options["guided"].guiding_precision == "fp32"
     _, options = command.resolve([*ARGV, "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",))
-    assert find("guided").resolve(options["guided"], spec(size)).stop(5004) == (100_080 if size == "SiT-B/2" else 50_040)
+    assert find("guided").resolve(options["guided"], spec(size)).stop(5004) == (
+        100_080 if size == "SiT-B/2" else 50_040
+    )
 
 
-@pytest.mark.parametrize(("name", "batch", "haste", "repa", "sync", "sra"), [
-    ("SiT-XL/4", 256, (8, (5, 6, 7, 8), 250_000), 8, (8, 16), (8, 20)),
-    ("LightningDiT-XL/1", 1024, (8, (5, 6, 7, 8), 62_500), 8, (8, 16), (8, 20)),
-    ("LightningDiT-B/1", 1024, (8, (5, 6, 7, 8), 25_000), 4, (4, 8), (3, 8)),
-    ("SiT-B/4", 512, (8, (5, 6, 7, 8), 50_000), 4, (4, 8), (3, 8)),
-])
-def test_blocks_go_by_depth_and_hastes_stop_by_images(name: str, batch: int, haste: tuple, repa: int, sync: tuple, sra: tuple) -> None:
+@pytest.mark.parametrize(
+    ("name", "batch", "haste", "repa", "sync", "sra"),
+    [
+        ("SiT-XL/4", 256, (8, (5, 6, 7, 8), 250_000), 8, (8, 16), (8, 20)),
+        ("LightningDiT-XL/1", 1024, (8, (5, 6, 7, 8), 62_500), 8, (8, 16), (8, 20)),
+        ("LightningDiT-B/1", 1024, (8, (5, 6, 7, 8), 25_000), 4, (4, 8), (3, 8)),
+        ("SiT-B/4", 512, (8, (5, 6, 7, 8), 50_000), 4, (4, 8), (3, 8)),
+    ],
+)
+def test_blocks_go_by_depth_and_hastes_stop_by_images(
+    name: str, batch: int, haste: tuple, repa: int, sync: tuple, sra: tuple
+) -> None:
     network, resolved = spec(name), {}
     for method in ("haste", "repa", "layersync", "sra"):
         resolved[method] = find(method).resolve(find(method).Options(), network, batch)
@@ -70,7 +88,9 @@ def test_haste_says_where_its_settings_are_ours(encoder: Path) -> None:
     kind = find("haste")
     for name, said in (("SiT-Tiny/2", True), ("SiT-B/2", False), ("LightningDiT-Tiny/1", True)):
         student = models.spec(name, in_channels=1, input_size=8, num_classes=10)
-        options = kind.resolve(kind.Options(encoder=str(encoder), hidden=8, attention_depths=(1,), encoder_depths=(1,)), student)
+        options = kind.resolve(
+            kind.Options(encoder=str(encoder), hidden=8, attention_depths=(1,), encoder_depths=(1,)), student
+        )
         notes = kind(options, setting(student, dry=True)).notes()
         assert ("ours" in " ".join(notes)) == said
 
@@ -94,7 +114,9 @@ def test_stage_1_takes_a_sixth_of_the_depth_and_sra2_its_own_blocks() -> None:
         assert kind.resolve(kind.Options(**sra2, depth=3), spec(name)).depth == 3
     student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
     alignment = kind(kind.resolve(kind.Options(**sra2, hidden=16), student), setting(student))
-    assert [type(module).__name__ for module in alignment.head] == ["Linear", "SiLU"] * 4 + ["Linear"] and kind.Options(**sra2).weight == 1
+    assert [type(module).__name__ for module in alignment.head] == ["Linear", "SiLU"] * 4 + ["Linear"] and kind.Options(
+        **sra2
+    ).weight == 1
     feature, x0 = Stream(1, "f").normal((2, 16, 128)), Stream(2, "x").normal((2, 1, 8, 8))
     zeros = torch.zeros(2)
     context = Context(x0, x0, x0, zeros, zeros.long(), zeros.long(), {1: feature}, {}, {})
@@ -106,8 +128,13 @@ def test_stage_1_takes_a_sixth_of_the_depth_and_sra2_its_own_blocks() -> None:
 def test_the_longer_head_has_the_epsilon_of_the_final_layer() -> None:
     student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
     kind = find("latent")
-    (norm,) = [module for module in kind(kind.resolve(kind.Options(head="mlp-norm-linear", hidden=8), student), setting(student)).modules()
-               if isinstance(module, torch.nn.LayerNorm)]
+    (norm,) = [
+        module
+        for module in kind(
+            kind.resolve(kind.Options(head="mlp-norm-linear", hidden=8), student), setting(student)
+        ).modules()
+        if isinstance(module, torch.nn.LayerNorm)
+    ]
     assert norm.eps == 1e-6 == models.build(student).final_layer.norm_final.eps
 
 
@@ -120,7 +147,9 @@ def test_dispersive_warns_of_another_micro_batch(preset: str, published_batch: i
     assert "256" in said and str(published_batch) in said and f"{256 // published_batch} times" in said
 
 
-def test_labels_that_were_dropped_can_be_left_out_of_the_guide_loss(tmp_path: Path, words: Words, teacher: Path) -> None:
+def test_labels_that_were_dropped_can_be_left_out_of_the_guide_loss(
+    tmp_path: Path, words: Words, teacher: Path
+) -> None:
     more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--cfg-prob", 0.5, "--max-train-steps", 1]
     student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
     losses = {}
@@ -133,7 +162,11 @@ def test_labels_that_were_dropped_can_be_left_out_of_the_guide_loss(tmp_path: Pa
         features = {options.guided_depth: Stream(4, "f").normal((4, 16, 128))}
         losses[labels] = alignment(Context(x, x, x, torch.full((4,), 0.5), seen, y, features, {}, {}))
     kept = torch.tensor([False, True, True, False])
-    assert torch.equal(losses["skip"][kept], losses["true"][kept]) and (losses["true"] > 0).all() and (losses["skip"][~kept] == 0).all()
+    assert (
+        torch.equal(losses["skip"][kept], losses["true"][kept])
+        and (losses["true"] > 0).all()
+        and (losses["skip"][~kept] == 0).all()
+    )
     run = train_guide.main(words(tmp_path, "run", *more, "--guiding-labels", "skip"))
     assert read(run / "log.jsonl")[0]["loss/guided"] > 0
 
@@ -142,7 +175,11 @@ def test_the_teacher_can_be_kept_in_float32_under_a_bf16_student(teacher: Path) 
     student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
     kind, targets = find("guided"), {}
     x, y = Stream(3, "x").normal((4, 1, 8, 8)), torch.tensor([1, 2, 3, 4])
-    for name, precision, dtype in (("exact", "run", None), ("authors", "fp32", torch.bfloat16), ("run", "run", torch.bfloat16)):
+    for name, precision, dtype in (
+        ("exact", "run", None),
+        ("authors", "fp32", torch.bfloat16),
+        ("run", "run", torch.bfloat16),
+    ):
         options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), guiding_precision=precision, hidden=8), student)
         alignment = kind(options, setting(student, dtype=dtype))
         network = perturbed(student, depth=alignment.guiding)  # a teacher of four steps is nearly the identity
@@ -152,8 +189,9 @@ def test_the_teacher_can_be_kept_in_float32_under_a_bf16_student(teacher: Path) 
     assert torch.equal(targets["authors"], targets["exact"]) and not torch.equal(targets["run"], targets["exact"])
 
 
-def test_the_introduction_names_the_teacher_and_its_age(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture,
-                                                        teacher: Path) -> None:
+def test_the_introduction_names_the_teacher_and_its_age(
+    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, teacher: Path
+) -> None:
     train_guide.main(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 16, "--max-train-steps", 1))
     said = capsys.readouterr().out
     assert f"teacher: {Checkpoint.open(teacher).path} at step 4 = 0.0357143 epochs" in said and "raw weights" in said
@@ -164,15 +202,19 @@ def test_the_introduction_names_the_teacher_and_its_age(tmp_path: Path, words: W
 # --- precision ----------------------------------------------------------------------------------------------------------
 
 
-def test_tf32_is_a_precision_of_its_own(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, guided: Path) -> None:
+def test_tf32_is_a_precision_of_its_own(
+    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, guided: Path
+) -> None:
     for method in ("dispersive", "layersync"):
         config, _ = command.resolve([*ARGV, "--align", method, "--preset", "paper"], "train.py", None)
         assert (config.mixed_precision, config.tf32) == ("no", True)
     with pytest.raises(UserError, match="write --mixed-precision no --tf32"):
         command.resolve([*ARGV, "--tf32"], "train.py", None)
     if not torch.cuda.is_available():
-        for main, argv in ((train.main, words(tmp_path, "x", "--mixed-precision", "no", "--tf32")),
-                           (generate.main, ["--ckpt", str(guided), "--mixed-precision", "no", "--tf32"])):
+        for main, argv in (
+            (train.main, words(tmp_path, "x", "--mixed-precision", "no", "--tf32")),
+            (generate.main, ["--ckpt", str(guided), "--mixed-precision", "no", "--tf32"]),
+        ):
             with pytest.raises(UserError, match="--tf32 needs a CUDA device"):
                 main(argv)
         capsys.readouterr()
@@ -182,16 +224,47 @@ def test_tf32_is_a_precision_of_its_own(tmp_path: Path, words: Words, capsys: py
     assert set(launch.PRECISIONS) == {"bf16", "fp32", "tf32"}
 
 
-def test_a_preset_samples_in_its_own_precision_with_its_own_decoder(guided: Path, tmp_path: Path,
-                                                                    capsys: pytest.CaptureFixture) -> None:
-    out = generate.main(["--ckpt", str(guided), "--preset", "layersync-nocfg-sde", "--out", str(tmp_path / "out"),
-                         "--num-fid-samples", "4"])
+def test_a_preset_samples_in_its_own_precision_with_its_own_decoder(
+    guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = generate.main(
+        [
+            "--ckpt",
+            str(guided),
+            "--preset",
+            "layersync-nocfg-sde",
+            "--out",
+            str(tmp_path / "out"),
+            "--num-fid-samples",
+            "4",
+        ]
+    )
     settings = json.loads((out / "samples.json").read_text())
-    assert settings["precision"] in ("fp32", "tf32") and settings["decoder"] == "pixels" and settings["preset"] == "layersync-nocfg-sde"
+    assert (
+        settings["precision"] in ("fp32", "tf32")
+        and settings["decoder"] == "pixels"
+        and settings["preset"] == "layersync-nocfg-sde"
+    )
     assert "batch_size" not in settings and "the published setting uses" in capsys.readouterr().out
-    out = generate.main(["--ckpt", str(guided), "--mode", "ode", "--solver", "dopri5", "--out", str(tmp_path / "adaptive"),
-                         "--num-fid-samples", "4", "--batch-size", "3"])
-    assert json.loads((out / "samples.json").read_text())["batch_size"] == 3  # dopri5 chooses its steps for a whole batch
+    out = generate.main(
+        [
+            "--ckpt",
+            str(guided),
+            "--mode",
+            "ode",
+            "--solver",
+            "dopri5",
+            "--out",
+            str(tmp_path / "adaptive"),
+            "--num-fid-samples",
+            "4",
+            "--batch-size",
+            "3",
+        ]
+    )
+    assert (
+        json.loads((out / "samples.json").read_text())["batch_size"] == 3
+    )  # dopri5 chooses its steps for a whole batch
 
 
 # --- recipes and numbers -------------------------------------------------------------------------------------------------
@@ -211,14 +284,24 @@ def test_published_numbers_are_rows_with_source_and_protocol() -> None:
     assert {number: len(found) for number, found in tables.items()} == {1: 28, 2: 14, 3: 7, 4: 4, 5: 18}
     assert all(row.source and row.metrics["fid"] > 1 and row.status in ("published", "reported") for row in rows)
     fid = lambda **wanted: published.find(status="published", **wanted)[0].metrics["fid"]  # noqa: E731
-    for model, numbers in {"SiT-B/2": (36.14, 29.04, 20.49), "SiT-L/2": (21.41, 14.61, 8.74), "SiT-XL/2": (17.63, 12.25, 7.51),
-                           "LightningDiT-B/1": (15.94, 15.87, 14.03), "LightningDiT-XL/1": (5.30, 5.07, 3.55)}.items():
+    for model, numbers in {
+        "SiT-B/2": (36.14, 29.04, 20.49),
+        "SiT-L/2": (21.41, 14.61, 8.74),
+        "SiT-XL/2": (17.63, 12.25, 7.51),
+        "LightningDiT-B/1": (15.94, 15.87, 14.03),
+        "LightningDiT-XL/1": (5.30, 5.07, 3.55),
+    }.items():
         epochs = 80 if model.startswith("SiT") else 64
-        found = tuple(fid(method=method, model=model, epochs=epochs, samples=50_000, variant="") for method in ("none", "latent", "guided"))
+        found = tuple(
+            fid(method=method, model=model, epochs=epochs, samples=50_000, variant="")
+            for method in ("none", "latent", "guided")
+        )
         assert found == numbers
     assert published.find(variant="table 5: lambda 0.3")[0].metrics == {"fid": 23.08, "is": 71.41}
     assert {row.samples for number in (4, 5) for row in tables[number]} == {10_000}
-    assert published.first(method="none", model="SiT-B/2", epochs=80, guidance="none").sampler == "SDE, 250 steps"  # with a protocol
+    assert (
+        published.first(method="none", model="SiT-B/2", epochs=80, guidance="none").sampler == "SDE, 250 steps"
+    )  # with a protocol
 
 
 # --- names of checkpoints, and branches ------------------------------------------------------------------------------------
@@ -228,13 +311,32 @@ def test_published_numbers_are_rows_with_source_and_protocol() -> None:
 def trunk(tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path) -> Path:
     """Stage 2 of 6 steps with a checkpoint at every other."""
     folder = tmp_path_factory.mktemp("trunk")
-    return train_guide.main(words(folder, "trunk", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 5,
-                                  "--max-train-steps", 6, "--checkpointing-steps", 1))
+    return train_guide.main(
+        words(
+            folder,
+            "trunk",
+            "--guiding-ckpt",
+            teacher,
+            "--align-hidden",
+            32,
+            "--align-stop-steps",
+            5,
+            "--max-train-steps",
+            6,
+            "--checkpointing-steps",
+            1,
+        )
+    )
 
 
 def test_a_checkpoint_is_named_by_its_folder_its_run_or_run_at_step(trunk: Path) -> None:
     folder = trunk / "checkpoints" / "0000002"
-    assert Checkpoint.open(folder).path == Checkpoint.open(f"{trunk}@2").path == Checkpoint.open(f"{trunk}@0000002").path == folder
+    assert (
+        Checkpoint.open(folder).path
+        == Checkpoint.open(f"{trunk}@2").path
+        == Checkpoint.open(f"{trunk}@0000002").path
+        == folder
+    )
     assert Checkpoint.open(trunk).step == 6 and Checkpoint.open(f"{trunk}@2").step == 2
     with pytest.raises(UserError, match="no checkpoint of step 7; its steps are 1, 2, 3, 4, 5, 6"):
         Checkpoint.open(f"{trunk}@7")
@@ -242,14 +344,18 @@ def test_a_checkpoint_is_named_by_its_folder_its_run_or_run_at_step(trunk: Path)
         Checkpoint.open(trunk.parent / "nowhere")
 
 
-@pytest.mark.parametrize(("step", "changed"), [
-    (2, ("--align-stop-steps", 4)),  # an earlier stop
-    (4, ("--align-stop-steps", 4)),  # a stop at the branch itself
-    (2, ("--align-stop-steps", 0)),  # no stop at all
-    (5, ("--align-stop-steps", 6)),  # a longer one, from the step at which the trunk's head was last saved
-])
-def test_a_branch_equals_a_run_that_had_its_options_from_the_start(step: int, changed: tuple, trunk: Path, tmp_path: Path,
-                                                                   words: Words, teacher: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "changed"),
+    [
+        (2, ("--align-stop-steps", 4)),  # an earlier stop
+        (4, ("--align-stop-steps", 4)),  # a stop at the branch itself
+        (2, ("--align-stop-steps", 0)),  # no stop at all
+        (5, ("--align-stop-steps", 6)),  # a longer one, from the step at which the trunk's head was last saved
+    ],
+)
+def test_a_branch_equals_a_run_that_had_its_options_from_the_start(
+    step: int, changed: tuple, trunk: Path, tmp_path: Path, words: Words, teacher: Path
+) -> None:
     more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--max-train-steps", 8]
     branch = train_guide.main(words(tmp_path, "branch", *more, *changed, "--branch-from", f"{trunk}@{step}"))
     whole = train_guide.main(words(tmp_path, "whole", *more, *changed))
@@ -270,25 +376,37 @@ def test_a_branch_is_continued_like_any_run(trunk: Path, tmp_path: Path, words: 
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize(("step", "changed", "said"), [
-    (4, ("--align-stop-steps", 2), "the weight of guided at step 2 was 0.5, not 0"),
-    (6, ("--align-stop-steps", 8), "the weight of guided at step 5 was 0, not 0.5"),
-    (2, ("--align-weight", 0.1), "step 0 was 0.5, not 0.1"),
-    (2, ("--guide-scale", 3), "guide-scale is 30.0, not 3.0; a branch may change weight, schedule"),
-    (2, ("--learning-rate", 0.5), "learning-rate is 0.001, not 0.5; a branch may change options of its alignments alone"),
-    (2, ("--seed", 1), "seed is 0, not 1"),
-    (2, ("--init-ckpt", "x"), "not both"),
-])
-def test_a_branch_that_would_differ_before_its_step_is_refused(step: int, changed: tuple, said: str, trunk: Path, tmp_path: Path,
-                                                               words: Words, teacher: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "changed", "said"),
+    [
+        (4, ("--align-stop-steps", 2), "the weight of guided at step 2 was 0.5, not 0"),
+        (6, ("--align-stop-steps", 8), "the weight of guided at step 5 was 0, not 0.5"),
+        (2, ("--align-weight", 0.1), "step 0 was 0.5, not 0.1"),
+        (2, ("--guide-scale", 3), "guide-scale is 30.0, not 3.0; a branch may change weight, schedule"),
+        (
+            2,
+            ("--learning-rate", 0.5),
+            "learning-rate is 0.001, not 0.5; a branch may change options of its alignments alone",
+        ),
+        (2, ("--seed", 1), "seed is 0, not 1"),
+        (2, ("--init-ckpt", "x"), "not both"),
+    ],
+)
+def test_a_branch_that_would_differ_before_its_step_is_refused(
+    step: int, changed: tuple, said: str, trunk: Path, tmp_path: Path, words: Words, teacher: Path
+) -> None:
     more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 5, "--max-train-steps", 8]
     with pytest.raises(UserError, match=said):
         train_guide.main(words(tmp_path, "branch", *more, *changed, "--branch-from", f"{trunk}@{step}"))
     assert not (tmp_path / "branch").exists()
 
 
-def test_a_branch_of_another_method_or_without_its_head_is_refused(trunk: Path, tmp_path: Path, words: Words, teacher: Path) -> None:
-    with pytest.raises(UserError, match=r"alignments are \['guided'\], not \['none'\]; to end one here, give --align-stop-steps 2"):
+def test_a_branch_of_another_method_or_without_its_head_is_refused(
+    trunk: Path, tmp_path: Path, words: Words, teacher: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"alignments are \['guided'\], not \['none'\]; to end one here, give --align-stop-steps 2"
+    ):
         train.main(words(tmp_path, "plain", "--branch-from", f"{trunk}@2", "--max-train-steps", 8))
     bare = tmp_path / "bare"
     shutil.copytree(trunk / "checkpoints" / "0000005", bare)
@@ -296,22 +414,63 @@ def test_a_branch_of_another_method_or_without_its_head_is_refused(trunk: Path, 
     config["files"].pop("heads.safetensors")
     files.write_sealed(bare / "config.json", config)
     with pytest.raises(UserError, match="its head is gone"):
-        train_guide.main(words(tmp_path, "branch", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 8,
-                               "--branch-from", bare, "--max-train-steps", 8))
+        train_guide.main(
+            words(
+                tmp_path,
+                "branch",
+                "--guiding-ckpt",
+                teacher,
+                "--align-hidden",
+                32,
+                "--align-stop-steps",
+                8,
+                "--branch-from",
+                bare,
+                "--max-train-steps",
+                8,
+            )
+        )
 
 
 # --- scores while training, and 512 pixels -----------------------------------------------------------------------------------
 
 
 def test_scores_while_training_take_any_preset_and_either_weights(tmp_path: Path, words: Words, data: Path) -> None:
-    common = ["--max-train-steps", 2, "--eval-steps", 2, "--reference", data, "--features", "pixels", "--num-fid-samples", 8]
-    both = read(train.main(words(tmp_path, "both", *common, "--eval-weights", "ema", "raw", "--no-mind")) / "log.jsonl")[-1]
+    common = [
+        "--max-train-steps",
+        2,
+        "--eval-steps",
+        2,
+        "--reference",
+        data,
+        "--features",
+        "pixels",
+        "--num-fid-samples",
+        8,
+    ]
+    both = read(
+        train.main(words(tmp_path, "both", *common, "--eval-weights", "ema", "raw", "--no-mind")) / "log.jsonl"
+    )[-1]
     assert not any("mind" in key for key in both)
     assert both["eval/fd@8"] != both["eval/raw/fd@8"]
     run = train.main(words(tmp_path, "preset", *common, "--eval-preset", "table1-sde"))
     assert read(run / "log.jsonl")[-1]["eval/table1-sde/fd@8"] > 0
-    out = generate.main(["--ckpt", str(run), "--preset", "table1-sde", "--num-fid-samples", "8", "--out", str(tmp_path / "samples"),
-                         "--reference", str(data), "--features", "pixels"])
+    out = generate.main(
+        [
+            "--ckpt",
+            str(run),
+            "--preset",
+            "table1-sde",
+            "--num-fid-samples",
+            "8",
+            "--out",
+            str(tmp_path / "samples"),
+            "--reference",
+            str(data),
+            "--features",
+            "pixels",
+        ]
+    )
     scored = json.loads((out / "metrics.json").read_text())["metrics"]["fd"]
     assert read(run / "log.jsonl")[-1]["eval/table1-sde/fd@8"] == pytest.approx(scored, rel=1e-5)
     with pytest.raises(UserError, match="add --eval-steps"):
@@ -327,14 +486,52 @@ def test_the_commands_for_512_pixels_at_tiny_size(tmp_path: Path) -> None:
 
     vae, latents = tiny_vae(tmp_path / "vae"), {}
     for resolution in (32, 64):
-        preprocessing.encode.main(["--images", str(class_folders(tmp_path / f"images{resolution}")), "--vae", vae, "--resolution",
-                                   str(resolution), "--out", str(tmp_path / str(resolution)), "--workers", "0"])
-        argv = ["--recipe", "digits", "--data-dir", str(tmp_path / str(resolution)), "--output-dir", str(tmp_path / f"exps{resolution}"),
-                "--batch-size", "4", "--max-train-steps", "1", "--align-hidden", "8", "--vae", vae]
+        preprocessing.encode.main(
+            [
+                "--images",
+                str(class_folders(tmp_path / f"images{resolution}")),
+                "--vae",
+                vae,
+                "--resolution",
+                str(resolution),
+                "--out",
+                str(tmp_path / str(resolution)),
+                "--workers",
+                "0",
+            ]
+        )
+        argv = [
+            "--recipe",
+            "digits",
+            "--data-dir",
+            str(tmp_path / str(resolution)),
+            "--output-dir",
+            str(tmp_path / f"exps{resolution}"),
+            "--batch-size",
+            "4",
+            "--max-train-steps",
+            "1",
+            "--align-hidden",
+            "8",
+            "--vae",
+            vae,
+        ]
         teacher = train.main([*argv, "--exp-name", "stage1", "--align", "latent"])
         run = train_guide.main([*argv, "--exp-name", "stage2", "--guiding-ckpt", str(teacher)])
         latents[resolution] = Checkpoint.open(run).spec.input_size
-        out = generate.main(["--ckpt", str(run), "--preset", "self-transcendence-cfg-512", "--vae", vae, "--num-fid-samples", "2",
-                             "--out", str(tmp_path / f"samples{resolution}")])
+        out = generate.main(
+            [
+                "--ckpt",
+                str(run),
+                "--preset",
+                "self-transcendence-cfg-512",
+                "--vae",
+                vae,
+                "--num-fid-samples",
+                "2",
+                "--out",
+                str(tmp_path / f"samples{resolution}"),
+            ]
+        )
         assert np.load(out / "samples.npz")["arr_0"].shape == (2, resolution, resolution, 3)
     assert latents == {32: 8, 64: 16}

@@ -41,7 +41,18 @@ def test_the_rate_is_a_function_of_the_step() -> None:
 
 
 def test_the_optimiser_follows_the_rate_across_a_resume(tmp_path: Path, words: Words) -> None:
-    more = ["--lr-warmup-steps", 2, "--lr-scheduler", "cosine", "--align", "latent", "--align-hidden", 16, "--max-train-steps", 5]
+    more = [
+        "--lr-warmup-steps",
+        2,
+        "--lr-scheduler",
+        "cosine",
+        "--align",
+        "latent",
+        "--align-hidden",
+        16,
+        "--max-train-steps",
+        5,
+    ]
     whole = train.main(words(tmp_path / "a", "run", *more))
     rates = [line["learning_rate"] for line in read(whole / "log.jsonl")]
     chosen, _ = command.resolve(words(tmp_path, "x", *more), "train.py", None)
@@ -61,7 +72,9 @@ def test_the_optimiser_follows_the_rate_across_a_resume(tmp_path: Path, words: W
 
 
 def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: Path, words: Words) -> None:
-    argv = words(tmp_path, "run", "--ema-decay", 0.9, "--no-ema-warmup", "--ema-extra-decays", 0.5, 0.25, "--max-train-steps")
+    argv = words(
+        tmp_path, "run", "--ema-decay", 0.9, "--no-ema-warmup", "--ema-extra-decays", 0.5, 0.25, "--max-train-steps"
+    )
     train.main([*argv, "2"])
     run = train.main([*argv, "4"])
     whole = train.main([*argv, "4", "--output-dir", str(tmp_path / "whole")])
@@ -73,15 +86,34 @@ def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: 
     apart = [float((weights[name][key] - weights["raw"][key]).norm()) for name in ("ema", "ema-0.5", "ema-0.25", "raw")]
     assert apart == sorted(apart, reverse=True) and apart[2] > 0  # the shorter the memory, the nearer to the weights
     sample = ["--num-fid-samples", "4", "--num-steps", "2", "--ckpt", str(run), "--out"]
-    drawn = {which: np.load(generate.main([*sample, str(tmp_path / which), "--weights", which]) / "samples.npz")["arr_0"]
-             for which in ("ema", "ema-0.5")}
+    drawn = {
+        which: np.load(generate.main([*sample, str(tmp_path / which), "--weights", which]) / "samples.npz")["arr_0"]
+        for which in ("ema", "ema-0.5")
+    }
     assert not np.array_equal(drawn["ema"], drawn["ema-0.5"])
-    taught = train_guide.main(words(tmp_path, "two", "--guiding-ckpt", run, "--guiding-weights", "ema-0.5", "--align-hidden", 16,
-                                    "--max-train-steps", 1))
+    taught = train_guide.main(
+        words(
+            tmp_path,
+            "two",
+            "--guiding-ckpt",
+            run,
+            "--guiding-weights",
+            "ema-0.5",
+            "--align-hidden",
+            16,
+            "--max-train-steps",
+            1,
+        )
+    )
     assert json.loads((taught / "run.json").read_text())["align"]["guided"]["teacher"]["weights"] == "ema-0.5"
-    started = Run(*command.resolve(words(tmp_path, "three", "--init-ckpt", run, "--init-weights", "ema-0.25"), "train.py", None))
+    started = Run(
+        *command.resolve(words(tmp_path, "three", "--init-ckpt", run, "--init-weights", "ema-0.25"), "train.py", None)
+    )
     assert torch.equal(started.network.state_dict()[key], weights["ema-0.25"][key])
-    for wrong, said in (("ema-0.7", "has no ema-0.7.safetensors; its weights are .*ema-0.5"), ("best", "neither raw nor ema")):
+    for wrong, said in (
+        ("ema-0.7", "has no ema-0.7.safetensors; its weights are .*ema-0.5"),
+        ("best", "neither raw nor ema"),
+    ):
         with pytest.raises(UserError, match=said):
             generate.main([*sample, str(tmp_path / "x"), "--weights", wrong])
 
@@ -99,10 +131,17 @@ def test_further_averages_follow_the_definition_and_are_counted(tmp_path: Path, 
             config(ema_extra_decays=tuple(wrong))
 
 
-@pytest.mark.parametrize("more, left", [
-    ((), [1, 2, 3, 4, 5]), (("--checkpoints-total-limit", 2), [4, 5]), (("--checkpoints-total-limit", 1, "--keep-every", 2), [2, 4, 5])])
+@pytest.mark.parametrize(
+    "more, left",
+    [
+        ((), [1, 2, 3, 4, 5]),
+        (("--checkpoints-total-limit", 2), [4, 5]),
+        (("--checkpoints-total-limit", 1, "--keep-every", 2), [2, 4, 5]),
+    ],
+)
 def test_the_latest_checkpoints_stay_and_those_of_every_so_many_steps(
-        tmp_path: Path, words: Words, more: tuple[object, ...], left: list[int]) -> None:
+    tmp_path: Path, words: Words, more: tuple[object, ...], left: list[int]
+) -> None:
     run = train.main(words(tmp_path, "run", "--checkpointing-steps", 1, "--max-train-steps", 5, *more))
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == left
     assert Checkpoint.open(run).network("raw") is not None

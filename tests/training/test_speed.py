@@ -45,7 +45,9 @@ def opened(argv: list[str], program: str = "train") -> Run:
     return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
 
 
-def test_two_steps_are_read_ahead_and_none_beyond_the_end(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch):
+def test_two_steps_are_read_ahead_and_none_beyond_the_end(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+):
     run = opened(words(tmp_path, "run"))
     source = Batches(run.config, run.data, run.device, 0, 1)
     read, known = [], threading.Condition()
@@ -89,8 +91,13 @@ def test_the_average_follows_parameters_that_have_moved(tmp_path: Path, words: W
 def eager_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Module.compile` traces and guards as ever, and runs the traced graph as it is: no minutes of code generation."""
     original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **kwargs: original(
-        self, *args, **{name: value for name, value in kwargs.items() if name != "options"}, backend="eager"))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, *args, **kwargs: original(
+            self, *args, **{name: value for name, value in kwargs.items() if name != "options"}, backend="eager"
+        ),
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -164,7 +171,9 @@ def test_the_next_batch_is_queued_before_the_last_is_waited_for():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_images_are_decoded_in_chunks_of_one_shape(tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch, eager_compile: None):
+def test_images_are_decoded_in_chunks_of_one_shape(
+    tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch, eager_compile: None
+):
     whole = vae.open_codec(tiny_vae(tmp_path / "vae"))
     x = torch.randn(7, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = whole.decode(x)
@@ -192,9 +201,25 @@ def test_a_sampler_in_bf16_keeps_its_weights_in_bf16_and_its_bits(guided: Path, 
 # --- compilation --------------------------------------------------------------------------------------------------------
 
 
-def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_same(tmp_path: Path, words: Words, teacher: Path):
-    run = opened(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.4, 0.7,
-                       "--batch-size", 64), "train_guide")
+def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_same(
+    tmp_path: Path, words: Words, teacher: Path
+):
+    run = opened(
+        words(
+            tmp_path,
+            "run",
+            "--guiding-ckpt",
+            teacher,
+            "--align-hidden",
+            32,
+            "--align-interval",
+            0.4,
+            0.7,
+            "--batch-size",
+            64,
+        ),
+        "train_guide",
+    )
     learner, sizes = run.learner(), set()
     for step, (batch,) in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 8, run.alignments)):
         t = batch.t.numpy()
@@ -218,23 +243,46 @@ def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_sam
     assert nothing.count == 0 and len(nothing.index) == 4 and nothing.factor == 0
 
 
-def test_no_graph_breaks_and_no_recompilation_once_both_shapes_are_known(tmp_path: Path, words: Words, teacher: Path,
-                                                                        eager_compile: None):
+def test_no_graph_breaks_and_no_recompilation_once_both_shapes_are_known(
+    tmp_path: Path, words: Words, teacher: Path, eager_compile: None
+):
     """The block compiles for the student and for the teacher's selected samples, whose number varies; then never again."""
-    run = opened(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.8,
-                       "--max-train-steps", 12, "--compile", "on", "--mixed-precision", "bf16"), "train_guide")
+    run = opened(
+        words(
+            tmp_path,
+            "run",
+            "--guiding-ckpt",
+            teacher,
+            "--align-hidden",
+            32,
+            "--align-interval",
+            0.2,
+            0.8,
+            "--max-train-steps",
+            12,
+            "--compile",
+            "on",
+            "--mixed-precision",
+            "bf16",
+        ),
+        "train_guide",
+    )
     seen = [graphs() for _ in loop.steps(run, 12)]
     assert seen[3][0] <= 4 and seen[-1] == (seen[3][0], 0), seen
 
 
-def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_and_kernels_combined_on_request(monkeypatch: pytest.MonkeyPatch):
+def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_and_kernels_combined_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+):
     called: list[tuple[torch.nn.Module, Any]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: called.append((self, more["options"])))
     network, head = perturbed(SPEC), torch.nn.Linear(2, 2)
     blocks = list(network.blocks)
-    for device, wanted, modules, options in (("cuda", "on", [*blocks, network.final_layer, head], None),
-                                             ("cuda", "combined", [*blocks, network.final_layer, head], {"combo_kernels": True}),
-                                             ("cpu", "combined", blocks, None)):
+    for device, wanted, modules, options in (
+        ("cuda", "on", [*blocks, network.final_layer, head], None),
+        ("cuda", "combined", [*blocks, network.final_layer, head], {"combo_kernels": True}),
+        ("cpu", "combined", blocks, None),
+    ):
         called.clear()
         launch.compile_network(network, [head], wanted, torch.device(device))
         assert [module for module, _ in called] == modules and all(chosen == options for _, chosen in called)
@@ -252,12 +300,17 @@ def kernels_of_a_block(network: models.Backbone) -> tuple[int, int]:
     """
     launch.compile_network(network, [], "on", torch.device("cpu"))
     width = network.spec.hidden_size
-    tokens, condition = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-                         for shape in ((2, network.spec.tokens, width), (2, width)))
+    tokens, condition = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for shape in ((2, network.spec.tokens, width), (2, width))
+    )
     torch._dynamo.reset()
     metrics.reset()
-    with (inductor.patch(force_disable_caches=True), mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: _nothing),
-          mock.patch("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)):  # no compiler is asked what the processor can do
+    with (
+        inductor.patch(force_disable_caches=True),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: _nothing),
+        mock.patch("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list),
+    ):  # no compiler is asked what the processor can do
         output = network.blocks[0](tokens, condition, network.rotation())
         forward = metrics.generated_kernel_count
         output.sum().backward()
@@ -301,7 +354,9 @@ def test_the_count_of_kernels_sees_what_is_not_fused():
     assert apart[0] > fused[0] and apart[1] > fused[1], (fused, apart)
 
 
-def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(tmp_path: Path, words: Words, eager_compile: None):
+def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(
+    tmp_path: Path, words: Words, eager_compile: None
+):
     run = opened(words(tmp_path, "run", "--compile", "on"))
     assert all(block._compiled_call_impl is not None for block in [*run.network.blocks, *run.ema.network.blocks])
     assert graphs() == (0, 0)  # nothing is compiled before it is called
@@ -317,7 +372,7 @@ def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(t
     for mode in ("none", "selective", "full"):
         run = opened(words(tmp_path, mode, "--activation-checkpointing", mode))
         learner = run.learner()
-        (batch,), = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+        ((batch,),) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
         with FlopCounterMode(display=False) as flops, Alive() as alive:
             losses = learner(batch)
             kept = alive.bytes()
@@ -344,8 +399,24 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-VIEWS = {"t", "view", "_unsafe_view", "reshape", "transpose", "permute", "slice", "split", "unbind", "unsqueeze", "squeeze", "expand",
-         "detach", "alias", "select", "as_strided"}
+VIEWS = {
+    "t",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "transpose",
+    "permute",
+    "slice",
+    "split",
+    "unbind",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "detach",
+    "alias",
+    "select",
+    "as_strided",
+}
 
 
 def operators_of_a_step(run: Run) -> collections.Counter[str]:
@@ -357,13 +428,28 @@ def operators_of_a_step(run: Run) -> collections.Counter[str]:
     return counter.calls
 
 
-@pytest.mark.parametrize("method, more, bound", [
-    ("none", (), 750), ("latent", ("--align", "latent"), 805), ("guided", ("--align-interval", 0.2, 0.8), 980),
-    ("sra", ("--align", "sra"), 980), ("dispersive", ("--align", "dispersive"), 790)])
-def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(tmp_path: Path, words: Words, teacher: Path, method: str,
-                                                                         more: tuple, bound: int):
+@pytest.mark.parametrize(
+    "method, more, bound",
+    [
+        ("none", (), 750),
+        ("latent", ("--align", "latent"), 805),
+        ("guided", ("--align-interval", 0.2, 0.8), 980),
+        ("sra", ("--align", "sra"), 980),
+        ("dispersive", ("--align", "dispersive"), 790),
+    ],
+)
+def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(
+    tmp_path: Path, words: Words, teacher: Path, method: str, more: tuple, bound: int
+):
     """No operator whose result the host has to wait for; and, views aside, six blocks of SiT run eagerly take so many in all."""
-    words_of = words(tmp_path, "run", "--mixed-precision", "bf16", *(("--guiding-ckpt", teacher) if method == "guided" else ()), *more)
+    words_of = words(
+        tmp_path,
+        "run",
+        "--mixed-precision",
+        "bf16",
+        *(("--guiding-ckpt", teacher) if method == "guided" else ()),
+        *more,
+    )
     calls = operators_of_a_step(opened(words_of, "train_guide" if method == "guided" else "train"))
     waiting = {"nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2", "item"}
     assert not waiting & calls.keys(), waiting & calls.keys()
@@ -375,11 +461,15 @@ def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(tmp_pat
     assert calls["_scaled_dot_product_flash_attention_for_cpu"] == 6 + {"guided": 4, "sra": 4}.get(method, 0)
 
 
-def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+):
     run = opened(words(tmp_path, "run"))
     gathered: list[int] = []
     gather = run.data._gather
-    monkeypatch.setattr(run.data, "_gather", lambda rows: (lambda found: (gathered.append(found.nbytes), found)[1])(gather(rows)))
+    monkeypatch.setattr(
+        run.data, "_gather", lambda rows: (lambda found: (gathered.append(found.nbytes), found)[1])(gather(rows))
+    )
     list(loop.steps(run, 3))
     row = int(np.prod(run.data.shape)) * np.dtype(run.data.manifest["dtype"]).itemsize
     assert gathered == [16 * row] * 3
@@ -388,11 +478,14 @@ def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(tmp
 def test_what_a_step_does_around_its_network_takes_little_of_the_hosts_time(tmp_path: Path, words: Words):
     """Draws, rows, meter and EMA against the bare forward, backward and update of the same tiny network, in turns."""
     run, bare = opened(words(tmp_path, "real")), opened(words(tmp_path, "bare"))
-    (batch,), = Batches(bare.config, bare.data, bare.device, 0, 1).steps(0, 1, {})
+    ((batch,),) = Batches(bare.config, bare.data, bare.device, 0, 1).steps(0, 1, {})
     learner, stepping = bare.learner(), loop.steps(run, 100, Meter(run.accelerator))
     spent: dict[str, list[float]] = {"real": [], "bare": []}
     for _ in range(9):
-        for name, call in (("real", lambda: next(stepping)), ("bare", lambda: loop.update(learner, [batch], {}, bare.optimizer, 1.0))):
+        for name, call in (
+            ("real", lambda: next(stepping)),
+            ("bare", lambda: loop.update(learner, [batch], {}, bare.optimizer, 1.0)),
+        ):
             started = time.process_time()
             call()
             call()

@@ -25,12 +25,25 @@ from training.run import Run
 @pytest.fixture(scope="module")
 def normed(tmp_path_factory: pytest.TempPathFactory, words: Words) -> Path:
     """A stage-1 run with QK-norm, under the recipe of the digits."""
-    return train.main(words(tmp_path_factory.mktemp("normed"), "stage1", "--align", "latent", "--align-hidden", 16, "--qk-norm",
-                            "--max-train-steps", 1))
+    return train.main(
+        words(
+            tmp_path_factory.mktemp("normed"),
+            "stage1",
+            "--align",
+            "latent",
+            "--align-hidden",
+            16,
+            "--qk-norm",
+            "--max-train-steps",
+            1,
+        )
+    )
 
 
 def resolved(argv: list[str], program: str) -> TrainConfig:
-    return command.resolve(argv, program, None, ("guided",) if program == "train_guide.py" else (), command.taken_over)[0]
+    return command.resolve(argv, program, None, ("guided",) if program == "train_guide.py" else (), command.taken_over)[
+        0
+    ]
 
 
 def without_recipe(argv: list[str]) -> list[str]:
@@ -39,7 +52,8 @@ def without_recipe(argv: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("program, flag", [("train_guide.py", "--guiding-ckpt"), ("train.py", "--init-ckpt")])
 def test_model_norm_and_recipe_are_those_of_the_teacher_unless_told_otherwise(
-        tmp_path: Path, words: Words, normed: Path, capsys: pytest.CaptureFixture, program: str, flag: str) -> None:
+    tmp_path: Path, words: Words, normed: Path, capsys: pytest.CaptureFixture, program: str, flag: str
+) -> None:
     argv = without_recipe(words(tmp_path, "run", flag, normed))
     config = resolved(argv, program)
     assert (config.model, config.qk_norm, config.recipe, config.learning_rate) == ("SiT-Tiny/2", True, "digits", 1e-3)
@@ -52,9 +66,13 @@ def test_model_norm_and_recipe_are_those_of_the_teacher_unless_told_otherwise(
     assert (config.model, config.qk_norm) == ("SiT-S/2", True) and "--model" not in capsys.readouterr().out
 
 
-def test_stage_two_without_a_model_continues_though_its_teacher_has_gone(tmp_path: Path, words: Words, normed: Path) -> None:
+def test_stage_two_without_a_model_continues_though_its_teacher_has_gone(
+    tmp_path: Path, words: Words, normed: Path
+) -> None:
     shutil.copytree(normed, tmp_path / "teacher")
-    argv = without_recipe(words(tmp_path, "run", "--guiding-ckpt", tmp_path / "teacher", "--align-hidden", 16, "--align-stop-steps", 1))
+    argv = without_recipe(
+        words(tmp_path, "run", "--guiding-ckpt", tmp_path / "teacher", "--align-hidden", 16, "--align-stop-steps", 1)
+    )
     run = train_guide.main([*argv, "--max-train-steps", "1"])
     assert Checkpoint.open(run).spec == Checkpoint.open(normed).spec
     shutil.rmtree(tmp_path / "teacher")
@@ -76,9 +94,13 @@ def test_a_preset_wins_over_the_teacher_and_a_size_of_no_name_asks(tmp_path: Pat
     assert resolved([*argv, "--model", "SiT-S/2"], "train_guide.py").model == "SiT-S/2"
 
 
-def test_weights_are_named_and_selectable(tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture) -> None:
+def test_weights_are_named_and_selectable(
+    tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture
+) -> None:
     for which, file in (("ema", "ema"), ("raw", "network")):
-        run = Run(*command.resolve(words(tmp_path, which, "--init-ckpt", teacher, "--init-weights", which), "train.py", None))
+        run = Run(
+            *command.resolve(words(tmp_path, which, "--init-ckpt", teacher, "--init-weights", which), "train.py", None)
+        )
         tensors = Checkpoint.open(teacher).tensors(file)
         assert all(torch.equal(value, tensors[name]) for name, value in run.network.state_dict().items())
         path = Checkpoint.open(teacher).path
@@ -86,16 +108,39 @@ def test_weights_are_named_and_selectable(tmp_path: Path, words: Words, teacher:
 
 
 def test_another_size_stretches_positions_and_other_classes_renew_the_label_table(
-        tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture) -> None:
+    tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture
+) -> None:
     class_folders(tmp_path / "images", classes=3, per_class=6)
-    encode.main(["--images", str(tmp_path / "images"), "--vae", "pixels", "--grey", "--resolution", "16", "--dtype", "float32", "--out",
-                 str(tmp_path / "set"), "--workers", "0"])
+    encode.main(
+        [
+            "--images",
+            str(tmp_path / "images"),
+            "--vae",
+            "pixels",
+            "--grey",
+            "--resolution",
+            "16",
+            "--dtype",
+            "float32",
+            "--out",
+            str(tmp_path / "set"),
+            "--workers",
+            "0",
+        ]
+    )
     argv = [*words(tmp_path, "run", "--init-ckpt", teacher), "--data-dir", str(tmp_path / "set"), "--max-train-steps"]
     run = train.main([*argv, "1"])
     told = capsys.readouterr().out
-    assert "all 4 rows of the label table are fresh (it knew 10 classes), positions of its 4x4 tokens are stretched over 8x8" in told
+    assert (
+        "all 4 rows of the label table are fresh (it knew 10 classes), positions of its 4x4 tokens are stretched over 8x8"
+        in told
+    )
     started, known = Checkpoint.open(run), Checkpoint.open(teacher)
-    assert started.spec.position_span == 4 and known.spec.position_span is None and "position_span" in started.config["model"]
+    assert (
+        started.spec.position_span == 4
+        and known.spec.position_span is None
+        and "position_span" in started.config["model"]
+    )
     grid, before = (found.network().pos_embed.unflatten(1, (found.spec.side,) * 2) for found in (started, known))
     torch.testing.assert_close(grid[:, ::2, ::2], before)  # every second position is an old one, the others lie between
     assert not torch.allclose(grid[:, 1, 1], before[:, 1, 1]) and not torch.allclose(grid[:, 1, 1], before[:, 0, 0])
@@ -145,5 +190,10 @@ def test_a_run_that_is_done_says_finished(tmp_path: Path, words: Words, capsys: 
 def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None:
     for steps, warned in ((112 * 3000, False), (112 * 3000 + 1, True)):
         run = Run(*command.resolve(words(tmp_path, "run", "--max-train-steps", steps), "train.py", None))
-        assert any("a network learns so few by heart; give --batch-size 32 --max-train-steps 56000" in line
-                   for line in run.introduction()) == warned
+        assert (
+            any(
+                "a network learns so few by heart; give --batch-size 32 --max-train-steps 56000" in line
+                for line in run.introduction()
+            )
+            == warned
+        )

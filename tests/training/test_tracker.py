@@ -62,10 +62,18 @@ def test_a_continued_run_is_one_wandb_run(tmp_path: Path, words: Words, monkeypa
     import wandb
 
     wandb.teardown()  # it reads the environment once a process
-    environment = {"MODE": "offline", "PROJECT": "our-project", "ENTITY": "our-lab", "TAGS": "first,second", "SILENT": "true"}
+    environment = {
+        "MODE": "offline",
+        "PROJECT": "our-project",
+        "ENTITY": "our-lab",
+        "TAGS": "first,second",
+        "SILENT": "true",
+    }
     for name, value in environment.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    argv = words(tmp_path, "run", "--report-to", "wandb", "--align", "latent", "--align-hidden", 16, "--sampling-steps", 2)
+    argv = words(
+        tmp_path, "run", "--report-to", "wandb", "--align", "latent", "--align-hidden", 16, "--sampling-steps", 2
+    )
     run = train.main([*argv, "--max-train-steps", "2"])
     train.main([*argv, "--max-train-steps", "3"])
     written = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
@@ -73,13 +81,28 @@ def test_a_continued_run_is_one_wandb_run(tmp_path: Path, words: Words, monkeypa
     assert len(written) == 2 and {file.name for file in written} == {f"run-{known}.wandb"}
     first, second = map(whole, written)
     opened = next(record.run for record in first if record.HasField("run"))
-    assert (opened.run_id, opened.project, opened.entity, list(opened.tags)) == (known, "our-project", "our-lab", ["first", "second"])
-    settings = {item.key or item.nested_key[0]: json.loads(item.value_json) for record in first if record.HasField("config")
-                for item in record.config.update}
+    assert (opened.run_id, opened.project, opened.entity, list(opened.tags)) == (
+        known,
+        "our-project",
+        "our-lab",
+        ["first", "second"],
+    )
+    settings = {
+        item.key or item.nested_key[0]: json.loads(item.value_json)
+        for record in first
+        if record.HasField("config")
+        for item in record.config.update
+    }
     assert settings["latent/depth"] == 1 and settings["latent/weight"] == 0.5 and settings["learning_rate"] == 1e-3
-    assert settings["device"] == "cpu" and settings["commit"] == str(launch.commit()) and settings["precision"] == "fp32"
-    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            for part in (first, second) for record in part if record.HasField("history")]
+    assert (
+        settings["device"] == "cpu" and settings["commit"] == str(launch.commit()) and settings["precision"] == "fp32"
+    )
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for part in (first, second)
+        for record in part
+        if record.HasField("history")
+    ]
     assert [row["_step"] for row in rows if "loss/diffusion" in row] == [1, 2, 3]
     assert all(row["learning_rate"] == 1e-3 and "loss/latent" in row for row in rows if "loss/diffusion" in row)
     shown = [row["samples"] for row in rows if "samples" in row]
@@ -96,15 +119,17 @@ def test_event_files_hold_every_step_once_across_a_resume(tmp_path: Path, words:
     folder = run / "tensorboard"
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("loss/diffusion")] == [1, 2, 3, 4]
-    assert [event.value for event in events.Scalars("loss/diffusion")] == \
-        pytest.approx([line["loss/diffusion"] for line in read(run / "log.jsonl")], rel=1e-4)
+    assert [event.value for event in events.Scalars("loss/diffusion")] == pytest.approx(
+        [line["loss/diffusion"] for line in read(run / "log.jsonl")], rel=1e-4
+    )
     assert all(event.value == pytest.approx(1e-3) for event in events.Scalars("learning_rate"))
     assert [event.step for event in events.Images("samples")] == [2, 4]
     assert "commit" in next(folder.glob("*/hparams.yml")).read_text()
 
 
 def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_read(
-        tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, kind, None)
         with pytest.raises(UserError, match=f"pip install {kind}, or --report-to none"):

@@ -42,7 +42,9 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     folder = Checkpoint.open(run).path
-    return {f"{file.name}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        f"{file.name}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()
+    }
 
 
 def assert_same_bits(one: Path, two: Path) -> None:
@@ -52,8 +54,14 @@ def assert_same_bits(one: Path, two: Path) -> None:
 
 
 def launch(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_resume_is_exact_in_fresh_processes(tmp_path: Path, words: Words, teacher: Path) -> None:
@@ -97,8 +105,10 @@ def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict
     loop.train(run)
     logged = losses(run.folder)
     kept["losses"] = torch.tensor([logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64)
-    kept["ratios"] = torch.tensor([line["grad_norm_ratio/guided"] for line in read(run.folder / "log.jsonl")
-                                   if "grad_norm_ratio/guided" in line], dtype=torch.float64)
+    kept["ratios"] = torch.tensor(
+        [line["grad_norm_ratio/guided"] for line in read(run.folder / "log.jsonl") if "grad_norm_ratio/guided" in line],
+        dtype=torch.float64,
+    )
     kept |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
     kept |= {f"weight/ema/{name}": value for name, value in run.ema.network.state_dict().items()}
     return kept
@@ -117,20 +127,62 @@ def two_processes(folder: Path, argv: list[str], sampling: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path, guided: Path) -> tuple[Path, Callable[..., list[str]]]:
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path, guided: Path
+) -> tuple[Path, Callable[..., list[str]]]:
     """Two processes: 20 SGD steps across the stop at 10, and samples."""
     folder = tmp_path_factory.mktemp("pair")
 
     def argv(name: str, *more: object) -> list[str]:
-        return words(folder, name, "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 10,
-                     "--align-interval", 0.3, 0.6, "--max-train-steps", 20, "--grad-ratio-steps", 5, *more)
+        return words(
+            folder,
+            name,
+            "--guiding-ckpt",
+            teacher,
+            "--align-hidden",
+            32,
+            "--align-stop-steps",
+            10,
+            "--align-interval",
+            0.3,
+            0.6,
+            "--max-train-steps",
+            20,
+            "--grad-ratio-steps",
+            5,
+            *more,
+        )
 
-    job = {"folder": str(folder), "argv": argv("two"),
-           "sampling": ["--ckpt", str(guided), "--num-fid-samples", "13", "--num-steps", "4", "--batch-size", "3", "--cfg-scale", "2",
-                        "--out", str(folder / "two-samples")]}
+    job = {
+        "folder": str(folder),
+        "argv": argv("two"),
+        "sampling": [
+            "--ckpt",
+            str(guided),
+            "--num-fid-samples",
+            "13",
+            "--num-steps",
+            "4",
+            "--batch-size",
+            "3",
+            "--cfg-scale",
+            "2",
+            "--out",
+            str(folder / "two-samples"),
+        ],
+    }
     (folder / "job.json").write_text(json.dumps(job))
-    done = launch("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
-                  str(Path(__file__)), str(folder / "job.json"))
+    done = launch(
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        str(Path(__file__)),
+        str(folder / "job.json"),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("alignment guided has ended") == 1
     return folder, argv
@@ -145,19 +197,40 @@ def test_one_process_equals_two_and_accumulation_equals_one_batch(pair: tuple[Pa
         assert other.keys() == one.keys()
         for name, value in one.items():
             tolerance = 1e-6 if name.startswith("gradient") else 1e-5
-            torch.testing.assert_close(other[name], value, atol=tolerance, rtol=1e-4 if name.startswith("weight") else 0,
-                                       msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                other[name],
+                value,
+                atol=tolerance,
+                rtol=1e-4 if name.startswith("weight") else 0,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
     assert any(value.abs().sum() > 0 for name, value in one.items() if name.startswith("gradient"))
 
 
-def test_sample_i_is_the_same_for_any_batch_size_and_process_count(pair: tuple[Path, Any], guided: Path, tmp_path: Path) -> None:
+def test_sample_i_is_the_same_for_any_batch_size_and_process_count(
+    pair: tuple[Path, Any], guided: Path, tmp_path: Path
+) -> None:
     import generate
 
     folder, _ = pair
     found = np.load(folder / "two-samples" / "samples.npz")
     for size in (13, 5):
-        out = generate.main(["--ckpt", str(guided), "--num-fid-samples", "13", "--num-steps", "4", "--batch-size", str(size),
-                             "--cfg-scale", "2", "--out", str(tmp_path / str(size))])
+        out = generate.main(
+            [
+                "--ckpt",
+                str(guided),
+                "--num-fid-samples",
+                "13",
+                "--num-steps",
+                "4",
+                "--batch-size",
+                str(size),
+                "--cfg-scale",
+                "2",
+                "--out",
+                str(tmp_path / str(size)),
+            ]
+        )
         one = np.load(out / "samples.npz")
         assert np.array_equal(found["labels"], one["labels"])
         # sums of other batch shapes may differ in the last bit of fp32, which moves a pixel that lies on a rounding edge
@@ -167,7 +240,8 @@ def test_sample_i_is_the_same_for_any_batch_size_and_process_count(pair: tuple[P
 
 
 def test_after_the_stop_the_loss_is_the_plain_one_and_the_teacher_rests(
-        tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = []
     target = Guided.target
     monkeypatch.setattr(Guided, "target", lambda self, context: called.append(1) or target(self, context))
@@ -216,7 +290,9 @@ def test_label_dropout_has_its_rate_and_feeds_the_null_label(tmp_path: Path, wor
     source = batches.Batches(run.config, run.data, run.device, 0, 1)
     for step, (one,) in enumerate(source.steps(0, 5, {})):
         lost = torch.from_numpy(batches.plan(run.config, run.data, step).dropped)
-        assert torch.equal(one.y[lost], torch.full_like(one.y[lost], 10)) and torch.equal(one.y[~lost], one.labels[~lost])
+        assert torch.equal(one.y[lost], torch.full_like(one.y[lost], 10)) and torch.equal(
+            one.y[~lost], one.labels[~lost]
+        )
 
 
 def test_an_epoch_visits_every_item_once_and_times_have_their_law(tmp_path: Path, words: Words) -> None:
@@ -290,7 +366,9 @@ def test_latents_may_stay_on_disk_in_memory_or_on_the_device(tmp_path: Path, wor
     disk = train.main(words(tmp_path / "disk", "run", "--max-train-steps", 3))
     for place in ("ram", "device"):
         run = trainer("train", words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
-        assert (run.data._on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (place == "ram")
+        assert (run.data._on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (
+            place == "ram"
+        )
         if place == "device":
             run.data._rows = None  # the host's rows are not touched any more
         assert_same_bits(disk, loop.train(run))
@@ -328,17 +406,24 @@ def test_bf16_trains_close_to_fp32(tmp_path: Path, words: Words) -> None:
     assert all(value.dtype == torch.float32 for value in tensors(mixed).values())
 
 
-def test_compiled_blocks_compute_the_same(tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture) -> None:
+def test_compiled_blocks_compute_the_same(
+    tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from torch import nn
 
     from models.backbone import Block
 
     # dynamo's tracing without the minute that code generation takes here
-    monkeypatch.setattr(Block, "compile",
-                        lambda self, **_: compiled.append(self) or nn.Module.compile(self, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        Block,
+        "compile",
+        lambda self, **_: compiled.append(self) or nn.Module.compile(self, backend="eager", fullgraph=True),
+    )
     compiled: list[Block] = []
-    argv = [*words(tmp_path, "run", "--max-train-steps", 2, "--guiding-ckpt", teacher, "--align-hidden", 32), "--output-dir"]
+    argv = [
+        *words(tmp_path, "run", "--max-train-steps", 2, "--guiding-ckpt", teacher, "--align-hidden", 32),
+        "--output-dir",
+    ]
     eager = train_guide.main([*argv, str(tmp_path / "eager"), "--compile", "off"])
     assert not compiled
     traced = train_guide.main([*argv, str(tmp_path / "compiled"), "--compile", "on"])
@@ -377,13 +462,51 @@ def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> No
     folder = tmp_path / "latents"
     entry = shards.write_shard(folder, 0, values, np.arange(40) % 3)
     space = LatentSpace(name="va-vae", channels=4, stride=16, shift=(3.0, 3.0, 3.0, 2.0), scale=(0.5, 0.5, 0.5, 1.0))
-    shards.write_manifest(folder, space=space, resolution=64, latent_size=4, views=2, parts=1, dtype="float32", crop="none",
-                          class_names=["a", "b", "c"], images=False, shards=[entry], source="random numbers")
-    argv = ["--recipe", "lightningdit", "--model", "LightningDiT-Tiny/1", "--data-dir", str(folder), "--output-dir", str(tmp_path),
-            "--batch-size", "8", "--log-steps", "1", "--ema-warmup", "--max-train-steps", "3"]
+    shards.write_manifest(
+        folder,
+        space=space,
+        resolution=64,
+        latent_size=4,
+        views=2,
+        parts=1,
+        dtype="float32",
+        crop="none",
+        class_names=["a", "b", "c"],
+        images=False,
+        shards=[entry],
+        source="random numbers",
+    )
+    argv = [
+        "--recipe",
+        "lightningdit",
+        "--model",
+        "LightningDiT-Tiny/1",
+        "--data-dir",
+        str(folder),
+        "--output-dir",
+        str(tmp_path),
+        "--batch-size",
+        "8",
+        "--log-steps",
+        "1",
+        "--ema-warmup",
+        "--max-train-steps",
+        "3",
+    ]
     teacher = train.main([*argv, "--exp-name", "stage1", "--align", "latent", "--align-hidden", "16"])
-    run = train_guide.main([*argv, "--exp-name", "stage2", "--guiding-ckpt", str(teacher), "--align-hidden", "16",
-                            "--align-stop-steps", "2"])
+    run = train_guide.main(
+        [
+            *argv,
+            "--exp-name",
+            "stage2",
+            "--guiding-ckpt",
+            str(teacher),
+            "--align-hidden",
+            "16",
+            "--align-stop-steps",
+            "2",
+        ]
+    )
     found = Checkpoint.open(run).config
     assert found["align"]["guided"]["guide_scale"] == 10 and found["train"]["velocity_loss"] == "mse+cosine"
     assert "loss/guided" in losses(run)[2] and "loss/guided" not in losses(run)[3]
@@ -393,7 +516,9 @@ def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> No
     (batch,) = next(batches.Batches(one.config, one.data, one.device, 0, 1).steps(0, 1, {}))
     drawn = batches.plan(one.config, one.data, 0)
     assert set(drawn.view) == {0, 1}
-    expected = (values[drawn.index, drawn.view, 0] - np.array(space.shift)[:, None, None]) * np.array(space.scale)[:, None, None]
+    expected = (values[drawn.index, drawn.view, 0] - np.array(space.shift)[:, None, None]) * np.array(space.scale)[
+        :, None, None
+    ]
     np.testing.assert_allclose(batch.x0.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -404,7 +529,10 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher
     from training.log import Meter
     from training.loop import update
 
-    run = trainer("train_guide", words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.9))
+    run = trainer(
+        "train_guide",
+        words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.9),
+    )
     learner, meter = Learner(run.network, run.alignments, autocast=run.dtype), Meter(run.accelerator)
     for step, micros in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 6, run.alignments)):
         if step == 3:
@@ -416,12 +544,22 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher
 
 def test_checkpoints_rebuild_their_networks(guided: Path, teacher: Path) -> None:
     found = Checkpoint.open(guided)
-    assert found.step == 4 and found.config["resolved"]["guided"]["teacher"]["digest"] == Checkpoint.open(teacher).digest
+    assert (
+        found.step == 4 and found.config["resolved"]["guided"]["teacher"]["digest"] == Checkpoint.open(teacher).digest
+    )
     for weights, file in (("ema", "ema"), ("raw", "network")):
         network = found.network(weights)
-        assert all(torch.equal(v, found.tensors(file)[k]) for k, v in network.state_dict().items()) and not network.training
+        assert (
+            all(torch.equal(v, found.tensors(file)[k]) for k, v in network.state_dict().items())
+            and not network.training
+        )
     assert not any("head" in name or "teacher" in name for name in found.tensors("network"))
 
 
 if __name__ == "__main__":
-    two_processes(**{key: Path(value) if key == "folder" else value for key, value in json.loads(Path(sys.argv[1]).read_text()).items()})
+    two_processes(
+        **{
+            key: Path(value) if key == "folder" else value
+            for key, value in json.loads(Path(sys.argv[1]).read_text()).items()
+        }
+    )
