@@ -32,7 +32,7 @@ from runtime import files, progress
 from runtime.errors import UserError, require
 from runtime.mapped import map_shard
 from runtime.streams import Stream
-from runtime.transfer import sent
+from runtime.transfer import to_device
 
 __all__ = [
     "FORMAT",
@@ -136,7 +136,7 @@ class LatentSet:
             raise IndexError(f"{self.path} has {self.count} items in {self.views} view(s)")
         if self._on_device is not None:
             latents, labels = self._on_device
-            item, view = (sent(torch.from_numpy(part), latents.device) for part in (indices, chosen))
+            item, view = (to_device(torch.from_numpy(part), latents.device) for part in (indices, chosen))
             return latents[item, view], labels[item]
         return torch.from_numpy(self._gather(indices * self.views + chosen)), torch.from_numpy(self.labels[indices])
 

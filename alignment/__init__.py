@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from alignment.base import Alignment, AlignOptions, Context, Setting
+from alignment.base import Alignment, AlignOptions, BuildContext, Context
 from runtime.errors import UserError, nearest
 
 for _module in pkgutil.iter_modules(__path__):
@@ -22,4 +22,4 @@ def find(name: str) -> type[Alignment]:
     return Alignment.registry[name]
 
 
-__all__ = ["AlignOptions", "Alignment", "Context", "Setting", "find"]
+__all__ = ["AlignOptions", "Alignment", "Context", "BuildContext", "find"]

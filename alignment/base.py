@@ -1,6 +1,6 @@
 """The contract of an alignment: an auxiliary objective on what the network computes inside.
 
-An alignment is one file with one class. Setting `name` registers it; its `Options` dataclass is its command line; the loop
+An alignment is one file with one class. BuildContext `name` registers it; its `Options` dataclass is its command line; the loop
 has no code specific to it. It declares what it reads and returns one loss per sample:
 
     name      word after --align, key in logs and checkpoints
@@ -38,7 +38,7 @@ from alignment import interval as intervals
 from models import Backbone, ModelSpec, Tap
 from models.heads import VelocityHead
 from models.latents import LatentSpace
-from models.layers import hold_in
+from models.layers import cast_block_linears
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
@@ -109,7 +109,7 @@ class AlignOptions:
 
 
 @dataclass(frozen=True)
-class Setting:
+class BuildContext:
     """What an alignment may know when it is built."""
 
     student: ModelSpec
@@ -190,7 +190,7 @@ class Alignment(nn.Module):
         """The options with what depends on the student and the (global) batch filled in: block numbers, scales, stops."""
         return options
 
-    def __init__(self, options: AlignOptions, setting: Setting) -> None:
+    def __init__(self, options: AlignOptions, setting: BuildContext) -> None:
         super().__init__()
         self.options = options
 
@@ -229,14 +229,14 @@ class Frozen:
 
     def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
         self.network = network.to(device).eval().requires_grad_(False)
-        hold_in(network, dtype)
+        cast_block_linears(network, dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self.network(*args, **kwargs)
 
 
-def given_or(value: int | None, default: int | None) -> int | None:
+def first_not_none(value: int | None, default: int | None) -> int | None:
     """`value` where the user gave one, 0 included, else `default`."""
     return default if value is None else value
 

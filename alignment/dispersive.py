@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Setting
+from alignment.base import Alignment, AlignOptions, BuildContext, Context
 from models import ModelSpec
 from models.backbone import block_number
 from runtime.arithmetic import exact_arithmetic
@@ -65,7 +65,7 @@ class Dispersive(Alignment):
     def resolve(cls, options: DispersiveOptions, student: ModelSpec, batch_size: int = 256) -> DispersiveOptions:
         return replace(options, depth=block_number(student.depth, options.share, options.depth, "--dispersive-depth"))
 
-    def __init__(self, options: DispersiveOptions, setting: Setting) -> None:
+    def __init__(self, options: DispersiveOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         self.taps = (options.depth,)
         self.micro_batch = setting.micro_batch

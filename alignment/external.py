@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment.base import AlignOptions, Context, Frozen, Setting
+from alignment.base import AlignOptions, BuildContext, Context, Frozen
 from models.encoders import DINOV2, Encoded, open_encoder
 from runtime import progress
 from runtime.errors import require
@@ -40,7 +40,7 @@ class External:
         attention: blocks of the encoder whose queries and keys are wanted; negative numbers count from the last.
     """
 
-    def __init__(self, options: ExternalOptions, setting: Setting, attention: Collection[int] = ()) -> None:
+    def __init__(self, options: ExternalOptions, setting: BuildContext, attention: Collection[int] = ()) -> None:
         student = setting.student
         self.encoder = open_encoder(
             options.encoder,
@@ -71,7 +71,7 @@ class External:
     def describe(self) -> dict[str, Any]:
         return {"encoder": self.encoder.name, "encoder_digest": self.digest, "encoder_pixels": self.encoder.side}
 
-    def _encode_all(self, setting: Setting, batch: int = 64) -> Encoded:
+    def _encode_all(self, setting: BuildContext, batch: int = 64) -> Encoded:
         """Every row of the data set, encoded in order; a row is item x views + view."""
         data, device = setting.data, setting.device
         mixed = nullcontext() if setting.dtype is None else torch.autocast(device.type, setting.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Frozen, Setting, squared_error
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, Frozen, squared_error
 from models import Backbone, ModelSpec
 from models.backbone import block_number
 from models.heads import mlp
@@ -96,7 +96,7 @@ class Guided(Alignment):
             stop_epochs=(20 if student.hidden_size <= 768 else 10) if never_said else options.stop_epochs,
         )
 
-    def __init__(self, options: GuidedOptions, setting: Setting) -> None:
+    def __init__(self, options: GuidedOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         checkpoint = setting.load(options.guiding_ckpt)
         teacher, student = checkpoint.spec, setting.student
@@ -118,7 +118,7 @@ class Guided(Alignment):
             "weights": options.guiding_weights,
             "epochs": checkpoint.epochs,
         }
-        self.doubt = checkpoint.space.doubt(setting.space)
+        self.doubt = checkpoint.space.unverified_match(setting.space)
 
     def forward(self, context: Context) -> Tensor:
         loss = squared_error(self.head(context.features[self.taps[0]]), self.target(context))
@@ -164,7 +164,7 @@ class Guided(Alignment):
         return [self.teacher.network]
 
 
-def _require_compatible(checkpoint: Any, setting: Setting, options: GuidedOptions) -> None:
+def _require_compatible(checkpoint: Any, setting: BuildContext, options: GuidedOptions) -> None:
     """Refuse a teacher whose inputs or tokens differ; another width or depth is allowed."""
     teacher, student, source = checkpoint.spec, setting.student, options.guiding_ckpt
     grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Setting, cosine, given_or
+from alignment.base import Alignment, BuildContext, Context, cosine, first_not_none
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
 from models.backbone import block_number
@@ -52,7 +52,9 @@ class Haste(Alignment):
 
     @classmethod
     def resolve(cls, options: HasteOptions, student: ModelSpec, batch_size: int = 256) -> HasteOptions:
-        depth = block_number(student.depth, 2 / 3, given_or(options.depth, BLOCKS.get(student.depth)), "--haste-depth")
+        depth = block_number(
+            student.depth, 2 / 3, first_not_none(options.depth, BLOCKS.get(student.depth)), "--haste-depth"
+        )
         student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
         encoder_blocks = options.encoder_depths or tuple(range(-len(student_blocks), 0))
         require(
@@ -72,7 +74,7 @@ class Haste(Alignment):
             stop_steps=stop if never_said else options.stop_steps,
         )
 
-    def __init__(self, options: HasteOptions, setting: Setting) -> None:
+    def __init__(self, options: HasteOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         self.student = setting.student
         self.external = External(options, setting, options.encoder_depths)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Setting, squared_error
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, squared_error
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import VelocityHead
@@ -41,7 +41,7 @@ class Internal(Alignment):
     def resolve(cls, options: InternalOptions, student: ModelSpec, batch_size: int = 256) -> InternalOptions:
         return replace(options, depth=block_number(student.depth, 8 / 28, options.depth, "--internal-depth"))
 
-    def __init__(self, options: InternalOptions, setting: Setting) -> None:
+    def __init__(self, options: InternalOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         low, high = options.trained_times
         self.patch = setting.student.patch_size

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import require
-from runtime.transfer import sent
+from runtime.transfer import to_device
 
 Interval = tuple[float, float]
 MASKS = ("select", "upstream")
@@ -75,7 +75,7 @@ class Selection:
         if few_sizes:
             filled = min(size, max(1, -(-count // step)) * step)
             index = np.concatenate([index, np.full(filled - count, index[0] if count else 0)])
-        return cls(sent(torch.from_numpy(index), device), count / size, count)
+        return cls(to_device(torch.from_numpy(index), device), count / size, count)
 
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
         """The mean of `loss(context)` over the micro-batch, a scalar. `context.take(index)` is that of some samples.

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Setting, given_or, smooth_l1, squared_error
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, first_not_none, smooth_l1, squared_error
 from models import ModelSpec, patchify
 from models.backbone import block_number
 from models.heads import VelocityHead
@@ -69,10 +69,10 @@ class Latent(Alignment):
 
     @classmethod
     def resolve(cls, options: LatentOptions, student: ModelSpec, batch_size: int = 256) -> LatentOptions:
-        chosen = given_or(options.depth, dict(options.blocks).get(student.depth))
+        chosen = first_not_none(options.depth, dict(options.blocks).get(student.depth))
         return replace(options, depth=block_number(student.depth, options.share, chosen, "--latent-depth"))
 
-    def __init__(self, options: LatentOptions, setting: Setting) -> None:
+    def __init__(self, options: LatentOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         self.patch = setting.student.patch_size
         self.taps = (options.depth,)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, Context, Setting, cosine, given_or
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, first_not_none
 from models import ModelSpec
 from models.backbone import block_number
 from runtime.errors import require
@@ -45,14 +45,14 @@ class LayerSync(Alignment):
     @classmethod
     def resolve(cls, options: LayerSyncOptions, student: ModelSpec, batch_size: int = 256) -> LayerSyncOptions:
         known = BLOCKS.get(student.depth, (None, None))
-        depth = block_number(student.depth, 1 / 3, given_or(options.depth, known[0]), "--layersync-depth")
+        depth = block_number(student.depth, 1 / 3, first_not_none(options.depth, known[0]), "--layersync-depth")
         target = block_number(
-            student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--layersync-target-depth"
+            student.depth, 2 / 3, first_not_none(options.target_depth, known[1]), "--layersync-target-depth"
         )
         require(depth < target, f"--layersync-depth {depth} must come before --layersync-target-depth {target}")
         return replace(options, depth=depth, target_depth=target)
 
-    def __init__(self, options: LayerSyncOptions, setting: Setting) -> None:
+    def __init__(self, options: LayerSyncOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         self.taps = (options.depth, options.target_depth)
 

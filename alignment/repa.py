@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, Context, Setting, cosine, given_or
+from alignment.base import Alignment, BuildContext, Context, cosine, first_not_none
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
 from models.backbone import block_number
@@ -54,10 +54,10 @@ class Repa(Alignment):
 
     @classmethod
     def resolve(cls, options: RepaOptions, student: ModelSpec, batch_size: int = 256) -> RepaOptions:
-        chosen = given_or(options.depth, BLOCKS.get(student.depth))
+        chosen = first_not_none(options.depth, BLOCKS.get(student.depth))
         return replace(options, depth=block_number(student.depth, 1 / 3, chosen, "--repa-depth"))
 
-    def __init__(self, options: RepaOptions, setting: Setting) -> None:
+    def __init__(self, options: RepaOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         self.external = External(options, setting)
         self.columns = self.external.columns

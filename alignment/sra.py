@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, Context, Setting, cosine, given_or, smooth_l1
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, first_not_none, smooth_l1
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import linear
@@ -80,13 +80,13 @@ class Sra(Alignment):
         known = BLOCKS.get(student.depth, (None, None))
         return replace(
             options,
-            depth=block_number(student.depth, 1 / 4, given_or(options.depth, known[0]), "--sra-depth"),
+            depth=block_number(student.depth, 1 / 4, first_not_none(options.depth, known[0]), "--sra-depth"),
             target_depth=block_number(
-                student.depth, 2 / 3, given_or(options.target_depth, known[1]), "--sra-target-depth"
+                student.depth, 2 / 3, first_not_none(options.target_depth, known[1]), "--sra-target-depth"
             ),
         )
 
-    def __init__(self, options: SraOptions, setting: Setting) -> None:
+    def __init__(self, options: SraOptions, setting: BuildContext) -> None:
         super().__init__(options, setting)
         self.taps = (options.depth,)
         width, stream = setting.student.hidden_size, Stream(setting.seed, "init/sra")

@@ -24,7 +24,7 @@ import models
 from benchmarks import measure, peer
 from models import Backbone, attention
 from models.latents import LatentSpace
-from models.layers import hold_in
+from models.layers import cast_block_linears
 from models.vae import open_codec
 from runtime import errors, launch
 from runtime.errors import require
@@ -138,7 +138,7 @@ def open_sampler(config: SampleConfig, device: torch.device, folder: Path) -> Sa
     compiling, _ = launch.compiles(config.compile, device)
     if compiling:
         launch.compile_network(network, [], config.compile, device)
-    hold_in(network, dtype)
+    cast_block_linears(network, dtype)
     if device.type == "cuda":
         print("attention:", attention.choose(network, config.batch_size, dtype, backward=False))
     settings = SamplingConfig(

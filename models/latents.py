@@ -76,7 +76,7 @@ class LatentSpace:
             return f"the encoder of {self.vae} against that of {other.vae}"
         return None
 
-    def doubt(self, other: LatentSpace) -> str | None:
+    def unverified_match(self, other: LatentSpace) -> str | None:
         """What speaks against one encoder behind both where no digest can tell: other names. None where nothing does."""
         if None not in (self.digest, other.digest) or self.name == other.name:
             return None

@@ -55,7 +55,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def hold_in(network: nn.Module, dtype: torch.dtype | None) -> None:
+def cast_block_linears(network: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep the weights of the blocks' linear layers in `dtype`: what autocast would make of them at every call."""
     if dtype is not None:
         for module in network.blocks.modules():

@@ -82,7 +82,7 @@ def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
         digest="",
         step=0,
         epochs=None,
-        network=lambda weights, depth=None: cost.hollow(spec, depth),
+        network=lambda weights, depth=None: cost.empty_network(spec, depth),
     )
 
 

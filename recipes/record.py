@@ -162,7 +162,7 @@ class _Train(TypedDict):
     batch_size: int
 
 
-class Told(TypedDict):
+class RecordedConfig(TypedDict):
     """What is read of config.json."""
 
     train: _Train
@@ -302,7 +302,7 @@ def check(folder: Path) -> list[str]:
         )
     if summary["status"] != "finished" or faults:
         return faults
-    train = schema.read(Told, folder / "config.json")["train"]
+    train = schema.read(RecordedConfig, folder / "config.json")["train"]
     for score in summary["scores"]:
         step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
         if score["step"] != step or abs(score["flops"] - flops) > 1e-6 * flops:

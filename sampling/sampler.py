@@ -20,7 +20,7 @@ from models.latents import Codec
 from models.pixels import to_uint8
 from runtime.errors import require
 from runtime.streams import Stream
-from runtime.transfer import sent
+from runtime.transfer import to_device
 from sampling import solvers
 from sampling.config import SamplingConfig
 from sampling.internal import Inner
@@ -94,7 +94,7 @@ class Sampler:
     @torch.no_grad()
     def latents(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Tensor:
         """(n, C, H, W) float64 normalised latents of the samples at `indices`; `labels` (n,) replaces their own."""
-        y = sent(torch.from_numpy(self.labels(indices) if labels is None else labels), self.device)
+        y = to_device(torch.from_numpy(self.labels(indices) if labels is None else labels), self.device)
         velocity, sde = self._velocity(y), self.settings.mode == "sde"
         with closing(self._noise(indices, len(self.grid) - 1 if sde else 1)) as noise:  # an SDE's last step draws none
             start = next(noise)

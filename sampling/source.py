@@ -10,7 +10,7 @@ from models import Backbone, attention
 from models.checkpoint import Checkpoint
 from models.hub_client import PREFIX
 from models.latents import Codec
-from models.layers import hold_in
+from models.layers import cast_block_linears
 from models.vae import open_codec
 from runtime import launch
 from runtime.errors import require
@@ -67,7 +67,7 @@ class Source:
         compiling, _ = launch.compiles(options.compile, device)
         if compiling:
             launch.compile_network(network, [inner.head] if inner else [], options.compile, device)
-        hold_in(network, dtype)
+        cast_block_linears(network, dtype)
         if device.type == "cuda":
             accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")
         space = checkpoint.space

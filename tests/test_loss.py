@@ -12,7 +12,7 @@ from torch import Tensor
 
 import interpolant
 import models
-from alignment import Alignment, Context, Setting, find
+from alignment import Alignment, BuildContext, Context, find
 from alignment.interval import Selection
 from loss import Batch, Learner, flow_matching
 from models.checkpoint import Checkpoint
@@ -39,8 +39,8 @@ def batch(count: int = 6, **more: object) -> Batch:
     return Batch(x0, eps, torch.linspace(0.05, 0.95, count), torch.where(labels == 2, 10, labels), labels, **more)
 
 
-def setting(load: object = Checkpoint.open, **more: object) -> Setting:
-    return Setting(
+def setting(load: object = Checkpoint.open, **more: object) -> BuildContext:
+    return BuildContext(
         **{"student": SPEC, "space": pixels(1), "seed": 0, "device": torch.device("cpu"), "dtype": None, "load": load}
         | more
     )

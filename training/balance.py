@@ -59,7 +59,7 @@ def _squares(
     }
 
 
-class Watch:
+class RatioMonitor:
     """Says once when an alignment has left the band, and again only after it has been back."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from config import TrainConfig
 from dataset import LatentSet
 from loss import Batch
 from runtime.streams import Stream
-from runtime.transfer import sent
+from runtime.transfer import to_device
 
 AHEAD = 2
 """Steps that are read beyond the current one: a slow step's images do not hold up the device."""
@@ -120,7 +120,7 @@ class Batches:
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
         draws = {
             name: {
-                key: sent(torch.from_numpy(value[self.share]), self.device)
+                key: to_device(torch.from_numpy(value[self.share]), self.device)
                 for key, value in alignment.draw(
                     Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size
                 ).items()

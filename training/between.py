@@ -55,7 +55,7 @@ class Between:
     def __init__(self, run: Run, log: RunLog, callbacks: Sequence[Callback], asked: Asked) -> None:
         self.run, self.log, self.callbacks, self.asked = run, log, callbacks, asked
         self.vote = Vote(run.accelerator)
-        self.watch = balance.Watch()
+        self.ratio_monitor = balance.RatioMonitor()
         self.launcher = os.getppid()
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0  # of the longest save so far
@@ -75,7 +75,7 @@ class Between:
             values = {**meter.report(config.batch_size), "learning_rate": run.optimizer.param_groups[0]["lr"]}
             health.require_healthy(run, meter, last)
             self._require_finite(name for name, value in values.items() if not math.isfinite(value))
-        for warning in self.watch(values):
+        for warning in self.ratio_monitor(values):
             self.log.say(warning)
         due = [callback for callback in self.callbacks if step % callback.every == 0]
         pictures: dict[str, Path] = {}

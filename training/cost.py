@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from alignment import Alignment, AlignOptions, Setting
+from alignment import Alignment, AlignOptions, BuildContext
 from alignment.interval import expected_share
 from config import TrainConfig
 from dataset import LatentSet
@@ -51,7 +51,7 @@ def estimate(
     dtype = launch.precision(config.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     cpu = torch.device("cpu")
     # bfloat16 alone is the setting of Frozen, whose casts would only blur the count
-    setting = Setting(spec, data.space, config.seed, cpu, None, load, data, dry=True)
+    setting = BuildContext(spec, data.space, config.seed, cpu, None, load, data, dry=True)
     alignments = setup.alignments(list(setup.options), setting)
     images = any("image" in alignment.columns for alignment in alignments.values())
     probe = _Probe(setup, dtype, data.images([0]).shape[1:] if images else ())
@@ -140,7 +140,7 @@ class _Probe:
 
     def __init__(self, setup: Setup, dtype: torch.dtype | None, image: tuple[int, ...]) -> None:
         self.setup, self.dtype, self.latent, self.image = setup, dtype, setup.data.shape[1:], image
-        self.network, self.ema = hollow(setup.spec), hollow(setup.spec)
+        self.network, self.ema = empty_network(setup.spec), empty_network(setup.spec)
         self._known: dict[tuple, tuple[float, float, float]] = {}
 
     def run(self, alignments: dict[str, Alignment], count: int = 2, mode: str = "none") -> tuple[float, float, float]:
@@ -210,7 +210,7 @@ def attention_on_cpu() -> dict[Any, Callable[..., int]]:
     }
 
 
-def hollow(spec: models.ModelSpec, depth: int | None = None) -> Backbone:
+def empty_network(spec: models.ModelSpec, depth: int | None = None) -> Backbone:
     """A network (or its first `depth` blocks) whose parameters are never touched, so that they take no memory."""
     network = models.outline(spec, depth=depth)
     network.load_state_dict(

@@ -66,9 +66,9 @@ def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
     """Optimiser steps up to `end` with the alignments that live now; yields the number of each when it is done."""
     learner = run.learner()
     for micros in run.batches(end):
-        if not run.passes_over(run.step + 1):
+        if not run.skips_step(run.step + 1):
             run.set_rate()
-            if meter is not None and run.alignments and run.compares_at(run.step + 1):
+            if meter is not None and run.alignments and run.logs_grad_ratio_at(run.step + 1):
                 meter.ratios = balance.ratios(learner, micros, run.weights(), run.accelerator)
             update(learner, micros, run.weights(), run.optimizer, run.config.max_grad_norm, meter)
             for average in run.averages.values():

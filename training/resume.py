@@ -215,7 +215,7 @@ def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, 
     said = [
         f"starts from the {config.init_weights} weights of {source.path} (step {source.step}): {', '.join(changes) or 'as they are'}"
     ]
-    doubt = source.space.doubt(setup.data.space)
+    doubt = source.space.unverified_match(setup.data.space)
     return started, said + ([f"warning: --init-ckpt {source.path}: {doubt}"] if doubt else [])
 
 

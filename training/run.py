@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from alignment import AlignOptions, Setting
+from alignment import AlignOptions, BuildContext
 from config import TrainConfig
 from loss import Batch
 from models import Backbone, attention, checkpoint, published
@@ -74,7 +74,7 @@ class Run:
         self.step: int = self.resumed.step if self.resumed else 0
         network, self.origin = resume.network(self.setup, self.resumed)
         self.network, self.spec = network.to(self.device).train(), network.spec
-        setting = Setting(
+        setting = BuildContext(
             self.spec,
             self.data.space,
             config.seed,
@@ -135,12 +135,12 @@ class Run:
         about = self.presence.missing() if self.presence is not None else "its own message says why it ended"
         return f"lost contact with another process near step {self.step}: {about}; the same command continues from the last checkpoint"
 
-    def passes_over(self, step: int) -> bool:
+    def skips_step(self, step: int) -> bool:
         """Whether --skip-steps leaves out optimiser step `step`, counted from 1."""
         skipped = self.config.skip_steps
         return skipped is not None and skipped[0] <= step <= skipped[1]
 
-    def compares_at(self, step: int) -> bool:
+    def logs_grad_ratio_at(self, step: int) -> bool:
         """Whether gradient norms of alignments and denoising are compared in optimiser step `step`, counted from 1."""
         return bool(self.config.grad_ratio_steps) and step % self.config.grad_ratio_steps == 0
 

@@ -13,7 +13,7 @@ import torch
 
 import dataset
 import models
-from alignment import Alignment, AlignOptions, Setting, find
+from alignment import Alignment, AlignOptions, BuildContext, find
 from config import TrainConfig
 from dataset import LatentSet
 from loss import Learner
@@ -70,7 +70,7 @@ class Setup:
         """The alignments that still act after `step` optimiser steps."""
         return [name for name, stop in self.stops.items() if stop is None or step < stop]
 
-    def alignments(self, names: list[str], setting: Setting) -> dict[str, Alignment]:
+    def alignments(self, names: list[str], setting: BuildContext) -> dict[str, Alignment]:
         """The alignments called `names`, with their heads and frozen networks."""
         return {name: find(name)(self.options[name], setting) for name in names}
 

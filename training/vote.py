@@ -13,7 +13,7 @@ EVERY = 4
 class Vote:
     """Any process may wish for something; all see it at the same step.
 
-    Alone, a process has its wish at once. Among several, the wishes are summed over the processes at every fourth step, and the
+    Alone, a process has its request granted at once. Among several, the requests are summed over the processes at every fourth step, and the
     sum is read at the vote after: by then it has long been there, so that reading it does not hold the device up.
     """
 
@@ -22,22 +22,22 @@ class Vote:
         self._sum: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
 
-    def __call__(self, step: int, **wishes: bool) -> set[str]:
-        """The names of the wishes that are granted at `step`."""
+    def __call__(self, step: int, **requests: bool) -> set[str]:
+        """The names of the requests that are granted at `step`."""
         if self._accelerator.num_processes == 1:
-            return {name for name, wished in wishes.items() if wished}
+            return {name for name, requested in requests.items() if requested}
         if step % EVERY:
             return set()
-        granted = self._read(list(wishes))
-        self._send([float(wished) for wished in wishes.values()])
+        granted = self._read(list(requests))
+        self._send([float(requested) for requested in requests.values()])
         return granted
 
-    def _send(self, wishes: list[float]) -> None:
+    def _send(self, requests: list[float]) -> None:
         cuda = self._accelerator.device.type == "cuda"
-        wished = torch.tensor(wishes, pin_memory=cuda).to(self._accelerator.device, non_blocking=True)
-        total = self._accelerator.reduce(wished, "sum")
+        requested = torch.tensor(requests, pin_memory=cuda).to(self._accelerator.device, non_blocking=True)
+        total = self._accelerator.reduce(requested, "sum")
         if cuda:
-            host = torch.empty(len(wishes), pin_memory=True)
+            host = torch.empty(len(requests), pin_memory=True)
             host.copy_(total, non_blocking=True)
             self._ready = torch.cuda.Event()
             self._ready.record()
@@ -49,4 +49,4 @@ class Vote:
             return set()
         if self._ready is not None:
             self._ready.synchronize()
-        return {name for name, wished in zip(names, self._sum.tolist(), strict=True) if wished}
+        return {name for name, requested in zip(names, self._sum.tolist(), strict=True) if requested}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interpolant
 import models
-from alignment import Alignment, AlignOptions, Context, Setting, find
+from alignment import Alignment, AlignOptions, BuildContext, Context, find
 from alignment.haste import attention_loss
 from alignment.interval import Selection
 from alignment.sra import SraOptions
@@ -45,7 +45,7 @@ def build(teacher: Path, encoder: Path) -> Callable[..., Alignment]:
         kind = find(name)
         small = {"hidden": 32} if "hidden" in kind.Options.__dataclass_fields__ else {}
         chosen = kind.resolve(kind.Options(**{**small, **own.get(name, {}), **options}), SPEC)
-        one = kind(chosen, Setting(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
+        one = kind(chosen, BuildContext(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
         if name == "internal":  # its head starts at zero, where nothing passes
             torch._foreach_add_([p.data for p in one.parameters()], 0.05)
         return one

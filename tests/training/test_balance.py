@@ -128,7 +128,7 @@ def test_it_is_measured_every_so_many_steps_and_logged_at_the_next_report(tmp_pa
 
 
 def test_a_ratio_that_stays_outside_the_band_is_said_once() -> None:
-    watch = balance.Watch()
+    watch = balance.RatioMonitor()
 
     def said(ratio: float) -> list[str]:
         return watch({"grad_norm": 9.0, "grad_norm_ratio/latent": ratio})

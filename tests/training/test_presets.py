@@ -14,7 +14,7 @@ import generate
 import models
 import train
 import train_guide
-from alignment import Context, Setting, find
+from alignment import BuildContext, Context, find
 from alignment.haste import logits
 from config import RECIPES
 from models import published
@@ -34,8 +34,8 @@ def spec(name: str) -> models.ModelSpec:
     return models.spec(name, in_channels=4, input_size=32, num_classes=1000)
 
 
-def setting(student: models.ModelSpec, **more: object) -> Setting:
-    return Setting(
+def setting(student: models.ModelSpec, **more: object) -> BuildContext:
+    return BuildContext(
         **{
             "student": student,
             "space": pixels(student.in_channels),

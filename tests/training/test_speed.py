@@ -192,7 +192,7 @@ def test_a_sampler_in_bf16_keeps_its_weights_in_bf16_and_its_bits(guided: Path, 
     held = {module.weight.dtype for module in source.network.blocks.modules() if isinstance(module, torch.nn.Linear)}
     assert held == {torch.bfloat16} and source.network.final_layer.linear.weight.dtype == torch.float32
     found = source.sampler(settings, 4).latents(range(4))
-    monkeypatch.setattr("sampling.source.hold_in", lambda *_: None)
+    monkeypatch.setattr("sampling.source.cast_block_linears", lambda *_: None)
     cast_at_every_call = Source.open(SourceOptions(ckpt=str(guided), mixed_precision="bf16"), settings)
     assert next(cast_at_every_call.network.blocks.parameters()).dtype == torch.float32
     assert torch.equal(found, cast_at_every_call.sampler(settings, 4).latents(range(4)))

@@ -173,9 +173,9 @@ def test_spaces_without_a_digest_are_compared_by_name(tmp_path: Path, words: Wor
     run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
     assert any("latents of sd-vae against pixels" in line for line in run.introduction())
     space = Checkpoint.open(teacher).space
-    assert space.doubt(space) is None
+    assert space.unverified_match(space) is None
     digests = [dataclasses.replace(space, name=name, digest="a") for name in ("one", "two")]
-    assert digests[0].doubt(digests[1]) is None  # equal digests leave no doubt, whatever the names
+    assert digests[0].unverified_match(digests[1]) is None  # equal digests leave no doubt, whatever the names
 
 
 def test_a_run_that_is_done_says_finished(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
