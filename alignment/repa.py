@@ -34,10 +34,10 @@ class RepaOptions(ExternalOptions):
     """Options of REPA; `depth` is 4 of 12 blocks, 8 of 24 and 28, a third of any other depth."""
 
     projector: str = option(
-        "mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution", later=True
+        "mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution"
     )
     spatial_norm: float | None = option(
-        None, help="standardise the encoder's tokens over space, less this share of their mean", later=True
+        None, help="standardise the encoder's tokens over space, less this share of their mean"
     )
 
 

@@ -1,15 +1,14 @@
 """A dataclass as a command line.
 
-A command declares its options as a frozen dataclass whose fields are made with `option` (one flag each:
-`max_train_steps` -> `--max-train-steps`) and `group` (another such dataclass, whose flags join in). `read` is the one
-call that turns words into that dataclass: defaults < layers between (recipes, presets) < command line.
+A command declares its options as a frozen dataclass. Its fields are made with `option` (one flag each:
+`max_train_steps` -> `--max-train-steps`) and `group` (another such dataclass, whose flags join in). `read` turns
+the command line into that dataclass. Later sources win: defaults, layers between (recipes, presets), command line.
 
-Why not a library. simple-parsing 0.1.9, tyro 1.0.17 and jsonargparse 4.53 were tried (November 2026). What
-the commands here need and none of them has together: the values that were given, apart from defaults, so that presets
-can stand between (jsonargparse alone tells them apart); options of any number of alignments side by side, a flag being
-shortened where it is unambiguous (none); a mistake answered in one line with the nearest flag or with a hint of our own
-(tyro suggests, in a box of ten lines); `--interval 0.4 0.7` as a tuple (jsonargparse wants a list in brackets). So argparse
-does the parsing and this file only derives its arguments.
+Why not a library: simple-parsing 0.1.9, tyro 1.0.17 and jsonargparse 4.53 were tried (November 2026). None has all that
+the commands here need: the given values apart from defaults, so that presets can stand between (jsonargparse alone tells
+them apart); options of several alignments side by side, with a short flag where it is unambiguous; one line for a
+mistake, with the nearest flag or a hint of our own (tyro suggests, in a box of ten lines); `--interval 0.4 0.7` as a
+tuple (jsonargparse wants a list in brackets). So argparse parses, and this file derives its arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from runtime.errors import UserError, nearest
+from runtime.errors import UserError, nearest, require
 
 T = TypeVar("T")
 Given = dict[str, Any]
@@ -38,24 +37,40 @@ def option(
     choices: Sequence[str] | None = None,
     flag: str | None = None,
     heading: str | None = None,
-    later: bool = False,
+    within: str = "",
+    rare: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag. Without `default` the flag is required.
 
-    `heading` starts a group of `--help`, to which the fields that follow belong too. `later` is for an option that is younger
-    than records on disk: at its default it is left out of them (`as_dict`), so that the record of an older command stays the same.
+    Args:
+        flag: the flag's name where it is not that of the field.
+        heading: starts a group of `--help`, to which the fields that follow belong too.
+        within: bounds of its number (of each, where it has several) in mathematical notation: "[0, 1)", "(0, inf)".
+        rare: has no flag. Presets and files of options (`values_of`) set it.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "flag": flag, "heading": heading, "later": later}
-    )
+    metadata = {"help": help, "choices": choices, "flag": flag, "heading": heading, "within": within, "rare": rare}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def group(schema: type, *, without: Sequence[str] = ()) -> Any:
-    """A dataclass field that holds the options of `schema`; the flags of the fields in `without` are left out.
+    """A dataclass field that holds the options of `schema`. Fields in `without` have no flag and keep their defaults.
 
-    Those keep their defaults, and the command declares what it has in their place. Option names are unique over all groups.
+    Option names are unique over all groups.
     """
     return dataclasses.field(default=MISSING, metadata={"group": schema, "without": frozenset(without)})
+
+
+def require_bounds(config: Any) -> None:
+    """Raise UserError for the first option of `config` whose number lies outside its `within`. None is always inside."""
+    for field in dataclasses.fields(config):
+        bounds, value = field.metadata.get("within"), getattr(config, field.name)
+        if not bounds or value is None:
+            continue
+        low, high = map(float, bounds[1:-1].split(","))
+        for number in value if isinstance(value, tuple) else (value,):
+            above = number >= low if bounds[0] == "[" else number > low
+            below = number <= high if bounds[-1] == "]" else number < high
+            require(above and below, f"{flags_of(field)[0]} {number} must lie in {bounds}")
 
 
 class Option(NamedTuple):
@@ -67,7 +82,7 @@ class Option(NamedTuple):
 
 
 def options_of(schema: type) -> Iterator[Option]:
-    """The options of `schema`, those of its groups among them, in order."""
+    """The options of `schema` and of its groups, in order."""
     hints, heading = typing.get_type_hints(schema), None
     for field in dataclasses.fields(schema):
         if inner := field.metadata.get("group"):
@@ -91,14 +106,14 @@ def read(
     """The options of a command.
 
     Args:
-        first: the option that a leading word without a flag stands for.
-        between: settings between the defaults and the command line, chosen by what was given (a preset).
-        epilog: text after the options in `--help`: what only the caller knows, such as the names of presets.
-        hints: what to say to a flag of other programs, by flag; looked up before the nearest flag is suggested.
+        first: the option that takes a leading word without a flag.
+        between: returns settings between the defaults and the command line, from the given values (a preset).
+        epilog: text after the options in `--help`, such as the names of presets.
+        hints: replies to flags of other programs, by flag; used before the nearest flag is suggested.
 
     Raises:
-        UserError: an unknown flag, a value of the wrong type, a required option that is missing, and whatever the
-            dataclass refuses by itself.
+        UserError: an unknown flag, a value of the wrong type, a missing required option, or a value that the dataclass
+            refuses.
     """
     words = list(argv)
     if first is not None and words and not words[0].startswith("-"):
@@ -121,10 +136,10 @@ def parse(
     epilog: str | None = None,
     hints: Mapping[str, str] | None = None,
 ) -> dict[str, Given]:
-    """The values that `argv` gives, by section and option name, typed as the sections' dataclasses say.
+    """The values that `argv` gives, by section and option name, with the types of the sections' dataclasses.
 
-    The section called "" has plain flags (`--seed`). Every other section is an alignment: `depth` of section `repa` is
-    set by `--repa-depth`, and by `--align-depth` too where it is the only alignment that has it. See `read`.
+    The section called "" has plain flags (`--seed`). Every other section is an alignment: `--repa-depth` sets `depth` of
+    section `repa`, and so does `--align-depth` if no other alignment has that option. See `read`.
     """
     parser = _Parser(
         prog=prog,
@@ -138,6 +153,8 @@ def parse(
     titled: dict[str | None, Any] = {None: parser}
     for section, schema in schemas.items():
         for opt in options_of(schema):
+            if opt.field.metadata["rare"]:
+                continue
             title = f"alignment {section}" if section else opt.heading
             if title not in titled:
                 titled[title] = parser.add_argument_group(title)
@@ -154,7 +171,7 @@ def parse(
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser, hints: Mapping[str, str]) -> str:
-    """What to say to a word that is not a flag of the parser."""
+    """The message for a word that is not a flag of the parser."""
     if word in hints:
         return f"{word} is not an option here: {hints[word]}"
     flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -162,7 +179,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser, hints: Mapping[str, str
 
 
 def peek(schema: type, name: str, argv: Sequence[str]) -> Any:
-    """The value that `argv` gives to one option of `schema`, other words unread; its default where it gives none."""
+    """The value that `argv` gives to one option of `schema`, else its default. Other words are not read."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     opt = next(opt for opt in options_of(schema) if opt.field.name == name)
     _add(parser, opt, flags_of(opt.field), dest=name)
@@ -173,6 +190,8 @@ def peek(schema: type, name: str, argv: Sequence[str]) -> Any:
 def flags_of(field: dataclasses.Field, section: str = "", alone: bool = False) -> list[str]:
     """The flags that set `field`."""
     word = field.name.replace("_", "-")
+    if field.metadata.get("rare"):
+        return [field.name]
     if field.metadata.get("flag"):
         return [f"--{field.metadata['flag']}"]
     if not section:
@@ -181,7 +200,7 @@ def flags_of(field: dataclasses.Field, section: str = "", alone: bool = False) -
 
 
 class _Store(argparse.Action):
-    """Stores a value; two flags of one option that disagree are refused, while a flag given twice means its last value."""
+    """Stores a value. The last of two values of one flag wins; two flags of one option must agree."""
 
     def __call__(
         self,
@@ -202,10 +221,12 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     kind, count = kind_of(opt.hint)
     text = field.metadata["help"]
     if field.default is MISSING:
-        text += " (required)"  # by `build`: an unknown flag is the better thing to complain about first
+        text += " (required)"  # `build` checks it: a message about an unknown flag comes first
     elif field.default not in (None, ""):
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         text += f" (default {shown})"
+    if field.metadata["within"]:
+        text += f" in {field.metadata['within']}"
     arguments: dict[str, Any] = {"dest": dest, "help": text.replace("%", "%%")}
     if kind is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
@@ -224,15 +245,15 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
 
 
 def finite(word: str) -> float:
-    """A finite number, with which single precision can still count; the type of every float option."""
+    """A finite number within the range of single precision; the type of every float option."""
     value = float(word)
-    if not abs(value) <= 1e30:  # NaN is not
+    if not abs(value) <= 1e30:  # false for NaN too
         raise ValueError(word)
     return value
 
 
 def whole(word: str) -> int:
-    """A whole number of at most 64 bits; the type of every int option."""
+    """A whole number that fits 64 bits; the type of every int option."""
     value = int(word)
     if not -(2**63) <= value < 2**63:
         raise ValueError(word)
@@ -242,13 +263,11 @@ def whole(word: str) -> int:
 def printable(word: str) -> str:
     """Characters that a file, a log and a terminal can show; the type of every str option."""
     if not word.strip():
-        raise argparse.ArgumentTypeError(
-            "it is empty (a variable that is not set?): give a value, or leave the option out"
-        )
+        raise argparse.ArgumentTypeError("it is empty (is a variable unset?): give a value, or leave the option out")
     odd = next((letter for letter in word if unicodedata.category(letter) in ("Cc", "Cs")), None)
     if odd is not None:
         raise argparse.ArgumentTypeError(
-            f"{word[:40]} holds {odd!r}, a control character or a byte that is no UTF-8: choose another value"
+            f"{word[:40]} contains {odd!r}, a control character or a byte outside UTF-8: choose another value"
         )
     return word
 
@@ -258,7 +277,7 @@ _TYPES = {float: finite, int: whole, str: printable}
 
 
 def kind_of(hint: Any) -> tuple[type, int | str | None]:
-    """The scalar type of an annotation, and how many values its flag takes (None: one; '+': a tuple of any length)."""
+    """The scalar type of an annotation, and the number of values of its flag (None: one; '+': a tuple of any length)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -268,7 +287,7 @@ def kind_of(hint: Any) -> tuple[type, int | str | None]:
 
 
 def build(schema: type[T], *layers: Given) -> T:
-    """The dataclass `schema` with the values of `layers`, later layers winning; lists become tuples.
+    """The dataclass `schema` with the values of `layers`. Later layers win; lists become tuples.
 
     Raises:
         UserError: a name that is not an option, a required option that is missing.
@@ -279,7 +298,7 @@ def build(schema: type[T], *layers: Given) -> T:
     known = {opt.field.name: opt.field for opt in options_of(schema)}
     known |= {
         field.name: field for field in dataclasses.fields(schema) if not field.metadata
-    }  # set by presets, without a flag
+    }  # presets alone set these
     for name in values:
         if name not in known:
             raise UserError(f"{schema.__name__} has no option {name}{nearest(name, known)}")
@@ -294,7 +313,7 @@ def build(schema: type[T], *layers: Given) -> T:
 
 
 def _filled(schema: type[T], values: Given) -> T:
-    """`schema` with those of `values` that are its own or of its groups."""
+    """`schema` with those of `values` that belong to it or to its groups."""
     arguments = {}
     for field in dataclasses.fields(schema):
         if inner := field.metadata.get("group"):
@@ -306,13 +325,44 @@ def _filled(schema: type[T], values: Given) -> T:
     return schema(**arguments)
 
 
-def as_dict(config: Any, whole: bool = False) -> Given:
-    """A config as plain JSON values by option name, its groups laid flat; `whole`: with `later` options at their defaults too."""
+def values_of(schema: type, values: Given, where: str) -> Given:
+    """`values` that a file gives to options of `schema`, checked as words of the command line are. Nulls are left out.
+
+    Raises:
+        UserError: a name that is not an option, a value of the wrong type; `where` names the file.
+    """
+    known = {opt.field.name: opt for opt in options_of(schema)}
+    for name in values:
+        require(name in known, f"{where} has no option {name}{nearest(name, known)}; remove it, or correct the name")
+    return {name: _typed(known[name], value, where) for name, value in values.items() if value is not None}
+
+
+def _typed(opt: Option, value: Any, where: str) -> Any:
+    kind, count = kind_of(opt.hint)
+    items = value if isinstance(value, list) else [value]
+    right_form = isinstance(value, list) if count else len(items) == 1
+    right_form = right_form and count in (None, "+", len(items))
+    choices = opt.field.metadata["choices"]
+    try:
+        # JSON has types of its own: a number is not a word, nor the reverse, and true is not 1
+        if not right_form or any(isinstance(item, (bool, str)) != (kind in (bool, str)) for item in items):
+            raise ValueError
+        typed = [item if kind is bool else _TYPES.get(kind, kind)(str(item)) for item in items]
+        if any(not isinstance(item, kind) or (choices and item not in choices) for item in typed):
+            raise ValueError
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        hint = f"one of {', '.join(choices)}" if choices else f"a value of type {kind.__name__}"
+        raise UserError(f"{where}: {opt.field.name} is {value!r}; give {hint}") from error
+    return tuple(typed) if count else typed[0]
+
+
+def as_dict(config: Any) -> Given:
+    """A config as plain JSON values by option name, its groups laid flat."""
     values: Given = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "group" in field.metadata:
-            values |= {k: v for k, v in as_dict(value, whole).items() if k not in field.metadata["without"]}
-        elif whole or not field.metadata.get("later") or value != field.default:
+            values |= {k: v for k, v in as_dict(value).items() if k not in field.metadata["without"]}
+        else:
             values[field.name] = list(value) if isinstance(value, tuple) else value
     return values

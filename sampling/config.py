@@ -42,11 +42,11 @@ class SamplingConfig:
         "all", choices=("all", "first3"), help="channels that are guided (SiT, LightningDiT: first3)"
     )
     internal_scale: float = option(
-        1.0, help="internal guidance by the velocity head of a shallow block; 1 is none", later=True
+        1.0, help="internal guidance by the velocity head of a shallow block; 1 is none"
     )
-    internal_low: float | None = option(None, help="guide internally while t is at least this, and", later=True)
+    internal_low: float | None = option(None, help="guide internally while t is at least this, and")
     internal_high: float | None = option(
-        None, help="at most this (default: the times that the head was trained on)", later=True
+        None, help="at most this (default: the times that the head was trained on)"
     )
     weights: str = option(
         "ema",

@@ -1,9 +1,12 @@
-"""From words to a run: recipes, presets and flags of `train.py` and `train_guide.py`, and what a network is taken over from."""
+"""From the command line to a run: recipes, presets, files of options and flags of `train.py` and `train_guide.py`.
+
+A run that starts from a checkpoint takes over model, QK-norm and recipe from it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,9 +15,9 @@ from alignment import Alignment, AlignOptions, find
 from config import RECIPES, TrainConfig
 from models.checkpoint import Checkpoint, latest
 from models.peers import PEERS
-from runtime import launch
+from runtime import files, launch
 from runtime.errors import UserError, nearest, require
-from runtime.options import Given, build, parse, peek
+from runtime.options import Given, build, parse, peek, values_of
 from training import cost, loop
 from training.between import Callback
 from training.run import Run
@@ -27,17 +30,25 @@ def resolve(
     always: tuple[str, ...] = (),
     take_over: Callable[[dict[str, Given]], Given] | None = None,
 ) -> tuple[TrainConfig, dict[str, AlignOptions]]:
-    """The run's options and those of each alignment: defaults < recipe < what is taken over < preset < command line.
+    """The run's options and those of each alignment.
 
-    `always` names alignments that the program adds by itself. `take_over` finds what is taken over from a checkpoint that the
-    command names (`taken_over`); without it no file is opened.
+    Later sources win: defaults, recipe, checkpoint that the run starts from, preset, --config, flags.
+
+    Args:
+        always: alignments that the program adds by itself.
+        take_over: finds the options to take over from a checkpoint (`taken_over`). Without it no checkpoint is opened.
 
     Raises:
         UserError: unknown flags, names or presets, contradictory values.
     """
-    names = [*always, *(name for name in peek(TrainConfig, "align", argv) if name != "none")]
+    file = peek(TrainConfig, "config", argv)
+    settings = read_settings(file) if file else {"train": {}, "align": {}}
+    words = ["--align", *settings["train"].get("align", ["none"]), *argv] if file else argv
+    names = [*always, *(name for name in peek(TrainConfig, "align", words) if name != "none")]
     kinds = {name: find(name) for name in names}
-    given = parse(
+    unused = min(settings["align"].keys() - kinds.keys(), default=None)
+    require(unused is None, f"{file} has options of {unused}, which this command does not train; remove them there")
+    flags = parse(
         {"": TrainConfig, **{name: kind.Options for name, kind in kinds.items()}},
         argv,
         prog=prog,
@@ -45,30 +56,49 @@ def resolve(
         epilog=catalogue(),
         hints=PEERS,
     )
+    given = {"": {**values_of(TrainConfig, settings["train"], file), **flags[""]}}
+    for name, kind in kinds.items():
+        given[name] = {**values_of(kind.Options, settings["align"].get(name, {}), file), **flags[name]}
     taken = take_over(given) if take_over else {}
     recipe = RECIPES[given[""].get("recipe", taken.get("recipe", "sit"))]
-    preset = given[""].get("preset")
-    known = {word for kind in kinds.values() for word in kind.presets}
-    if preset is not None and preset not in known:
-        raise UserError(
-            f"unknown preset {preset}{nearest(preset, known)}; "
-            f"{' and '.join(names) or 'plain training'} has {', '.join(sorted(known)) or 'none'}: give one of these, or none"
-        )
-    chosen = {name: kind.presets.get(preset, {}) for name, kind in kinds.items()}
-    train = build(
-        TrainConfig, recipe["train"], taken, *(settings.get("train", {}) for settings in chosen.values()), given[""]
-    )
+    chosen = _preset(given[""].get("preset"), kinds)
+    presets = (preset.get("train", {}) for preset in chosen.values())
+    train = build(TrainConfig, recipe["train"], taken, *presets, given[""])
     options = {}
     for name, kind in kinds.items():
+        # a recipe sets options of any alignment that has them
         common = {key: value for key, value in recipe["align"].items() if key in kind.Options.__dataclass_fields__}
         options[name] = build(kind.Options, common, chosen[name].get("options", {}), given[name])
     return train, options
 
 
-def taken_over(given: dict[str, Given]) -> Given:
-    """Model, QK-norm and recipe of the network that a run starts from, or of its teacher, where the command does not say them.
+def read_settings(file: str) -> dict[str, Given]:
+    """Options in a JSON file: {"train": {...}, "align": {NAME: {...}}}, the form of a run's run.json.
 
-    A run that is continued has them in its own checkpoint. The main process says what was taken, and from where.
+    Raises:
+        UserError: the file is missing, or has another form.
+    """
+    values = files.read_json(Path(file))
+    settings = {key: values.get(key, {}) for key in ("train", "align")} if isinstance(values, dict) else {}
+    right = bool(settings) and all(isinstance(part, dict) for part in [*settings.values(), *settings["align"].values()])
+    require(right, f'{file} is not of the form {{"train": {{...}}, "align": {{NAME: {{...}}}}}}; correct it')
+    return settings
+
+
+def _preset(preset: str | None, kinds: Mapping[str, type[Alignment]]) -> dict[str, dict[str, Given]]:
+    """The settings that `preset` has for each alignment."""
+    known = {word for kind in kinds.values() for word in kind.presets}
+    if preset is not None and preset not in known:
+        method = " and ".join(kinds) or "plain training"
+        presets = f"has the presets {', '.join(sorted(known))}" if known else "has no presets"
+        raise UserError(f"unknown preset {preset}{nearest(preset, known)}; {method} {presets}")
+    return {name: kind.presets.get(preset, {}) if preset else {} for name, kind in kinds.items()}
+
+
+def taken_over(given: dict[str, Given]) -> Given:
+    """Model, QK-norm and recipe of the network that a run starts from, or of its teacher, unless `given` has them.
+
+    A run that is continued has them in its own checkpoint. The main process prints what was taken and from where.
     """
     plain = given[""]
     place = plain.get("branch_from") or plain.get("init_ckpt") or given.get("guided", {}).get("guiding_ckpt")
@@ -82,7 +112,7 @@ def taken_over(given: dict[str, Given]) -> Given:
     taken = {key: value for key, value in known.items() if key not in plain}
     require(
         taken.get("model", "") != "custom",
-        f"{place} is of no registered size: say --model, one of {', '.join(models.names())}",
+        f"the network of {place} has no registered size: give --model, one of {', '.join(models.names())}",
     )
     if resumed is None and os.environ.get("RANK", "0") == "0":
         print(
@@ -93,7 +123,7 @@ def taken_over(given: dict[str, Given]) -> Given:
 
 
 def catalogue() -> str:
-    """The names that `--help` ends with: models, and alignments with their presets."""
+    """Names at the end of `--help`: models, and alignments with their presets."""
     width = max(map(len, Alignment.registry))
     lines = [
         f"  {name:{width}}  {kind.summary()} (presets: {', '.join(kind.presets) or 'none'})"
@@ -110,10 +140,10 @@ def main(
     watch: Callable[..., Sequence[Callback]],
     always: tuple[str, ...] = (),
 ) -> Path:
-    """Resolve the options and train, or say what that would cost; returns the run's folder.
+    """Resolve the options and train, or print what that would cost; returns the run's folder.
 
-    `watch(config, folder, spec, data, accelerator)` opens what is to be done between steps (previews and scores), before
-    the first one, so that what is missing is missed then.
+    `watch(config, folder, spec, data, accelerator)` opens previews and scores before the first step, so that a missing
+    file fails before training starts.
     """
     config, options = resolve(argv, prog, description, always, taken_over)
     if peek(TrainConfig, "tf32", argv):
