@@ -98,9 +98,8 @@ class AlignOptions:
         )
         return stop
 
-    def weight_at(self, step: int, epoch_steps: int) -> float:
-        """Lambda of optimiser step `step`, counted from 0; 0 from the stop on."""
-        stop = self.stop(epoch_steps)
+    def weight_at(self, step: int, stop: int | None, epoch_steps: int) -> float:
+        """Lambda of optimiser step `step`, counted from 0; 0 from `stop` (of `self.stop`) on."""
         if stop is not None and step >= stop:
             return 0.0
         if self.schedule == "cosine":

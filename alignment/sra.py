@@ -56,8 +56,8 @@ class SraOptions(AlignOptions):
         )
         require(0 <= self.offset <= 1, f"--sra-offset {self.offset} must lie in [0, 1]")
 
-    def weight_at(self, step: int, epoch_steps: int) -> float:
-        weight = super().weight_at(step, epoch_steps)
+    def weight_at(self, step: int, stop: int | None, epoch_steps: int) -> float:
+        weight = super().weight_at(step, stop, epoch_steps)
         if self.schedule != "tail":
             return weight
         return weight * 10 ** (-max(0, step // epoch_steps - self.tail_epoch) / self.tail_length)

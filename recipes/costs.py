@@ -18,7 +18,7 @@ from recipes.rows import Row
 from recipes.scale import Scale
 from runtime import files
 from training import command, cost
-from training.account import Cost
+from training.cost import Cost
 
 TERAFLOPS = 396.0
 """What a GPU is taken to sustain where hours are computed: 40 % of an H100's dense bf16 peak."""
@@ -105,7 +105,7 @@ def training_cost(row: Row, scale: Scale) -> Cost:
         num_classes=data.num_classes,
         qk_norm=config.qk_norm,
     )
-    return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space), memory=False)
+    return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space))
 
 
 def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:

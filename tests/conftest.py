@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the two-process runs have it: thread counts change the last bits
@@ -45,9 +46,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def words(data: Path) -> Callable[..., list[str]]:
-    """Command-line words of a tiny run: words(output_dir, name, *more)."""
+    """Command-line words of a tiny run: words(output_dir, name, *more, **settings without a flag)."""
 
-    def build(output: Path, name: str, *more: object) -> list[str]:
+    def build(output: Path, name: str, *more: object, **rare: object) -> list[str]:
+        if rare:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / f"{name}.json").write_text(json.dumps({"train": rare}))
+            more = (*more, "--config", output / f"{name}.json")
         return [
             "--recipe",
             "digits",

@@ -1,4 +1,4 @@
-"""What happens between two steps: the report to the log, previews and scores, the checkpoint, and an end on request."""
+"""Between two steps: the report to the log, previews and scores, the checkpoint, stopping on request."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from models import Backbone
 from runtime import files, launch
 from runtime.errors import EndedEarly, UserError
 from runtime.signals import Asked
-from training import balance, health
+from training import balance, health, saving
 from training.log import Meter, RunLog
 from training.run import Run
 from training.vote import Vote
 
 ENDED_EARLY = "ended-early.json"
-"""In the run's folder while the run waits to be continued: what a batch script may look at under `accelerate launch`, whose own
-exit code is 1 whatever its processes say."""
+"""In the run's folder while the run waits to be continued. A batch script can look for it under `accelerate launch`, whose
+exit code is 1 whatever the exit codes of its processes are."""
 
 
 class Callback(Protocol):
-    """Something that is done every so many steps with the networks. Every process calls it at the same steps."""
+    """Acts on the networks every `every` steps. Every process calls it at the same steps."""
 
     every: int
 
     def __call__(
         self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None
     ) -> dict[str, float | Path]:
-        """Act; returns numbers for the log, on every process, and pictures by their path, on the main one.
+        """Returns numbers for the log, on every process, and paths of pictures, on the main process.
 
-        `networks` are "ema" (in eval mode) and "raw" (the trained one, in training mode: nothing in it depends on the mode).
-        `dtype` is that of the run's autocast, None for float32.
+        Args:
+            networks: "ema" (in eval mode) and "raw" (the trained one, in training mode, on which nothing in it depends).
+            dtype: of the run's autocast, None for float32.
         """
         ...
 
     def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
-        """Act at tiny size and leave nothing: called by every process before the first step."""
+        """Act at tiny size without a trace. Every process calls it before the first step."""
         ...
 
 
@@ -58,58 +60,75 @@ class Between:
         self.ratio_monitor = balance.RatioMonitor()
         self.launcher = os.getppid()
         self.saved_at = time.monotonic()
-        self.save_seconds = 0.0  # of the longest save so far
-        self.owed = False  # a checkpoint that was due while gradients were not finite
+        self.save_seconds = 0.0
+        """Of the longest save so far."""
+        self.postponed = False
+        """A checkpoint was due while gradients were not finite."""
 
     def __call__(self, meter: Meter, end: int) -> None:
-        """The end of a step; `end` is the last one of the segment, which is always reported."""
-        run, config, step = self.run, self.run.config, self.run.step
+        """Report, measure, save and end, in this order, as due after this step. `end` is the last step of the segment."""
+        config, step = self.run.config, self.run.step
         self.log.advance()
-        run.seen(step)
-        granted = self.vote(step, end=self.reason() is not None, save=self._overdue())
         last = step == config.max_train_steps
-        ends = "end" in granted and not last
-        saves = step % config.checkpointing_steps == 0 or last or ends or self.owed or "save" in granted
-        values: dict[str, float] = {}
-        if step % config.log_steps == 0 or step == end or saves:
-            values = {**meter.report(config.batch_size), "learning_rate": run.optimizer.param_groups[0]["lr"]}
-            health.require_healthy(run, meter, last)
-            self._require_finite(name for name, value in values.items() if not math.isfinite(value))
-        for warning in self.ratio_monitor(values):
-            self.log.say(warning)
+        granted = self.vote(step, end=self.reason() is not None, save=self._overdue())
+        ending = "end" in granted and not last
+        saves = last or ending or self.postponed or "save" in granted or step % config.checkpointing_steps == 0
+        reporting = saves or step == end or step % config.log_steps == 0
         due = [callback for callback in self.callbacks if step % callback.every == 0]
-        pictures: dict[str, Path] = {}
-        for callback in due:
-            returned = callback(step, {"ema": run.ema.network, "raw": run.network}, run.dtype)
-            pictures |= {name: value for name, value in returned.items() if isinstance(value, Path)}
-            if measured := {name: value for name, value in returned.items() if name not in pictures}:
-                self.log.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
-            values |= measured
-        if values:
-            self.log.write(step, values)
+
+        losses = self._report(meter, last) if reporting else {}
+        scores, pictures = self._measure(due)
+        if losses or scores:
+            self.log.write(step, losses | scores)
         for name, path in pictures.items():
             self.log.picture(step, name, path)
-        self.owed = saves and meter.streak > 0  # weights that led to no finite gradient are not kept
         if config.keeps_averages_at(step):
-            run.keep_averages()
-        if saves and not self.owed:
-            self._save()
-        if ends:
+            saving.save_averages(self.run)
+        if saves:
+            # weights whose last gradient was not finite are not saved
+            self.postponed = meter.streak > 0
+            if not self.postponed:
+                self._save()
+        if ending:
             self._end()
-        if values or due or saves:
+        if reporting or due:
             meter.restart_clock()
 
+    def _report(self, meter: Meter, last: bool) -> dict[str, float]:
+        """Losses since the last report. Stops the run if they, or too many gradients in a row, are not finite."""
+        rate = self.run.optimizer.param_groups[0]["lr"]
+        values = {**meter.report(self.run.config.batch_size), "learning_rate": rate}
+        health.require_healthy(self.run, meter, last)
+        self._require_finite(name for name, value in values.items() if not math.isfinite(value))
+        for warning in self.ratio_monitor(values):
+            self.log.say(warning)
+        return values
+
+    def _measure(self, due: Sequence[Callback]) -> tuple[dict[str, float], dict[str, Path]]:
+        """Numbers of the callbacks, printed too, and the paths of their pictures."""
+        networks = {"ema": self.run.ema.network, "raw": self.run.network}
+        numbers: dict[str, float] = {}
+        pictures: dict[str, Path] = {}
+        for callback in due:
+            results = callback(self.run.step, networks, self.run.dtype)
+            pictures |= {name: value for name, value in results.items() if isinstance(value, Path)}
+            scores = {name: value for name, value in results.items() if not isinstance(value, Path)}
+            if scores:
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                self.log.say(f"step {self.run.step}: {shown}")
+            numbers |= scores
+        return numbers, pictures
+
     def reason(self) -> str | None:
-        """Why this process should end early, in words; None where it should not."""
+        """Why this process should end early, None if it should not."""
         if self.asked.by is not None:
             return f"asked to end by {self.asked.by}"
         if launch.orphaned(self.launcher):
             return "the launcher is gone"
         limit = self.run.config.max_hours
         if limit is not None and self.run.accelerator.is_main_process:
-            reserve = (
-                min(60.0, 360 * limit) + 2 * self.save_seconds
-            )  # a tenth of the time at most, and twice the longest save
+            # time for a last save: at most a tenth of the limit and a minute, and twice the longest save
+            reserve = min(60.0, 360 * limit) + 2 * self.save_seconds
             if time.monotonic() - self.run.began > 3600 * limit - reserve:
                 return f"--max-hours {limit:g} are nearly over"
         return None
@@ -121,43 +140,42 @@ class Between:
         )
 
     def _save(self) -> None:
+        """Write a checkpoint, after a check that all weights are finite."""
         run, began = self.run, time.monotonic()
         run.data.require_intact(wait=10.0)
-        weights = {
-            "": run.network,
-            **{f"the head of {name}: ": alignment for name, alignment in run.alignments.items()},
-            **{
-                "EMA of " if name == "ema" else f"{name} of ": average.network for name, average in run.averages.items()
-            },
-        }
+        weights: dict[str, nn.Module] = {"": run.network}
+        weights |= {f"the head of {name}: ": alignment for name, alignment in run.alignments.items()}
+        for name, average in run.averages.items():
+            weights["EMA of " if name == "ema" else f"{name} of "] = average.network
         self._require_finite(
             prefix + name
             for prefix, module in weights.items()
             for name, value in module.named_parameters()
             if not torch.isfinite(value).all()
         )
-        run.save()
+        saving.save(run)
         self.saved_at = time.monotonic()
         self.save_seconds = max(self.save_seconds, self.saved_at - began)
 
     def _end(self) -> None:
         """End the run early, in every process."""
         run, config = self.run, self.run.config
-        why = self.reason() or "another process was asked to end"
-        done = (
-            f"step {run.step} of {config.max_train_steps} is saved"
-            if not self.owed
-            else f"step {run.step} was not saved, as its gradient is not finite; the last checkpoint is"
+        reason = self.reason() or "another process was asked to end"
+        state = (
+            f"step {run.step} was not saved, as its gradient is not finite; the last checkpoint is"
+            if self.postponed
+            else f"step {run.step} of {config.max_train_steps} is saved"
         )
         if run.accelerator.is_main_process:
-            files.write_json(run.folder / ENDED_EARLY, {"step": run.step, "of": config.max_train_steps, "why": why})
-        raise EndedEarly(f"{why}: {done} in {run.folder}; the same command continues it")
+            record = {"step": run.step, "of": config.max_train_steps, "why": reason}
+            files.write_json(run.folder / ENDED_EARLY, record)
+        raise EndedEarly(f"{reason}: {state} in {run.folder}; the same command continues it")
 
     def _require_finite(self, not_finite: Iterable[str]) -> None:
-        """Stop the run if anything is not finite; names the first."""
-        bad = next(iter(not_finite), None)
-        if bad is not None:
+        """Stop the run if `not_finite` has any name; the message gives the first."""
+        name = next(iter(not_finite), None)
+        if name is not None:
             raise UserError(
-                f"{bad} is not finite near step {self.run.step}: the run stops before saving it to a checkpoint; "
+                f"{name} is not finite near step {self.run.step}: the run stops before saving it to a checkpoint; "
                 f"{health.remedy(self.run, self.run.step, self.run.step)}"
             )

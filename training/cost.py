@@ -1,22 +1,19 @@
-"""What a configuration costs, before it runs: `train.py --dry-run`.
+"""What a configuration costs before it runs: `train.py --dry-run`.
 
-Nothing is computed: the very learner that would train runs once, forward and backward, on tensors without values
-(torch's FakeTensorMode), while FlopCounterMode counts the products of matrices, and what is alive between the two is what the
-backward pass will need; the run's own optimiser and averages, on the meta device, say what is held between steps. So nothing has a
-cost to declare or to forget, and the count is that of the code.
+Nothing is computed. The learner that would train runs once, forward and backward, on tensors without values (torch's
+FakeTensorMode), while FlopCounterMode counts the products of matrices. So no part declares its cost, and the count is
+that of the code.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 import models
 from alignment import Alignment, AlignOptions, BuildContext
@@ -29,9 +26,86 @@ from models.checkpoint import Checkpoint
 from models.recompute import recompute
 from runtime import launch
 from runtime.streams import Stream
-from training import ema, optimizers
-from training.account import Cost, Part, report
+from runtime.text import aligned
 from training.setup import Setup
+
+IMAGES = 2
+"""Images of the counted batch. FLOPs per image do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table. FLOPs are of one training step, per image of the batch (a multiply-add is two)."""
+
+    name: str
+    parameters: int
+    trained: bool
+    flops: float
+    stop: int | None = None
+    """The step after which the part is gone, None for never."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and FLOPs of one configuration."""
+
+    parts: list[Part]
+    steps: int
+    epoch_steps: int
+    batch_size: int
+    recomputed: float
+    """FLOPs per image that activation checkpointing adds."""
+
+    @property
+    def plain(self) -> float:
+        """FLOPs per image of plain training."""
+        return self.parts[0].flops
+
+    def ratio(self, step: int = 0) -> float:
+        """FLOPs of step `step` (from 0) in units of a plain step."""
+        return sum(part.flops for part in self.parts if part.stop is None or step < part.stop) / self.plain
+
+    def flops(self, step: int) -> float:
+        """FLOPs of the run up to `step`."""
+        ends = [step if part.stop is None else min(step, part.stop) for part in self.parts]
+        return self.batch_size * sum(part.flops * end for part, end in zip(self.parts, ends, strict=True))
+
+    def mean_ratio(self) -> float:
+        """FLOPs of the whole run in units of a plain run of as many steps."""
+        return self.flops(self.steps) / (self.batch_size * self.steps * self.plain)
+
+    def hours(self, rate: float) -> tuple[float, float]:
+        """Hours at `rate` images per second: throughout, and if the rate grows as the FLOPs fall after a stop."""
+        slow = self.steps * self.batch_size / rate / 3600
+        return slow, slow * self.mean_ratio() / self.ratio()
+
+
+def report(cost: Cost, rate: float | None = None) -> str:
+    """The cost as aligned text; with `rate`, images per second measured at the start of such a run, the hours too."""
+
+    def flops(label: str, parameters: str, ratio: float) -> list[str]:
+        return [label, parameters, f"{ratio * cost.plain / 1e9:.2f}", f"{ratio:.4f}"]
+
+    rows = [["", "parameters", "GFLOP per image", "of a plain step"]]
+    rows += [flops(part.name, f"{part.parameters / 1e6:.2f}M", part.flops / cost.plain) for part in cost.parts]
+    rows.append(flops("total", f"{sum(part.parameters for part in cost.parts) / 1e6:.2f}M", cost.ratio()))
+    for stop in sorted({part.stop for part in cost.parts if part.stop is not None and part.stop < cost.steps}):
+        rows.append(flops(f"from step {stop} on", "", cost.ratio(stop)))
+    rows.append(flops("mean over the run", "", cost.mean_ratio()))
+    lines = [
+        aligned(rows, rule=False),
+        f"steps: {cost.epoch_steps} per epoch, {cost.steps} in all = {cost.steps / cost.epoch_steps:.1f} epochs",
+    ]
+    if cost.recomputed:
+        lines.append(
+            f"computed twice in the backward pass: {cost.recomputed / 1e9:.2f} GFLOP per image, "
+            f"{cost.recomputed / cost.plain:.4f} of a plain step"
+        )
+    if rate is not None:
+        slow, fast = cost.hours(rate)
+        faster = f", or {fast:.2f} if the rate grows as the FLOPs fall" if fast < slow else ""
+        lines.append(f"time at {rate:g} images per second: {slow:.2f} hours{faster}")
+    return "\n".join(lines)
 
 
 def estimate(
@@ -39,59 +113,52 @@ def estimate(
     options: dict[str, AlignOptions],
     data: LatentSet | None = None,
     load: Callable[[str], Any] = Checkpoint.open,
-    memory: bool = True,
 ) -> Cost:
-    """The cost of a run. Raises UserError as the run itself would; external encoders need no weights here.
+    """The cost of a run. External encoders need no weights here.
 
-    `data` and `load` stand in for a data set and for teachers that are not there yet: only their shapes are asked for.
-    Without `memory` it is not counted, which takes most of the time; the activations are NaN then.
+    Args:
+        data, load: stand in for a data set and for teachers that do not exist yet; only their shapes are read.
+
+    Raises:
+        UserError: as the run itself would.
     """
     setup = Setup.of(config, options, data=data)
-    data, spec, epoch_steps = setup.data, setup.spec, setup.epoch_steps
+    data, spec = setup.data, setup.spec
     dtype = launch.precision(config.mixed_precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    cpu = torch.device("cpu")
-    # bfloat16 alone is the setting of Frozen, whose casts would only blur the count
-    setting = BuildContext(spec, data.space, config.seed, cpu, None, load, data, dry=True)
-    alignments = setup.alignments(list(setup.options), setting)
-    images = any("image" in alignment.columns for alignment in alignments.values())
-    probe = _Probe(setup, dtype, data.images([0]).shape[1:] if images else ())
-    plain, _, _ = probe.run({})
-    parts = [Part("network", models.parameter_count(probe.network), True, plain)]
+    # bf16 weights of frozen networks would not change the count
+    context = BuildContext(spec, data.space, config.seed, torch.device("cpu"), None, load, data, dry=True)
+    alignments = setup.alignments(list(setup.options), context)
+    counter = _Counter(setup, dtype, alignments)
+    plain, _ = counter.count([])
+    parts = [Part("network", models.parameter_count(counter.network), True, plain)]
     for name, alignment in alignments.items():
-        total, frozen, _ = probe.run({name: alignment})
+        total, frozen = counter.count([name])
         share = expected_share(alignment.options.interval, alignment.options.mask, config.time_sampling)
         stop = setup.stops[name]
-        parts.append(Part(f"{name}: head and loss", _count(alignment), True, share * (total - plain - frozen), stop))
-        # a cache has the whole set encoded once, before the first step
+        parts.append(
+            Part(f"{name}: head and loss", _parameters(alignment), True, share * (total - plain - frozen), stop)
+        )
+        # a cache encodes the whole set once, before the first step
         each_step = 0.0 if getattr(alignment.options, "cache", False) else share
-        for role, network in _frozen(alignment).items():
-            parts.append(Part(f"{name}: {role}", _count(network), False, each_step * frozen, stop))
+        for network in alignment.frozen:
+            role = "teacher" if isinstance(network, Backbone) else "encoder"
+            parts.append(Part(f"{name}: {role}", _parameters(network), False, each_step * frozen, stop))
         if alignment.reads_ema:
             parts.append(Part(f"{name}: EMA as teacher", 0, False, share * frozen, stop))
-    kept, casts, recomputed = probe.memory(alignments) if memory else (math.nan, math.nan, 0.0)
-    world = launch.world_size()
-    return Cost(
-        parts,
-        config.max_train_steps,
-        epoch_steps,
-        config.batch_size,
-        config.batch_size // world // config.gradient_accumulation_steps,
-        config.gradient_accumulation_steps,
-        kept,
-        casts,
-        recomputed,
-        dtype,
-        held(setup, alignments) if memory else {},
-    )
+    recomputed = 0.0
+    if config.activation_checkpointing != "none":
+        everything, mode = list(alignments), config.activation_checkpointing
+        recomputed = counter.count(everything, mode)[0] - counter.count(everything)[0]
+    return Cost(parts, config.max_train_steps, setup.epoch_steps, config.batch_size, recomputed)
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
-    """Print the account of a run, once, and what its authors report for the model."""
+    """Print the cost of a run, on the main process."""
     cost = estimate(config, options)
     if os.environ.get("RANK", "0") != "0":
         return
     cached = [
-        f"{name}: its encoder runs over the set once before the first step, and keeps the tokens of every image in memory: "
+        f"{name}: its encoder runs over the set once before the first step and keeps the tokens of every image in memory: "
         f"neither is counted"
         for name, chosen in options.items()
         if getattr(chosen, "cache", False)
@@ -113,92 +180,49 @@ def reported(model: str, names: Iterable[str]) -> list[str]:
     ]
 
 
-class Alive(TorchDispatchMode):
-    """Knows the storages that operators have made, and which of them are still held by anything."""
+class _Counter:
+    """Counts the FLOPs of learners of one network on batches without values."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)
-        }  # what a view would be of
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in given:
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def bytes(self) -> int:
-        """Bytes of what is held now."""
-        return sum(size for reference, size in self._made.values() if not reference.expired())
-
-
-class _Probe:
-    """Runs learners of one network on batches without values; `image` is the shape of one item's image."""
-
-    def __init__(self, setup: Setup, dtype: torch.dtype | None, image: tuple[int, ...]) -> None:
-        self.setup, self.dtype, self.latent, self.image = setup, dtype, setup.data.shape[1:], image
+    def __init__(self, setup: Setup, dtype: torch.dtype | None, alignments: Mapping[str, Alignment]) -> None:
+        self.setup, self.dtype, self.alignments = setup, dtype, alignments
         self.network, self.ema = empty_network(setup.spec), empty_network(setup.spec)
-        self._known: dict[tuple, tuple[float, float, float]] = {}
 
-    def run(self, alignments: dict[str, Alignment], count: int = 2, mode: str = "none") -> tuple[float, float, float]:
-        """FLOPs per image of one training step, those of frozen networks among them, and bytes alive before its backward pass.
-
-        `mode` is that of activation checkpointing.
-        """
-        key = (count, mode, *alignments)
-        if key not in self._known:
-            self._known[key] = self._run(alignments, count, mode)
-        return self._known[key]
-
-    def _run(self, alignments: dict[str, Alignment], count: int, mode: str) -> tuple[float, float, float]:
+    def count(self, names: list[str], checkpointing: str = "none") -> tuple[float, float]:
+        """FLOPs per image of one training step with the alignments `names`, and those of frozen networks among them."""
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.utils.flop_counter import FlopCounterMode
 
+        alignments = {name: self.alignments[name] for name in names}
         learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
-        recompute(self.network, mode)
+        recompute(self.network, checkpointing)
         with (
             FakeTensorMode(allow_non_fake_inputs=True),
             FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
         ):
-            batch = self._batch(alignments, count)
-            with Alive() as alive:
-                losses = learner(batch)
-                kept = alive.bytes()
+            losses = learner(self._batch(alignments))
             sum(value.mean() for value in losses.values()).backward()
         for parameter in learner.parameters():
             parameter.grad = None
+        # the counter keeps one total per root module: the learner, and each network that it hides
         by_root = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items() if "." not in name}
         frozen = sum(flops for name, flops in by_root.items() if name not in ("Global", "Learner"))
-        return counter.get_total_flops() / count, frozen / count, float(kept)
+        return counter.get_total_flops() / IMAGES, frozen / IMAGES
 
-    def memory(self, alignments: dict[str, Alignment]) -> tuple[float, float, float]:
-        """Bytes kept for the backward pass, per image and of bf16 copies of weights (in float32 it keeps the weights), and the
-        FLOPs per image that are computed twice."""
-        mode = self.setup.config.activation_checkpointing
-        (work, _, small), (_, _, large) = (self.run(alignments, count, mode) for count in (2, 4))
-        each = (large - small) / 2
-        casts = small - 2 * each if self.dtype else 0.0
-        if mode == "none":
-            return each, casts, 0.0
-        everything = (self.run(alignments, 4)[2] - self.run(alignments, 2)[2]) / 2
-        return each + (everything - each) / self.setup.spec.depth, casts, work - self.run(alignments)[0]
-
-    def _batch(self, alignments: dict[str, Alignment], count: int) -> Batch:
-        x, t, labels = torch.zeros(count, *self.latent), torch.zeros(count), torch.zeros(count, dtype=torch.long)
-        wanted = {column for alignment in alignments.values() for column in alignment.columns}
-        columns = {"image": torch.zeros(count, *self.image, dtype=torch.uint8)} if "image" in wanted else {}
+    def _batch(self, alignments: Mapping[str, Alignment]) -> Batch:
+        data = self.setup.data
+        x, t, labels = torch.zeros(IMAGES, *data.shape[1:]), torch.zeros(IMAGES), torch.zeros(IMAGES, dtype=torch.long)
+        columns = {}
+        if any("image" in alignment.columns for alignment in alignments.values()):
+            columns["image"] = torch.zeros(IMAGES, *data.images([0]).shape[1:], dtype=torch.uint8)
         draws = {
-            name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), count).items()}
+            name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), IMAGES).items()}
             for name, alignment in alignments.items()
         }
         return Batch(x, x.clone(), t, labels, labels, columns, draws)
 
 
 def attention_on_cpu() -> dict[Any, Callable[..., int]]:
-    """FLOPs of attention's kernel for CPUs, forward and backward: torch 2.10 has no formula for it and would count none."""
+    """FLOPs of the CPU's attention kernel, forward and backward, for which torch 2.10 has no formula."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
@@ -211,47 +235,12 @@ def attention_on_cpu() -> dict[Any, Callable[..., int]]:
 
 
 def empty_network(spec: models.ModelSpec, depth: int | None = None) -> Backbone:
-    """A network (or its first `depth` blocks) whose parameters are never touched, so that they take no memory."""
+    """A network (or its first `depth` blocks) whose parameters are never written, so that they take no memory."""
     network = models.outline(spec, depth=depth)
-    network.load_state_dict(
-        {name: torch.empty(value.shape) for name, value in network.state_dict().items()}, assign=True
-    )
+    empty = {name: torch.empty(value.shape) for name, value in network.state_dict().items()}
+    network.load_state_dict(empty, assign=True)
     return network
 
 
-def held(setup: Setup, alignments: Mapping[str, Alignment]) -> dict[str, int]:
-    """Bytes that a run holds from step to step, but for frozen networks, by what they are: those of its own optimiser and averages.
-
-    `alignments` go to the meta device, where these are built, and are of no use afterwards.
-    """
-    network = models.outline(setup.spec)
-    heads = {name: alignment.to("meta") for name, alignment in alignments.items()}
-    trained = [parameter for module in (network, *heads.values()) for parameter in module.parameters()]
-    buffers = [buffer for module in (network, *heads.values()) for buffer in module.buffers()]
-    optimizer = optimizers.build(setup.config, network, heads, fused=False)
-    members = [(group["name"], parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    alike = {
-        (name, parameter.shape): parameter for name, parameter in members
-    }  # one step of these shows the state of all
-    for parameter in alike.values():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    states = [optimizer.state[alike[name, parameter.shape]].values() for name, parameter in members]
-    averages = [average.network for average in ema.averages(setup.config, network, heads).values()]
-    return {
-        "parameters and gradients": _bytes(trained) * 2 + _bytes(buffers),
-        "optimizer": sum(map(_bytes, states)),
-        "EMA": sum(_bytes(average.parameters()) + _bytes(average.buffers()) for average in averages),
-    }
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def _frozen(alignment: Alignment) -> dict[str, nn.Module]:
-    return {"teacher" if isinstance(network, Backbone) else "encoder": network for network in alignment.frozen}
-
-
-def _count(module: nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,8 +1,8 @@
 """The training loop of both stages and of every baseline.
 
 A run is a folder: `checkpoints/`, `samples/`, `log.jsonl`, `run.json`. The same command continues it from its latest
-checkpoint. A run is cut into segments at the steps where an alignment ends; each segment builds its learner as a resume
-at that step would, so an alignment that has ended is gone: no teacher pass, no head, no optimiser state.
+checkpoint. A segment of a run ends where an alignment ends. Each segment builds its learner as a resume at that step
+would, so an alignment that has ended is gone: no teacher pass, no head, no optimiser state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loss import Batch
 from runtime import files, signals
 from runtime.errors import LostContact, contact_lost
 from runtime.options import as_dict
-from training import balance, preflight
+from training import balance, introduction, preflight
 from training.between import ENDED_EARLY, Between, Callback
 from training.log import Meter, RunLog
 from training.muon import Muon
@@ -35,8 +35,8 @@ def update(
 ) -> Tensor:
     """One optimiser step: L = L_diff + sum over alignments of weight x loss, averaged over the micro-batches.
 
-    Returns the gradient norm before clipping. Where it is not finite, the step is not taken, by any process: they share the
-    gradient. Nothing here waits for the device.
+    Returns the gradient norm before clipping. If it is not finite, no process takes the step: they share the gradient.
+    Nothing here waits for the device.
     """
     for number, batch in enumerate(micros, start=1):
         last = number == len(micros)
@@ -53,7 +53,7 @@ def update(
     if max_grad_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if norm.is_cuda:
-        optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel looks at it, so that the host need not
+        optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel reads it, so the host does not wait
     if norm.is_cuda or norm.isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -63,19 +63,32 @@ def update(
 
 
 def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
-    """Optimiser steps up to `end` with the alignments that live now; yields the number of each when it is done."""
+    """Optimiser steps up to `end` with the alignments that act now; yields the number of each when it is done."""
+    config, setup = run.config, run.setup
     learner = run.learner()
     for micros in run.batches(end):
-        if not run.skips_step(run.step + 1):
-            run.set_rate()
-            if meter is not None and run.alignments and run.logs_grad_ratio_at(run.step + 1):
-                meter.ratios = balance.ratios(learner, micros, run.weights(), run.accelerator)
-            update(learner, micros, run.weights(), run.optimizer, run.config.max_grad_norm, meter)
+        number = run.step + 1
+        if config.skip_steps is None or not config.skips(number):
+            _set_rate(run)
+            weights = {
+                name: setup.options[name].weight_at(run.step, setup.stops[name], run.epoch_steps)
+                for name in run.alignments
+            }
+            if meter is not None and weights and config.grad_ratio_steps and number % config.grad_ratio_steps == 0:
+                meter.ratios = balance.ratios(learner, micros, weights, run.accelerator)
+            update(learner, micros, weights, run.optimizer, config.max_grad_norm, meter)
             for average in run.averages.values():
-                average.update(run.step + 1)
-        run.step += 1
-        yield run.step
+                average.update(number)
+        run.step = number
+        yield number
     run.accelerator.free_memory()  # lets go of the DDP wrapper and of its hooks
+
+
+def _set_rate(run: Run) -> None:
+    """Give the optimiser the learning rate of the current step, if it changes at all."""
+    if run.config.lr_warmup_steps or run.config.lr_scheduler != "constant":
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.config.learning_rate_at(run.step)
 
 
 def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
@@ -83,15 +96,17 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
     config = run.config
     if run.accelerator.is_main_process:
         (run.folder / ENDED_EARLY).unlink(missing_ok=True)
-        files.write_json(run.folder / "run.json", {"train": as_dict(config), "align": run.resolved})
+        options = {name: as_dict(chosen) for name, chosen in run.setup.options.items()}
+        record = {"train": as_dict(config), "align": options, "resolved": run.resolved}
+        files.write_json(run.folder / "run.json", record)
     log = RunLog(
         run.folder,
         run.accelerator,
         run.step,
         config.max_train_steps,
-        run.settings(),
+        introduction.settings(run),
         config.report_to,
-        run.introduction(),
+        introduction.introduction(run),
     )
     try:
         if run.step < config.max_train_steps:
@@ -100,7 +115,10 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
             _segments(run, log, Between(run, log, callbacks, asked))
     except RuntimeError as error:
         if contact_lost(error):
-            raise LostContact(run.lost_contact()) from error
+            raise LostContact(
+                f"lost contact with another process near step {run.step}; its own messages say why it ended, and "
+                f"{run.folder / 'log.jsonl'} how far the run came; the same command continues from the last checkpoint"
+            ) from error
         raise
     finally:
         log.close()
@@ -108,11 +126,11 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
 
 
 def _segments(run: Run, log: RunLog, between: Between) -> None:
-    """Train to the last step, cut where alignments end."""
+    """Train to the last step, in segments that end where an alignment ends."""
     config = run.config
     while run.step < config.max_train_steps:
-        stops = [run.setup.stops[name] for name in run.alignments if run.setup.stops[name] is not None]
-        end = min([config.max_train_steps, *stops])
+        stops = [run.setup.stops[name] for name in run.alignments]
+        end = min([config.max_train_steps, *(stop for stop in stops if stop is not None)])
         meter = Meter(run.accelerator)
         for _ in steps(run, end, meter):
             between(meter, end)

@@ -24,7 +24,7 @@ from models import checkpoint
 from models.checkpoint import Checkpoint
 from runtime import files, launch
 from runtime.errors import UserError, note, require
-from runtime.options import as_dict, build, options_of
+from runtime.options import as_dict, build
 from training import optimizers
 from training.setup import Setup
 
@@ -126,15 +126,12 @@ def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision:
 
 
 def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, saved value, value now) of each option that differs and may not; an option that is younger than `saved` had its default."""
-    defaults = {option.field.name: option.field.default for option in options_of(type(options))}
-    free = FREE_ON_RESUME - (
-        set() if getattr(options, "lr_scheduler", "constant") == "constant" else {"max_train_steps"}
-    )
-    for key, value in json.loads(json.dumps(as_dict(options, whole=True))).items():
-        then = saved[key] if key in saved else json.loads(json.dumps(defaults.get(key, value), default=list))
-        if key not in free and then != value:  # (a cosine of the rate ends at --max-train-steps)
-            yield key, then, value
+    """(name, saved value, value now) of each option that differs and may not differ."""
+    # a cosine of the learning rate ends at --max-train-steps, so all steps depend on it
+    fixed = set() if getattr(options, "lr_scheduler", "constant") == "constant" else {"max_train_steps"}
+    for key, value in json.loads(json.dumps(as_dict(options))).items():
+        if key not in FREE_ON_RESUME - fixed and saved[key] != value:
+            yield key, saved[key], value
 
 
 def branch(setup: Setup, precision: str) -> Checkpoint:
@@ -166,14 +163,7 @@ def branch(setup: Setup, precision: str) -> Checkpoint:
                 f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
                 f"{', '.join(TIMED)}",
             )
-        before = build(
-            type(options), {key: value for key, value in saved[name].items() if key in as_dict(options, whole=True)}
-        )
-        if (step := _first_difference(before, options, trunk.step, setup.epoch_steps)) is not None:
-            raise UserError(
-                f"{where}: the weight of {name} at step {step} was {before.weight_at(step, setup.epoch_steps):g}, not "
-                f"{options.weight_at(step, setup.epoch_steps):g}: branch before that step, or keep the weights up to it"
-            )
+        _require_same_weights(where, name, build(type(options), saved[name]), options, trunk.step, setup.epoch_steps)
         has_head = any(key.startswith(f"{name}.") for key in heads)
         stopped = trunk.config["resolved"][name]["stop"]
         require(
@@ -187,12 +177,18 @@ TIMED = ("weight", "schedule", "stop_steps", "stop_epochs")
 """Options of an alignment that say when and how strongly it acts."""
 
 
-def _first_difference(before: AlignOptions, after: AlignOptions, steps: int, epoch_steps: int) -> int | None:
-    """The first of `steps` steps at which two sets of options weigh differently, None where there is none."""
-    return next(
-        (step for step in range(steps) if before.weight_at(step, epoch_steps) != after.weight_at(step, epoch_steps)),
-        None,
-    )
+def _require_same_weights(
+    where: str, name: str, before: AlignOptions, after: AlignOptions, steps: int, epoch_steps: int
+) -> None:
+    """Refuse a branch whose alignment `name` would have had another weight in any of its first `steps` steps."""
+    stops = before.stop(epoch_steps), after.stop(epoch_steps)
+    for step in range(steps):
+        then, now = before.weight_at(step, stops[0], epoch_steps), after.weight_at(step, stops[1], epoch_steps)
+        require(
+            then == now,
+            f"{where}: the weight of {name} at step {step} was {then:g}, not {now:g}: branch before that step, or keep "
+            f"the weights up to it",
+        )
 
 
 def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, list[str]]:
@@ -278,10 +274,8 @@ def restore(
     names: Mapping[Tensor, str],
 ) -> None:
     """Load the averages by name, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
-    missing = [name for name in averages if "-head-" in name and f"{name}.safetensors" not in earlier.files]
     for name, average in averages.items():
-        if name not in missing:
-            average.load_state_dict(earlier.tensors(name))
+        average.load_state_dict(earlier.tensors(name))
     needed = {f"{name}.{key}" for name, alignment in alignments.items() for key in alignment.state_dict()}
     if needed:
         heads = earlier.tensors("heads")
@@ -291,11 +285,6 @@ def restore(
             alignment.load_state_dict(
                 {key.removeprefix(f"{name}."): value for key, value in heads.items() if key.startswith(f"{name}.")}
             )
-    for name in missing:
-        note(
-            f"{earlier.path} is from before heads had averages: that of {name.split('-head-')[0]} begins at its weights of this step"
-        )
-        averages[name].load_state_dict(alignments[name.split("-head-")[0]].head.state_dict())
     earlier.require_intact("optimizer.json")
     living = ("network.", *(f"{name}." for name in alignments))
     state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(living)}

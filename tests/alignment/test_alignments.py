@@ -225,12 +225,14 @@ def test_blocks_that_contradict_each_other_are_refused() -> None:
 
 def test_the_weight_at_the_corners_of_every_schedule() -> None:
     constant = AlignOptions(stop_steps=100)
-    assert [constant.weight_at(step, 10) for step in (0, 99, 100, 500)] == [0.5, 0.5, 0.0, 0.0]
+    assert [constant.weight_at(step, constant.stop(10), 10) for step in (0, 99, 100, 500)] == [0.5, 0.5, 0.0, 0.0]
     linear, cosine = (AlignOptions(schedule=name, stop_epochs=10) for name in ("linear", "cosine"))
-    assert [linear.weight_at(step, 10) for step in (0, 25, 50, 100)] == pytest.approx([0.5, 0.375, 0.25, 0.0])
-    assert [cosine.weight_at(step, 10) for step in (0, 50, 100)] == pytest.approx([0.5, 0.25, 0.0])
-    assert cosine.weight_at(25, 10) == pytest.approx(0.25 * (1 + math.sqrt(0.5)))
-    assert AlignOptions().weight_at(10**9, 10) == 0.5
+    assert [linear.weight_at(step, linear.stop(10), 10) for step in (0, 25, 50, 100)] == pytest.approx(
+        [0.5, 0.375, 0.25, 0.0]
+    )
+    assert [cosine.weight_at(step, cosine.stop(10), 10) for step in (0, 50, 100)] == pytest.approx([0.5, 0.25, 0.0])
+    assert cosine.weight_at(25, cosine.stop(10), 10) == pytest.approx(0.25 * (1 + math.sqrt(0.5)))
+    assert AlignOptions().weight_at(10**9, AlignOptions().stop(10), 10) == 0.5
     with pytest.raises(UserError, match="stop"):
         AlignOptions(schedule="cosine").stop(10)
 
@@ -238,20 +240,26 @@ def test_the_weight_at_the_corners_of_every_schedule() -> None:
 def test_the_tail_of_sra_at_its_corners() -> None:
     """Epochs from 0: flat up to and with 149, a tenth after a thousand more; 0.0447 at epoch 800."""
     options, epoch = SraOptions(), 5004
-    assert [options.weight_at(step, epoch) for step in (0, 149 * epoch, 150 * epoch - 1)] == [0.2, 0.2, 0.2]
-    assert options.weight_at(150 * epoch, epoch) == pytest.approx(0.2 * 10**-0.001)
-    assert options.weight_at(800 * epoch, epoch) == pytest.approx(0.0447, abs=5e-5)
-    assert options.weight_at(1149 * epoch, epoch) == pytest.approx(0.02)
+    assert [options.weight_at(step, options.stop(epoch), epoch) for step in (0, 149 * epoch, 150 * epoch - 1)] == [
+        0.2,
+        0.2,
+        0.2,
+    ]
+    assert options.weight_at(150 * epoch, options.stop(epoch), epoch) == pytest.approx(0.2 * 10**-0.001)
+    assert options.weight_at(800 * epoch, options.stop(epoch), epoch) == pytest.approx(0.0447, abs=5e-5)
+    assert options.weight_at(1149 * epoch, options.stop(epoch), epoch) == pytest.approx(0.02)
     wide = SraOptions(**find("sra").presets["paper-512"]["options"])
-    assert wide.weight_at(100 * epoch - 1, epoch) == 0.2 and wide.weight_at(899 * epoch, epoch) == pytest.approx(0.02)
+    assert wide.weight_at(100 * epoch - 1, wide.stop(epoch), epoch) == 0.2 and wide.weight_at(
+        899 * epoch, wide.stop(epoch), epoch
+    ) == pytest.approx(0.02)
     late = SraOptions(**find("sra").presets["token-cosine"]["options"])
-    assert late.weight_at(800 * epoch, epoch) == 0.5
+    assert late.weight_at(800 * epoch, late.stop(epoch), epoch) == 0.5
 
 
 def test_haste_stops_hard() -> None:
     kind, spec = find("haste"), models.spec("SiT-XL/2", in_channels=4, input_size=32, num_classes=1000)
     options = kind.resolve(kind.Options(), spec)
-    assert [options.weight_at(step, 5004) for step in (0, 249_999, 250_000)] == [0.5, 0.5, 0.0]
+    assert [options.weight_at(step, options.stop(5004), 5004) for step in (0, 249_999, 250_000)] == [0.5, 0.5, 0.0]
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_nothing_in_it_waits_for_the_device(tmp_path: Path, words: Words, teache
     run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
     (micros,) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
     with Counter() as counter:
-        found = balance.ratios(run.learner(), micros, run.weights(), run.accelerator)
+        found = balance.ratios(run.learner(), micros, {"guided": 0.5}, run.accelerator)
     assert counter.calls["mm"] and isinstance(found["guided"], torch.Tensor)
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "item"} & counter.calls.keys()
 
@@ -104,9 +104,8 @@ def test_a_run_is_the_same_bits_with_and_without(
                 4,
                 "--max-train-steps",
                 5,
-                "--grad-ratio-steps",
-                every,
                 *more,
+                grad_ratio_steps=every,
             )
         )
         for every in (0, 1)
@@ -119,11 +118,11 @@ def test_a_run_is_the_same_bits_with_and_without(
 
 def test_it_is_measured_every_so_many_steps_and_logged_at_the_next_report(tmp_path: Path, words: Words) -> None:
     argv = ("--align", "latent", "dispersive", "--align-hidden", 8, "--max-train-steps", 7, "--log-steps", 4)
-    run = train.main(words(tmp_path, "run", *argv, "--grad-ratio-steps", 3))
+    run = train.main(words(tmp_path, "run", *argv, grad_ratio_steps=3))
     for name in ("latent", "dispersive"):
         assert list(ratios_of(run, name)) == [4, 7]
     assert not ratios_of(train.main(words(tmp_path, "default", *argv)), "latent")
-    plain = train.main(words(tmp_path, "plain", "--max-train-steps", 2, "--grad-ratio-steps", 1))
+    plain = train.main(words(tmp_path, "plain", "--max-train-steps", 2, grad_ratio_steps=1))
     assert not any("ratio" in key for line in read(plain / "log.jsonl") for key in line)
 
 
@@ -156,8 +155,7 @@ def test_a_run_says_it(tmp_path: Path, words: Words, capsys: pytest.CaptureFixtu
             1e-6,
             "--max-train-steps",
             5,
-            "--grad-ratio-steps",
-            1,
+            grad_ratio_steps=1,
         )
     )
     assert capsys.readouterr().out.count("warning: the gradient-norm ratio of latent") == 1

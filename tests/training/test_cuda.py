@@ -76,7 +76,7 @@ def test_nothing_is_compiled_after_the_third_step_however_many_samples_are_selec
 def test_no_step_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path, method: str):
     more = ["--max-train-steps", 12, "--mixed-precision", "bf16"]
     if method == "guided":
-        run = opened(guided_words(words, tmp_path, "run", teacher, *more, "--grad-ratio-steps", 2), "train_guide")
+        run = opened(guided_words(words, tmp_path, "run", teacher, *more, grad_ratio_steps=2), "train_guide")
     else:
         run = opened(words(tmp_path, "run", "--align", method, *more))
     stepping = loop.steps(run, 12, Meter(run.accelerator))

@@ -100,8 +100,6 @@ def options(*more: object) -> list[object]:
     return [
         "--ema-lengths",
         *LENGTHS,
-        "--ema-snapshot-steps",
-        2,
         "--max-train-steps",
         24,
         "--checkpointing-steps",
@@ -113,7 +111,11 @@ def options(*more: object) -> list[object]:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, words: Words) -> np.ndarray:
     """(24, ...) one weight of the run after each of its steps."""
-    run = Run(*command.resolve(words(tmp_path_factory.mktemp("watched"), "run", *options()), "train.py", None))
+    run = Run(
+        *command.resolve(
+            words(tmp_path_factory.mktemp("watched"), "run", *options(), ema_snapshot_steps=2), "train.py", None
+        )
+    )
     return np.stack([run.network.state_dict()[KEY].double().numpy().copy() for _ in loop.steps(run, 24)])
 
 
@@ -121,8 +123,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory, words: Words) -> np.ndarra
 def run(tmp_path_factory: pytest.TempPathFactory, words: Words) -> Path:
     """The same run as a command, ended once in its middle."""
     folder = tmp_path_factory.mktemp("posthoc")
-    train.main(words(folder, "run", *options("--max-train-steps", 12)))
-    return train.main(words(folder, "run", *options()))
+    train.main(words(folder, "run", *options("--max-train-steps", 12), ema_snapshot_steps=2))
+    return train.main(words(folder, "run", *options(), ema_snapshot_steps=2))
 
 
 def test_another_length_is_near_its_closed_form(
@@ -173,8 +175,8 @@ def test_what_is_kept_is_what_the_checkpoint_has_and_survives_a_restart(run: Pat
 def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(
     tmp_path: Path, words: Words, capsys: pytest.CaptureFixture
 ) -> None:
-    more = ["--align", "internal", "--ema-lengths", *LENGTHS, "--ema-snapshot-steps", 1, "--checkpointing-steps", 4]
-    trunk = train.main(words(tmp_path, "trunk", *more, "--max-train-steps", 4))
+    more = ["--align", "internal", "--ema-lengths", *LENGTHS, "--checkpointing-steps", 4]
+    trunk = train.main(words(tmp_path, "trunk", *more, "--max-train-steps", 4, ema_snapshot_steps=1))
     branch = train.main(
         words(
             tmp_path,
@@ -186,6 +188,7 @@ def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(
             f"{trunk}@4",
             "--align-schedule",
             "constant",
+            ema_snapshot_steps=1,
         )
     )
     assert [one.step for one in posthoc.snapshots(branch)] == [1, 2, 3, 4, 5, 6]
@@ -211,14 +214,14 @@ def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(
     )
     capsys.readouterr()
     posthoc.main([str(branch), "--lengths", "0.02", "--step", "2"])
-    assert "smaller --ema-snapshot-steps" in capsys.readouterr().out
+    assert "smaller ema_snapshot_steps" in capsys.readouterr().out
 
 
 def test_mistakes_are_answered(run: Path, tmp_path: Path) -> None:
     for wrong in ((0.3,), (0.0,), (0.1, 0.1), (float("nan"),)):
         with pytest.raises(UserError, match="--ema-lengths .* from 0.005 to 0.28"):
             config(ema_lengths=wrong)
-    with pytest.raises(UserError, match="--ema-snapshot-steps is a positive number"):
+    with pytest.raises(UserError, match="ema_snapshot_steps needs"):
         config(ema_snapshot_steps=2)
     with pytest.raises(UserError, match="keeps no averages .* --ema-lengths"):
         posthoc.main([str(tmp_path), "--lengths", "0.1"])

@@ -16,6 +16,7 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor import metrics
 from torch._inductor.async_compile import AsyncCompile
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +34,6 @@ from sampling.source import Source
 from tests.helpers import Words, perturbed, tiny_vae
 from training import command, loop
 from training.batches import AHEAD, Batches
-from training.cost import Alive
 from training.ema import EMA, Exponential
 from training.log import Meter
 from training.run import Run
@@ -385,6 +385,28 @@ def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(t
 
 
 # --- the step -----------------------------------------------------------------------------------------------------------
+
+
+class Alive(TorchDispatchMode):
+    """Knows the storages that operators have made, and which of them are still held by anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            value.untyped_storage()._cdata for value in args if isinstance(value, torch.Tensor)
+        }  # what a view would be of
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage())._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes(self) -> int:
+        """Bytes of what is held now."""
+        return sum(size for reference, size in self._made.values() if not reference.expired())
 
 
 class Counter(TorchDispatchMode):

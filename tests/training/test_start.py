@@ -18,7 +18,7 @@ from preprocessing import encode
 from runtime import seal
 from runtime.errors import UserError
 from tests.helpers import Words, class_folders
-from training import command
+from training import command, introduction
 from training.run import Run
 
 
@@ -99,12 +99,12 @@ def test_weights_are_named_and_selectable(
 ) -> None:
     for which, file in (("ema", "ema"), ("raw", "network")):
         run = Run(
-            *command.resolve(words(tmp_path, which, "--init-ckpt", teacher, "--init-weights", which), "train.py", None)
+            *command.resolve(words(tmp_path, which, "--init-ckpt", teacher, init_weights=which), "train.py", None)
         )
         tensors = Checkpoint.open(teacher).tensors(file)
         assert all(torch.equal(value, tensors[name]) for name, value in run.network.state_dict().items())
         path = Checkpoint.open(teacher).path
-        assert f"starts from the {which} weights of {path} (step 4): as they are" in run.introduction()
+        assert f"starts from the {which} weights of {path} (step 4): as they are" in introduction.introduction(run)
 
 
 def test_another_size_stretches_positions_and_other_classes_renew_the_label_table(
@@ -168,10 +168,12 @@ def test_spaces_without_a_digest_are_compared_by_name(tmp_path: Path, words: Wor
     config.write_text(config.read_text().replace('"name": "pixels"', '"name": "sd-vae"'))
     seal.main([str(config)])
     run = Run(*command.resolve(words(tmp_path, "run", "--init-ckpt", tmp_path / "other"), "train.py", None))
-    assert any("warning" in line and "latents of sd-vae against pixels" in line for line in run.introduction())
+    assert any(
+        "warning" in line and "latents of sd-vae against pixels" in line for line in introduction.introduction(run)
+    )
     argv = words(tmp_path, "guided", "--guiding-ckpt", tmp_path / "other", "--align-hidden", 16)
     run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
-    assert any("latents of sd-vae against pixels" in line for line in run.introduction())
+    assert any("latents of sd-vae against pixels" in line for line in introduction.introduction(run))
     space = Checkpoint.open(teacher).space
     assert space.unverified_match(space) is None
     digests = [dataclasses.replace(space, name=name, digest="a") for name in ("one", "two")]
@@ -193,7 +195,7 @@ def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None
         assert (
             any(
                 "a network learns so few by heart; give --batch-size 32 --max-train-steps 56000" in line
-                for line in run.introduction()
+                for line in introduction.introduction(run)
             )
             == warned
         )

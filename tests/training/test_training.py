@@ -94,7 +94,6 @@ def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict
     run = trainer(program, argv)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.optimizer = torch.optim.SGD(run.optimizer.param_groups, lr=0.05)
-    run.save = lambda: None
     kept: dict[str, torch.Tensor] = {}
 
     def first_gradients(optimizer: Any, *_: Any) -> None:
@@ -148,9 +147,8 @@ def pair(
             0.6,
             "--max-train-steps",
             20,
-            "--grad-ratio-steps",
-            5,
             *more,
+            grad_ratio_steps=5,
         )
 
     job = {
@@ -298,7 +296,7 @@ def test_label_dropout_has_its_rate_and_feeds_the_null_label(tmp_path: Path, wor
 def test_an_epoch_visits_every_item_once_and_times_have_their_law(tmp_path: Path, words: Words) -> None:
     from training import batches
 
-    run = trainer("train", words(tmp_path, "run", "--time-sampling", "logit-normal", "--uniform-from-epoch", 2))
+    run = trainer("train", words(tmp_path, "run", "--time-sampling", "logit-normal", uniform_from_epoch=2))
     plans = [batches.plan(run.config, run.data, step) for step in range(3 * run.epoch_steps)]
     for epoch in range(2):
         seen = np.concatenate([one.index for one in plans[epoch * run.epoch_steps : (epoch + 1) * run.epoch_steps]])
