@@ -352,8 +352,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "sit": {"train": {}, "align": {}},
     # LightningDiT, 64 epochs of 1,251 steps
     "lightningdit": {"train": _LIGHTNINGDIT, "align": {}},
-    # the paper's Table 2: 400 epochs of SiT-XL (5,004 steps each) and of LightningDiT-XL (1,251 steps each); it does not
-    # name the distribution of t, which stays logit-normal
+    # the paper's Table 2: 400 epochs of SiT-XL (5,004 steps each) and of LightningDiT-XL (1,251 steps each); the
+    # distribution of t, which it does not name, stays logit-normal
     "sit-400ep": {"train": _XL_400, "align": {}},
     "lightningdit-400ep": {"train": {**_LIGHTNINGDIT, "max_train_steps": 500_000}, "align": {}},
     # and LightningDiT's 800 epochs: times are uniform from epoch 480 on

@@ -5,10 +5,10 @@ A command declares its options as a frozen dataclass. Its fields are made with `
 the command line into that dataclass. Later sources win: defaults, layers between (recipes, presets), command line.
 
 Why not a library: simple-parsing 0.1.9, tyro 1.0.17 and jsonargparse 4.53 were tried (November 2026). None has all that
-the commands here need: the given values apart from defaults, so that presets can stand between (jsonargparse alone tells
-them apart); options of several alignments side by side, with a short flag where it is unambiguous; one line for a
-mistake, with the nearest flag or a hint of our own (tyro suggests, in a box of ten lines); `--interval 0.4 0.7` as a
-tuple (jsonargparse wants a list in brackets). So argparse parses, and this file derives its arguments.
+the commands here need: the given values apart from defaults, so that presets can stand between (only jsonargparse);
+options of several alignments side by side, with a short flag where it is unambiguous; one line for a mistake, with the
+nearest flag or a hint of our own (tyro suggests, in a box of ten lines); `--interval 0.4 0.7` as a tuple (jsonargparse
+wants a list in brackets). So argparse parses, and this file derives its arguments.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from runtime.errors import UserError, nearest, require
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 Given = dict[str, Any]
 """Option names and values, as words or a layer of settings gave them."""
 
@@ -61,7 +64,7 @@ def group(schema: type, *, without: Sequence[str] = ()) -> Any:
 
 
 def require_bounds(config: Any) -> None:
-    """Raise UserError for the first option of `config` whose number lies outside its `within`. None is always inside."""
+    """Raise UserError for the first option of `config` whose number lies outside its `within`; None is inside."""
     for field in dataclasses.fields(config):
         bounds, value = field.metadata.get("within"), getattr(config, field.name)
         if not bounds or value is None:
@@ -138,8 +141,8 @@ def parse(
 ) -> dict[str, Given]:
     """The values that `argv` gives, by section and option name, with the types of the sections' dataclasses.
 
-    The section called "" has plain flags (`--seed`). Every other section is an alignment: `--repa-depth` sets `depth` of
-    section `repa`, and so does `--align-depth` if no other alignment has that option. See `read`.
+    The section called "" has plain flags (`--seed`). Every other section is an alignment: `--repa-depth` sets `depth`
+    of section `repa`, and so does `--align-depth` if no other alignment has that option. See `read`.
     """
     parser = _Parser(
         prog=prog,
@@ -277,7 +280,7 @@ _TYPES = {float: finite, int: whole, str: printable}
 
 
 def kind_of(hint: Any) -> tuple[type, int | str | None]:
-    """The scalar type of an annotation, and the number of values of its flag (None: one; '+': a tuple of any length)."""
+    """The scalar type of an annotation, and the number of its flag's values (None: one; '+': a tuple of any length)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:

@@ -2,7 +2,7 @@
 
 Every process draws the whole global batch and takes its slice, so the numbers do not depend on how many processes or
 micro-batches share the work. Host draws are a few hundred numbers; counts and shares are therefore known without asking
-the device. The rows of the next two steps are read by a thread while the device is busy.
+the device. A thread reads the rows of the next two steps while the device is busy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runtime.streams import Stream
 from runtime.transfer import to_device
 
 AHEAD = 2
-"""Steps that are read beyond the current one: a slow step's images do not hold up the device."""
+"""Steps that are read beyond the current one, so that a slow read of images does not hold up the device."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,12 @@ class Batches:
     def steps(self, start: int, stop: int, alignments: dict[str, Alignment]) -> Iterator[list[Batch]]:
         """The micro-batches of optimiser steps start .. stop-1."""
         columns = {column for alignment in alignments.values() for column in alignment.columns}
-        ahead: deque[Future] = deque()
+        ahead: deque[Future[tuple[Plan, dict[str, Tensor]]]] = deque()
         for step in range(start, stop):
             while len(ahead) <= AHEAD and step + len(ahead) < stop:
                 ahead.append(self._reader.submit(self._read, step + len(ahead), columns))
-            yield self._batches(step, *ahead.popleft().result(), alignments)
+            drawn, rows = ahead.popleft().result()
+            yield self._batches(step, drawn, rows, alignments)
 
     def _read(self, step: int, columns: set[str]) -> tuple[Plan, dict[str, Tensor]]:
         """Host draws of the step, and this process's rows in (pinned) host memory or where the data set keeps them."""
@@ -114,50 +115,45 @@ class Batches:
     def _batches(
         self, step: int, drawn: Plan, rows: dict[str, Tensor], alignments: dict[str, Alignment]
     ) -> list[Batch]:
+        """The micro-batches of `step` on the device."""
         rows = {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
         x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
-        draws = {
-            name: {
-                key: to_device(torch.from_numpy(value[self.share]), self.device)
-                for key, value in alignment.draw(
-                    Stream(self.config.seed, f"alignment/{name}", step), self.config.batch_size
-                ).items()
-            }
-            for name, alignment in alignments.items()
-        }
+        draws = self._draws(step, alignments)
         batches = []
         for start in range(0, len(labels), self.micro):
             part = slice(start, start + self.micro)
-            everywhere = slice(
-                self.share.start + start, self.share.start + start + self.micro
-            )  # the same, in the global batch
-            selections = {
-                name: Selection.of(
-                    alignment.options.interval,
-                    alignment.options.mask,
-                    drawn.t,
-                    everywhere,
-                    self.device,
-                    few_sizes=self.device.type == "cuda" and not alignment.coupled,
-                )
-                for name, alignment in alignments.items()
-                if alignment.options.interval is not None
-            }
+            columns: dict[str, Tensor] = {name: rows[name][part] for name in ("image", "row") if name in rows}
+            micro_draws: dict[str, dict[str, Tensor]] = {name: {} for name in alignments}
+            for name, key in draws:
+                micro_draws[name][key] = draws[name, key][part]
+            selections = self._selections(drawn.t, self.share.start + start, alignments)
             batches.append(
-                Batch(
-                    x0[part],
-                    eps[part],
-                    rows["t"][part],
-                    y[part],
-                    labels[part],
-                    {name: rows[name][part] for name in ("image", "row") if name in rows},
-                    {name: {key: value[part] for key, value in drawn_by.items()} for name, drawn_by in draws.items()},
-                    selections,
-                )
+                Batch(x0[part], eps[part], rows["t"][part], y[part], labels[part], columns, micro_draws, selections)
             )
         return batches
+
+    def _draws(self, step: int, alignments: dict[str, Alignment]) -> dict[tuple[str, str], Tensor]:
+        """Random numbers of the alignments, by alignment and name, for this process's share of the global batch."""
+        draws = {}
+        for name, alignment in alignments.items():
+            stream = Stream(self.config.seed, f"alignment/{name}", step)
+            for key, value in alignment.draw(stream, self.config.batch_size).items():
+                draws[name, key] = to_device(torch.from_numpy(value[self.share]), self.device)
+        return draws
+
+    def _selections(self, t: np.ndarray, start: int, alignments: dict[str, Alignment]) -> dict[str, Selection]:
+        """The samples that alignments with an interval select, of the micro-batch at `start` in the global batch."""
+        selections = {}
+        for name, alignment in alignments.items():
+            options = alignment.options
+            if options.interval is not None:
+                # compiled code should meet few sizes on a GPU; a coupled loss must not see the samples that fill up
+                few_sizes = self.device.type == "cuda" and not alignment.coupled
+                part = slice(start, start + self.micro)
+                selections[name] = Selection.of(options.interval, options.mask, t, part, self.device, few_sizes)
+        return selections
 
     def noise(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(clean normalised latents, noise) of this process's rows; latents (n, parts, C, H, W) as stored.

@@ -22,8 +22,8 @@ from training.run import Run
 from training.vote import Vote
 
 ENDED_EARLY = "ended-early.json"
-"""In the run's folder while the run waits to be continued. A batch script can look for it under `accelerate launch`, whose
-exit code is 1 whatever the exit codes of its processes are."""
+"""File in the run's folder while the run waits to be continued. A batch script can look for it under `accelerate
+launch`, which exits with 1 whatever its processes exit with."""
 
 
 class Callback(Protocol):
@@ -33,11 +33,11 @@ class Callback(Protocol):
 
     def __call__(
         self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None
-    ) -> dict[str, float | Path]:
+    ) -> Mapping[str, float | Path]:
         """Returns numbers for the log, on every process, and paths of pictures, on the main process.
 
         Args:
-            networks: "ema" (in eval mode) and "raw" (the trained one, in training mode, on which nothing in it depends).
+            networks: "ema" (in eval mode) and "raw" (the trained one, in training mode, which changes nothing).
             dtype: of the run's autocast, None for float32.
         """
         ...
@@ -66,7 +66,7 @@ class Between:
         """A checkpoint was due while gradients were not finite."""
 
     def __call__(self, meter: Meter, end: int) -> None:
-        """Report, measure, save and end, in this order, as due after this step. `end` is the last step of the segment."""
+        """Report, measure, save and end, in this order, as due. `end` is the last step of the segment."""
         config, step = self.run.config, self.run.step
         self.log.advance()
         last = step == config.max_train_steps

@@ -41,7 +41,7 @@ def resolve(
     Raises:
         UserError: unknown flags, names or presets, contradictory values.
     """
-    file = peek(TrainConfig, "config", argv)
+    file = peek(TrainConfig, "config", argv) or ""
     settings = read_settings(file) if file else {"train": {}, "align": {}}
     words = ["--align", *settings["train"].get("align", ["none"]), *argv] if file else argv
     names = [*always, *(name for name in peek(TrainConfig, "align", words) if name != "none")]
@@ -60,7 +60,7 @@ def resolve(
     for name, kind in kinds.items():
         given[name] = {**values_of(kind.Options, settings["align"].get(name, {}), file), **flags[name]}
     taken = take_over(given) if take_over else {}
-    recipe = RECIPES[given[""].get("recipe", taken.get("recipe", "sit"))]
+    recipe = RECIPES[str(given[""].get("recipe", taken.get("recipe", "sit")))]
     chosen = _preset(given[""].get("preset"), kinds)
     presets = (preset.get("train", {}) for preset in chosen.values())
     train = build(TrainConfig, recipe["train"], taken, *presets, given[""])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -158,8 +159,8 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     cached = [
-        f"{name}: its encoder runs over the set once before the first step and keeps the tokens of every image in memory: "
-        f"neither is counted"
+        f"{name}: its encoder runs over the set once before the first step and holds the tokens of every image in "
+        f"memory: neither is counted"
         for name, chosen in options.items()
         if getattr(chosen, "cache", False)
     ]
@@ -186,6 +187,8 @@ class _Counter:
     def __init__(self, setup: Setup, dtype: torch.dtype | None, alignments: Mapping[str, Alignment]) -> None:
         self.setup, self.dtype, self.alignments = setup, dtype, alignments
         self.network, self.ema = empty_network(setup.spec), empty_network(setup.spec)
+        images = any("image" in alignment.columns for alignment in alignments.values())
+        self.image = setup.data.images(np.zeros(1, int)).shape[1:] if images else ()
 
     def count(self, names: list[str], checkpointing: str = "none") -> tuple[float, float]:
         """FLOPs per image of one training step with the alignments `names`, and those of frozen networks among them."""
@@ -213,7 +216,7 @@ class _Counter:
         x, t, labels = torch.zeros(IMAGES, *data.shape[1:]), torch.zeros(IMAGES), torch.zeros(IMAGES, dtype=torch.long)
         columns = {}
         if any("image" in alignment.columns for alignment in alignments.values()):
-            columns["image"] = torch.zeros(IMAGES, *data.images([0]).shape[1:], dtype=torch.uint8)
+            columns["image"] = torch.zeros(IMAGES, *self.image, dtype=torch.uint8)
         draws = {
             name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), IMAGES).items()}
             for name, alignment in alignments.items()

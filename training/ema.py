@@ -1,7 +1,7 @@
 """Moving averages of a network's weights, each in one fused operation a step.
 
-Two profiles: exponential (`Exponential`), and a power of time (`Power`), of which averages of any length can be made after
-training (`training.posthoc`).
+Two profiles: exponential (`Exponential`), and a power of time (`Power`), from which averages of any length can be
+computed after training (`training.posthoc`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from alignment import Alignment
 from config import TrainConfig
 from models import Backbone
+
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,10 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Power:
-    """The decay d = (1 - 1/s)^(gamma + 1) of an average whose profile is the power gamma of time (EDM2, arXiv 2312.02696, eq. 127)."""
+    """The decay d = (1 - 1/s)^(gamma + 1) of an average whose profile is the power gamma of time.
+
+    EDM2, arXiv 2312.02696, eq. 127.
+    """
 
     length: float
     """The profile's standard deviation over the time trained, which fixes gamma."""
@@ -46,26 +52,27 @@ class Power:
 
 @cache
 def exponent(length: float) -> float:
-    """gamma of the profile of `length`: the largest root of length^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (EDM2, eq. 126)."""
+    """gamma of the profile of `length`: largest root of length^2 (gamma + 2)^2 (gamma + 3) = gamma + 1 (eq. 126)."""
     return float(max(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real))
 
 
 def stored_name(length: float) -> str:
-    """What the average of `length` is called among a checkpoint's weights."""
+    """The name of the average of `length` among a checkpoint's weights."""
     return f"ema-length-{length}"
 
 
-class EMA:
+class EMA(Generic[N]):
     """Keeps `network`, a frozen copy in eval mode whose parameters follow the trained ones.
 
     After update s (counted from 1): ema <- d ema + (1 - d) weights, with d = `decay`(s).
     """
 
-    def __init__(self, network: nn.Module, decay: Callable[[int], float]) -> None:
+    def __init__(self, network: N, decay: Callable[[int], float]) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
-        # parameters, not their values: one that is moved stays the same object, so that the lists never go stale
-        self._averages, self._trained = list(self.network.parameters()), list(network.parameters())
+        # parameter objects, not their values: a moved parameter stays the same object, so the lists stay valid
+        self._averages: list[torch.Tensor] = list(self.network.parameters())
+        self._trained: list[torch.Tensor] = list(network.parameters())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -73,13 +80,20 @@ class EMA:
         torch._foreach_lerp_(self._averages, self._trained, 1 - self.decay(step))
 
 
-def averages(config: TrainConfig, network: Backbone, alignments: Mapping[str, Alignment]) -> dict[str, EMA]:
-    """Every average of a run by its name in a checkpoint: `ema`, those of `--ema-extra-decays` and `--ema-lengths`, and for each of
-    them one of each head that predicts the velocity."""
+def averages(config: TrainConfig, network: Backbone, alignments: Mapping[str, Alignment]) -> dict[str, EMA[Any]]:
+    """Every average of a run by its name in a checkpoint.
+
+    These are `ema`, those of `--ema-extra-decays` and `--ema-lengths`, and for each of them one of every head that
+    predicts the velocity.
+    """
     decays: dict[str, Callable[[int], float]] = {"ema": Exponential(config.ema_decay, config.ema_warmup)}
     decays |= {f"ema-{decay}": Exponential(decay, config.ema_warmup) for decay in config.ema_extra_decays}
     decays |= {stored_name(length): Power(length) for length in config.ema_lengths}
-    heads = {name: alignment.head for name, alignment in alignments.items() if alignment.velocity_head is not None}
+    heads: dict[str, nn.Module] = {
+        name: alignment.get_submodule("head")
+        for name, alignment in alignments.items()
+        if alignment.velocity_head is not None
+    }
     return {name: EMA(network, decay) for name, decay in decays.items()} | {
         f"{name}-head-{of}": EMA(head, decay) for name, head in heads.items() for of, decay in decays.items()
     }

@@ -1,4 +1,4 @@
-"""What a run prints before its first step: first the facts in which two runs of one name could differ, then warnings."""
+"""Lines that a run prints before its first step: the facts in which runs of one name could differ, then warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs: losses summed on the device, a JSON-lines file always, a progress bar, and an optional tracker (`tracker.py`)."""
+"""Logs: losses summed on the device, a JSON-lines file, a progress bar, and an optional tracker (`tracker.py`)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
 class Meter:
     """Sums losses over steps on the device, and reads them once per report.
 
-    The flow-matching loss is kept by quarter of t as well (t = 1 is noise). A step whose gradient is not finite was not
-    taken: its losses are left out, and it is counted.
+    The flow-matching loss is also summed by quarter of t (t = 1 is noise). A step whose gradient is not finite is not
+    taken: its losses are left out, and the step is counted.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -34,18 +34,17 @@ class Meter:
         self._quarters_now = torch.zeros(2, 4, device=accelerator.device)
         self._sums: dict[str, Tensor] = {}
         self._quarters = torch.zeros_like(self._quarters_now)
-        # steps taken, steps skipped; skipped in a row: until now, at most; steps since that was so
+        # steps taken; steps skipped; skipped in a row until now; longest such row; steps since its end
         self._counts = torch.zeros(5, device=accelerator.device)
-        self._carried = torch.tensor(
-            [0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device
-        )  # over a report: the row that goes on
+        # a report resets all of them but the current row
+        self._carried = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device)
         self.ratios: dict[str, Tensor] = {}
-        """Gradient-norm ratio of each alignment, where it has been measured since the last report (`training.balance`)."""
+        """Gradient-norm ratio of each alignment, if measured since the last report (`training.balance`)."""
         self._steps = 0
         self._seconds = 0.0
         self._start = time.perf_counter()
         self.streak = self.longest = self.ago = 0
-        """As of the last report: steps skipped in a row at its end; in a row at most, and how many steps ago these ended."""
+        """At the last report: steps skipped in a row at its end; the longest such row, and the steps since it ended."""
 
     def add(self, losses: dict[str, Tensor], t: Tensor, parts: int) -> None:
         """One micro-batch out of `parts`: `diffusion` (N,) per sample, the others scalars; t (N,)."""
@@ -112,7 +111,7 @@ class Meter:
 class RunLog:
     """`log.jsonl` of a run, one line per report, and the progress bar; both on the main process alone.
 
-    On resume the lines of steps that are run again are dropped, so that every step has one line.
+    A resume drops the lines of steps that run again, so that every step has one line.
     """
 
     def __init__(
@@ -134,12 +133,12 @@ class RunLog:
             total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process
         )
         if accelerator.is_main_process:
-            kept = [line for line in read(self.path) if line["step"] <= start]
+            lines = [line for line in read(self.path) if line["step"] <= start]
             with files.replacing(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def advance(self) -> None:
-        """One step done."""
+        """Count one step."""
         self._bar.update()
 
     def write(self, step: int, values: dict[str, float]) -> None:

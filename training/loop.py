@@ -40,7 +40,7 @@ def update(
     """
     for number, batch in enumerate(micros, start=1):
         last = number == len(micros)
-        with nullcontext() if last or not hasattr(learner, "no_sync") else learner.no_sync():
+        with nullcontext() if last or not hasattr(learner, "no_sync") else learner.no_sync():  # type: ignore[operator]
             losses = learner(batch)
             total = losses["diffusion"].mean() + sum(
                 weights[name] * losses[name] for name in losses if name != "diffusion"
@@ -53,7 +53,8 @@ def update(
     if max_grad_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if norm.is_cuda:
-        optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel reads it, so the host does not wait
+        # the fused kernel reads it, so the host does not wait
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[union-attr]
     if norm.is_cuda or norm.isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

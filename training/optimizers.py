@@ -1,4 +1,4 @@
-"""The optimiser of a run: AdamW, or Muon beside it; and its state under the names of parameters, as a checkpoint keeps it."""
+"""The optimiser of a run (AdamW, or Muon with AdamW), and its state by parameter name, as a checkpoint stores it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(
     """The optimiser of `network` and of the trained parameters of `heads`, a group each, by their names.
 
     Args:
-        fused: one kernel for all of AdamW; else its loop over parameters, whose bits earlier runs on a CPU in float32 have.
+        fused: one kernel for all of AdamW, instead of its loop over parameters, which differs in the last bits.
     """
     matrices = network.matrices() if config.optimizer == "muon" else {}
     groups = [{"name": "network", "params": [p for name, p in network.named_parameters() if name not in matrices]}]
@@ -38,7 +38,9 @@ def build(
     return Muon(network, adamw, lr=config.learning_rate, weight_decay=config.adam_weight_decay) if matrices else adamw
 
 
-def state_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], list[dict]]:
+def state_of(
+    optimizer: torch.optim.Optimizer | Muon, names: Mapping[Tensor, str]
+) -> tuple[dict[str, Tensor], list[dict]]:
     """The optimiser's state by parameter name: tensors under 'name/slot', and its groups as JSON values."""
     tensors = {
         f"{names[parameter]}/{slot}": torch.as_tensor(value)
@@ -55,18 +57,17 @@ def state_of(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> t
     return tensors, json.loads(json.dumps(groups))
 
 
-def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]) -> None:
+def restore(
+    optimizer: torch.optim.Optimizer | Muon, tensors: Mapping[str, Tensor], names: Mapping[Tensor, str]
+) -> None:
     """Give each parameter the state saved under its name, on its device. State of unknown names is refused."""
     parameters = {name: parameter for parameter, name in names.items()}
+    # AdamW counts its steps on the CPU unless fused or capturable
+    counts_on_host = not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
         if name not in parameters:
             raise UserError(f"the optimiser state names {name}, which this run does not train")
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU unless fused or capturable
-        device = (
-            "cpu"
-            if slot == "step" and not any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
-            else parameter.device
-        )
-        optimizer.state[parameter][slot] = value.to(device)
+        on_host = slot == "step" and counts_on_host
+        optimizer.state[parameter][slot] = value.to("cpu" if on_host else parameter.device)

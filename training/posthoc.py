@@ -1,16 +1,16 @@
-"""Post-hoc EMA: averages of a run's weights of any length, made after training (EDM2, arXiv 2312.02696, section 3).
+"""Post-hoc EMA: averages of a run's weights of any length, computed after training (EDM2, arXiv 2312.02696, sec. 3).
 
     python train.py ... --ema-lengths 0.05 0.1
     python -m training.posthoc exps/stage2 --lengths 0.03 0.08 0.15
     python generate.py --ckpt exps/stage2/posthoc/0400000-0.08
 
-A run with `--ema-lengths` keeps averages whose profile is a power of time,
+A run with `--ema-lengths` stores averages whose profile is a power of time,
 
     p(s; t) = (gamma + 1) s^gamma / t^(gamma + 1)    for 0 <= s <= t,
 
-and stores them every so many steps. Its length is the profile's standard deviation divided by t. The average of another length
-is the sum of the stored ones whose profile is nearest to it (least squares); how near is told as a share of its norm. Each result
-is a checkpoint. Snapshots of the run that a run branched from are used up to there.
+as snapshots at regular steps. The length is the profile's standard deviation divided by t. The average of another
+length is the weighted sum of snapshots whose profile is nearest to it (least squares); the distance is reported as a
+share of its norm. Each result is a checkpoint. A branch also uses the snapshots of its trunk up to where it began.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from runtime.options import option, read
 from training.ema import exponent, stored_name
 
 NEAR = 0.02
-"""A result whose profile is farther than this from the one asked for is warned of."""
+"""A result gets a warning if its profile is farther than this from the requested one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of `python -m training.posthoc RUN`."""
 
-    run: str = option(help="run that kept averages with --ema-lengths (may be given as first word)")
-    lengths: tuple[float, ...] = option(help="lengths to make, as shares of the time trained")
-    step: int | None = option(None, help="after this step (default: the last one that was kept)")
+    run: str = option(help="run with --ema-lengths (may be given as first word)")
+    lengths: tuple[float, ...] = option(help="lengths of the new averages, as shares of the time trained")
+    step: int | None = option(None, help="step of the new averages (default: that of the last snapshot)")
     out: str | None = option(None, help="folder of the checkpoints, STEP-LENGTH each (default: RUN/posthoc)")
 
     def __post_init__(self) -> None:
-        require(bool(self.lengths), "--lengths names none: give one or more, such as 0.05 0.1")
+        require(bool(self.lengths), "--lengths is empty: give one or more, such as 0.05 0.1")
         require_lengths("--lengths", self.lengths)
 
 
 def inner_products(
     steps: np.ndarray, exponents: np.ndarray, other_steps: np.ndarray, other_exponents: np.ndarray
 ) -> np.ndarray:
-    """Integrals over time of the products of two profiles, given by their last steps and exponents (eq. 151); broadcasts."""
+    """Integrals over time of products of two profiles, from their last steps and exponents (eq. 151); broadcasts."""
     early = np.where(steps < other_steps, other_exponents, -exponents)
     return (
         (exponents + 1)
@@ -65,9 +65,9 @@ def inner_products(
 
 
 def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) -> tuple[np.ndarray, float]:
-    """What each stored average, a (step, length), counts in the average of `length` at `step`; they sum to 1 (algorithm 3).
+    """The weight of each stored average, a (step, length), in the average of `length` at `step` (algorithm 3).
 
-    Returns them and the distance of the two profiles as a share of the norm of the one wanted.
+    Returns the weights, which sum to 1, and the distance of the two profiles as a share of the requested one's norm.
     """
     steps, exponents = np.array([at for at, _ in stored], float), np.array([exponent(of) for _, of in stored])
     at, wanted = np.float64(step), np.float64(exponent(length))
@@ -80,59 +80,40 @@ def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) 
 
 
 def snapshots(run: Path | str) -> list[Checkpoint]:
-    """The stored averages of `run`, the earliest first, those of the run that it branched from among them."""
-    kept = [Checkpoint.open(folder) for folder in reversed(checkpoint.saved(Path(run) / "averages"))]
-    trunk = kept[0].config["train"].get("branch_from") if kept else None
-    if trunk is None:
-        return kept
-    trunk, _, step = trunk.rpartition("@")
-    return [earlier for earlier in snapshots(trunk) if earlier.step <= int(step)] + kept
+    """The stored averages of `run`, earliest first, with those of its trunk up to where it branched."""
+    stored = [Checkpoint.open(folder) for folder in reversed(checkpoint.saved(Path(run) / "averages"))]
+    branch_from = stored[0].config["train"].get("branch_from") if stored else None
+    if branch_from is None:
+        return stored
+    trunk, _, step = branch_from.rpartition("@")
+    return [earlier for earlier in snapshots(trunk) if earlier.step <= int(step)] + stored
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the command; returns the checkpoints written."""
-    options = read(
-        Options,
-        sys.argv[1:] if argv is None else argv,
-        prog="python -m training.posthoc",
-        description=__doc__,
-        first="run",
-    )
-    kept = snapshots(options.run)
-    require(bool(kept), f"{options.run} keeps no averages to make others of: train with --ema-lengths 0.05 0.1")
-    step = kept[-1].step if options.step is None else options.step
-    known = [one.step for one in kept]
+    words = sys.argv[1:] if argv is None else argv
+    options = read(Options, words, prog="python -m training.posthoc", description=__doc__, first="run")
+    stored = snapshots(options.run)
+    require(bool(stored), f"{options.run} has no averages to combine: train with --ema-lengths 0.05 0.1")
+    step = stored[-1].step if options.step is None else options.step
+    known = [snapshot.step for snapshot in stored]
     require(
         step in known,
-        f"--step {step}: {options.run} keeps no averages of that step; choose one of {', '.join(map(str, known))}",
+        f"--step {step}: {options.run} has no averages of that step; choose one of {', '.join(map(str, known))}",
     )
-    kept = [earlier for earlier in kept if earlier.step <= step]
+    stored = [snapshot for snapshot in stored if snapshot.step <= step]
     out = Path(options.out or Path(options.run) / "posthoc")
-    return [write(out / f"{step:07d}-{length:g}", kept, length) for length in options.lengths]
+    return [write(out / f"{step:07d}-{length:g}", stored, length) for length in options.lengths]
 
 
-def write(path: Path, kept: Sequence[Checkpoint], length: float) -> Path:
-    """Write the average of `length` at the step of the last of `kept` as a checkpoint; says how near its profile comes."""
-    last = kept[-1]
-    stored = [(one, of) for one in kept for of in one.config["train"]["ema_lengths"]]
-    shares, distance = coefficients([(one.step, of) for one, of in stored], last.step, length)
-    suffix = stored_name(stored[-1][1])
-    whose = [
-        name.removesuffix(f"{suffix}.safetensors") for name in last.files if name.endswith(f"{suffix}.safetensors")
-    ]
-    whose = [name for name in whose if all(f"{name}{stored_name(of)}.safetensors" in one.files for one, of in stored)]
-    sums: dict[str, dict[str, Tensor]] = {name: {} for name in whose}
-    with progress.bar(total=len(stored), desc=f"length {length:g}") as bar:
-        for (one, of), share in zip(stored, shares.tolist(), strict=True):
-            for name, total in sums.items():
-                for key, value in one.tensors(f"{name}{stored_name(of)}").items():
-                    total[key] = share * value if key not in total else total[key].add_(value, alpha=share)
-            bar.update()
-    about: dict[str, Any] = {
-        key: last.config[key]
-        for key in ("data", "train", "align", "resolved", "velocity_heads", "precision")
-        if key in last.config
-    }
+def write(path: Path, stored: Sequence[Checkpoint], length: float) -> Path:
+    """Write the average of `length` at the step of the last of `stored` as a checkpoint; prints its distance."""
+    last = stored[-1]
+    members = [(snapshot, of) for snapshot in stored for of in snapshot.config["train"]["ema_lengths"]]
+    shares, distance = coefficients([(snapshot.step, of) for snapshot, of in members], last.step, length)
+    sums = _weighted_sums(members, shares.tolist(), f"length {length:g}")
+    copied = ("data", "train", "align", "resolved", "velocity_heads", "precision")
+    about: dict[str, Any] = {key: last.config[key] for key in copied if key in last.config}
     checkpoint.write(
         path,
         spec=last.spec,
@@ -142,17 +123,37 @@ def write(path: Path, kept: Sequence[Checkpoint], length: float) -> Path:
         ema=sums.pop(""),
         averages={f"{name}ema": total for name, total in sums.items()},
         **about,
-        posthoc={"length": length, "distance": distance, "snapshots": len(kept)},
+        posthoc={"length": length, "distance": distance, "snapshots": len(stored)},
     )
-    print(
-        f"written: {path}, the average of length {length:g} after step {last.step}; its profile is off by {distance:.2%}"
-    )
+    print(f"written: {path}, of length {length:g} after step {last.step}; its profile is off by {distance:.2%}")
     if distance > NEAR:
+        lengths = " and ".join(map(str, last.config["train"]["ema_lengths"]))
         note(
-            f"{len(kept)} snapshots do not hold an average of length {length:g}: train with a smaller --ema-snapshot-steps, or ask for a "
-            f"length nearer to {' and '.join(map(str, last.config['train']['ema_lengths']))}"
+            f"{len(stored)} snapshots do not hold an average of length {length:g}: train with smaller "
+            f"ema_snapshot_steps (--config), or ask for a length nearer to {lengths}"
         )
     return path
+
+
+def _weighted_sums(
+    members: Sequence[tuple[Checkpoint, float]], shares: Sequence[float], title: str
+) -> dict[str, dict[str, Tensor]]:
+    """Sums of the stored averages, each weighted by its share: of the network ("") and of each head ("NAME-head-")."""
+    last, suffix = members[-1][0], f"{stored_name(members[-1][1])}.safetensors"
+    prefixes = [name.removesuffix(suffix) for name in last.files if name.endswith(suffix)]
+    # a head that an earlier snapshot lacks cannot be averaged
+    sums: dict[str, dict[str, Tensor]] = {
+        prefix: {}
+        for prefix in prefixes
+        if all(f"{prefix}{stored_name(of)}.safetensors" in snapshot.files for snapshot, of in members)
+    }
+    with progress.bar(total=len(members), desc=title) as bar:
+        for (snapshot, of), share in zip(members, shares, strict=True):
+            for prefix, total in sums.items():
+                for key, value in snapshot.tensors(f"{prefix}{stored_name(of)}").items():
+                    total[key] = share * value if key not in total else total[key].add_(value, alpha=share)
+            bar.update()
+    return sums
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Before the first step: what would fail hours later fails now. Disk is counted, a file written and read back, callbacks tried."""
+"""Before the first step: check disk space, write and read back a file, and try previews and scores at tiny size.
+
+What would fail hours later fails now.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from training.run import Run
 
 
 def check(run: Run, callbacks: Sequence[Callback]) -> None:
-    """Try everything that the run will do besides training, at tiny size, and leave nothing behind.
+    """Try everything that the run will do besides training, at tiny size and without a trace.
 
     Raises:
-        UserError: too little disk for one checkpoint, a folder that does not keep what is written, a preview or a score that
+        UserError: too little disk for one checkpoint, a folder that loses what is written, a preview or a score that
             cannot be made.
     """
     launch.on_main(run.accelerator, lambda: _disk(run))
@@ -30,7 +33,7 @@ def check(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Bytes of one checkpoint: network and heads with AdamW's two moments, and the averages, all in float32."""
+    """Bytes of one checkpoint in float32: network and heads with AdamW's two moments, and the averages."""
     return 4 * (
         3 * _count(run.network, *run.alignments.values())
         + _count(*(average.network for average in run.averages.values()))
@@ -38,7 +41,7 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 def snapshot_bytes(run: Run) -> int:
-    """Bytes of the averages of --ema-lengths, which are kept apart."""
+    """Bytes of one snapshot of the averages of --ema-lengths."""
     return 4 * _count(*(average.network for average in run.averages.values() if isinstance(average.decay, Power)))
 
 
@@ -47,22 +50,23 @@ def _count(*modules: nn.Module) -> int:
 
 
 def _disk(run: Run) -> None:
-    """Free disk against what is still to be written."""
+    """Compare free disk space with what the run has yet to write."""
     config, size = run.config, checkpoint_bytes(run)
     last, every = config.max_train_steps, config.checkpointing_steps
     to_come = max(0, -(-last // every) - run.step // every)
     passing = 2 if config.checkpointing_minutes else 0
     free = shutil.disk_usage(_existing(run.folder)).free
-    kept = snapshot_bytes(run) * sum(map(config.keeps_averages_at, range(run.step + 1, last + 1)))
+    snapshots = snapshot_bytes(run) * sum(map(config.keeps_averages_at, range(run.step + 1, last + 1)))
     shown = f"{size / 2**30:.2f} GiB each, {free / 2**30:.1f} GiB are free"
     require(
         free > 1.05 * size or not to_come,
         f"{run.folder} has no room for a checkpoint ({shown}); free some space or choose another --output-dir",
     )
-    if free < 1.05 * (size * (to_come + passing) + kept):
+    if free < 1.05 * (size * (to_come + passing) + snapshots):
+        averages = f", with {snapshots / 2**30:.1f} GiB of --ema-lengths" if snapshots else ""
         note(
-            f"{to_come} checkpoints are to come at --checkpointing-steps {every}, and {passing} more by the clock, {shown}: they do not "
-            f"all fit" + (f", with {kept / 2**30:.1f} GiB of --ema-lengths" if kept else "")
+            f"{to_come} checkpoints are to come at --checkpointing-steps {every}, and {passing} more by the clock, "
+            f"{shown}: they do not all fit{averages}"
         )
 
 
@@ -78,9 +82,7 @@ def _written_is_read(folder: Path) -> None:
     try:
         same = torch.equal(files.load_tensors(file)["tensor"], tensor)
     except UserError as error:
-        raise UserError(
-            f"{folder} does not keep what is written there ({error}); choose another --output-dir"
-        ) from error
+        raise UserError(f"{folder} loses what is written there ({error}); choose another --output-dir") from error
     finally:
         file.unlink(missing_ok=True)
-    require(same, f"{folder} does not keep what is written there; choose another --output-dir")
+    require(same, f"{folder} loses what is written there; choose another --output-dir")

@@ -1,7 +1,7 @@
-"""What may continue what: finding a run's checkpoint, refusing one that does not fit, and restoring it.
+"""Continue a run: find its checkpoint, refuse one that does not fit, and restore it.
 
-A run is continued under the options, data and precision that it had; what may change is listed in `config.FREE_ON_RESUME`.
-A branch (`--branch-from RUN@STEP`) is a new run that continues another under other options of its alignments.
+A run continues under the same options, data and precision; `config.FREE_ON_RESUME` lists the options that may change. A
+branch (`--branch-from RUN@STEP`) is a new run that continues another one under other options of its alignments.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from runtime import files, launch
 from runtime.errors import UserError, note, require
 from runtime.options import as_dict, build
 from training import optimizers
+from training.muon import Muon
 from training.setup import Setup
 
 
 def find(folder: Path, setup: Setup, precision: str, accelerator: Accelerator, tidy: bool) -> Checkpoint | None:
-    """The newest whole checkpoint of the run in `folder`; where there is none yet, the one that it branches from, or None.
+    """The newest intact checkpoint of the run in `folder`, else the one from which it branches, else None.
 
-    The same in every process. With `tidy`, for who holds the folder, newer checkpoints that are damaged are set aside under
-    another name, and what killed saves left is removed.
+    It is the same in every process.
+
+    Args:
+        tidy: rename newer, damaged checkpoints and remove what killed saves left; only for the holder of the lock.
 
     Raises:
-        UserError: there are checkpoints but none is whole; it is of another network, data set, precision or options.
+        UserError: all checkpoints are damaged, or the newest has another network, data set, precision or options.
     """
     newest = launch.on_main(accelerator, lambda: _newest(folder, tidy))
     if newest is None:
-        return None if setup.config.branch_from is None else branch(setup, precision)
+        trunk = setup.config.branch_from
+        return None if trunk is None else branch(trunk, setup, precision)
     earlier = Checkpoint.open(newest)
     _require_same(folder, earlier, setup, precision)
     return earlier
@@ -49,12 +53,11 @@ def find(folder: Path, setup: Setup, precision: str, accelerator: Accelerator, t
 def _newest(folder: Path, tidy: bool) -> Path | None:
     newest, faults = checkpoint.newest_whole(folder)
     for damaged, fault in faults.items():
-        require(newest is not None, f"no checkpoint of {folder} is intact; the newest: {fault}; use another --exp-name")
+        if newest is None:
+            raise UserError(f"no checkpoint of {folder} is intact; the newest: {fault}; use another --exp-name")
         aside = damaged.with_name(f"{damaged.name}.damaged")
-        note(
-            f"{fault}: continuing from {newest.name}, the newest whole one"
-            + (f"; {damaged.name} is now {aside.name}" if tidy else "")
-        )
+        renamed = f"; {damaged.name} is now {aside.name}" if tidy else ""
+        note(f"{fault}: continuing from {newest.name}, the newest intact one{renamed}")
         if tidy:
             with files.writing(aside):
                 damaged.rename(aside if not aside.exists() else damaged.with_name(f"{aside.name}-{time.time_ns()}"))
@@ -70,10 +73,10 @@ def _newest(folder: Path, tidy: bool) -> Path | None:
 
 
 def prune(folder: Path, limit: int | None = None, every: int | None = None) -> None:
-    """Remove what need not stay of a run's checkpoints.
+    """Remove checkpoints that need not stay.
 
-    Of those that the clock or a signal asked for, the last two are kept. With `limit` only the latest so many are kept of all,
-    and those whose step is a multiple of `every`.
+    Of those that the clock or a signal asked for, the last two stay. With `limit`, only so many of the latest
+    checkpoints stay, and those whose step is a multiple of `every`.
     """
     saved = [path for path in checkpoint.saved(folder) if checkpoint.is_checkpoint(path)]  # the latest first
     passing = [path for path in saved if files.read_json(path / "config.json").get("kept") is False]
@@ -83,7 +86,7 @@ def prune(folder: Path, limit: int | None = None, every: int | None = None) -> N
 
 
 def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: str) -> None:
-    """Refuse to continue a run under options, data or an architecture that are not its own."""
+    """Refuse to continue a run under other options, data or architecture."""
     where, config = f"{folder} cannot be continued", setup.config
     _require_same_base(where, earlier, setup, precision, changeable=config.mixed_precision is not None)
     for key, then, now in changes(config, earlier.config["train"]):
@@ -104,8 +107,8 @@ def _require_same(folder: Path, earlier: Checkpoint, setup: Setup, precision: st
 
 
 def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision: str, changeable: bool = False) -> None:
-    """Network and data set of `earlier` are those of `setup`; so is the precision, unless it may be changed, which is said."""
-    spec = dataclasses.replace(setup.spec, position_span=earlier.spec.position_span)  # that came with the weights
+    """Refuse a checkpoint of another network or data set, or of another precision unless that is `changeable`."""
+    spec = dataclasses.replace(setup.spec, position_span=earlier.spec.position_span)  # the span came with the weights
     require(
         earlier.spec == spec,
         f"{where}: its network is {differences(earlier.spec.to_json(), spec.to_json())}; "
@@ -113,13 +116,12 @@ def _require_same_base(where: str, earlier: Checkpoint, setup: Setup, precision:
     )
     require(
         earlier.config["data"]["digest"] == setup.data.digest,
-        f"{where}: {setup.config.data_dir} is another latent set "
-        f"than the one it was trained on; use another --exp-name",
+        f"{where}: {setup.config.data_dir} is not the latent set on which it was trained; use another --exp-name",
     )
     before = earlier.config["precision"]
     require(
         before == precision or changeable,
-        f"{where}: it was trained in {before}, not {precision}; say {launch.PRECISIONS.get(before)}",
+        f"{where}: it was trained in {before}, not {precision}; give {launch.PRECISIONS.get(before)}",
     )
     if before != precision:
         note(f"{earlier.path} was trained in {before}; from step {earlier.step} on this run goes on in {precision}")
@@ -134,47 +136,49 @@ def changes(options: Any, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, 
             yield key, saved[key], value
 
 
-def branch(setup: Setup, precision: str) -> Checkpoint:
-    """The checkpoint that `--branch-from` names, from which a run goes on under other options of its alignments.
+def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
+    """The checkpoint `name` of --branch-from, which a run continues under other options of its alignments.
 
-    The branch equals a run that had its options from the start, bit for bit: refused where the two would differ before that
-    step, or need a head that the checkpoint no longer has.
+    The branch equals a run that had its options from the start, bit for bit. It is refused if the two would differ
+    before that step, or if it needs a head that the checkpoint no longer has.
     """
-    trunk = Checkpoint.open(setup.config.branch_from)
-    where = f"--branch-from {setup.config.branch_from}"
+    trunk, where = Checkpoint.open(name), f"--branch-from {name}"
     require("train" in trunk.config, f"{where}: {trunk.path} holds imported weights, not a run; use --init-ckpt")
     _require_same_base(where, trunk, setup, precision)
     for key, then, now in changes(setup.config, trunk.config["train"]):
         if key not in ("align", "preset", "branch_from"):
             raise UserError(
-                f"{where}: its {key.replace('_', '-')} is {then}, not {now}; a branch may change options of its alignments "
-                f"alone"
+                f"{where}: its {key.replace('_', '-')} is {then}, not {now}; a branch may change only options of its "
+                f"alignments"
             )
-    saved, heads = trunk.config["align"], set(trunk.tensors("heads")) if "heads.safetensors" in trunk.files else set()
+    saved = trunk.config["align"]
+    heads = set(trunk.tensors("heads")) if "heads.safetensors" in trunk.files else set()
     require(
         saved.keys() == setup.options.keys(),
-        f"{where}: its alignments are {list(saved) or ['none']}, not {list(setup.options) or ['none']}; to end one here, "
-        f"give --align-stop-steps {trunk.step}",
+        f"{where}: its alignments are {list(saved) or ['none']}, not {list(setup.options) or ['none']}; to end one "
+        f"here, give --align-stop-steps {trunk.step}",
     )
-    for name, options in setup.options.items():
-        for key, then, now in changes(options, saved[name]):
+    for alignment, options in setup.options.items():
+        for key, then, now in changes(options, saved[alignment]):
             require(
                 key in TIMED,
-                f"{where}: its {name} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
+                f"{where}: its {alignment} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
                 f"{', '.join(TIMED)}",
             )
-        _require_same_weights(where, name, build(type(options), saved[name]), options, trunk.step, setup.epoch_steps)
-        has_head = any(key.startswith(f"{name}.") for key in heads)
-        stopped = trunk.config["resolved"][name]["stop"]
+        _require_same_weights(
+            where, alignment, build(type(options), saved[alignment]), options, trunk.step, setup.epoch_steps
+        )
+        has_head = any(key.startswith(f"{alignment}.") for key in heads)
+        stopped = trunk.config["resolved"][alignment]["stop"]
         require(
-            name not in setup.alive(trunk.step) or has_head or stopped is None or trunk.step < stopped,
-            f"{where}: {name} had ended by step {trunk.step} and its head is gone; branch from an earlier step",
+            alignment not in setup.alive(trunk.step) or has_head or stopped is None or trunk.step < stopped,
+            f"{where}: {alignment} had ended by step {trunk.step} and its head is gone; branch from an earlier step",
         )
     return trunk
 
 
 TIMED = ("weight", "schedule", "stop_steps", "stop_epochs")
-"""Options of an alignment that say when and how strongly it acts."""
+"""Options of an alignment that set when and how strongly it acts."""
 
 
 def _require_same_weights(
@@ -192,7 +196,7 @@ def _require_same_weights(
 
 
 def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, list[str]]:
-    """The network that training goes on with: of the run's checkpoint, of `--init-ckpt`, or fresh; and what to say of it."""
+    """The network of the run's checkpoint, of `--init-ckpt`, or a fresh one, and lines for the introduction."""
     config = setup.config
     if earlier is not None:
         return models.build(earlier.spec, weights=earlier.tensors("network")), []
@@ -208,20 +212,23 @@ def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, 
     names = source.config.get("data", {}).get("class_names")
     if names and names != setup.data.manifest["class_names"] and len(names) == setup.data.num_classes:
         changes += ["its classes have other names, the label table keeps its rows"]
-    said = [
-        f"starts from the {config.init_weights} weights of {source.path} (step {source.step}): {', '.join(changes) or 'as they are'}"
+    lines = [
+        f"starts from the {config.init_weights} weights of {source.path} (step {source.step}): "
+        f"{', '.join(changes) or 'as they are'}"
     ]
-    doubt = source.space.unverified_match(setup.data.space)
-    return started, said + ([f"warning: --init-ckpt {source.path}: {doubt}"] if doubt else [])
+    unverified = source.space.unverified_match(setup.data.space)
+    return started, lines + ([f"warning: --init-ckpt {source.path}: {unverified}"] if unverified else [])
 
 
 def start_from(
     source: Checkpoint, spec: models.ModelSpec, seed: int, weights: str = "ema"
 ) -> tuple[models.Backbone, list[str]]:
-    """A network with the weights of `source` (`ema`, `raw`, `ema-DECAY`), and what had to change on the way.
+    """A network with the weights of `source` (`ema`, `raw`, `ema-DECAY`), and the changes made to them.
 
-    The label table is fresh where the number of classes differs; at another latent size the positions are stretched.
-    Raises UserError where anything else differs.
+    The label table is fresh if the number of classes differs; at another latent size the positions are stretched.
+
+    Raises:
+        UserError: the networks differ in anything else.
     """
     resized = source.spec.sized(spec.input_size)
     spec = dataclasses.replace(spec, position_span=resized.position_span)
@@ -235,7 +242,7 @@ def start_from(
         table = "y_embedder.embedding_table.weight"
         tensors[table] = models.build(spec, seed=seed).state_dict()[table]
         changes += [
-            f"all {spec.num_classes + 1} rows of the label table are fresh (it knew {source.spec.num_classes} classes)"
+            f"all {spec.num_classes + 1} rows of the label table are fresh (it had {source.spec.num_classes} classes)"
         ]
     if source.spec.input_size != spec.input_size:
         changes += [
@@ -250,7 +257,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def teacher_loader(folder: Path, resolved: Mapping[str, Any]) -> Callable[[str], Checkpoint]:
-    """Opens a teacher's checkpoint: for a resumed run the very one it began with, though that run may have gone on since."""
+    """Opens a teacher's checkpoint; for a resumed run the one with which it began, even if the teacher trained on."""
     began_with = {choices["guiding_ckpt"]: choices["teacher"] for choices in resolved.values() if "teacher" in choices}
 
     def load(path: str) -> Checkpoint:
@@ -270,10 +277,10 @@ def restore(
     earlier: Checkpoint,
     averages: Mapping[str, nn.Module],
     alignments: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Muon,
     names: Mapping[Tensor, str],
 ) -> None:
-    """Load the averages by name, the heads of the living `alignments`, and the optimiser state of the parameters in `names`."""
+    """Load the averages by name, the heads of the active `alignments`, and the optimiser's state of `names`."""
     for name, average in averages.items():
         average.load_state_dict(earlier.tensors(name))
     needed = {f"{name}.{key}" for name, alignment in alignments.items() for key in alignment.state_dict()}
@@ -286,6 +293,6 @@ def restore(
                 {key.removeprefix(f"{name}."): value for key, value in heads.items() if key.startswith(f"{name}.")}
             )
     earlier.require_intact("optimizer.json")
-    living = ("network.", *(f"{name}." for name in alignments))
-    state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(living)}
+    active = ("network.", *(f"{name}." for name in alignments))
+    state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(active)}
     optimizers.restore(optimizer, state, names)

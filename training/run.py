@@ -58,7 +58,7 @@ class Run:
         self.network, self.spec = network.to(self.device).train(), network.spec
         self.alignments = self._build_alignments()
         self.averages = ema.averages(config, self.network, self.alignments)
-        self.ema = self.averages["ema"]
+        self.ema: ema.EMA[Backbone] = self.averages["ema"]
         # the loop over parameters keeps the bits of earlier CPU runs in float32
         fused = self.device.type == "cuda" or self.dtype is not None
         self.optimizer = optimizers.build(config, self.network, self.alignments, fused=fused)
@@ -114,9 +114,9 @@ class Run:
         return note
 
     def _choose_attention(self) -> str:
-        """Time the attention kernels on this run's shapes (CUDA only) and keep the fastest; returns a note for the introduction.
+        """Time the attention kernels on this run's shapes and keep the fastest; returns a note for the introduction.
 
-        Not under --deterministic: after a resume the clock could choose another kernel.
+        Only on CUDA, and not under --deterministic: after a resume the clock could choose another kernel.
         """
         if self.device.type != "cuda" or self.config.deterministic:
             return "fp32" if self.device.type == "cpu" else "PyTorch's choice"

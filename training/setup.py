@@ -1,7 +1,7 @@
-"""From options to what they come to on a data set: network, alignments, stops. Nothing is built yet.
+"""Options resolved on a data set: network, alignments, stops. Nothing is built yet.
 
-Training (`training/run.py`), `--dry-run` and the benchmarks start from the same `Setup`, so that what is counted and timed
-is what is trained.
+Training (`training/run.py`), `--dry-run` and the benchmarks start from the same `Setup`, so they count and time what is
+trained.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from models.recompute import recompute
 
 @dataclass(frozen=True)
 class Setup:
-    """What a configuration comes to on its data set.
+    """A configuration resolved on its data set.
 
     Raises (`Setup.of`):
-        UserError: data that is missing or damaged, a network or options that do not fit it.
+        UserError: the data is missing or damaged, or network or options do not fit it.
     """
 
     config: TrainConfig
     data: LatentSet
     spec: models.ModelSpec
     options: dict[str, AlignOptions]
-    """Of each alignment, resolved for this network."""
+    """Options of each alignment, resolved for this network."""
     epoch_steps: int
     stops: dict[str, int | None]
     """The step after which each alignment is gone, None for never."""
@@ -46,7 +46,7 @@ class Setup:
         device: torch.device | str = "cpu",
         data: LatentSet | None = None,
     ) -> Setup:
-        """Open the data set (unless it is given), whose latents may be kept on `device`, and resolve the options."""
+        """Open the data set, unless `data` is given, and resolve the options. `device` may hold the latents."""
         data = data or LatentSet(config.data_dir, resident=config.resident, device=device)
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
         spec = models.spec(
@@ -70,14 +70,14 @@ class Setup:
         """The alignments that still act after `step` optimiser steps."""
         return [name for name, stop in self.stops.items() if stop is None or step < stop]
 
-    def alignments(self, names: list[str], setting: BuildContext) -> dict[str, Alignment]:
+    def alignments(self, names: list[str], context: BuildContext) -> dict[str, Alignment]:
         """The alignments called `names`, with their heads and frozen networks."""
-        return {name: find(name)(self.options[name], setting) for name in names}
+        return {name: find(name)(self.options[name], context) for name in names}
 
     def learner(
         self, network: Backbone, alignments: Mapping[str, Alignment], dtype: torch.dtype | None, ema: Backbone
     ) -> Learner:
-        """What is differentiated: network and alignments under the run's loss, precision and activation checkpointing."""
+        """The module to differentiate: network and alignments with the run's loss, precision and recomputation."""
         recompute(network, self.config.activation_checkpointing)
         return Learner(
             network,

@@ -1,7 +1,7 @@
 """A tracker beside the log: Weights & Biases or TensorBoard, through Accelerate.
 
-A continued run goes on where it was: its id is kept in the run's folder (`tracker.json`), and TensorBoard drops what the
-continued steps log again. `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_TAGS`, `WANDB_MODE` and `WANDB_DIR` mean what they always do.
+A continued run continues its record: the run's folder holds its id (`tracker.json`), and TensorBoard drops what the
+repeated steps log again. `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_TAGS`, `WANDB_MODE` and `WANDB_DIR` work as usual.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROJECT = "self-transcendence"
 
 
 def require_installed(kind: str) -> None:
-    """Raise UserError where the tracker `kind` is not installed; Accelerate would go on without it."""
+    """Raise UserError if the tracker `kind` is not installed; Accelerate would go on without it."""
     require(
         kind == "none" or importlib.util.find_spec(kind) is not None,
         f"--report-to {kind}: it is not installed: pip install {kind}, or --report-to none",
@@ -31,7 +31,7 @@ def require_installed(kind: str) -> None:
 
 
 class Tracker:
-    """Values and pictures by step; does nothing for the kind `none`. Every process calls it, the main one writes."""
+    """Values and pictures by step; nothing for the kind `none`. Every process calls it, the main one writes."""
 
     def __init__(
         self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Tracker:
             self._accelerator.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """The picture in the file `path`. The main process alone has it, and calls this."""
+        """The picture in the file `path`. Only the main process has it and calls this."""
         if self._kind != "none":
             from PIL import Image
 
@@ -73,16 +73,16 @@ class Tracker:
 
 
 def _wandb(folder: Path) -> dict[str, Any]:
-    """How a run is opened: under the id that it began with."""
-    kept = folder / "tracker.json"
-    if not kept.is_file():
-        files.write_json(kept, {"wandb": uuid.uuid4().hex[:8]})
+    """Arguments that open the run under the id with which it began."""
+    record = folder / "tracker.json"
+    if not record.is_file():
+        files.write_json(record, {"wandb": uuid.uuid4().hex[:8]})
     where = {} if "WANDB_DIR" in os.environ else {"dir": str(folder)}
-    return {"name": folder.name, "id": files.read_json(kept)["wandb"], "resume": "allow", **where}
+    return {"name": folder.name, "id": files.read_json(record)["wandb"], "resume": "allow", **where}
 
 
 def _failures(kind: str) -> tuple[type[Exception], ...]:
-    """What the tracker raises where it cannot start: no account, no network."""
+    """Errors that the tracker raises if it cannot start: no account, no network."""
     if kind != "wandb":
         return ()
     import wandb

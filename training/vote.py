@@ -1,4 +1,4 @@
-"""What the processes of a run agree on between steps: to end, to save. Nobody waits for another or for the device."""
+"""The processes of a run agree between steps to end or to save, without waiting for each other or for the device."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 EVERY = 4
-"""Steps between two votes. A wish is agreed on at most two votes after it arose, by every process at the same step."""
+"""Steps between two votes. All processes grant a request at the same step, at most two votes after it was made."""
 
 
 class Vote:
-    """Any process may wish for something; all see it at the same step.
+    """Any process may make a request; all processes grant it at the same step.
 
-    Alone, a process has its request granted at once. Among several, the requests are summed over the processes at every fourth step, and the
-    sum is read at the vote after: by then it has long been there, so that reading it does not hold the device up.
+    A single process grants its requests at once. Several sum them over the processes at every fourth step and read the
+    sum at the next vote. By then it has long arrived, so that reading it does not hold the device up.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -89,7 +89,7 @@ def test_a_preset_wins_over_the_teacher_and_a_size_of_no_name_asks(tmp_path: Pat
     (tmp_path / "custom" / "config.json").write_text(config.read_text().replace('"SiT-Tiny/2"', '"custom"'))
     seal.main([str(tmp_path / "custom" / "config.json")])
     argv = words(tmp_path, "run", "--guiding-ckpt", tmp_path / "custom")
-    with pytest.raises(UserError, match="no registered size: say --model"):
+    with pytest.raises(UserError, match="no registered size: give --model"):
         resolved(argv, "train_guide.py")
     assert resolved([*argv, "--model", "SiT-S/2"], "train_guide.py").model == "SiT-S/2"
 
@@ -186,7 +186,7 @@ def test_a_run_that_is_done_says_finished(tmp_path: Path, words: Words, capsys: 
     assert "finished" not in capsys.readouterr().out
     train.main(argv)
     told = capsys.readouterr().out
-    assert "finished: step 1 is done; for more give --max-train-steps" in told and "continuing" not in told
+    assert "finished: step 1 is done; to go on, give a larger --max-train-steps" in told and "continuing" not in told
 
 
 def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None:
@@ -194,7 +194,7 @@ def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None
         run = Run(*command.resolve(words(tmp_path, "run", "--max-train-steps", steps), "train.py", None))
         assert (
             any(
-                "a network learns so few by heart; give --batch-size 32 --max-train-steps 56000" in line
+                "the network will memorise a set this small; give --batch-size 32 --max-train-steps 56000" in line
                 for line in introduction.introduction(run)
             )
             == warned
