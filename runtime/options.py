@@ -335,16 +335,20 @@ def values_of(schema: type, values: Given, where: str) -> Given:
         UserError: a name that is not an option, a value of the wrong type; `where` names the file.
     """
     known = {opt.field.name: opt for opt in options_of(schema)}
-    for name in values:
-        require(name in known, f"{where} has no option {name}{nearest(name, known)}; remove it, or correct the name")
-    return {name: _typed(known[name], value, where) for name, value in values.items() if value is not None}
+    presets_alone = {field.name for field in dataclasses.fields(schema) if not field.metadata}
+    for name in values.keys() - known.keys() - presets_alone:
+        raise UserError(f"{where} has no option {name}{nearest(name, known)}; remove it, or correct the name")
+    return {
+        name: _typed(known[name], value, where) if name in known else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _typed(opt: Option, value: Any, where: str) -> Any:
     kind, count = kind_of(opt.hint)
     items = value if isinstance(value, list) else [value]
-    right_form = isinstance(value, list) if count else len(items) == 1
-    right_form = right_form and count in (None, "+", len(items))
+    right_form = isinstance(value, list) == (count is not None) and count in (None, "+", len(items))
     choices = opt.field.metadata["choices"]
     try:
         # JSON has types of its own: a number is not a word, nor the reverse, and true is not 1

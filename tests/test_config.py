@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -110,7 +113,7 @@ def test_settings_stand_between_defaults_and_words() -> None:
 
 
 def test_words_of_the_peers_are_answered() -> None:
-    """What an REPA user types is explained before any nearest-word hint; a word that is an option here is never looked up."""
+    """A flag of REPA gets its reply before any nearest-word hint; a flag that exists here is never looked up."""
     for words in (["--path-type", "linear"], ["--enc-type=dinov2-vit-b"], ["--proj-coeff", "0.5"], ["--fused-attn"]):
         with pytest.raises(UserError) as caught:
             command.resolve(["--data-dir", "d", "--exp-name", "e", *words], "train.py", None)
@@ -249,3 +252,61 @@ def test_help_comes_in_groups(module: str, headings: list[str], capsys: pytest.C
     assert all(places), dict(zip(headings, places))
     if module == "train":
         assert "SiT-XL/2" in told and "layersync" in told.split("alignments")[-1]
+
+
+def test_a_number_outside_its_bounds_is_refused_and_help_shows_them(capsys: pytest.CaptureFixture) -> None:
+    argv = ["--data-dir", "d", "--exp-name", "e"]
+    for flag, value, bounds in (
+        ("--cfg-prob", "1.5", "[0, 1]"),
+        ("--ema-decay", "1", "[0, 1)"),
+        ("--learning-rate", "0", "(0, inf)"),
+        ("--ema-extra-decays", "0.5 1", "[1e-4, 1)"),
+        ("--num-fid-samples", "3", "[4, 1e8]"),
+    ):
+        with pytest.raises(UserError, match=rf"{flag} .* must lie in {re.escape(bounds)}"):
+            command.resolve([*argv, flag, *value.split()], "train.py", None)
+    with pytest.raises(SystemExit):
+        command.resolve(["--help"], "train.py", None)
+    assert "[1e-4, 1)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_of_options_stands_below_flags(tmp_path: Path) -> None:
+    """The run.json of a run repeats it; settings without a flag come from such a file alone."""
+    argv = ["--data-dir", "d", "--exp-name", "e", "--align", "latent", "--preset", "upstream", "--align-hidden", "8"]
+    config, options = command.resolve([*argv, "--recipe", "digits", "--ema-lengths", "0.1"], "train.py", None)
+    record = {"train": as_dict(config), "align": {"latent": as_dict(options["latent"])}, "resolved": {"latent": {}}}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(record))
+    again = command.resolve(["--config", str(file)], "train.py", None)
+    assert again == (dataclasses.replace(config, config=str(file)), options)
+    record["train"] |= {"ema_snapshot_steps": 7, "adam_beta1": 0.8}
+    file.write_text(json.dumps(record))
+    changed, own = command.resolve(["--config", str(file), "--seed", "5", "--align-hidden", "9"], "train.py", None)
+    assert (changed.ema_snapshot_steps, changed.adam_beta1, changed.seed, own["latent"].hidden) == (7, 0.8, 5, 9)
+    with pytest.raises(UserError, match="unknown option --adam-beta1"):
+        command.resolve([*argv, "--adam-beta1", "0.8"], "train.py", None)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"train": {"batch_sise": 4}}, "has no option batch_sise .did you mean batch_size"),
+        ({"train": {"batch_size": "4"}}, "batch_size is '4'; give a value of type int"),
+        ({"train": {"batch_size": 4.5}}, "batch_size is 4.5; give a value of type int"),
+        ({"train": {"batch_size": True}}, "batch_size is True; give"),
+        ({"train": {"batch_size": [4]}}, "batch_size is .4.; give"),
+        ({"train": {"verify": 1}}, "verify is 1; give"),
+        ({"train": {"align": "latent"}}, "align is 'latent'; give"),
+        ({"train": {"skip_steps": [1, 2, 3]}}, "skip_steps is .1, 2, 3.; give"),
+        ({"train": {"resident": "tape"}}, "resident is 'tape'; give one of disk, ram, device"),
+        ({"train": {"keep_every": 0, "checkpoints_total_limit": 1}}, "keep_every 0 must lie in .1, inf"),
+        ({"align": {"repa": {}}}, "has options of repa, which this command does not train"),
+        ({"train": [1]}, "is not of the form"),
+        ([1], "is not of the form"),
+    ],
+)
+def test_a_wrong_file_of_options_is_one_line(content: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    argv = ["--data-dir", "d", "--exp-name", "e", "--config", str(tmp_path / "x.json")]
+    with pytest.raises(UserError, match=message):
+        command.resolve(argv, "train.py", None)

@@ -43,7 +43,8 @@ def resolve(
     """
     file = peek(TrainConfig, "config", argv) or ""
     settings = read_settings(file) if file else {"train": {}, "align": {}}
-    words = ["--align", *settings["train"].get("align", ["none"]), *argv] if file else argv
+    train_settings = values_of(TrainConfig, settings["train"], file)
+    words = ["--align", *train_settings.get("align", ["none"]), *argv] if file else argv
     names = [*always, *(name for name in peek(TrainConfig, "align", words) if name != "none")]
     kinds = {name: find(name) for name in names}
     unused = min(settings["align"].keys() - kinds.keys(), default=None)
@@ -56,7 +57,7 @@ def resolve(
         epilog=catalogue(),
         hints=PEERS,
     )
-    given = {"": {**values_of(TrainConfig, settings["train"], file), **flags[""]}}
+    given = {"": {**train_settings, **flags[""]}}
     for name, kind in kinds.items():
         given[name] = {**values_of(kind.Options, settings["align"].get(name, {}), file), **flags[name]}
     taken = take_over(given) if take_over else {}

@@ -223,7 +223,7 @@ def test_mistakes_are_answered(run: Path, tmp_path: Path) -> None:
             config(ema_lengths=wrong)
     with pytest.raises(UserError, match="ema_snapshot_steps needs"):
         config(ema_snapshot_steps=2)
-    with pytest.raises(UserError, match="keeps no averages .* --ema-lengths"):
+    with pytest.raises(UserError, match="has no averages .* --ema-lengths"):
         posthoc.main([str(tmp_path), "--lengths", "0.1"])
     with pytest.raises(UserError, match="--step 3: .* keeps no averages of that step"):
         posthoc.main([str(run), "--lengths", "0.1", "--step", "3"])

@@ -132,7 +132,7 @@ def test_another_size_stretches_positions_and_other_classes_renew_the_label_tabl
     run = train.main([*argv, "1"])
     told = capsys.readouterr().out
     assert (
-        "all 4 rows of the label table are fresh (it knew 10 classes), positions of its 4x4 tokens are stretched over 8x8"
+        "all 4 rows of the label table are fresh (it had 10 classes), positions of its 4x4 tokens are stretched over 8x8"
         in told
     )
     started, known = Checkpoint.open(run), Checkpoint.open(teacher)
