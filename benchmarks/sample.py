@@ -102,7 +102,7 @@ def rows(
 
     def measured(calls: dict[str, measure.Call], images: int) -> dict[str, dict[str, Any]]:
         found = measure.alternate(calls, images, device, steps=1, warmup=1, repetitions=config.repetitions)
-        return {name: {**row, "evaluations": sampler.evaluations} for name, row in found.items()}
+        return {name: {**row, "evaluations": sampler.settings.evaluations} for name, row in found.items()}
 
     latents = lambda: sampler.latents(range(batch))  # noqa: E731
     if "latents" not in known:

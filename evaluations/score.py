@@ -150,11 +150,9 @@ class Scorer:
 
 
 class Drawable(Protocol):
-    """What `add_drawn` needs of a sampler: batches of images uint8 (n, H, W, C), and the labels (n,) of the samples at `indices`."""
+    """What `add_drawn` needs of a sampler: indices, labels (n,) and uint8 images (n, H, W, C), batch by batch."""
 
-    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]: ...
-
-    def labels(self, indices: Sequence[int]) -> np.ndarray: ...
+    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray, np.ndarray]]: ...
 
 
 def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, title: str = "sampling") -> None:
@@ -164,8 +162,8 @@ def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, ti
     start, stop = count * rank // processes, count * (rank + 1) // processes
     with progress.bar(total=stop - start, desc=f"{title} {count}", unit="image", main=rank == 0, leave=False) as bar:
         batches = (range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
-        for indices, images in sampler.stream(batches):
-            scorer.add(images, sampler.labels(indices), np.array(indices))
+        for indices, labels, images in sampler.stream(batches):
+            scorer.add(images, labels, np.array(indices))
             bar.update(len(indices))
 
 

@@ -19,7 +19,7 @@ import types
 import typing
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
@@ -37,7 +37,7 @@ def option(
     default: Any = MISSING,
     *,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     flag: str | None = None,
     heading: str | None = None,
     within: str = "",

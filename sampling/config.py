@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from config import require_precision, require_weights
 from runtime.errors import require
 from runtime.options import option
+from sampling.solvers import SOLVERS, ode_grid, sde_grid
 
 MOST_SCALE, MOST_STEPS = 1000, 1_000_000
 
@@ -23,9 +24,8 @@ class SamplingConfig:
     )
     solver: str = option(
         "euler",
-        choices=("euler", "heun", "dopri5"),
-        help="solver of the ODE; dopri5 chooses its steps for a "
-        "whole batch, so that its samples depend on --batch-size",
+        choices=SOLVERS,
+        help="solver of the ODE; dopri5 chooses its steps for a whole batch, so its samples depend on --batch-size",
     )
     num_steps: int = option(250, help="steps (see --grid)")
     grid: str = option(
@@ -34,15 +34,16 @@ class SamplingConfig:
         help="what --num-steps counts: steps of the ODE, or points of its grid (one step fewer)",
     )
     timestep_shift: float = option(1.0, help="below 1: more ODE steps near noise (LightningDiT: 0.3)")
-    last_step: float = option(0.04, help="size of the SDE's last, noise-free step")
-    cfg_scale: float = option(1.0, help="guidance scale; 1 is no guidance", heading="guidance")
+    last_step: float = option(0.04, help="size of the SDE's last, noise-free step (SiT's and REPA's protocol: 0.04)")
+    cfg_scale: float = option(1.0, help="guidance scale; 1 turns guidance off", heading="guidance")
     guidance_low: float = option(0.0, help="guide while t is at least this")
     guidance_high: float = option(1.0, help="guide while t is at most this")
     guidance_channels: str = option(
         "all", choices=("all", "first3"), help="channels that are guided (SiT, LightningDiT: first3)"
     )
     internal_scale: float = option(
-        1.0, help="internal guidance by the velocity head of a shallow block; 1 is none"
+        1.0,
+        help="scale of internal guidance, by the velocity head of a shallow block; 1 turns it off",
     )
     internal_low: float | None = option(None, help="guide internally while t is at least this, and")
     internal_high: float | None = option(
@@ -64,7 +65,7 @@ class SamplingConfig:
         for flag, scale in (("--cfg-scale", self.cfg_scale), ("--internal-scale", self.internal_scale)):
             require(
                 0 <= scale <= MOST_SCALE,
-                f"{flag} {scale} must not be negative, and at most {MOST_SCALE}; 1 is no guidance",
+                f"{flag} {scale} must not be negative, and at most {MOST_SCALE}; 1 turns it off",
             )
         require(
             2 <= self.num_steps <= MOST_STEPS,
@@ -72,7 +73,8 @@ class SamplingConfig:
         )
         require(
             0 <= self.guidance_low <= self.guidance_high <= 1,
-            f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy 0 <= low <= high <= 1",
+            f"--guidance-low {self.guidance_low} and --guidance-high {self.guidance_high} must satisfy "
+            f"0 <= low <= high <= 1",
         )
         require(
             self.internal_scale != 1 or (self.internal_low, self.internal_high) == (None, None),
@@ -84,8 +86,8 @@ class SamplingConfig:
             f"--timestep-shift {self.timestep_shift} must lie between 0.001 and 1000",
         )
         require(
-            self.solver != "dopri5" or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
-            "--solver dopri5 chooses its own steps: leave out --num-steps, --grid and --timestep-shift",
+            not self.adaptive or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
+            f"--solver {self.solver} chooses its own steps: leave out --num-steps, --grid and --timestep-shift",
         )
         if self.mode == "sde":
             require(
@@ -93,10 +95,30 @@ class SamplingConfig:
                 "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode",
             )
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its times itself, for a whole batch together."""
+        return SOLVERS[self.solver].times is None
+
+    def times(self) -> list[float]:
+        """The grid of times, from 1 to 0, that the solver goes through."""
+        steps = self.num_steps - (self.grid == "points")
+        return sde_grid(steps, self.last_step) if self.mode == "sde" else ode_grid(steps, self.timestep_shift)
+
+    @property
+    def evaluations(self) -> int | None:
+        """Network evaluations per sample (a guided one counts twice); None if the solver chooses its times itself."""
+        times = SOLVERS[self.solver].times
+        return None if times is None else sum(2 if self.guides_at(t) else 1 for t in times(self.times()))
+
+    def guides_at(self, t: float) -> bool:
+        """Whether classifier-free guidance acts at time t; elsewhere the unconditional velocity is not evaluated."""
+        return self.cfg_scale != 1 and self.guidance_low <= t <= self.guidance_high
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What to sample from, and how fast: nothing here changes a sample but the weights and the decoder, and those are recorded."""
+    """What to sample from, and how fast. Of these, only weights and decoder change samples, and both are recorded."""
 
     ckpt: str = option(help="checkpoint: a folder, a run (its latest) or RUN@STEP", heading="network")
     vae: str | None = option(None, help="VAE, hub id or folder (default: the one that the checkpoint names)")
