@@ -300,7 +300,7 @@ def sample_figure(folder: Path, path: Path, config: QuickstartConfig) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from sampling.sampler import grid_picture
+    from sampling import picture
 
     figure, axes = plt.subplots(2, 3, figsize=(12, 5.4), layout="constrained")
     for axis, row in zip(axes.flat, config.rows, strict=True):
@@ -309,7 +309,7 @@ def sample_figure(folder: Path, path: Path, config: QuickstartConfig) -> None:
         # rows of the picture are repetitions, as many as every class has, columns the ten classes
         shown = min(6, *np.bincount(labels, minlength=10))
         chosen = np.stack([np.flatnonzero(labels == digit)[:shown] for digit in range(10)], axis=1).ravel()
-        axis.imshow(grid_picture(images[chosen], 10, scale=6))
+        axis.imshow(picture.composed(np.split(images[chosen], shown)))
         axis.set_title(f"{row.name}, {row.step} steps ({row.total} in all)", fontsize=10)
         axis.axis("off")
     with files.replacing(path) as temporary:

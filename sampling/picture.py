@@ -22,7 +22,7 @@ def write(path: Path, rows: Sequence[np.ndarray], names: Sequence[str] = (), col
 
 
 def composed(rows: Sequence[np.ndarray], names: Sequence[str] = (), column_titles: Sequence[str] = ()) -> Image.Image:
-    """Rows of uint8 images, each (n, H, W, C), on white: `names` left of the rows, `column_titles` above the columns."""
+    """Rows of uint8 images, each (n, H, W, C), on white: `names` left of the rows, titles above the columns."""
     side = rows[0].shape[1]
     scale, gap = max(1, -(-TILE // side)), max(2, side // 16)
     tile = side * scale
@@ -50,7 +50,7 @@ def composed(rows: Sequence[np.ndarray], names: Sequence[str] = (), column_title
 
 
 def by_class(labels: np.ndarray, rows: int = 8, columns: int = 8) -> list[tuple[int, np.ndarray]]:
-    """Up to `rows` of the classes among `labels`, evenly spread and in order, each with up to `columns` of its places."""
+    """Up to `rows` of the classes among `labels`, evenly spread and in order, with up to `columns` places of each."""
     present = np.unique(labels)
     chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)]
     return [(int(label), np.flatnonzero(labels == label)[:columns]) for label in chosen]

@@ -88,7 +88,7 @@ class Sampler:
             return SOLVERS[self.settings.solver].integrate(velocity, start, self.grid)
 
     def _noise(self, indices: Sequence[int], draws: int) -> Generator[Tensor, None, None]:
-        """`draws` times (n, C, H, W) float64 noise, each sample's from its own stream; a thread draws one step ahead."""
+        """`draws` times (n, C, H, W) float64 noise, a stream for each sample; a thread draws one step ahead."""
         streams = [Stream(self.settings.seed, "sample/noise", i) for i in indices]
 
         def draw() -> Tensor:
@@ -109,7 +109,7 @@ class Sampler:
         return self._drawn(indices, labels)()
 
     def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[Drawn]:
-        """The samples of `batches`, batch by batch. While the caller handles the images of one, the device works on the next."""
+        """The samples of `batches`, one by one. While the caller handles a batch, the device works on the next."""
         waiting: tuple[Sequence[int], np.ndarray, Callable[[], np.ndarray]] | None = None
         for indices in batches:
             labels = self.labels(indices)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Velocity = Callable[[Tensor, float], Tensor]
-    Noise = Callable[[int], Tensor]
+Velocity = Callable[["Tensor", float], "Tensor"]
+Noise = Callable[[int], "Tensor"]
 
 
 def ode_grid(steps: int, shift: float = 1.0) -> list[float]:

@@ -44,7 +44,7 @@ class Source:
 
     @classmethod
     def open(cls, options: SourceOptions, sampling: SamplingConfig, preset: str | None = None) -> Source:
-        """Load what `options` names, with the weights that `sampling` asks for and the decoder of `preset`, if it has one.
+        """Load what `options` names, with the weights that `sampling` asks for and the decoder of `preset`, if any.
 
         Raises:
             UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class,

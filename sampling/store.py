@@ -180,7 +180,7 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of a samples.json: settings and digest, without format and seal. Raises UserError if it is damaged."""
+    """The settings and the digest in a samples.json, without format and seal. Raises UserError if it is damaged."""
     value = files.read_json(path)
     require(isinstance(value, dict), f"{path} was not written by generate.py; restore it from a copy, or remove it")
     files.require_sealed(path, value)
@@ -220,7 +220,7 @@ def checksum(image: np.ndarray, label: int) -> int:
 
 
 def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """A file of zeros whose disk space is reserved: a full disk is an error now, not a SIGBUS when a page is written."""
+    """A file of zeros whose disk space is reserved, so that a full disk is an error now and not a SIGBUS later."""
     np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
     with open(file, "r+b") as handle:
         os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gpu, measure, peer, sample, trace, train_step
 from runtime.errors import UserError
-from sampling import sampler
+from sampling import picture
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -233,12 +233,8 @@ def test_the_quickstarts_picture_has_as_many_rows_as_every_digit_has_samples(
     from recipes import quickstart
 
     shown: list[int] = []
-    grid = sampler.grid_picture
-    monkeypatch.setattr(
-        sampler,
-        "grid_picture",
-        lambda images, *more, **named: shown.append(len(images)) or grid(images, *more, **named),
-    )
+    composed = picture.composed
+    monkeypatch.setattr(picture, "composed", lambda rows: shown.append(sum(map(len, rows))) or composed(rows))
     config = quickstart.QuickstartConfig(steps=8, samples=16)
     for count in (16, 64):
         for row in config.rows:
