@@ -115,7 +115,7 @@ class LatentSet:
         self._checking.start()
 
     def require_intact(self, wait: float | None = 0.0) -> None:
-        """Raise UserError if `check_digests` has met a damaged shard. Waits up to `wait` seconds (None: until it is done)."""
+        """Raise UserError if `check_digests` has met a damaged shard. Waits `wait` seconds for it (None: its end)."""
         if self._checking is not None and self._checking.is_alive() and wait != 0:
             self._checking.join(wait)
         if self._fault is not None:
@@ -175,8 +175,7 @@ class LatentSet:
         Raises:
             UserError: the set was made without images, or a stored image is damaged.
         """
-        if not self.has_images:
-            raise UserError(f"{self.path} holds latents without their images; encode it with --keep-images")
+        require(self.has_images, f"{self.path} holds latents without their images; encode it with --keep-images")
         if not self.manifest["images"]:
             return to_uint8(torch.from_numpy(self.read(np.asarray(indices), views)[0][:, 0])).numpy()
         stacked = np.stack(list(self._decoders.map(self._decoded, np.asarray(indices).tolist())))
@@ -235,23 +234,25 @@ class LatentSet:
             file, count = self.path / entry["file"], entry["count"]
             if absent := needed - shard.keys():
                 raise UserError(f"{file} lacks {min(absent)}; it is not a shard of this set")
-            if len(shard["labels"]) != count:
-                raise UserError(
-                    f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again"
-                )
-            expected = (count, self.views, *self.shape)
-            if shard["latents"].shape != expected or shard["latents"].dtype != self.manifest["dtype"]:
-                raise UserError(
-                    f"{file} holds latents {shard['latents'].shape} of {shard['latents'].dtype}, the manifest "
-                    f"says {expected} of {self.manifest['dtype']}; encode it again"
-                )
-        total = sum(entry["count"] for entry in self.manifest["shards"])
-        if total != self.count or not total:
-            raise UserError(
-                f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again"
+            require(
+                len(shard["labels"]) == count,
+                f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again",
             )
+            expected = (count, self.views, *self.shape)
+            latents, dtype = shard["latents"], self.manifest["dtype"]
+            require(
+                latents.shape == expected and latents.dtype == dtype,
+                f"{file} holds latents {latents.shape} of {latents.dtype}, the manifest says {expected} of {dtype}; "
+                f"encode it again",
+            )
+        total = sum(entry["count"] for entry in self.manifest["shards"])
+        require(
+            0 < total == self.count,
+            f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again",
+        )
 
     def _check_labels(self) -> None:
+        """Raise UserError for a label beyond the classes."""
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
             raise UserError(
@@ -261,14 +262,13 @@ class LatentSet:
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
-    """Optimiser steps in one pass over `count` items, without the incomplete last batch. Raises UserError at 0 steps."""
-    if batch > count:
-        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items; lower it")
+    """Optimiser steps in one pass over `count` items; the incomplete last batch is dropped. Raises UserError at 0."""
+    require(batch <= count, f"--batch-size {batch} is larger than the data set of {count} items; lower it")
     return count // batch
 
 
 def order(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """(batch,) int64: the items of global step `step`, from 0. Each epoch is one permutation, cut into whole batches."""
+    """(batch,) int64: the items of global step `step`, from 0. An epoch is one permutation, cut into whole batches."""
     epoch, within = divmod(step, steps_per_epoch(count, batch))
     return _epoch(seed, epoch, count)[within * batch : (within + 1) * batch].copy()
 
@@ -284,11 +284,12 @@ def flips(seed: int, step: int, batch: int, views: int) -> np.ndarray:
 
 
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
-    needed = sum(shard.nbytes for shard in shards)
-    if (free := files.available_memory()) is not None and needed > free:
-        raise UserError(
-            f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk"
-        )
+    """The rows of all shards, copied. Raises UserError if they do not fit into the free memory."""
+    needed, free = sum(shard.nbytes for shard in shards), files.available_memory()
+    require(
+        free is None or needed <= free,
+        f"{path} takes {needed / 2**30:.1f} GiB and {(free or 0) / 2**30:.1f} GiB of memory are free; leave it on disk",
+    )
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
     at = 0
     for shard in progress.bar(shards, desc="reading into memory", unit="shard", main=len(shards) > 1):

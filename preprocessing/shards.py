@@ -1,4 +1,4 @@
-"""Writing latent sets: shard by shard, each whole or absent; the manifest last, so that no reader opens an unfinished set.
+"""Writing latent sets: shard by shard, each whole or absent, and the manifest last, so that a set with one is whole.
 
 The format is described in `dataset.py`.
 """
@@ -19,7 +19,7 @@ from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
 from models.manifest import Shard
 from runtime import files, schema
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 
 
 def shard_name(number: int) -> str:
@@ -139,10 +139,10 @@ def require_space(folder: Path, needed: int) -> None:
     """Print the disk space needed and free. Raises UserError if there is too little."""
     free = shutil.disk_usage(folder).free
     print(f"disk: {_gib(needed)} needed, {_gib(free)} free at {folder}")
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out"
-        )
+    require(
+        needed <= free,
+        f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out",
+    )
 
 
 def _gib(size: int) -> str:
