@@ -92,10 +92,10 @@ def test_guidance_interval_is_inclusive_and_saves_evaluations(monkeypatch: pytes
     calls = count_rows(network, monkeypatch)
     guided = {t: velocity(y, t, **interval) for t in (1.0, 0.75, 0.5, 0.25, 0.2)}
     assert calls == [(1.0, 2), (0.75, 4), (0.5, 4), (0.25, 4), (pytest.approx(0.2), 2)]
-    for t, found in guided.items():
+    for t, actual in guided.items():
         conditional, unconditional = velocity(y, t), velocity(null, t)
         expected = unconditional + 3 * (conditional - unconditional) if 0.25 <= t <= 0.75 else conditional
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(velocity(y, 0.5, cfg_scale=0.0), velocity(null, 0.5), rtol=0, atol=1e-5)
     first3 = velocity(y, 0.5, cfg_scale=3.0, guidance_channels="first3")
     assert torch.equal(first3[:, :3], guided[0.5][:, :3])
