@@ -75,7 +75,7 @@ class LatentSet:
         self.parts: int = self.manifest["parts"]
         self.channels: int = self.space.channels
         self.count: int = self.manifest["count"]
-        # of one view of one item
+        # The shape of one view of one item.
         self.shape = (self.parts, self.channels, self.latent_size, self.latent_size)
         shard_files = [self.path / shard["file"] for shard in self.manifest["shards"]]
         self._shards = [map_shard(file) for file in shard_files]
@@ -83,7 +83,7 @@ class LatentSet:
         self.labels = np.concatenate([np.asarray(shard["labels"]) for shard in self._shards])
         self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in self._shards])
         self._check_labels()
-        # row = item * views + view
+        # Row item * views + view is one view of one item.
         self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in self._shards]
         self._mapped = [(file, file.stat().st_size) for file in shard_files] if resident == "disk" else []
         if resident == "ram":

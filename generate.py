@@ -32,7 +32,7 @@ from config import FeatureOptions, require_samples
 from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import Given, group, option, peek, read
+from runtime.options import Given, group, option, peek, read, require_bounds
 from sampling import presets
 from sampling.config import SamplingConfig, SourceOptions
 
@@ -55,7 +55,9 @@ class GenerateConfig:
     classes: tuple[str, ...] = option(
         (), help="draw these classes, names or numbers, in this order, instead of --num-fid-samples"
     )
-    per_class: int | None = option(None, help=f"with --classes: samples of each (default {PER_CLASS})")
+    per_class: int | None = option(
+        None, within="[1, inf)", help=f"with --classes: samples of each (default {PER_CLASS})"
+    )
     compare: tuple[str, ...] = option(
         (),
         help="with --classes: further checkpoints, a row each below that of --ckpt in one picture; a column "
@@ -72,6 +74,7 @@ class GenerateConfig:
     scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(
             self.reference is not None or self.scores == FeatureOptions(),
             "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE",
@@ -82,7 +85,6 @@ class GenerateConfig:
             bool(self.classes) or (self.per_class is None and not self.compare),
             "--per-class and --compare say how to draw chosen classes: add --classes NAME ...",
         )
-        require(self.per_class is None or self.per_class > 0, f"--per-class {self.per_class} must be positive")
         require(
             not self.classes
             or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
@@ -116,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 
 def _preset(given: Given) -> Given:
+    """The settings of the preset that was given, as a layer below the other given options."""
     return presets.settings(given["preset"], given) if given.get("preset") else {}
 
 

@@ -24,8 +24,6 @@ from runtime.options import option, read
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `preprocessing.digits`."""
-
     out: str = option("data/digits", help="folder of the latent set to write")
 
 

@@ -44,8 +44,6 @@ STATISTICS = "latents_stats.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `preprocessing.import_latents`."""
-
     source: str = option(help="the folder to import; may be given first, without the flag")
     out: str = option(help="folder of the latent set to write")
     vae: str | None = option(None, help="the autoencoder that made the latents, to record its weights (optional)")

@@ -29,8 +29,6 @@ STOPPED = ".stopped"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `preprocessing.encode`."""
-
     images: str = option(
         help="folder or ZIP file of images: class folders, or a dataset.json with labels", heading="images"
     )

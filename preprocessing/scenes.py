@@ -28,7 +28,7 @@ from preprocessing import digits, job
 from preprocessing.encode import encode
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import group, option, read
+from runtime.options import group, option, read, require_bounds
 from runtime.streams import Stream
 
 MASKS = "masks.npz"
@@ -45,13 +45,18 @@ class Dials:
     resolution: int = option(16, help="side of a scene, in pixels", heading="dials")
     digits: int = option(1, help="digits in a scene: 1, or 2 side by side")
     classes: int = option(10, help="classes: digits (at most 10), or pairs of digits (at most 100)")
-    colours: float = option(0.3, help="0: black ink on white paper; 1: any two colours, the ink darker by 0.4 or more")
-    gradient: float = option(0.2, help="the paper's brightness changes by at most half of this across a scene")
+    colours: float = option(
+        0.3, within="[0, 1]", help="0: black ink on white paper; 1: any two colours, the ink darker by 0.4 or more"
+    )
+    gradient: float = option(
+        0.2, within="[0, 1]", help="the paper's brightness changes by at most half of this across a scene"
+    )
     jitter: float = option(0.5, help="how far a digit is moved, in pixels")
-    clutter: int = option(1, help="faint strokes behind the digits")
+    clutter: int = option(1, within="[0, 100]", help="faint strokes behind the digits")
     size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(
             8 <= self.resolution <= 1024 and self.resolution % 2 == 0,
             f"--resolution {self.resolution} must be even, at least 8 and at most 1024",
@@ -60,12 +65,10 @@ class Dials:
         require(
             2 <= self.classes <= 10**self.digits, f"--classes {self.classes} must lie between 2 and {10**self.digits}"
         )
-        require(0 <= self.colours <= 1 and 0 <= self.gradient <= 1, "--colours and --gradient must lie in [0, 1]")
         require(
             0 <= self.jitter <= self.resolution,
             f"--jitter {self.jitter} must lie between 0 and --resolution {self.resolution}",
         )
-        require(0 <= self.clutter <= 100, f"--clutter {self.clutter} must lie between 0 and 100")
         require(
             len(self.size) == 2 and 0.1 <= self.size[0] <= self.size[1] <= 10,
             f"--size {' '.join(map(str, self.size))}: give the smallest and the largest, between 0.1 and 10",
@@ -175,8 +178,6 @@ def _stroke(random: np.random.Generator, x: np.ndarray, y: np.ndarray, side: int
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `preprocessing.scenes`."""
-
     out: str = option("data/scenes", help="folder of the latent set to write", heading="latent set")
     count: int = option(8000, help="scenes")
     seed: int = option(0, help="seed of the scenes")

@@ -36,8 +36,6 @@ _SCALE = (0.1, 3.0)  # scaled latents have a standard deviation of about 1; SD-V
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `preprocessing.verify`."""
-
     data_dir: str = option(help="the latent set; may be given first, without the flag", heading="latent set")
     vae: str | None = option(None, help="autoencoder to decode with (default: the set's own, if it is on this machine)")
     images: str | None = option(None, help="the images from which the set was made, if they were not kept")

@@ -67,6 +67,7 @@ class Source:
         compiling, _ = launch.compiles(options.compile, device)
         if compiling:
             launch.compile_network(network, [inner.head] if inner else [], options.compile, device)
+        # Autocast would cast these weights at every call, to the same bits.
         cast_block_linears(network, dtype)
         if device.type == "cuda":
             accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")
@@ -103,7 +104,7 @@ class Source:
         return path.parent.parent if path.parent.name == "checkpoints" else path
 
     def introduction(self, sampling: SamplingConfig, count: int) -> str:
-        """What is about to be drawn, in one line."""
+        """The samples to come, in one line: network, solver, guidance, decoder, precision."""
         s, each = sampling, sampling.evaluations
         solver = f"SDE, {s.num_steps} steps" if s.mode == "sde" else f"ODE by {s.solver}"
         guidance = (

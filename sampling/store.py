@@ -82,7 +82,7 @@ class Store:
         files.write_json(mark, self.settings)
 
     def _whole(self, name: str) -> bool:
-        """Whether the file of an earlier attempt has the size and layout that it should have."""
+        """Whether the file of an earlier attempt has the type and the shape of this one's."""
         dtype, shape = self.layout[name]
         try:
             array = np.load(self.partial / f"{name}.npy", mmap_mode="r")
@@ -96,10 +96,10 @@ class Store:
         images, labels, checks = (
             np.load(self.partial / f"{name}.npy", mmap_mode="r+") for name in ("images", "labels", "checks")
         )
-        there = np.flatnonzero(checks)
-        bad = [index for index in there if checks[index] != checksum(images[index], labels[index])]
+        drawn = np.flatnonzero(checks)
+        bad = [index for index in drawn if checks[index] != checksum(images[index], labels[index])]
         if bad:
-            note(f"{len(bad)} of {len(there)} unfinished samples in {self.partial} are damaged, and drawn again")
+            note(f"{len(bad)} of {len(drawn)} unfinished samples in {self.partial} are damaged, and drawn again")
             checks[bad] = 0
             checks.flush()
 
@@ -109,13 +109,13 @@ class Store:
         return self._arrays[name]
 
     def missing(self, rank: int, world: int) -> list[int]:
-        """This process's share of the samples that are not there yet."""
+        """This process's share of the samples that are still to be drawn."""
         left = np.flatnonzero(self._open("checks") == 0)
         self.processes.wait_for_everyone()
         return left[rank * len(left) // world : (rank + 1) * len(left) // world].tolist()
 
     def put(self, indices: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
-        """Keep images (n, H, W, C) uint8 and labels (n,) of the samples at `indices`."""
+        """Write images (n, H, W, C) uint8 and labels (n,) of the samples at `indices`."""
         with files.writing(self.partial):
             self._open("images")[indices] = images
             self._open("labels")[indices] = labels
@@ -170,7 +170,8 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     then = {name: value for name, value in saved.items() if name != "samples"}
     now = json.loads(json.dumps(settings))
     if then != now and (out / PARTIAL / SETTINGS).is_file():
-        return False  # an --overwrite that was interrupted; `Store` decides
+        # An --overwrite was interrupted: `Store` decides.
+        return False
     require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
     require(
         files.digest(archive) == saved["samples"],
@@ -188,11 +189,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def difference(then: Any, now: dict[str, Any]) -> str:
-    """'seed 0, not 1' for the first setting that differs."""
+    """The first setting that differs, as 'seed 0, not 1', else the settings that `then` alone has."""
     then = then if isinstance(then, dict) else {}
     return next(
         (f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
-        f"{', '.join(then.keys() - now.keys())} besides",
+        f"with {', '.join(sorted(then.keys() - now.keys()))}",
     )
 
 
