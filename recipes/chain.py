@@ -7,6 +7,7 @@ A link is done when its output exists, so that an interrupted chain continues wh
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,16 +143,18 @@ def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path
 def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Score]:
     """One score for each combination of epochs, sampling preset and further options of sampling."""
     scores = []
-    ways = [(preset, more) for preset in ([scale.preset] if scale.preset else row.presets) for more in row.sampling]
-    for epochs in row.at or (row.epochs,):
-        step = scale.steps(row, epochs)
-        for preset, more in ways:
-            name = f"{preset} {more}".strip()
-            out = run / "scores" / f"{name.replace(' --', '-').replace(' ', '-')}-{step:07d}"
-            options = scale.fill(f"{_by(scale.sample, preset)} {more} {scale.score}", row, work, preset)
-            words = ("generate.py", "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
-            title = f"score {name}" + (f" at step {step}" if row.at else "")
-            scores.append(Score(name, epochs, step, Link(title, words, out / "metrics.json", True)))
+    for epochs, preset, more in itertools.product(
+        row.at or (row.epochs,), [scale.preset] if scale.preset else row.presets, row.sampling
+    ):
+        sampler = _by(scale.sample, preset)
+        if more and "--preset" in sampler:  # a preset allows no further options
+            continue
+        name, step = f"{preset} {more}".strip(), scale.steps(row, epochs)
+        out = run / "scores" / f"{name.replace(' --', '-').replace(' ', '-')}-{step:07d}"
+        options = scale.fill(f"{sampler} {more} {scale.score}", row, work, preset)
+        words = ("generate.py", "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
+        title = f"score {name}" + (f" at step {step}" if row.at else "")
+        scores.append(Score(name, epochs, step, Link(title, words, out / "metrics.json", True)))
     return scores
 
 

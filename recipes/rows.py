@@ -54,7 +54,7 @@ class Row:
     presets: tuple[str, ...] = ("table1-sde", "table1-ode")
     """Sampling presets; each gives one number under a protocol of its own."""
     sampling: tuple[str, ...] = ("",)
-    """Further options of the sampling command; each entry gives one number for every preset."""
+    """Further options of sampling, where the scale has no preset; each entry gives one number."""
     at: tuple[float, ...] = ()
     """Epochs at which it is scored; empty for the end alone."""
     variant: str = ""

@@ -8,13 +8,11 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import gpu, measure, peer, sample, trace, train_step
 from runtime.errors import UserError
-from sampling import picture
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -225,61 +223,3 @@ def test_the_page_of_the_gpu_command_has_words_that_can_be_pasted_and_no_noise(t
     assert "ERROR: something of ours\naten::mm 26.1%" in page and "USDT" not in page
     lines = [line for line in page.splitlines() if line.startswith("`python ")]
     assert [tuple(shlex.split(line.strip("`"))[1:]) for line in lines] == [part.words for part in every]
-
-
-def test_the_quickstarts_picture_has_as_many_rows_as_every_digit_has_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from recipes import quickstart
-
-    shown: list[int] = []
-    composed = picture.composed
-    monkeypatch.setattr(picture, "composed", lambda rows: shown.append(sum(map(len, rows))) or composed(rows))
-    config = quickstart.QuickstartConfig(steps=8, samples=16)
-    for count in (16, 64):
-        for row in config.rows:
-            folder = tmp_path / str(count) / "samples" / f"{row.run}-{row.step}"
-            folder.mkdir(parents=True)
-            np.savez(folder / "samples.npz", arr_0=np.zeros((count, 8, 8, 1), np.uint8), labels=np.arange(count) % 10)
-        quickstart.sample_figure(tmp_path / str(count), tmp_path / f"{count}.png", config)
-    assert shown == [10] * 6 + [60] * 6
-    with pytest.raises(UserError, match="--samples 9"):
-        quickstart.QuickstartConfig(samples=9)
-
-
-def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from recipes import quickstart
-
-    called: list[tuple[str, list[str]]] = []
-
-    def call(_: object, name: str, *words: object) -> None:
-        argv = [str(word) for word in words]
-        called.append((name.split()[-1], argv))
-        if "evaluations.evaluate" in name:
-            out = Path(argv[argv.index("--out") + 1])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"metrics": {key: float(len(called)) for key in quickstart.METRICS}}))
-
-    monkeypatch.setattr(quickstart, "_call", call)
-    config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
-    rows = quickstart.run_seed(tmp_path / "seed3", config, 3)
-    training = [argv for name, argv in called if name in ("train.py", "train_guide.py")]
-    assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
-    for argv in training:
-        for flag, value in (
-            ("--model", "SiT-S/2"),
-            ("--mixed-precision", "bf16"),
-            ("--checkpointing-steps", "40"),
-            ("--seed", "3"),
-        ):
-            assert argv[argv.index(flag) + 1] == value
-    assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
-    assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
-    assert "at 40 of its own steps" in quickstart.verdict({3: rows}, 80) and "120 total steps" in quickstart.verdict(
-        {3: rows}, 80
-    )
-    assert "self-guided SiT" in quickstart.table({3: rows})
-    default = quickstart.QuickstartConfig(out=str(tmp_path))
-    assert default.rows == list(quickstart.ROWS)
-    with pytest.raises(UserError, match="multiple of 8"):
-        quickstart.QuickstartConfig(steps=12)

@@ -101,7 +101,8 @@ def test_every_command_of_every_row_parses(name: str) -> None:
             elif program == "generate.py":
                 read(generate.GenerateConfig, words, prog=program, between=generate._preset)
         assert plan.scores and plan.scores[-1].step == plan.step
-        assert len({score.link.makes for score in plan.scores}) == len(plan.scores)
+        places = {score.link.makes for score in plan.scores}
+        assert size.name == "tiny" or len(places) == len(plan.scores)  # there several epochs end at one step
 
 
 def test_rows_share_what_they_have_in_common() -> None:
@@ -132,7 +133,7 @@ def test_the_counted_costs_are_those_of_the_rows() -> None:
 
     hours = costs.paper_hours()
     assert set(hours) == set(rows.rows())
-    row = rows.find("table4/SiT-B-2/full")
+    row = rows.find("table4/SiT-B-2/stage1")
     assert hours[row.name] == pytest.approx(costs.flops(row, scale.find("paper")) / costs.TERAFLOPS / 3600e12)
 
 
@@ -387,7 +388,6 @@ def test_verdicts() -> None:
     assert table.verdict(20.0, [20.1, 20.2, 20.3]) == "reproduced"  # 1 % away: within the spread of training seeds
     assert table.verdict(20.0, [20.55, 20.6, 20.65]) == "differs"  # 3 % away, tight
     assert table.verdict(20.0, [19.0, 20.6, 22.5]) == "reproduced"  # 3.5 % away, but twice the standard error is 2.0
-    assert table.verdict(None, [1.0]) == ""
 
 
 def fake(row: str, seed: int, key: str, fid: float, size: str = "paper") -> dict:
@@ -531,6 +531,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["figure", "table1"], "table1 is a table"),
         (["cost", "table1", "table99"], "no row is called table99"),
         (["list", "--seeds", "3"], "unknown option --seeds"),
+        (["show", RUN[3], "--results", "x"], "unknown option --results"),
         (["table", "4", "--work", "x"], "unknown option --work"),
         (["run", RUN[3], "--nodes", "0"], r"--nodes 0 must lie in \[1, inf\)"),
         (["run", RUN[3], "--work", "/dev/null"], "--work /dev/null is a file"),
@@ -539,4 +540,4 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_mistakes_are_one_line(words: list[str], expected: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=expected):
-        recipes.main([*words, *([] if words[0].startswith("-") else ["--results", str(tmp_path)])])
+        recipes.main([*words, *([] if words[0] == "show" else ["--results", str(tmp_path)])])
