@@ -107,10 +107,16 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
     images, labels, train, held = digit_examples() if scenes is None else scene_examples(scenes)
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(labels)
     channels, side = x.shape[1:3]
-    shape = {"num_classes": int(y.max()) + 1, "img_size": side, "patch_size": side // PATCHES, "in_chans": channels}
+    shape: dict[str, Any] = {
+        **ENCODER,
+        "num_classes": int(y.max()) + 1,
+        "img_size": side,
+        "patch_size": side // PATCHES,
+        "in_chans": channels,
+    }
     with torch.random.fork_rng():  # timm initialises from the global generator
         torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", **ENCODER, **shape)
+        model = timm.create_model("vit_tiny_patch16_224", **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     for epoch in progress.bar(range(epochs), desc="encoder", unit="epoch"):
         # on scenes the rate falls to zero; the digits' committed numbers are of a constant rate
@@ -129,7 +135,7 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
             model,
             str(temporary),
             model_config={"pretrained_cfg": pixels},
-            model_args={**ENCODER, **shape},
+            model_args=shape,
             safe_serialization=True,
         )
         counts = {"held_out": len(held), "trained_on": len(train)}

@@ -433,6 +433,34 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
     assert first.count("not run") == 3
 
 
+def test_rows_of_the_digits_are_compared_with_plain_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    few = dataclasses.replace(
+        scale.find("digits"),
+        epoch_steps={"sit": 0.05},
+        checkpointing_steps={"sit": 1},
+        sample={"": "--mode ode --num-steps 2 --labels balanced --num-fid-samples 20"},
+    )
+    monkeypatch.setitem(scale.SCALES, "digits", few)
+    places = ["--scale", "digits", "--results", str(tmp_path / "results")]
+    recipes.main(["run", "digits/SiT-B-2/plain", "digits/SiT-B-2/guided-internal", *places, "--work", str(tmp_path)])
+    plain, ours = sorted(record.load(tmp_path / "results"), key=lambda entry: "guided" in entry["row"])
+    config = json.loads((tmp_path / "results" / "records" / ours["folder"] / "config.json").read_text())
+    assert set(config["align"]) == {"guided", "internal"} and config["resolved"]["guided"]["teacher"]["step"] == 2
+    assert [score["preset"] for score in ours["scores"]] == [
+        "digits",
+        *(f"digits --internal-scale {value}" for value in (1.2, 1.4, 1.8)),
+    ]
+    assert len({score["key"] for score in ours["scores"]}) == 4  # each scale is a protocol of its own
+    capsys.readouterr()
+    recipes.main(["table", "digits", *places])
+    first, *guided = capsys.readouterr().out.split("\n\n")
+    difference = table.quality(ours["scores"][0]) - table.quality(plain["scores"][0])  # both after 80 epochs
+    line = next(line for line in first.splitlines() if "guided-internal" in line)
+    assert "less the first row's" in first and f"  {difference:.2f}  " in line and len(guided) == 3
+
+
 def test_a_seed_that_was_run_again_is_one_sample() -> None:
     """Else the same run, recorded three times, would be three seeds without spread."""
     chosen = rows.of_table("table4")
