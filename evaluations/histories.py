@@ -105,9 +105,9 @@ PROTOCOL = (
 def protocol(score: ScoreFile) -> dict[str, Any]:
     """All that two numbers must share to stand in one column or figure."""
     settings = score["samples"]["settings"]
-    internal = {
-        name: settings[name] for name in ("internal_scale", "internal") if name in settings
-    }  # only where it guides
+    # a scale of 1 does not guide: it is no part of the protocol, as in records without the option
+    guides = settings.get("internal_scale", 1) != 1
+    internal = {name: settings[name] for name in ("internal_scale", "internal") if guides and name in settings}
     return {
         **{name: settings.get(name) for name in PROTOCOL},
         **internal,

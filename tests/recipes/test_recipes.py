@@ -452,7 +452,10 @@ def test_rows_of_the_digits_are_compared_with_plain_training(
         "digits",
         *(f"digits --internal-scale {value}" for value in (1.2, 1.4, 1.8)),
     ]
-    assert len({score["key"] for score in ours["scores"]}) == 4  # each scale is a protocol of its own
+    # each scale is a protocol of its own; a scale of 1 is the protocol of records from before there was this option
+    assert len({score["key"] for score in ours["scores"]}) == 4
+    assert ["internal_scale" in score["protocol"] for score in ours["scores"]] == [False, True, True, True]
+    assert plain["scores"][0]["key"] == ours["scores"][0]["key"]
     capsys.readouterr()
     recipes.main(["table", "digits", *places])
     first, *guided = capsys.readouterr().out.split("\n\n")
