@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,7 +26,11 @@ TERAFLOPS = 396.0
 COUNTED = Path(__file__).with_name("costs.json")
 """FLOPs of every row at the paper's scale; made by `python -m recipes.costs`."""
 IMAGENET = 1_281_167
-NAMES = ("--exp-name", "--output-dir", "--guiding-ckpt", "--branch-from")
+UNCOUNTED = {
+    "--max-train-steps": "1000000",
+    **dict.fromkeys(("--output-dir", "--exp-name", "--guiding-ckpt", "--branch-from"), "x"),
+}
+"""Options on which no step's FLOPs depend, with the value that stands for any."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,10 @@ def training_cost(row: Row, scale: Scale) -> Cost:
     """The account of the row's training command, without its teacher's."""
     plan = chain.build(row, scale, 0, Path("work"))
     link = next(link for link in reversed(plan.links) if link.name == "train")
-    # no FLOP depends on the names of runs: without them, rows that differ in nothing else share one count
-    words = tuple("x" if before in NAMES else word for before, word in zip(("", *link.words), link.words, strict=False))
-    return _cost_of(words, sketch(row, scale))
+    # rows that differ in length and names alone share one count
+    flags = ("", *link.words)
+    words = tuple(UNCOUNTED.get(flag, word) for flag, word in zip(flags, link.words, strict=False))
+    return replace(_cost_of(words, sketch(row, scale)), steps=scale.steps(row, row.epochs))
 
 
 @functools.cache
