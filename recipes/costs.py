@@ -61,7 +61,7 @@ class Sketch:
 
     @property
     def bytes(self) -> int:
-        """On disk, in float16 (float32 for pixels), without kept images."""
+        """On disk, in float16 (float32 for pixels), without the images."""
         return self.count * self.views * int(np.prod(self.shape)) * (4 if self.channels in (1, 3) else 2)
 
 
