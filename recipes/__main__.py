@@ -12,7 +12,6 @@
     python -m recipes publish                  puts the study's tables into README.md and docs/study.md
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
-    python -m recipes check curves             losses of 200 steps against the committed ones
 
 `--scale study` runs the same chain on scenes, `--scale tiny` on the embedded digits. `run ROW --slurm [--nodes 2]` prints an
 sbatch file instead.
@@ -250,11 +249,8 @@ def draw_figure(names: Sequence[str], options: Options) -> None:
 
 def check(names: Sequence[str], options: Options) -> None:
     """Recompute what records say of themselves; the first fault of each is named."""
-    from recipes import curves, publish, record
+    from recipes import publish, record
 
-    if list(names) == ["curves"]:
-        curves.report(curves.check())
-        return
     results = Path(options.results)
     folders = [Path(name) for name in names] or record.folders(results)
     faults = {folder: record.check(folder) for folder in folders}
