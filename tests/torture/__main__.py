@@ -18,90 +18,22 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import versions
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
-from runtime.options import option, read, require_bounds
-from tests.torture import flips, processes, table
+from runtime.options import read
 from tests.torture import world as worlds
-from tests.torture.processes import Units
-from tests.torture.rows import Row, answer
-from tests.torture.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    kills: int = option(50, within="[0, inf)", help="SIGKILLs of training runs, up to eight of each")
-    steps: int = option(120, within="[2, inf)", help="optimiser steps of those runs")
-    flips: int = option(200, within="[0, inf)", help="flipped bits, over all kinds of files")
-    starts: int = option(20, within="[0, inf)", help="two-process encodings on a busy machine")
-    long_steps: int = option(
-        0, within="[0, inf)", help="tiny steps of one run; its memory and open files must stay flat"
-    )
-    inputs: str = option("all", help="bad inputs as processes: how many, evenly over the table, or all")
-    seed: int = option(0, help="seed of moments and places")
-    out: str | None = option(None, help="result file (JSON); a unit that it holds is not done again")
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
-        require(self.inputs == "all" or self.inputs.isdigit(), f"--inputs {self.inputs}: give a number, or all")
-
-    @property
-    def rows(self) -> list[Row]:
-        """The bad inputs to run."""
-        rows = table.rows()
-        count = len(rows) if self.inputs == "all" else int(self.inputs)
-        return rows[:: max(1, len(rows) // count)][:count] if count else []
-
-
-def _kills(options: Options, world: World, place: Path, done: int) -> Units:
-    return processes.kills(world, place, done, options.kills, options.steps, options.seed)
-
-
-def _flips(options: Options, world: World, place: Path, done: int) -> Units:
-    """All flips that are left, as one unit."""
-    outcomes, faults = flips.run(world, place, options.flips - done, first=options.seed + done)
-    yield options.flips - done, outcomes, faults
-
-
-def _starts(options: Options, world: World, place: Path, done: int) -> Units:
-    return processes.starts(world, place, done, options.starts)
-
-
-def _long_run(options: Options, world: World, place: Path, done: int) -> Units:
-    return processes.long_run(world, place, done, options.long_steps)
-
-
-def _inputs(options: Options, world: World, place: Path, done: int) -> Units:
-    for row in options.rows[done:]:
-        scratch = place / "row"
-        scratch.mkdir()
-        given, named = answer(row, world, scratch, as_process=True)
-        shutil.rmtree(scratch)
-        fault = given.fault(named)
-        faults = [f"{row.command}: {row.name}: {fault}"] if fault else []
-        yield 1, {"answered in one line with culprit and remedy": int(not fault)}, faults
-
-
-PARTS: dict[str, tuple[Callable[[Options, World, Path, int], Units], Callable[[Options], int]]] = {
-    "kills": (_kills, lambda options: options.kills),
-    "flips": (_flips, lambda options: options.flips),
-    "starts": (_starts, lambda options: options.starts),
-    "long run": (_long_run, lambda options: options.long_steps),
-    "inputs": (_inputs, lambda options: len(options.rows)),
-}
-"""Each part, and how many units of it the options ask for."""
+from tests.torture.parts import PARTS, Options, Units
 
 
 def main(argv: Sequence[str] | None = None) -> None:

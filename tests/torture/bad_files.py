@@ -15,8 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from config import TrainConfig
 from models.vae import WEIGHTS
 from runtime import files
+from runtime.options import kind_of, options_of
+from tests.torture import bad_options
 from tests.torture.rows import Row
 from tests.torture.world import World
 
@@ -49,10 +52,15 @@ READERS: dict[
 }
 
 
+def table() -> list[Row]:
+    """All bad inputs, options and files, each once."""
+    return list({(row.command, row.name): row for row in [*bad_options.rows(), *rows()]}.values())
+
+
 def rows() -> Iterator[Row]:
     yield from _damaged_files()
     yield from _json_fields()
-    for kind in (_samples, _references, _masks, _weights, _latents, _labels, _scores, _pictures):
+    for kind in (_option_files, _samples, _references, _masks, _weights, _latents, _labels, _scores, _pictures):
         yield from kind()
 
 
@@ -180,19 +188,55 @@ def _edited(artefact: str, name: str, flag: str, field: str, how: str, world: Wo
 
 
 def _written(
-    command: str, name: str, flag: str, file: str, write: Callable[[Path], object], words: tuple[str, ...] = ()
+    command: str,
+    name: str,
+    flag: str,
+    file: str,
+    write: Callable[[Path], object],
+    words: tuple[str, ...] = (),
+    named: str | None = None,
 ) -> Row:
-    """A row whose file is written by `write`."""
+    """A row whose file is written by `write`. The answer names `named`, or the file."""
 
     def make(_: World, scratch: Path) -> Arguments:
         write(scratch / file)
-        return [flag, str(scratch / file)], [Path(file).stem]
+        return [flag, str(scratch / file)], [named or Path(file).stem]
 
     return Row(command, name, words, damage=make)
 
 
 def _arrays(command: str, name: str, flag: str, **arrays: np.ndarray) -> Row:
     return _written(command, name, flag, f"{flag[2:]}.npz", lambda file: np.savez_compressed(file, **arrays))
+
+
+WRONG_TYPE = {int: ("many", 1.5, True), float: ("much", [1.5, 2.5]), str: (7, ["raw", "ema"]), bool: ("yes", 1)}
+"""JSON values that are not a value of an option, by its kind."""
+
+
+def _option_files() -> Iterator[Row]:
+    """Files of options in another form, and bad values of the options that have no flag."""
+    latent = {"align": ["latent"]}
+    contents: list[tuple[Any, str]] = [
+        ([], "options.json"),
+        ({"train": 3}, "options.json"),
+        ({"train": {"lerning_rate": 1e-3}}, "learning_rate"),
+        ({"align": {"latent": {"weight": 1}}}, "latent"),
+        ({"train": latent, "align": {"latent": {"wieght": 1}}}, "weight"),
+        ({"train": latent, "align": {"latent": {"weight": "much"}}}, "weight"),
+        # of the right kind, but without use in this run
+        ({"train": {"uniform_from_epoch": 3}}, "--time-sampling"),
+        ({"train": {"eval_weights": "raw"}}, "eval_weights"),
+        ({"train": {"eval_preset": "sit"}}, "eval_preset"),
+    ]
+    for opt in options_of(TrainConfig):
+        if opt.field.metadata["rare"]:
+            wrong = ("nonesuch",) if opt.field.metadata["choices"] else WRONG_TYPE[kind_of(opt.hint)[0]]
+            for value in (*wrong, *bad_options.out_of_bounds(opt)):
+                contents.append(({"train": {opt.field.name: value}}, opt.field.name))
+    for content, named in contents:
+        text = json.dumps(content)
+        write = partial(Path.write_text, data=text)
+        yield _written("train.py", f"--config {text}", "--config", "options.json", write, named=named)
 
 
 def _samples() -> Iterator[Row]:
@@ -384,30 +428,28 @@ def _score(key: str, value: Any, flag: str, before: str, world: World, scratch: 
 
 
 def _pictures() -> Iterator[Row]:
-    """Pictures that are odd by their size or by their name; their codes must not reach the terminal."""
-    pixels = ("--vae", "pixels")
-    wide = (*pixels, "--resolution", "256")
-    yield Row("encode", "a link that loops", pixels, ("again",), _picture(_loop))
-    yield Row("encode", "a picture of 60,000 x 2", wide, ("n0/0.png", "60000 x 2"), _picture(_narrow))
-    yield Row("encode", "escape codes in a name", pixels, ("\\x1b[31mred.png",), _picture(_escape))
+    """Pictures that are odd by their size or by their name; codes in a name must not reach the terminal."""
+    yield Row("encode", "a link that loops", PIXELS, ("again",), _loop)
+    yield Row("encode", "a picture of 60,000 x 2", (*PIXELS, "--resolution", "256"), ("n0/0.png", "60000 x 2"), _narrow)
+    yield Row("encode", "escape codes in a name", PIXELS, ("\\x1b[31mred.png",), _escape)
 
 
-def _picture(change: Callable[[Path], object]) -> Callable[[World, Path], Arguments]:
-    def make(world: World, scratch: Path) -> Arguments:
-        place = world.copy("images", scratch)
-        change(place)
-        return ["--images", str(place)], []
-
-    return make
+PIXELS = ("--vae", "pixels")
 
 
-def _loop(folder: Path) -> None:
-    (folder / "n0" / "again").symlink_to(folder, target_is_directory=True)
+def _loop(world: World, scratch: Path) -> Arguments:
+    place = world.copy("images", scratch)
+    (place / "n0" / "again").symlink_to(place, target_is_directory=True)
+    return ["--images", str(place)], []
 
 
-def _narrow(folder: Path) -> None:
-    Image.new("RGB", (60_000, 2)).save(folder / "n0" / "0.png")
+def _narrow(world: World, scratch: Path) -> Arguments:
+    place = world.copy("images", scratch)
+    Image.new("RGB", (60_000, 2)).save(place / "n0" / "0.png")
+    return ["--images", str(place)], []
 
 
-def _escape(folder: Path) -> None:
-    (folder / "n0" / "\x1b[31mred.png").write_bytes(b"")
+def _escape(world: World, scratch: Path) -> Arguments:
+    place = world.copy("images", scratch)
+    (place / "n0" / "\x1b[31mred.png").write_bytes(b"")
+    return ["--images", str(place)], []

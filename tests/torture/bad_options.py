@@ -5,23 +5,17 @@ The first come from the commands' own schemas, so a new option has its rows at o
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 from alignment import find
-from config import TrainConfig
 from runtime.options import Option, flags_of, kind_of, options_of
 from tests.torture.rows import Row
-from tests.torture.world import COMMANDS, World
+from tests.torture.world import COMMANDS
 
 WRONG = {int: ("many", "1.5", str(2**64)), float: ("much", "nan", "1e300"), str: ("", "\x07", "\udcff"), bool: ()}
 """Words that are not a value of an option, by its kind."""
-WRONG_IN_JSON = {int: ("many", 1.5, True), float: ("much", [1.5, 2.5]), str: (7, ["raw", "ema"]), bool: ("yes", 1)}
 
 
 def rows() -> Iterator[Row]:
@@ -31,7 +25,6 @@ def rows() -> Iterator[Row]:
                 yield from _of_option(name, opt)
     for opt in options_of(find("guided").Options):
         yield from _of_option("train_guide.py", opt, "guided")
-    yield from _of_option_files()
     yield from _by_hand()
 
 
@@ -45,7 +38,7 @@ def _of_option(command: str, opt: Option, section: str = "") -> Iterator[Row]:
     for value in ["nonesuch"] if opt.field.metadata["choices"] else WRONG[kind]:
         named = (flag, value.encode("unicode_escape").decode())
         yield Row(command, f"{flag} {value!r}", (flag, *[value] * repeats), named)
-    for number in _out_of_bounds(opt):
+    for number in out_of_bounds(opt):
         yield Row(command, f"{flag} {number}", (flag, *[str(number)] * repeats), (flag, "must lie in"))
     if kind is not bool:
         yield Row(command, f"{flag} without a value", (flag,), (flag,))
@@ -53,7 +46,7 @@ def _of_option(command: str, opt: Option, section: str = "") -> Iterator[Row]:
     yield Row(command, misspelt, (misspelt, "1"), (misspelt,))
 
 
-def _out_of_bounds(opt: Option) -> list[float]:
+def out_of_bounds(opt: Option) -> list[float]:
     """A number below and one above the bounds of an option, where it has them."""
     bounds = opt.field.metadata["within"]
     if not bounds:
@@ -61,37 +54,6 @@ def _out_of_bounds(opt: Option) -> list[float]:
     low, high = map(float, bounds[1:-1].split(","))
     numbers = (low if bounds[0] == "(" else low - 1, high if bounds[-1] == ")" else high + 1)
     return [kind_of(opt.hint)[0](number) for number in numbers if math.isfinite(number)]
-
-
-def _of_option_files() -> Iterator[Row]:
-    """Options without a flag, with bad values in a file of options; files of options in another form."""
-    for opt in options_of(TrainConfig):
-        name = opt.field.name
-        if opt.field.metadata["rare"]:
-            wrong = ("nonesuch",) if opt.field.metadata["choices"] else WRONG_IN_JSON[kind_of(opt.hint)[0]]
-            for value in (*wrong, *_out_of_bounds(opt)):
-                yield _of_option_file({"train": {name: value}}, name)
-    latent = {"align": ["latent"]}
-    yield _of_option_file([], "options.json")
-    yield _of_option_file({"train": 3}, "options.json")
-    yield _of_option_file({"train": {"lerning_rate": 1e-3}}, "learning_rate")
-    yield _of_option_file({"align": {"latent": {"weight": 1}}}, "latent")
-    yield _of_option_file({"train": latent, "align": {"latent": {"wieght": 1}}}, "weight")
-    yield _of_option_file({"train": latent, "align": {"latent": {"weight": "much"}}}, "weight")
-    # of the right kind, but nothing here uses them
-    yield _of_option_file({"train": {"uniform_from_epoch": 3}}, "--time-sampling")
-    yield _of_option_file({"train": {"eval_weights": "raw"}}, "eval_weights")
-    yield _of_option_file({"train": {"eval_preset": "sit"}}, "eval_preset")
-
-
-def _of_option_file(content: Any, named: str) -> Row:
-    text = json.dumps(content)
-    return Row("train.py", f"--config {text}", named=(named,), damage=partial(_option_file, text))
-
-
-def _option_file(text: str, world: World, scratch: Path) -> tuple[list[str], list[str]]:
-    (scratch / "options.json").write_text(text)
-    return ["--config", str(scratch / "options.json")], []
 
 
 def _by_hand() -> Iterator[Row]:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import errors
-from tests.torture.processes import start
-from tests.torture.world import COMMANDS, World
+from tests.torture.world import COMMANDS, World, start
 
 REMEDY = re.compile(
     r"\b(use|give|choose|add|must|run|write|encode|restore|see|make|needs?|between|lie|drop|free|correct|remove|repair|"

@@ -1,6 +1,7 @@
 """Every bad input gets exit code 2 and one line that names culprit and remedy, and nothing is written.
 
-The table is `table.py`; `python -m tests.torture --inputs all` runs it as real processes. Random bytes follow below.
+The table is in `bad_options.py` and `bad_files.py`; `python -m tests.torture --inputs all` runs it as real processes.
+Random bytes and random JSON follow below.
 """
 
 from __future__ import annotations
@@ -23,18 +24,24 @@ from runtime import errors, files
 from runtime.errors import UserError
 from runtime.mapped import map_shard
 from runtime.options import flags_of, options_of
-from tests.torture import bad_options, flips, rows, table
+from tests.torture import bad_files, bad_options, flips, rows
+from tests.torture import world as worlds
 from tests.torture.rows import Answer, Row
 from tests.torture.world import COMMANDS, World
 from training import log
 
-TABLE = table.rows()
+TABLE = bad_files.table()
 JSON_FIELDS = [row for row in TABLE if ".json " in row.name]
 # every third JSON field of another shape; `python -m tests.torture` has them all
 SHORT = [row for row in TABLE if row not in JSON_FIELDS[1::3] + JSON_FIELDS[2::3]]
 FEW = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return worlds.build(tmp_path_factory.mktemp("world"))
 
 
 def test_the_table_has_rows_of_every_command_and_of_every_option() -> None:

@@ -10,7 +10,7 @@ from runtime import files
 from runtime.errors import UserError
 from tests.torture import __main__ as torture
 from tests.torture import world as worlds
-from tests.torture.processes import Units
+from tests.torture.parts import PARTS, Options, Units
 from tests.torture.world import World
 
 NOTHING = ["--kills", 0, "--flips", 0, "--starts", 0, "--inputs", 0]
@@ -33,13 +33,13 @@ def units(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stands for the starts; returns the numbers of those that were done."""
     done_units: list[int] = []
 
-    def stand_in(options: torture.Options, world: World, place: Path, done: int) -> Units:
+    def stand_in(options: Options, world: World, place: Path, done: int) -> Units:
         for number in range(done, options.starts):
             done_units.append(number)
             yield 1, {"clean ends": number % 2}, []
 
     monkeypatch.setattr(worlds, "build", World)
-    monkeypatch.setitem(torture.PARTS, "starts", (stand_in, torture.PARTS["starts"][1]))
+    monkeypatch.setitem(PARTS, "starts", (stand_in, PARTS["starts"][1]))
     return done_units
 
 
@@ -55,5 +55,5 @@ def test_a_torture_continues_where_it_was_cut_off(units: list[int], tmp_path: Pa
 
 
 def test_the_bad_inputs_are_spread_over_the_table() -> None:
-    chosen = torture.Options(inputs="40").rows
+    chosen = Options(inputs="40").rows
     assert len(chosen) == 40 and len({row.command for row in chosen}) > 10

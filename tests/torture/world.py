@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +34,7 @@ from preprocessing import digits, encode, import_latents, job, scenes, verify
 from recipes import __main__ as recipes
 from runtime import files, seal
 from runtime.streams import Stream
+from tests.helpers import ROOT
 
 RUN = "--recipe digits --data-dir {root}/data --output-dir {out} --exp-name x --batch-size 16 --max-train-steps 1"
 CHECKPOINT = "--ckpt {root}/exps/stage1"
@@ -149,6 +153,15 @@ class World:
         source, target = self.path(name), into / name
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target))
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """Start Python with `words` on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe
+    )
 
 
 def build(root: Path) -> World:

@@ -569,7 +569,7 @@ def test_the_page_on_long_runs_names_what_there_is() -> None:
     from config import TrainConfig
     from generate import GenerateConfig
     from runtime.options import flags_of, options_of
-    from tests.torture import __main__ as torture
+    from tests.torture import parts as torture
 
     text = (ROOT / "docs" / "long-runs.md").read_text()
     schemas = (TrainConfig, GenerateConfig, torture.Options)

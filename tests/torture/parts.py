@@ -1,4 +1,4 @@
-"""Real processes under bad conditions: killed at random moments, started on a busy machine, watched over a long run.
+"""The parts of the torture: processes killed at random moments, flipped bits, starts on a busy machine, bad inputs.
 
 Each part is a generator of `Units`. It starts after the units that an earlier call has done.
 """
@@ -13,11 +13,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,42 @@ import torch
 import train
 from models.checkpoint import Checkpoint
 from runtime import files
-from tests.helpers import ROOT
-from tests.torture.world import World
+from runtime.errors import require
+from runtime.options import option, require_bounds
+from tests.torture import bad_files, flips
+from tests.torture.rows import Row, answer
+from tests.torture.world import World, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    kills: int = option(50, within="[0, inf)", help="SIGKILLs of training runs, up to eight of each")
+    steps: int = option(120, within="[2, inf)", help="optimiser steps of those runs")
+    flips: int = option(200, within="[0, inf)", help="flipped bits, over all kinds of files")
+    starts: int = option(20, within="[0, inf)", help="two-process encodings on a busy machine")
+    long_steps: int = option(
+        0, within="[0, inf)", help="tiny steps of one run; its memory and open files must stay flat"
+    )
+    inputs: str = option("all", help="bad inputs as processes: how many, evenly over the table, or all")
+    seed: int = option(0, help="seed of moments and places")
+    out: str | None = option(None, help="result file (JSON); a unit that it holds is not done again")
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        require(self.inputs == "all" or self.inputs.isdigit(), f"--inputs {self.inputs}: give a number, or all")
+
+    @property
+    def rows(self) -> list[Row]:
+        """The bad inputs to run."""
+        rows = bad_files.table()
+        count = len(rows) if self.inputs == "all" else int(self.inputs)
+        return rows[:: max(1, len(rows) // count)][:count] if count else []
+
 
 Units = Iterator[tuple[int, Mapping[str, int], list[str]]]
 """Yields how many units (kills, starts, steps) are newly done, counts of what came of them, and faults in words."""
 KILLS_PER_RUN = 8
 ALIGNED = ["--align", "latent", "--align-hidden", 8]
-
-
-def start(*words: object) -> subprocess.Popen[str]:
-    """Start Python with `words` on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe
-    )
 
 
 def run_to_end(words: Sequence[object]) -> str | None:
@@ -53,21 +73,21 @@ def run_to_end(words: Sequence[object]) -> str | None:
     return None if process.returncode == 0 else errors[-500:]
 
 
-def kills(world: World, place: Path, done: int, total: int, steps: int, seed: int) -> Units:
+def kills(options: Options, world: World, place: Path, done: int) -> Units:
     """SIGKILL at random moments of one run, again and again. Then it must end with the bits of an undisturbed run."""
-    argv = [*world.words("train.py"), *ALIGNED, "--align-stop-steps", steps // 2]
-    argv += ["--max-train-steps", steps, "--checkpointing-steps", 10, "--log-steps", 5]
+    argv = [*world.words("train.py"), *ALIGNED, "--align-stop-steps", options.steps // 2]
+    argv += ["--max-train-steps", options.steps, "--checkpointing-steps", 10, "--log-steps", 5]
     undisturbed, folder = place / "undisturbed", place / "killed"
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         # in this process, on one thread like the others: the number of threads changes the last bits
         torch.set_num_threads(1)
         train.main([*map(str, argv), "--output-dir", str(undisturbed)])
     expected = tensors_of(undisturbed / "x")
-    while done < total:
-        several = min(KILLS_PER_RUN, total - done)
+    while done < options.kills:
+        several = min(KILLS_PER_RUN, options.kills - done)
         counts, faults = Counter(runs=1), []
         for number in range(done, done + several):
-            chance = random.Random(f"{seed} kill {number}")
+            chance = random.Random(f"{options.seed} kill {number}")
             process = start("train.py", *argv, "--output-dir", folder)
             _wait_for(chance.choice(("set-up", "step", "step", "save", "save")), folder / "x", process, chance)
             process.send_signal(signal.SIGKILL)
@@ -116,13 +136,19 @@ def tensors_of(run: Path) -> dict[str, str]:
     return {**tensors, "log": hashlib.sha256(log.encode()).hexdigest()}
 
 
-def starts(world: World, place: Path, done: int, total: int) -> Units:
+def bit_flips(options: Options, world: World, place: Path, done: int) -> Units:
+    """All flips that are left, as one unit."""
+    left = options.flips - done
+    yield left, *flips.run(world, place, left, first=options.seed + done)
+
+
+def starts(options: Options, world: World, place: Path, done: int) -> Units:
     """Encodings by two processes, while as many busy processes as there are cores compete with them."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
     argv = [*launcher, "-m", "preprocessing.encode", *world.words("encode"), "--batch-size", 1, "--shard-size", 1]
     busy = [start("-c", "while True: pass") for _ in range(os.cpu_count() or 1)]
     try:
-        for number in range(done, total):
+        for number in range(done, options.starts):
             failure = run_to_end([*argv, "--out", place / f"start{number}"])
             yield 1, {"clean ends": int(failure is None)}, [f"start {number}: {failure}"] if failure else []
     finally:
@@ -131,8 +157,9 @@ def starts(world: World, place: Path, done: int, total: int) -> Units:
             process.communicate()
 
 
-def long_run(world: World, place: Path, done: int, steps: int) -> Units:
+def long_run(options: Options, world: World, place: Path, done: int) -> Units:
     """Memory, open files and threads of one run of tiny steps, early and late. One unit: it cannot be continued."""
+    steps = options.long_steps
     argv = ["train.py", *world.words("train.py"), *ALIGNED, "--batch-size", 2, "--log-steps", 50]
     argv += ["--max-train-steps", steps, "--checkpointing-steps", steps // 4, "--sampling-steps", steps // 20]
     process = start(*argv, "--output-dir", place / "long")
@@ -154,3 +181,25 @@ def long_run(world: World, place: Path, done: int, steps: int) -> Units:
     for number, kind in enumerate(("MiB", "open files", "threads")):
         counts |= {f"{kind} early": round(early[number]), f"{kind} late": round(late[number])}
     yield steps - done, counts, faults
+
+
+def inputs(options: Options, world: World, place: Path, done: int) -> Units:
+    """Rows of the table, each as a process of its own."""
+    for row in options.rows[done:]:
+        scratch = place / "row"
+        scratch.mkdir()
+        given, named = answer(row, world, scratch, as_process=True)
+        shutil.rmtree(scratch)
+        fault = given.fault(named)
+        counts = {"answered in one line with culprit and remedy": int(not fault)}
+        yield 1, counts, [f"{row.command}: {row.name}: {fault}"] if fault else []
+
+
+PARTS: dict[str, tuple[Callable[[Options, World, Path, int], Units], Callable[[Options], int]]] = {
+    "kills": (kills, lambda options: options.kills),
+    "flips": (bit_flips, lambda options: options.flips),
+    "starts": (starts, lambda options: options.starts),
+    "long run": (long_run, lambda options: options.long_steps),
+    "inputs": (inputs, lambda options: len(options.rows)),
+}
+"""Each part, and how many units of it the options ask for."""
