@@ -44,7 +44,7 @@ READERS: dict[
     "vae": [("encode", "--vae", ("config.json", WEIGHTS))],
     "repa": [("import_latents", "--source", ("vae-sd/dataset.json", "vae-sd/img00000001.npy"))],
     "lightning": [("import_latents", "--source", ("latents_rank00_shard000.safetensors", "latents_stats.pt"))],
-    "images": [("encode", "--images", ("n0/1.png",))],
+    "images": [("encode", "--images", ("n00/1.png",))],
     "weights.pt": [("convert", "--source", ("",))],
     "weights.safetensors": [("convert", "--source", ("",))],
     "samples/samples.npz": [("evaluate", "--samples", ("",))],
@@ -430,7 +430,9 @@ def _score(key: str, value: Any, flag: str, before: str, world: World, scratch: 
 def _pictures() -> Iterator[Row]:
     """Pictures that are odd by their size or by their name; codes in a name must not reach the terminal."""
     yield Row("encode", "a link that loops", PIXELS, ("again",), _loop)
-    yield Row("encode", "a picture of 60,000 x 2", (*PIXELS, "--resolution", "256"), ("n0/0.png", "60000 x 2"), _narrow)
+    yield Row(
+        "encode", "a picture of 60,000 x 2", (*PIXELS, "--resolution", "256"), ("n00/0.png", "60000 x 2"), _narrow
+    )
     yield Row("encode", "escape codes in a name", PIXELS, ("\\x1b[31mred.png",), _escape)
 
 
@@ -439,17 +441,17 @@ PIXELS = ("--vae", "pixels")
 
 def _loop(world: World, scratch: Path) -> Arguments:
     place = world.copy("images", scratch)
-    (place / "n0" / "again").symlink_to(place, target_is_directory=True)
+    (place / "n00" / "again").symlink_to(place, target_is_directory=True)
     return ["--images", str(place)], []
 
 
 def _narrow(world: World, scratch: Path) -> Arguments:
     place = world.copy("images", scratch)
-    Image.new("RGB", (60_000, 2)).save(place / "n0" / "0.png")
+    Image.new("RGB", (60_000, 2)).save(place / "n00" / "0.png")
     return ["--images", str(place)], []
 
 
 def _escape(world: World, scratch: Path) -> Arguments:
     place = world.copy("images", scratch)
-    (place / "n0" / "\x1b[31mred.png").write_bytes(b"")
+    (place / "n00" / "\x1b[31mred.png").write_bytes(b"")
     return ["--images", str(place)], []

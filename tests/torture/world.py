@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import generate
 import train
@@ -29,12 +28,11 @@ from evaluations import evaluate, fdr, figures, probe, reference, sweep
 from generate import GenerateConfig
 from models import convert, export, hub
 from models.checkpoint import Checkpoint
-from models.vae import WEIGHTS
 from preprocessing import digits, encode, import_latents, job, scenes, verify
 from recipes import __main__ as recipes
 from runtime import files, seal
 from runtime.streams import Stream
-from tests.helpers import ROOT
+from tests.helpers import ROOT, class_folders, tiny_vae
 
 RUN = "--recipe digits --data-dir {root}/data --output-dir {out} --exp-name x --batch-size 16 --max-train-steps 1"
 CHECKPOINT = "--ckpt {root}/exps/stage1"
@@ -168,12 +166,12 @@ def build(root: Path) -> World:
     """Make every artefact below `root`, silently."""
     world = World(root)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        _images(root / "images")
+        class_folders(root / "images", classes=2, per_class=3)
         digits.main(["--out", str(root / "data")])
         common = [*world.words("train.py"), "--output-dir", str(root / "exps"), "--align-hidden", "8", "--exp-name"]
         train.main([*common, "stage1", "--align", "latent"])
         train_guide.main([*common, "stage2", "--guiding-ckpt", str(root / "exps/stage1")])
-        _vae(root / "vae")
+        tiny_vae(root / "vae")
         _peer_weights(root)
         _peer_latents(root)
         generate.main([*world.words("generate.py"), "--num-fid-samples", "8", "--out", str(root / "samples")])
@@ -184,32 +182,6 @@ def build(root: Path) -> World:
         scoring = [word.format(root=root) for word in REFERENCE.split()]
         generate.main([*world.words("generate.py"), *scoring, "--out", str(root / "scores")])
     return world
-
-
-def _images(folder: Path) -> None:
-    for label in range(2):
-        (folder / f"n{label}").mkdir(parents=True)
-        for number in range(3):
-            pixels = Stream(number, "picture", label).integers(256, 20 * 24 * 3).reshape(20, 24, 3).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"n{label}" / f"{number}.png")
-
-
-def _vae(folder: Path) -> None:
-    from diffusers import AutoencoderKL
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoencoderKL(
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            scaling_factor=0.5,
-            sample_size=16,
-        ).save_pretrained(folder)
-    assert (folder / WEIGHTS).is_file()
 
 
 def _peer_weights(root: Path) -> None:
