@@ -119,10 +119,7 @@ def test_words_of_the_peers_are_answered() -> None:
             command.resolve(["--data-dir", "d", "--exp-name", "e", *words], "train.py", None)
         assert PEERS[words[0].split("=")[0]] in str(caught.value) and "did you mean" not in str(caught.value)
     both = {
-        flag
-        for schema in (TrainConfig, GenerateConfig)
-        for opt in options_of(schema)
-        for flag in flags_of(opt.field)
+        flag for schema in (TrainConfig, GenerateConfig) for opt in options_of(schema) for flag in flags_of(opt.field)
     }
     train = {flag for opt in options_of(TrainConfig) for flag in flags_of(opt.field)}
     assert set(PEERS) & both == {"--model", "--qk-norm"} <= train  # options of training, known to a checkpoint

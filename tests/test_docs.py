@@ -63,7 +63,9 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    found = importlib.import_module("recipes.__main__" if module == "recipes" else module)
+    found = importlib.import_module(
+        f"{module}.__main__" if module in ("recipes", "tests.torture", "tests.golden") else module
+    )
     schemas = [
         kind
         for kind in vars(found).values()
