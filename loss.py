@@ -67,7 +67,8 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.alignments = nn.ModuleDict(alignments or {})
+        # torch's ModuleDict is not generic
+        self.alignments: Mapping[str, Alignment] = nn.ModuleDict(alignments or {})  # type: ignore[assignment]
         self.velocity_loss = velocity_loss
         self.autocast = autocast
         self._ema = [ema]  # in a list, so that DDP, optimiser and checkpoint do not see it

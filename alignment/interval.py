@@ -1,14 +1,14 @@
 """The interval of times: which samples an alignment sees, and the mean that goes with them.
 
-With `--align-interval a b` an alignment is kept to the times a <= t <= b, in one of two ways (`--align-mask`):
+With `--align-interval a b` an alignment acts at the times a <= t <= b, in one of two ways (`--align-mask`):
 
-    select     the samples in range alone; their sum is divided by the full micro-batch, so that the rest counts as zero:
+    select     only the samples in range; their sum is divided by the full micro-batch, so that the rest counts as zero:
                L = (1 / N) sum over i in range of l_i. Teacher and head run on the samples in range only.
     upstream   all samples, the mean weighted by the global batch's share in range (the authors' code):
                L = share x (1 / N) sum over all i of l_i
 
-Without an interval L is the plain mean. Which samples are in range is known on the host, where times are drawn, so no
-step waits for the device.
+Without an interval L is the plain mean. The host draws the times, so it knows which samples are in range, and no step
+waits for the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MASKS = ("select", "upstream")
 
 
 def check(interval: Interval | None, mask: str) -> None:
-    """Raise UserError for an interval outside [0, 1] or upside down, and for a mask that has none to act on."""
+    """Raise UserError for an interval outside [0, 1] or upside down, and for a mask without an interval."""
     require(
         interval is not None or mask == "select", "--align-mask upstream weighs by an interval: add --align-interval"
     )
@@ -94,7 +94,7 @@ ALL = Selection()
 
 
 def expected_share(interval: Interval | None, mask: str, time_sampling: str) -> float:
-    """The share of the samples that an alignment works on, expected over the distribution of t (uniform or logit-normal)."""
+    """The expected share of the samples that an alignment works on, for uniform or logit-normal t."""
     if interval is None or mask != "select":
         return 1.0
     low, high = interval

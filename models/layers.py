@@ -33,7 +33,10 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 
 
 def grid_positions(side: int, span: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column (side*side,) of each token; with `span`, positions 0 .. span of another grid stretched over this one."""
+    """Row and column (side*side,) of each token.
+
+    With `span`, positions 0 .. span of another grid are stretched over this one.
+    """
     row, column = np.divmod(np.arange(side * side), side)
     return (row, column) if span is None else (row * (span / side), column * (span / side))
 
@@ -56,9 +59,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def cast_block_linears(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep the weights of the blocks' linear layers in `dtype`: what autocast would make of them at every call."""
+    """Store the weights of the blocks' linear layers in `dtype`, which saves autocast's cast at every call."""
     if dtype is not None:
-        for module in network.blocks.modules():
+        for module in network.get_submodule("blocks").modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
@@ -72,8 +75,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A matrix product instead of the convolution: the same sum, and it follows the precision of all other products.
-        # Patches are laid out as the weight is, (channel, row, column), so that its gradient needs no copy.
+        # A matrix product instead of the convolution gives the same sum, in the precision of all other products.
+        # Patches have the layout of the weight, (channel, row, column), so that its gradient needs no copy.
         n, c, h, w = x.shape
         patches = x.reshape(n, c, h // self.patch, self.patch, w // self.patch, self.patch).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.reshape(n, -1, c * self.patch**2), self.proj.weight.flatten(1), self.proj.bias)
@@ -82,8 +85,10 @@ class PatchEmbedder(nn.Module):
 class TimeEmbedder(nn.Module):
     """Times (N,) in [0, 1], unscaled, -> (N, D): cosines then sines of 128 frequencies, then an MLP.
 
-    Runs in float32 under autocast too: in bf16 neighbouring times would share their sinusoids.
+    It runs in float32 even under autocast: in bf16, neighbouring times would have the same sinusoids.
     """
+
+    frequencies: Tensor
 
     def __init__(self, width: int, frequencies: int = 128) -> None:
         super().__init__()
@@ -102,7 +107,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        # not nn.Embedding(...): its random start, which nothing here uses, takes a second of imports on the meta device
+        # nn.Embedding(...) would draw random values, which nothing uses and which take a second of imports on meta
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
@@ -142,7 +147,10 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each adjacent pair (a, b) of x (..., T, head_dim) into (a cos - b sin, b cos + a sin); tables (T, head_dim)."""
+    """Turn each pair (a, b) of neighbours in x (..., T, head_dim) into (a cos - b sin, b cos + a sin).
+
+    The tables `cos` and `sin` are (T, head_dim).
+    """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 

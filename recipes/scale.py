@@ -119,7 +119,7 @@ class _Small(Scale):
 
     def row_words(self, row: Row) -> tuple[str, ...]:
         """Blocks are the same shares of the depth as in the paper's network."""
-        paper, small = (models.SIZES[row.family][name][0] for name in (row.model, self.model(row)))
+        paper, small = (models.ARCHITECTURES[row.family].sizes[name][0] for name in (row.model, self.model(row)))
         return tuple(
             str(int(word) * small // paper) if flag in BLOCKS else word
             for flag, word in zip(("", *row.words), row.words)
