@@ -74,12 +74,10 @@ class AlignOptions:
             self.stop_steps is None or self.stop_epochs is None,
             "--align-stop-steps and --align-stop-epochs say the same: give one of them",
         )
-        for name in ("stop_steps", "stop_epochs"):
-            value = getattr(self, name)
-            require(
-                value is None or value >= 0,
-                f"--align-{name.replace('_', '-')} {value} must not be negative; 0 means never",
-            )
+        require(
+            all(value is None or value >= 0 for value in (self.stop_steps, self.stop_epochs)),
+            "--align-stop-steps and --align-stop-epochs must not be negative; 0 means never",
+        )
         require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         intervals.check(self.interval, self.mask)
 
@@ -204,7 +202,8 @@ class Alignment(nn.Module, Generic[OptionsT]):
 
     def describe(self) -> dict[str, Any]:
         """Resolved choices (block numbers, teacher digest) for the printout and the checkpoint."""
-        return {"taps": list(self.taps)}
+        batch = {"batch": "of one process and micro-batch"} if self.coupled else {}
+        return {"taps": list(self.taps), **batch}
 
     def notes(self) -> list[str]:
         """Lines to print before the first step: departures from what was published, and what it was given."""

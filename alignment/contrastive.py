@@ -47,9 +47,6 @@ class Contrastive(Alignment[ContrastiveOptions]):
         target = interpolant.velocity(context.x0, context.eps)[other]
         return -(squared_error(context.features[VELOCITY], target) * exists).mean()
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "batch": "of one process and micro-batch"}
-
 
 def others(labels: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
     """Another sample for each sample, and whether it exists.

@@ -85,9 +85,6 @@ class Dispersive(Alignment[DispersiveOptions]):
             f"the published runs have {published}{remedy}"
         ]
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "batch": "of one process and micro-batch"}
-
     def forward(self, context: Context) -> Tensor:
         z = context.features[self.taps[0]].float().flatten(1)
         count = len(z)

@@ -59,7 +59,6 @@ class External:
                 f"block {number} does not exist: encoder {options.encoder} has blocks 1 to {depth}",
             )
         self._frozen = Frozen(self.encoder, build_context.device, build_context.dtype)
-        self._dtype = build_context.dtype or torch.float32
         self.columns = ("row",) if options.cache and not build_context.dry else ("image",)
         self._cache = self._encode_all(build_context) if self.columns == ("row",) else None
 
@@ -86,7 +85,9 @@ class External:
             item, view = np.divmod(rows[start : start + batch], data.views)
             with mixed:
                 encoded = self._frozen(torch.from_numpy(data.images(item, view)).to(device), self.attention)
-            parts.append(tuple(value.to(self._dtype) for value in (encoded.tokens, *encoded.attention.values())))
+            parts.append(
+                tuple(value.to(dtype or torch.float32) for value in (encoded.tokens, *encoded.attention.values()))
+            )
             if start == 0:
                 # The first batch shows the size of a row: refuse a cache that would not fit before encoding the rest.
                 needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)

@@ -41,14 +41,14 @@ def check(interval: Interval | None, mask: str) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the interval of one alignment makes of one micro-batch of N samples."""
+    """The part that one alignment's interval selects of one micro-batch of N samples."""
 
+    # (m,) int64, of which the first `count` are the samples in range; None for all N
     index: Tensor | None = None
-    """(m,) int64, the samples in range, the first `count` of them meant; None for all N."""
+    # factor on the mean: count / N with an `index`, the share in range for mask `upstream`
     factor: float = 1.0
-    """On the mean: count / N where `index` is given, the share in range for mask `upstream`."""
+    # samples in range, with an `index`
     count: int = 0
-    """Samples in range, where `index` is given."""
 
     @classmethod
     def of(
@@ -62,8 +62,8 @@ class Selection:
     ) -> Selection:
         """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host.
 
-        With `few_sizes` the index is filled up to a multiple of N / 16 by samples whose loss is then left out: on a GPU
-        compiled code, its choice of kernels and the allocator meet the same few shapes again and again.
+        With `few_sizes` the index is padded to a multiple of N / 16 with samples whose loss is then left out: on a GPU,
+        compiled code, its choice of kernels and the allocator then see only a few shapes.
         """
         if interval is None:
             return cls()
@@ -78,9 +78,10 @@ class Selection:
         return cls(to_device(torch.from_numpy(index), device), count / size, count)
 
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
-        """The mean of `loss(context)` over the micro-batch, a scalar. `context.take(index)` is that of some samples.
+        """The mean of `loss(context)` over the micro-batch, a scalar.
 
-        `loss` returns one value per sample, or a scalar where it is `coupled`.
+        `context.take(index)` is the context of some samples. `loss` returns one value per sample, or a scalar if it
+        is `coupled`.
         """
         if self.index is None:
             return loss(context).mean() * self.factor

@@ -47,7 +47,6 @@ __all__ = [
     "names",
     "outline",
     "parameter_count",
-    "parameter_names",
     "patchify",
     "require_finite",
     "spec",
@@ -106,7 +105,7 @@ def build(
     """A float32 network on the CPU, with `weights` or, without them, freshly initialised from `seed`.
 
     The global random generator is neither read nor moved. With `depth`, only the first blocks and no final layer are
-    built (a teacher read at a block); `weights` then holds `parameter_names(spec, depth=depth)` and nothing else.
+    built (a teacher read at a block); `weights` then has the names of `outline(spec, depth=depth)` and no others.
 
     Raises:
         UserError: `depth` beyond the network, or weights that do not fit exactly.
@@ -117,11 +116,6 @@ def build(
     else:
         load_weights(network, weights)
     return network
-
-
-def parameter_names(spec: ModelSpec, *, depth: int | None = None) -> list[str]:
-    """The state-dict keys of the network, or of its first `depth` blocks: what to read from a checkpoint."""
-    return list(outline(spec, depth=depth).state_dict())
 
 
 def require_finite(weights: Mapping[str, Tensor], where: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import re
 import zipfile
@@ -96,11 +97,17 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
 def tensors_of(value: Any) -> dict[str, Tensor]:
     """The entries of `value` if it maps names to tensors and to nothing else; otherwise empty."""
-    if isinstance(value, Mapping) and value and all(isinstance(k, str) and _is_plain(v) for k, v in value.items()):
-        return dict(value)
-    return {}
+    plain = isinstance(value, Mapping) and all(
+        # dense, with data
+        isinstance(name, str) and isinstance(item, Tensor) and item.layout == torch.strided and not item.is_meta
+        for name, item in value.items()
+    )
+    return dict(value) if plain else {}
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether `value` is a dense tensor with data."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, in the order of the names."""
+    state = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        state.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()

@@ -162,7 +162,7 @@ class Checkpoint:
         tensors = self.tensors(weights)
         models.require_finite(tensors, f"{self.path} ({weights} weights)")
         if depth is not None:
-            needed = models.parameter_names(self.spec, depth=depth)
+            needed = models.outline(self.spec, depth=depth).state_dict()
             tensors = {name: tensors[name] for name in needed if name in tensors}
         return models.build(self.spec, depth=depth, weights=tensors).eval().requires_grad_(False)
 

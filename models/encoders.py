@@ -7,8 +7,8 @@ as in the encoder's training (ImageNet's mean and std for DINOv2), resizes them 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.archives import read_weights
+from models.archives import digest, read_weights
 from runtime.errors import UserError, nearest, require
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
         self.name = name
-        self.grid = grid
         self.side = grid * model.patch_embed.patch_size[0]
         self.channels: int = model.patch_embed.proj.in_channels
         self.width: int = model.embed_dim
@@ -83,7 +82,8 @@ class Encoder(nn.Module):
         recorded: dict[int, Tensor] = {}
         # timm's fused attention does not return q and k, so hooks read them from the layer that computes them.
         hooks = [
-            self._attention(number).qkv.register_forward_hook(self._recorder(recorded, number)) for number in attention
+            self._attention(number).qkv.register_forward_hook(functools.partial(self._record, recorded, number))
+            for number in attention
         ]
         try:
             tokens = self.model.forward_features(self.prepare(images))
@@ -97,22 +97,16 @@ class Encoder(nn.Module):
     def _attention(self, number: int) -> Any:
         return self.blocks[number - 1].attn
 
-    def _recorder(self, recorded: dict[int, Tensor], number: int) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _record(self, recorded: dict[int, Tensor], number: int, _layer: nn.Module, _inputs: Any, qkv: Tensor) -> None:
+        """Forward hook of block `number`'s qkv layer."""
         attn = self._attention(number)
-
-        def record(_module: nn.Module, _inputs: Any, qkv: Tensor) -> None:
-            patches = qkv[:, self.model.num_prefix_tokens :]
-            q, k, _ = patches.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            recorded[number] = torch.stack([attn.q_norm(q), attn.k_norm(k)], dim=1)
-
-        return record
+        patches = qkv[:, self.model.num_prefix_tokens :]
+        q, k, _ = patches.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        recorded[number] = torch.stack([attn.q_norm(q), attn.k_norm(k)], dim=1)
 
     def digest(self) -> str:
         """SHA-256 over the weights."""
-        state = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            state.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return state.hexdigest()
+        return digest(self.model.state_dict())
 
 
 def open_folder(folder: Path, pretrained: bool = True) -> nn.Module:

@@ -13,8 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attention import attention
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -114,6 +119,22 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Tensor:
+    """(N, heads, T, head_dim) each -> the same shape and dtype as v.
+
+    `kernel` is a name in KERNELS; None leaves the choice to PyTorch. On a CPU it runs in float32, whatever the
+    precision of the products around it: the backward pass of PyTorch's bf16 kernel takes six to thirteen times as long
+    at 16 tokens, and is slower at 256 too (`benchmarks/results`).
+    """
+    if v.device.type == "cpu" and v.dtype != torch.float32:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+    if kernel is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(KERNELS[kernel]):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (N, T, D), with optional normalisation and rotation of queries and keys.
 
@@ -137,9 +158,6 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         return q.to(v.dtype), k.to(v.dtype), v
-
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return self.attend(*self.queries_keys_values(x, rotation))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads' (N, heads, T, head_dim) mixed by attention and projected: (N, T, D)."""

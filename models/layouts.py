@@ -176,10 +176,8 @@ def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> 
         return "SiT, Dispersive Loss or LayerSync (doubled head)", 0
     if internal:
         return "Internal Guidance", 1
-    for prefix, family in HEADS.items():
-        if any(name.startswith(prefix) for name in weights):
-            return family, 1
-    return "REPA without projectors", 1
+    families = [family for prefix, family in HEADS.items() if any(name.startswith(prefix) for name in weights)]
+    return next(iter(families), "REPA without projectors"), 1
 
 
 def check_tables(tensors: dict[str, Tensor], spec: ModelSpec, source: str) -> None:

@@ -7,7 +7,6 @@ after `python -m models.convert`), or the identity for training on the images th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
-from models.archives import read_weights
+from models.archives import digest, read_weights
 from models.latents import Codec, LatentSpace
 from models.pixels import PIXELS, PixelCodec, is_pixels, pixels
 from runtime import files, schema
@@ -203,27 +202,19 @@ def _space_of(vae: str, model: AutoencoderKL, statistics: Path | str | None) -> 
     else:
         shift, scale = (config.get("shift_factor") or 0.0,), (config["scaling_factor"],)
     name = Path(vae).name
-    for family in ("sd-vae", "va-vae"):
-        if name.lower().replace("vavae", "va-vae").startswith(family):
-            name = family
+    prefix = name.lower().replace("vavae", "va-vae")[: len("sd-vae")]
+    encoder = {
+        key: value.float() for key, value in model.state_dict().items() if key.startswith(("encoder.", "quant_conv."))
+    }
     return LatentSpace(
-        name=name,
+        name=prefix if prefix in ("sd-vae", "va-vae") else name,
         channels=config["latent_channels"],
         stride=2 ** (len(config["block_out_channels"]) - 1),
         shift=shift,
         scale=scale,
         vae=vae,
-        digest=_encoder_digest(model),
+        digest=digest(encoder),
     )
-
-
-def _encoder_digest(model: AutoencoderKL) -> str:
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            state.update(name.encode())
-            state.update(tensor.float().contiguous().numpy())
-    return state.hexdigest()
 
 
 def read_statistics(path: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
