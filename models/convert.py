@@ -50,9 +50,9 @@ class Options:
         False, help="replace any checkpoint or VAE at --out, not only those that this command wrote"
     )
     num_heads: int | None = option(None, help="attention heads, if the size is not a published one", heading="network")
-    noise_at: int | None = option(
+    noise_at: str | None = option(
         None,
-        choices=(0, 1),
+        choices=("0", "1"),
         help="time at which the file's network sees noise, if its keys do not show its family (SiT, LightningDiT: 0; "
         "REPA and its descendants: 1)",
     )
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             weights,
             options.source,
             num_heads=options.num_heads,
-            noise_at=options.noise_at,
+            noise_at=None if options.noise_at is None else int(options.noise_at),
             internal_block=options.internal_block,
         )
         for name, weights in sets.items()
