@@ -31,6 +31,10 @@ def read_archive(path: Path | str) -> Any:
     files.require_plain(path)
     if path.suffix == ".safetensors":
         return files.load_tensors(path)
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _require_sound(path)
@@ -45,9 +49,8 @@ def read_archive(path: Path | str) -> Any:
             f"{path} asks to run {code[1]} from outside torch, which is refused; if you trust the file, save its state "
             "dict alone, as safetensors"
         ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     except (
+        OSError,
         RuntimeError,
         EOFError,
         ValueError,

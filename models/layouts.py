@@ -79,12 +79,7 @@ def convert_network(
         UserError: an unknown layout, an unknown number of heads, or tensors left over or missing.
     """
     weights = rename_legacy(weights)
-    for name, dimensions in ESSENTIAL.items():
-        require(
-            name in weights and weights[name].ndim == dimensions,
-            f"{source} is of no known layout (SiT, REPA and its descendants, LightningDiT, VA-VAE): it has no {name} "
-            f"with {dimensions} dimensions; its first keys are {', '.join(list(weights)[:3])}",
-        )
+    require_known_layout(weights, source)
     spec = read_spec(weights, source, num_heads)
     heads = {name for name in weights if name.startswith(tuple(HEADS))}
     tensors = {name: value.float() for name, value in weights.items() if name not in heads}
@@ -105,6 +100,16 @@ def convert_network(
     ignored = [f"{prefix}.* ({count} tensors)" for prefix, count in counts.items()]
     head = second_velocity(second, spec, source, internal_block)
     return Converted(spec, f"{layout}, noise at t = {noise_at}", tensors, ignored, head, second)
+
+
+def require_known_layout(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError unless `weights` has the tensors that every layout has."""
+    for name, dimensions in ESSENTIAL.items():
+        require(
+            name in weights and weights[name].ndim == dimensions,
+            f"{source} is of no known layout (SiT, REPA and its descendants, LightningDiT, VA-VAE): it has no {name} "
+            f"with {dimensions} dimensions; its first keys are {', '.join(list(weights)[:3])}",
+        )
 
 
 def second_velocity(
