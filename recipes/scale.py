@@ -72,7 +72,7 @@ class Scale:
 
     def row_words(self, row: Row) -> list[str]:
         """The options that the row itself brings. Blocks keep their share of the depth."""
-        paper, ours = (models.SIZES[row.family][name][0] for name in (row.model, self.model(row)))
+        paper, ours = (models.ARCHITECTURES[row.family].sizes[name][0] for name in (row.model, self.model(row)))
         before = ("", *row.words)
         return [
             str(int(word) * ours // paper) if flag in BLOCKS else word

@@ -164,5 +164,5 @@ def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(
             lambda: open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}")),
             lambda: open_encoder(str(tmp_path / "made"), grid=4),
         ):
-            with pytest.raises(UserError, match="is damaged, or no folder that timm's save_for_hf wrote"):
+            with pytest.raises(UserError, match="is damaged, or not a folder that timm's save_for_hf wrote"):
                 attempt()
