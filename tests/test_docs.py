@@ -63,13 +63,14 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    found = importlib.import_module("recipes.__main__" if module == "recipes" else module)
+    package = (ROOT / module.replace(".", "/") / "__main__.py").is_file()
+    program = importlib.import_module(f"{module}.__main__" if package else module)
     schemas = [
         kind
-        for kind in vars(found).values()
+        for kind in vars(program).values()
         if dataclasses.is_dataclass(kind) and any(field.metadata for field in dataclasses.fields(kind))
     ]
-    return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
+    return {flag for kind in schemas for opt in options_of(kind) for flag in flags_of(opt.field)}
 
 
 @pytest.mark.parametrize(
@@ -128,12 +129,12 @@ def test_named_files_and_targets_exist() -> None:
     )
 
 
-def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None:
-    for flag, said in PEERS.items():
-        assert f"| `{flag}` | {said} |" in PAGES["docs/coming-from-repa.md"]
+def test_the_table_of_other_repositories_flags_has_the_replies_of_the_command_line() -> None:
+    for flag, reply in PEERS.items():
+        assert f"| `{flag}` | {reply} |" in PAGES["docs/coming-from-repa.md"]
 
 
-def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None:
+def test_every_message_of_the_troubleshooting_page_is_a_message_of_the_code() -> None:
     spoken = "".join(
         "".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
         for path in ROOT.glob("**/*.py")
@@ -160,7 +161,7 @@ def test_symbols_name_real_flags_and_defaults() -> None:
         flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)
     }
     table = PAGES["docs/methods.md"].split("## The paper's symbols")[1].split("\n## ")[0]
-    known |= {flag for found in options_of(type(config)) for flag in flags_of(found.field)}
+    known |= {flag for opt in options_of(type(config)) for flag in flags_of(opt.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
     assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
