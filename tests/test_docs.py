@@ -94,7 +94,7 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
         assert set(given) <= flags(module) and "--" not in rest
 
 
-def test_pages_are_short_and_none_is_lost() -> None:
+def test_readme_is_short_and_leads_to_every_page() -> None:
     assert PAGES["README.md"].count("\n") < 250
     for page in PAGES:
         assert page == "README.md" or f"({page})" in PAGES["README.md"], f"README does not lead to {page}"
@@ -135,7 +135,7 @@ def test_the_table_of_other_repositories_flags_has_the_replies_of_the_command_li
 
 
 def test_every_message_of_the_troubleshooting_page_is_a_message_of_the_code() -> None:
-    spoken = "".join(
+    strings = "".join(
         "".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
         for path in ROOT.glob("**/*.py")
         if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs", "work")
@@ -148,7 +148,7 @@ def test_every_message_of_the_troubleshooting_page_is_a_message_of_the_code() ->
     ]
     assert len(messages) > 15
     for message in messages:
-        assert message in spoken, message
+        assert message in strings, message
 
 
 def test_symbols_name_real_flags_and_defaults() -> None:
