@@ -16,6 +16,7 @@ from torch import nn
 import generate
 import train
 from alignment import Alignment
+from config import TrainConfig
 from generate import GenerateConfig
 from models.peers import PEERS
 from recipes import rows
@@ -165,6 +166,19 @@ def test_symbols_name_real_flags_and_defaults() -> None:
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
     assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
+
+
+def test_options_without_a_flag_are_the_rare_ones(tmp_path: Path) -> None:
+    section = PAGES["docs/training.md"].split("## Options without a flag")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    rare = {opt.field.name for opt in options_of(TrainConfig) if opt.field.metadata["rare"]}
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == rare
+
+    (example,) = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+    (tmp_path / "more.json").write_text(example)
+    words = ["--data-dir", "d", "--exp-name", "e", "--align", "latent", "--checkpoints-total-limit", "2"]
+    config, options = command.resolve([*words, "--config", str(tmp_path / "more.json")], "train.py", None)
+    assert (config.keep_every, config.timeout_minutes, options["latent"].weight) == (50_000, 60, 0.5)
 
 
 def test_the_table_of_the_digits_is_the_measured_one() -> None:
