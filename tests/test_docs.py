@@ -64,8 +64,7 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    package = (ROOT / module.replace(".", "/") / "__main__.py").is_file()
-    namespace = importlib.import_module(f"{module}.__main__" if package else module)
+    namespace = importlib.import_module("recipes.__main__" if module == "recipes" else module)
     schemas = [
         kind
         for kind in vars(namespace).values()
@@ -92,6 +91,8 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
         assert set(given) <= {flag for opt in options_of(Options) for flag in flags_of(opt.field)}
     else:
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py")
+        if (ROOT / module.replace(".", "/") / "__main__.py").is_file():
+            module += ".__main__"
         assert set(given) <= flags(module) and "--" not in rest
 
 
