@@ -16,6 +16,7 @@ from torch import nn
 import generate
 import train
 from alignment import Alignment
+from config import TrainConfig
 from generate import GenerateConfig
 from models.peers import PEERS
 from recipes import rows
@@ -45,7 +46,7 @@ def commands() -> list[tuple[str, ...]]:
 
 
 def after_launcher(words: Sequence[str]) -> list[str]:
-    """The program and its words, once the launcher's own words have been read by the launcher's own parser."""
+    """The program and its words, after the launcher's own parser has read the launcher's words."""
     if words[0] == "python":
         return list(words[1:])
     if words[0] == "accelerate":
@@ -63,15 +64,13 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    found = importlib.import_module(
-        f"{module}.__main__" if module in ("recipes", "tests.torture", "tests.golden") else module
-    )
+    namespace = importlib.import_module(module)
     schemas = [
         kind
-        for kind in vars(found).values()
+        for kind in vars(namespace).values()
         if dataclasses.is_dataclass(kind) and any(field.metadata for field in dataclasses.fields(kind))
     ]
-    return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
+    return {flag for kind in schemas for opt in options_of(kind) for flag in flags_of(opt.field)}
 
 
 @pytest.mark.parametrize(
@@ -89,9 +88,11 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
     elif rest[:2] == ["-m", "recipes"]:
         wanted = [word for word in rest[3:] if "/" in word]
         assert rest[2] in COMMANDS and [rows.find(name).name for name in wanted] == wanted
-        assert set(given) <= {flag for found in options_of(COMMANDS[rest[2]].options) for flag in flags_of(found.field)}
+        assert set(given) <= {flag for opt in options_of(COMMANDS[rest[2]].options) for flag in flags_of(opt.field)}
     else:
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py")
+        if (ROOT / module.replace(".", "/") / "__main__.py").is_file():
+            module += ".__main__"
         assert set(given) <= flags(module) and "--" not in rest
 
 
@@ -130,13 +131,13 @@ def test_named_files_and_targets_exist() -> None:
     )
 
 
-def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None:
-    for flag, said in PEERS.items():
-        assert f"| `{flag}` | {said} |" in PAGES["docs/coming-from-repa.md"]
+def test_the_table_of_other_repositories_flags_is_the_one_that_answers() -> None:
+    for flag, reply in PEERS.items():
+        assert f"| `{flag}` | {reply} |" in PAGES["docs/coming-from-repa.md"]
 
 
-def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None:
-    spoken = "".join(
+def test_every_message_of_the_troubleshooting_page_exists_in_the_code() -> None:
+    texts = "".join(
         "".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
         for path in ROOT.glob("**/*.py")
         if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs", "work")
@@ -149,7 +150,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None
     ]
     assert len(messages) > 15
     for message in messages:
-        assert message in spoken, message
+        assert message in texts, message
 
 
 def test_symbols_name_real_flags_and_defaults() -> None:
@@ -162,10 +163,23 @@ def test_symbols_name_real_flags_and_defaults() -> None:
         flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)
     }
     table = PAGES["docs/methods.md"].split("## The paper's symbols")[1].split("\n## ")[0]
-    known |= {flag for found in options_of(type(config)) for flag in flags_of(found.field)}
+    known |= {flag for opt in options_of(type(config)) for flag in flags_of(opt.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
     assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
+
+
+def test_options_without_a_flag_are_the_rare_ones(tmp_path: Path) -> None:
+    section = PAGES["docs/training.md"].split("## Options without a flag")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    rare = {opt.field.name for opt in options_of(TrainConfig) if opt.field.metadata["rare"]}
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == rare
+
+    (example,) = re.findall(r"```json\n(.*?)```", section, flags=re.DOTALL)
+    (tmp_path / "more.json").write_text(example)
+    words = ["--data-dir", "d", "--exp-name", "e", "--align", "latent", "--checkpoints-total-limit", "2"]
+    config, options = command.resolve([*words, "--config", str(tmp_path / "more.json")], "train.py", None)
+    assert (config.keep_every, config.timeout_minutes, options["latent"].weight) == (50_000, 60, 0.5)
 
 
 def test_the_table_of_the_digits_is_the_measured_one() -> None:
@@ -218,7 +232,7 @@ class Block(nn.Module):
 
 
 class Other(nn.Module):
-    """A network that is not ours: (N, T, width) in and out."""
+    """A network of another project: (N, T, width) in and out."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
