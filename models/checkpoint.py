@@ -30,7 +30,7 @@ from runtime import files, schema
 from runtime.errors import UserError, require
 
 FORMAT = 2
-"""2 seals config.json (`runtime.files.seal`); 1 had no seal, and is read with a note."""
+"""config.json is sealed (`runtime.files.seal`)."""
 
 
 class Config(TypedDict):
@@ -72,15 +72,11 @@ class Checkpoint:
         folder = locate(path)
         file = folder / "config.json"
         config = files.read_json(file)
-        if (
-            not isinstance(config, dict)
-            or config.get("kind") != "checkpoint"
-            or config.get("format") not in (1, FORMAT)
-        ):
+        if not isinstance(config, dict) or config.get("kind") != "checkpoint" or config.get("format") != FORMAT:
             raise UserError(
                 f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint"
             )
-        files.require_sealed_since_2(file, config)
+        files.require_sealed(file, config)
         schema.checked(Config, config, file, "use another checkpoint")
         require(
             folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],

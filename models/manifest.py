@@ -15,7 +15,7 @@ from runtime.errors import UserError, require
 from runtime.mapped import map_shard
 
 FORMAT = 2
-"""2 seals the manifest (`runtime.files.seal`); 1 had no seal, and is read with a note."""
+"""The manifest is sealed (`runtime.files.seal`)."""
 MANIFEST = "manifest.json"
 Count = Annotated[int, Field(ge=1, le=2**40)]
 
@@ -58,9 +58,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} {begun} ({MANIFEST} is missing)")
     file = path / MANIFEST
     manifest = files.read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{file} is not of format {FORMAT}; encode the set again with this version")
-    files.require_sealed_since_2(file, manifest)
+    files.require_sealed(file, manifest)
     schema.checked(Manifest, manifest, file, "encode the set again")
     for shard in manifest["shards"]:
         require(
