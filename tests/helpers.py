@@ -1,4 +1,4 @@
-"""What tests of several folders share: paths, tiny networks, image sets, a real autoencoder, a lock held elsewhere."""
+"""What tests of several folders share: paths, tiny networks, image sets, a real autoencoder, a held lock, runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import models
 from models.latents import LatentSpace
+from training import command
+from training.run import Run
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -24,7 +26,11 @@ DATA = Path(__file__).parent / "data"
 Words = Callable[..., list[str]]
 """The fixture `words`: the command line of a tiny run."""
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+HOLD = """import fcntl, sys
+f = open(sys.argv[1], "w")
+fcntl.lockf(f, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""
 
 
 def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +40,7 @@ def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tens
 
 
 def perturbed(spec: models.ModelSpec, **arguments) -> models.Backbone:
-    """A network none of whose weights is zero, so that every path carries signal."""
+    """A network without zero weights, so that every path carries signal."""
     network = models.build(spec, **arguments)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -120,3 +126,8 @@ def held_elsewhere(file: Path) -> Iterator[None]:
         assert holder.stdout.readline() == "held\n"
         yield
         holder.stdin.close()
+
+
+def build_run(argv: list[str], program: str = "train") -> Run:
+    """The run that a command line asks for, before its first step."""
+    return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))

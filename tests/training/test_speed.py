@@ -31,8 +31,8 @@ from sampling import solvers
 from sampling.config import SamplingConfig, SourceOptions
 from sampling.sampler import Sampler
 from sampling.source import Source
-from tests.helpers import Words, perturbed, tiny_vae
-from training import command, loop
+from tests.helpers import Words, build_run, perturbed, tiny_vae
+from training import loop
 from training.batches import AHEAD, Batches
 from training.ema import EMA, Exponential
 from training.log import Meter
@@ -41,14 +41,10 @@ from training.run import Run
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 
 
-def opened(argv: list[str], program: str = "train") -> Run:
-    return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
-
-
 def test_two_steps_are_read_ahead_and_none_beyond_the_end(
     tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
 ):
-    run = opened(words(tmp_path, "run"))
+    run = build_run(words(tmp_path, "run"))
     source = Batches(run.config, run.data, run.device, 0, 1)
     read, known = [], threading.Condition()
     inner = source._read
@@ -70,7 +66,7 @@ def test_two_steps_are_read_ahead_and_none_beyond_the_end(
 
 def test_the_average_follows_parameters_that_have_moved(tmp_path: Path, words: Words):
     """`Module.to` and `copy_` leave the parameter and replace, or fill, what it holds: both must be seen."""
-    network = opened(words(tmp_path, "run")).network
+    network = build_run(words(tmp_path, "run")).network
     ema = EMA(network, Exponential(0.5))
     weight, average = network.x_embedder.proj.weight, ema.network.x_embedder.proj.weight
     start = average.clone()
@@ -204,7 +200,7 @@ def test_a_sampler_in_bf16_keeps_its_weights_in_bf16_and_its_bits(guided: Path, 
 def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_same(
     tmp_path: Path, words: Words, teacher: Path
 ):
-    run = opened(
+    run = build_run(
         words(
             tmp_path,
             "run",
@@ -247,7 +243,7 @@ def test_no_graph_breaks_and_no_recompilation_once_both_shapes_are_known(
     tmp_path: Path, words: Words, teacher: Path, eager_compile: None
 ):
     """The block compiles for the student and for the teacher's selected samples, whose number varies; then never again."""
-    run = opened(
+    run = build_run(
         words(
             tmp_path,
             "run",
@@ -357,7 +353,7 @@ def test_the_count_of_kernels_sees_what_is_not_fused():
 def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(
     tmp_path: Path, words: Words, eager_compile: None
 ):
-    run = opened(words(tmp_path, "run", "--compile", "on"))
+    run = build_run(words(tmp_path, "run", "--compile", "on"))
     assert all(block._compiled_call_impl is not None for block in [*run.network.blocks, *run.ema.network.blocks])
     assert graphs() == (0, 0)  # nothing is compiled before it is called
     Sampler(run.ema.network, PixelCodec(pixels(1)), SamplingConfig(mode="ode", num_steps=2), 4).latents(range(4))
@@ -370,7 +366,7 @@ def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(
 def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(tmp_path: Path, words: Words):
     results = {}
     for mode in ("none", "selective", "full"):
-        run = opened(words(tmp_path, mode, "--activation-checkpointing", mode))
+        run = build_run(words(tmp_path, mode, "--activation-checkpointing", mode))
         learner = run.learner()
         ((batch,),) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
         with FlopCounterMode(display=False) as flops, Alive() as alive:
@@ -472,7 +468,7 @@ def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(
         *(("--guiding-ckpt", teacher) if method == "guided" else ()),
         *more,
     )
-    calls = operators_of_a_step(opened(words_of, "train_guide" if method == "guided" else "train"))
+    calls = operators_of_a_step(build_run(words_of, "train_guide" if method == "guided" else "train"))
     waiting = {"nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2", "item"}
     assert not waiting & calls.keys(), waiting & calls.keys()
     # on a CPU, where reading is free, the host looks at the norm itself; on CUDA the optimiser's kernel does
@@ -486,7 +482,7 @@ def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(
 def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(
     tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
 ):
-    run = opened(words(tmp_path, "run"))
+    run = build_run(words(tmp_path, "run"))
     gathered: list[int] = []
     gather = run.data._gather
     monkeypatch.setattr(
@@ -499,7 +495,7 @@ def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(
 
 def test_what_a_step_does_around_its_network_takes_little_of_the_hosts_time(tmp_path: Path, words: Words):
     """Draws, rows, meter and EMA against the bare forward, backward and update of the same tiny network, in turns."""
-    run, bare = opened(words(tmp_path, "real")), opened(words(tmp_path, "bare"))
+    run, bare = build_run(words(tmp_path, "real")), build_run(words(tmp_path, "bare"))
     ((batch,),) = Batches(bare.config, bare.data, bare.device, 0, 1).steps(0, 1, {})
     learner, stepping = bare.learner(), loop.steps(run, 100, Meter(run.accelerator))
     spent: dict[str, list[float]] = {"real": [], "bare": []}

@@ -25,15 +25,9 @@ from alignment.guided import Guided
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
-from tests.helpers import ROOT, Words
-from training import command, loop
+from tests.helpers import ROOT, Words, build_run
+from training import loop
 from training.log import read
-from training.run import Run
-
-
-def trainer(program: str, argv: list[str]) -> Run:
-    always = ("guided",) if program == "train_guide" else ()
-    return Run(*command.resolve(argv, program, None, always))
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
@@ -91,7 +85,7 @@ def test_resume_after_a_kill_repeats_only_the_steps_since_the_checkpoint(tmp_pat
 
 def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict[str, torch.Tensor]:
     """First gradients, losses and parameters of a run under SGD (under Adam the key biases, whose gradient is zero, drift)."""
-    run = trainer(program, argv)
+    run = build_run(argv, program)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.optimizer = torch.optim.SGD(run.optimizer.param_groups, lr=0.05)
     kept: dict[str, torch.Tensor] = {}
@@ -117,7 +111,7 @@ def two_processes(folder: Path, argv: list[str], sampling: list[str]) -> None:
     """Runs inside each of two processes: the checks that need them, and the numbers to compare with one process."""
     import generate
 
-    run = trainer("train_guide", argv)
+    run = build_run(argv, "train_guide")
     assert run.accelerator.num_processes == 2
     found = sgd_steps(argv, 20)
     if run.accelerator.is_main_process:
@@ -248,8 +242,8 @@ def test_after_the_stop_the_loss_is_the_plain_one_and_the_teacher_rests(
     assert len(called) == 2
     # from here on the same steps by plain training, from the checkpoint at the stop
     folder = Checkpoint.open(tmp_path / "run").path
-    guided = trainer("train_guide", words(tmp_path, "run", *more, "--max-train-steps", 5))
-    plain = trainer("train", words(tmp_path, "plain", "--max-train-steps", 5))
+    guided = build_run(words(tmp_path, "run", *more, "--max-train-steps", 5), "train_guide")
+    plain = build_run(words(tmp_path, "plain", "--max-train-steps", 5))
     plain.network.load_state_dict(load_file(folder / "network.safetensors"))
     for name, slots in guided.optimizer.state_dict()["state"].items():
         plain.optimizer.state[list(plain.network.parameters())[name]] = {k: v.clone() for k, v in slots.items()}
@@ -271,18 +265,18 @@ def test_the_stop_within_a_run_equals_a_resume_at_the_stop(tmp_path: Path, words
 
 
 def test_plain_and_guided_start_from_the_same_network_and_data(tmp_path: Path, words: Words, teacher: Path) -> None:
-    plain = trainer("train", words(tmp_path, "plain"))
-    guided = trainer("train_guide", words(tmp_path, "guided", "--guiding-ckpt", teacher))
+    plain = build_run(words(tmp_path, "plain"))
+    guided = build_run(words(tmp_path, "guided", "--guiding-ckpt", teacher), "train_guide")
     for (name, a), (_, b) in zip(plain.network.state_dict().items(), guided.network.state_dict().items()):
         assert torch.equal(a, b), name
-    other = trainer("train", words(tmp_path, "other", "--seed", 1))
+    other = build_run(words(tmp_path, "other", "--seed", 1))
     assert not torch.equal(other.network.x_embedder.proj.weight, plain.network.x_embedder.proj.weight)
 
 
 def test_label_dropout_has_its_rate_and_feeds_the_null_label(tmp_path: Path, words: Words) -> None:
     from training import batches
 
-    run = trainer("train", words(tmp_path, "run", "--cfg-prob", 0.25))
+    run = build_run(words(tmp_path, "run", "--cfg-prob", 0.25))
     dropped = np.concatenate([batches.plan(run.config, run.data, step).dropped for step in range(500)])
     assert dropped.mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / dropped.size) ** 0.5)
     source = batches.Batches(run.config, run.data, run.device, 0, 1)
@@ -296,7 +290,7 @@ def test_label_dropout_has_its_rate_and_feeds_the_null_label(tmp_path: Path, wor
 def test_an_epoch_visits_every_item_once_and_times_have_their_law(tmp_path: Path, words: Words) -> None:
     from training import batches
 
-    run = trainer("train", words(tmp_path, "run", "--time-sampling", "logit-normal", uniform_from_epoch=2))
+    run = build_run(words(tmp_path, "run", "--time-sampling", "logit-normal", uniform_from_epoch=2))
     plans = [batches.plan(run.config, run.data, step) for step in range(3 * run.epoch_steps)]
     for epoch in range(2):
         seen = np.concatenate([one.index for one in plans[epoch * run.epoch_steps : (epoch + 1) * run.epoch_steps]])
@@ -318,7 +312,7 @@ def test_every_step_logs_loss_by_quarter_of_t(teacher: Path) -> None:
 def test_ema_follows_its_definition(words: Words, tmp_path: Path) -> None:
     from training.ema import EMA, Exponential
 
-    run = trainer("train", words(tmp_path, "run"))
+    run = build_run(words(tmp_path, "run"))
     for warmup in (False, True):
         ema = EMA(run.network, Exponential(0.9, warmup))
         expected = run.network.x_embedder.proj.weight.detach().clone()
@@ -363,7 +357,7 @@ def test_previews_do_not_touch_the_run(tmp_path: Path, words: Words) -> None:
 def test_latents_may_stay_on_disk_in_memory_or_on_the_device(tmp_path: Path, words: Words) -> None:
     disk = train.main(words(tmp_path / "disk", "run", "--max-train-steps", 3))
     for place in ("ram", "device"):
-        run = trainer("train", words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
+        run = build_run(words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
         assert (run.data._on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (
             place == "ram"
         )
@@ -377,14 +371,14 @@ def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path
 
     from training.resume import start_from
 
-    run = trainer("train", words(tmp_path, "run", "--init-ckpt", teacher))
+    run = build_run(words(tmp_path, "run", "--init-ckpt", teacher))
     ema = Checkpoint.open(teacher).tensors("ema")
     assert all(torch.equal(value, ema[name]) for name, value in run.network.state_dict().items())
     config = json.loads((Checkpoint.open(teacher).path / "config.json").read_text())
     shutil.copytree(Checkpoint.open(teacher).path, tmp_path / "scaled")
     files.write_sealed(tmp_path / "scaled" / "config.json", {**config, "space": {**config["space"], "scale": [2.0]}})
     with pytest.raises(UserError, match="scale"):
-        trainer("train", words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
+        build_run(words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
     found = Checkpoint.open(teacher)
     other, _ = start_from(found, dataclasses.replace(found.spec, num_classes=3), seed=5)
     assert other.y_embedder.embedding_table.weight.shape == (4, 128)
@@ -436,7 +430,7 @@ def test_compiled_blocks_compute_the_same(
 
 def test_deterministic_sets_deterministic_kernels(tmp_path: Path, words: Words) -> None:
     try:
-        trainer("train", words(tmp_path, "run", "--deterministic"))
+        build_run(words(tmp_path, "run", "--deterministic"))
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -508,7 +502,7 @@ def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> No
     found = Checkpoint.open(run).config
     assert found["align"]["guided"]["guide_scale"] == 10 and found["train"]["velocity_loss"] == "mse+cosine"
     assert "loss/guided" in losses(run)[2] and "loss/guided" not in losses(run)[3]
-    one = trainer("train", [*argv, "--exp-name", "look"])
+    one = build_run([*argv, "--exp-name", "look"])
     from training import batches
 
     (batch,) = next(batches.Batches(one.config, one.data, one.device, 0, 1).steps(0, 1, {}))
@@ -527,9 +521,9 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher
     from training.log import Meter
     from training.loop import update
 
-    run = trainer(
-        "train_guide",
+    run = build_run(
         words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.9),
+        "train_guide",
     )
     learner, meter = Learner(run.network, run.alignments, autocast=run.dtype), Meter(run.accelerator)
     for step, micros in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 6, run.alignments)):
