@@ -17,6 +17,7 @@ from torch import Tensor
 
 import models
 from models.latents import LatentSpace
+from models.checkpoint import Checkpoint
 from training import command
 from training.run import Run
 
@@ -131,3 +132,17 @@ def held_elsewhere(file: Path) -> Iterator[None]:
 def build_run(argv: list[str], program: str = "train") -> Run:
     """The run that a command line asks for, before its first step."""
     return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+
+
+def saved_tensors(run: Path) -> dict[str, Tensor]:
+    """Every tensor of a run's latest checkpoint, by file and name."""
+    files = Checkpoint.open(run).path.glob("*.safetensors")
+    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """The latest checkpoints of two runs hold the same bits after the same number of steps."""
+    expected, actual = saved_tensors(first), saved_tensors(second)
+    assert Checkpoint.open(first).step == Checkpoint.open(second).step
+    assert expected.keys() == actual.keys() and expected
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())

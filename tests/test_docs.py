@@ -45,7 +45,7 @@ def commands() -> list[tuple[str, ...]]:
 
 
 def after_launcher(words: Sequence[str]) -> list[str]:
-    """The program and its words, once the launcher's own words have been read by the launcher's own parser."""
+    """The program and its words, after the launcher's own parser has read the launcher's words."""
     if words[0] == "python":
         return list(words[1:])
     if words[0] == "accelerate":
@@ -63,13 +63,13 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    found = importlib.import_module("recipes.__main__" if module == "recipes" else module)
+    namespace = importlib.import_module("recipes.__main__" if module == "recipes" else module)
     schemas = [
         kind
-        for kind in vars(found).values()
+        for kind in vars(namespace).values()
         if dataclasses.is_dataclass(kind) and any(field.metadata for field in dataclasses.fields(kind))
     ]
-    return {flag for kind in schemas for found in options_of(kind) for flag in flags_of(found.field)}
+    return {flag for kind in schemas for opt in options_of(kind) for flag in flags_of(opt.field)}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
     elif rest[:2] == ["-m", "recipes"]:
         wanted = [word for word in rest[3:] if "/" in word]
         assert rest[2] in COMMANDS and [rows.find(name).name for name in wanted] == wanted
-        assert set(given) <= {flag for found in options_of(Options) for flag in flags_of(found.field)}
+        assert set(given) <= {flag for opt in options_of(Options) for flag in flags_of(opt.field)}
     else:
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py")
         assert set(given) <= flags(module) and "--" not in rest
@@ -128,13 +128,13 @@ def test_named_files_and_targets_exist() -> None:
     )
 
 
-def test_the_table_of_other_repositories_words_is_the_one_that_answers() -> None:
-    for flag, said in PEERS.items():
-        assert f"| `{flag}` | {said} |" in PAGES["docs/coming-from-repa.md"]
+def test_the_table_of_other_repositories_flags_is_the_one_that_answers() -> None:
+    for flag, reply in PEERS.items():
+        assert f"| `{flag}` | {reply} |" in PAGES["docs/coming-from-repa.md"]
 
 
-def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None:
-    spoken = "".join(
+def test_every_message_of_the_troubleshooting_page_exists_in_the_code() -> None:
+    texts = "".join(
         "".join(re.findall(r'f?"((?:[^"\\]|\\.)*)"', line)) if (line := raw.strip()) else ""
         for path in ROOT.glob("**/*.py")
         if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "runs", "work")
@@ -147,7 +147,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_that_is_said() -> None
     ]
     assert len(messages) > 15
     for message in messages:
-        assert message in spoken, message
+        assert message in texts, message
 
 
 def test_symbols_name_real_flags_and_defaults() -> None:
@@ -160,7 +160,7 @@ def test_symbols_name_real_flags_and_defaults() -> None:
         flag for field in dataclasses.fields(latent) if field.metadata for flag in flags_of(field, "latent", alone=True)
     }
     table = PAGES["docs/methods.md"].split("## The paper's symbols")[1].split("\n## ")[0]
-    known |= {flag for found in options_of(type(config)) for flag in flags_of(found.field)}
+    known |= {flag for opt in options_of(type(config)) for flag in flags_of(opt.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
     assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
@@ -216,7 +216,7 @@ class Block(nn.Module):
 
 
 class Other(nn.Module):
-    """A network that is not ours: (N, T, width) in and out."""
+    """A network of another project: (N, T, width) in and out."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: exact resume, the losses of bf16 and of compiled code, no waiting, no compiling, no growing.
+"""What only a GPU can show: exact resume, losses of bf16 and of compiled code, no waiting, no late compilation.
 
 `python -m benchmarks.gpu` runs this file first.
 """
@@ -13,7 +13,7 @@ import torch
 
 import train
 import train_guide
-from tests.helpers import Words, build_run
+from tests.helpers import Words, assert_same_bits, build_run
 from training import loop
 from training.log import Meter, read
 
@@ -25,7 +25,7 @@ def guided_words(words: Words, folder: Path, name: str, teacher: Path, *more: ob
 
 
 def test_a_deterministic_run_resumes_bit_for_bit(tmp_path: Path, words: Words, teacher: Path):
-    from tests.training.test_training import assert_same_bits, losses
+    from tests.training.test_training import losses
 
     try:
         more = ["--deterministic", "--align-stop-steps", 8]
@@ -39,7 +39,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path: Path, words: Words, t
 
 
 def test_bf16_and_compiled_losses_lie_within_the_spread_of_seeds(tmp_path: Path, words: Words):
-    """The mean of the last 100 of 300 steps: as far from float32 eager as another seed is, at most."""
+    """The mean of the last 100 of 300 steps is at most as far from float32 eager as another seed is."""
 
     def last(name: str, *more: object) -> float:
         run = train.main(words(tmp_path, name, "--max-train-steps", 300, "--log-steps", 100, *more))
