@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
@@ -27,6 +28,13 @@ SLOW = ("test_recipes", "test_training", "test_long_runs", "test_refusals", "tes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first: otherwise one worker runs a slow file at the end while the others wait."""
     items.sort(key=lambda item: (*SLOW, item.path.stem).index(item.path.stem))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exempt_libraries_from_collection() -> None:
+    """Each training run collects garbage once; without this, every collection scans all the imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from training.run import Run
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Between], None]) -> None:
-    """Do something once, when a run has taken `step` steps."""
+    """Call `action` once, when a run has taken `step` steps."""
     call = Between.__call__
 
     def wrapped(self: Between, *args: Any) -> None:
@@ -277,7 +277,7 @@ def test_steps_that_are_skipped_already_stay_so_in_the_next_remedy(
         UserError, match="begins anew, as there is no checkpoint yet, with --skip-steps 2 11 past"
     ) as caught:
         train.main(argv)
-    assert "--mixed-precision no" not in str(caught.value)  # that it is already
+    assert "--mixed-precision no" not in str(caught.value)  # the run has that precision already
     with pytest.raises(UserError, match="steps 12 to 21 is not finite.* with --skip-steps 2 21 past"):
         train.main([*argv, "--skip-steps", "2", "11", "--qk-norm"])
     train.main([*argv, "--skip-steps", "2", "21", "--exp-name", "on"])
@@ -289,7 +289,7 @@ def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypa
         broken_steps(patch, *range(4, 17))
         with pytest.raises(UserError, match="--mixed-precision no"):
             train.main([*argv, "--mixed-precision", "bf16"])
-    train.main([*argv, "--mixed-precision", "no"])  # there, we take it, gradients are finite
+    train.main([*argv, "--mixed-precision", "no"])  # assumes that gradients are finite there
     assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
 
 
@@ -392,7 +392,7 @@ def launched(tmp_path: Path, argv: list[str], steps: int) -> tuple[subprocess.Po
     while len(marks := sorted(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.02)
     if len(marks) < 2:
-        process.kill()  # its processes notice, and end
+        process.kill()  # its processes notice it and end
         pytest.fail(process.communicate()[0])
     return process, [int(path.name.split("-")[-1]) for path in marks]
 
@@ -444,7 +444,9 @@ def test_no_process_outlives_its_launcher_for_long() -> None:
         number = int(process.stdout.readline())
         assert Path(f"/proc/{number}").exists()
         process.stdin.close()
-        assert "launcher of this process is gone" in process.stderr.read()  # to its end: the child holds it open
+        assert (
+            "launcher of this process is gone" in process.stderr.read()
+        )  # reads to the end: the child holds stderr open
 
 
 def test_a_process_that_stands_still_ends_the_others(tmp_path: Path, words: Words) -> None:

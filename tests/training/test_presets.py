@@ -316,7 +316,7 @@ def test_published_numbers_are_rows_with_source_and_protocol() -> None:
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path) -> Path:
-    """Stage 2 of 6 steps with a checkpoint at every other."""
+    """A stage-2 run of 6 steps with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("trunk")
     return train_guide.main(
         words(

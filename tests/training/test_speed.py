@@ -383,7 +383,7 @@ def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(t
 
 
 class Alive(TorchDispatchMode):
-    """Knows the storages that operators have made, and which of them are still held by anything."""
+    """Records the storages that operators make, and which of them are still held."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -400,7 +400,7 @@ class Alive(TorchDispatchMode):
         return result
 
     def bytes(self) -> int:
-        """Bytes of what is held now."""
+        """Bytes of the storages that are still held."""
         return sum(size for reference, size in self._made.values() if not reference.expired())
 
 

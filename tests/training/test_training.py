@@ -71,7 +71,7 @@ def test_resume_after_a_kill_repeats_only_the_steps_since_the_checkpoint(tmp_pat
 
 
 def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict[str, torch.Tensor]:
-    """First gradients, losses and parameters of a run under SGD. (Under Adam, key biases drift: they have no gradient.)"""
+    """First gradients, losses and parameters of a run under SGD; Adam moves key biases, whose gradient is zero."""
     run = build_run(argv, program)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.optimizer = torch.optim.SGD(run.optimizer.param_groups, lr=0.05)
