@@ -42,31 +42,32 @@ def size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def damaged(folder: Path, into: Path) -> Path:
+def copy_of(folder: Path, into: Path) -> Path:
+    """A copy that a test may damage."""
     shutil.copytree(folder, into)
     return into
 
 
-def test_data_that_is_not_there(tmp_path: Path, words: Words) -> None:
+def test_missing_data(tmp_path: Path, words: Words) -> None:
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "nowhere", tmp_path / "empty"):
         refused(train.main, [*words(tmp_path, "x"), "--data-dir", place], str(place), "latent set")
 
 
 def test_damaged_shards_and_manifests(tmp_path: Path, words: Words, data: Path) -> None:
-    cut = damaged(data, tmp_path / "cut")
+    cut = copy_of(data, tmp_path / "cut")
     shard = next(cut.glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:-100])
     refused(train.main, [*words(tmp_path, "x"), "--data-dir", cut], shard.name, "truncated")
     shard.write_bytes(b"not a shard at all, but long enough to have a header length")
     refused(train.main, [*words(tmp_path, "x"), "--data-dir", cut], shard.name)
-    broken = damaged(data, tmp_path / "broken")
+    broken = copy_of(data, tmp_path / "broken")
     (broken / "manifest.json").write_text("{")
     refused(train.main, [*words(tmp_path, "x"), "--data-dir", broken], "manifest.json", "JSON")
 
 
 def test_labels_out_of_range(tmp_path: Path, words: Words, data: Path) -> None:
-    folder = damaged(data, tmp_path / "labels")
+    folder = copy_of(data, tmp_path / "labels")
     manifest = json.loads((folder / "manifest.json").read_text())
     files.write_sealed(folder / "manifest.json", {**manifest, "num_classes": 5, "class_names": list("01234")})
     refused(train.main, [*words(tmp_path, "x"), "--data-dir", folder], "label", "5")
@@ -137,7 +138,7 @@ def test_launcher_configurations_that_are_not_supported(
             refused(train.main, words(tmp_path, "x"), word)
 
 
-def test_continuing_a_run_that_is_another(tmp_path: Path, words: Words, data: Path) -> None:
+def test_a_run_with_other_options_is_not_continued(tmp_path: Path, words: Words, data: Path) -> None:
     train.main(words(tmp_path, "run", "--max-train-steps", 1))
     for argv, culprit in (
         (["--qk-norm"], "qk_norm"),
@@ -146,7 +147,7 @@ def test_continuing_a_run_that_is_another(tmp_path: Path, words: Words, data: Pa
         (["--align", "latent"], "latent"),
     ):
         refused(train.main, [*words(tmp_path, "run"), *argv], "cannot be continued", culprit)
-    other = damaged(data, tmp_path / "other")
+    other = copy_of(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     files.write_sealed(other / "manifest.json", {**manifest, "source": "elsewhere"})
     refused(train.main, [*words(tmp_path, "run"), "--data-dir", other], "another latent set")
@@ -157,7 +158,7 @@ def test_damaged_checkpoints(tmp_path: Path, words: Words, guided: Path) -> None
         refused(generate.main, ["--ckpt", folder, "--num-fid-samples", "2", "--out", tmp_path / "out"], *expected)
 
     refuse_samples(tmp_path / "nowhere", "nowhere")
-    flipped = damaged(guided, tmp_path / "flipped") / "checkpoints" / "0000004"
+    flipped = copy_of(guided, tmp_path / "flipped") / "checkpoints" / "0000004"
     file = flipped / "ema.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -172,7 +173,7 @@ def test_damaged_checkpoints(tmp_path: Path, words: Words, guided: Path) -> None
 
 
 def test_a_teacher_that_does_not_fit(tmp_path: Path, words: Words, teacher: Path, data: Path) -> None:
-    folder = damaged(data, tmp_path / "scaled")
+    folder = copy_of(data, tmp_path / "scaled")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["space"]["scale"] = [2.0]
     files.write_sealed(folder / "manifest.json", manifest)
@@ -187,7 +188,7 @@ def test_a_teacher_that_does_not_fit(tmp_path: Path, words: Words, teacher: Path
     )
 
 
-def test_guidance_without_a_null_class(tmp_path: Path, words: Words) -> None:
+def test_guidance_needs_a_null_class(tmp_path: Path, words: Words) -> None:
     """Without label dropout the null label is never trained."""
     run = train.main(words(tmp_path, "run", "--cfg-prob", 0, "--max-train-steps", 1))
     refused(train_guide.main, [*words(tmp_path, "x"), "--guiding-ckpt", run], "null class", "--guide-scale 30")
@@ -231,7 +232,7 @@ def test_a_full_disk_while_exporting(tmp_path: Path, guided: Path) -> None:
 
 
 def test_files_outside_their_folder_are_refused(tmp_path: Path, words: Words, data: Path, guided: Path) -> None:
-    manifest = damaged(data, tmp_path / "set") / "manifest.json"
+    manifest = copy_of(data, tmp_path / "set") / "manifest.json"
     value = files.read_json(manifest)
     shutil.copy(tmp_path / "set" / value["shards"][0]["file"], tmp_path / "shard")
     value["shards"][0]["file"] = "../shard"
@@ -242,7 +243,7 @@ def test_files_outside_their_folder_are_refused(tmp_path: Path, words: Words, da
         "manifest.json",
         "../shard outside its folder",
     )
-    config = damaged(guided, tmp_path / "run") / "checkpoints" / "0000004" / "config.json"
+    config = copy_of(guided, tmp_path / "run") / "checkpoints" / "0000004" / "config.json"
     value = files.read_json(config)
     value["files"] = {name.replace("ema.", "../ema."): digest for name, digest in value["files"].items()}
     files.write_sealed(config, value)
@@ -263,7 +264,7 @@ def test_non_finite_losses_stop_the_run(tmp_path: Path, words: Words) -> None:
     argv = words(tmp_path, "run", "--learning-rate", "1e30", "--max-grad-norm", "0", "--max-train-steps", 40)
     refused(train.main, argv, "not finite")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    # between two reports as well: a checkpoint is looked at before it is written
+    # between two reports too: the weights are checked before a checkpoint is written
     refused(train.main, [*argv, "--log-steps", "40", "--checkpointing-steps", "3"], "not finite")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
