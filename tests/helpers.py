@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import models
-from models.latents import LatentSpace
 from models.checkpoint import Checkpoint
-from training import command
-from training.run import Run
+from models.latents import LatentSpace
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -131,6 +133,10 @@ def held_elsewhere(file: Path) -> Iterator[None]:
 
 def build_run(argv: list[str], program: str = "train") -> Run:
     """The run that a command line asks for, before its first step."""
+    # imported here, since small programs in processes of their own import this file too
+    from training import command
+    from training.run import Run
+
     return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
 
 
