@@ -150,7 +150,7 @@ def test_a_run_with_other_options_is_not_continued(tmp_path: Path, words: Words,
     other = copy_of(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     files.write_sealed(other / "manifest.json", {**manifest, "source": "elsewhere"})
-    refused(train.main, [*words(tmp_path, "run"), "--data-dir", other], "another latent set")
+    refused(train.main, [*words(tmp_path, "run"), "--data-dir", other], "is not the latent set")
 
 
 def test_damaged_checkpoints(tmp_path: Path, words: Words, guided: Path) -> None:

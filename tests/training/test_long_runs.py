@@ -148,7 +148,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note(
     train.main(argv)
     output = capsys.readouterr().out
     assert (
-        "continuing from 0000002, the newest whole one; 0000004 is now 0000004.damaged" in output
+        "continuing from 0000002, the newest intact one; 0000004 is now 0000004.damaged" in output
         and ".0000006.123.tmp" in output
     )
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -263,7 +263,7 @@ def test_many_such_steps_end_the_run_and_its_remedies_work(
     assert sum(line.get("skipped_steps", 0) for line in read(run / "log.jsonl")) == 4  # 14 to 17: not yet too many
     assert Checkpoint.open(run).step == 20
     assert_same_bits(run, at_once)
-    with pytest.raises(UserError, match="say --mixed-precision"):
+    with pytest.raises(UserError, match="give --mixed-precision"):
         monkeypatch.setattr("runtime.launch.precision", lambda *_: None)
         train.main([*argv[:-2], "--max-train-steps", "21"])
 
@@ -485,7 +485,7 @@ def test_what_would_fail_later_fails_before_the_first_step(
     assert preflight.checkpoint_bytes(run) == pytest.approx(size, rel=0.02)
     with monkeypatch.context() as patch:
         patch.setattr("runtime.files.load_tensors", lambda _: {"tensor": torch.zeros(1000)})
-        with pytest.raises(UserError, match="does not keep what is written"):
+        with pytest.raises(UserError, match="loses what is written"):
             train.main(words(tmp_path, "lossy", "--max-train-steps", 1))
 
     def unable(*_: Any) -> None:

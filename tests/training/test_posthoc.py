@@ -222,7 +222,7 @@ def test_mistakes_are_answered(run: Path, tmp_path: Path) -> None:
         config(ema_snapshot_steps=2)
     with pytest.raises(UserError, match="has no averages .* --ema-lengths"):
         posthoc.main([str(tmp_path), "--lengths", "0.1"])
-    with pytest.raises(UserError, match="--step 3: .* keeps no averages of that step"):
+    with pytest.raises(UserError, match="--step 3: .* has no averages of that step"):
         posthoc.main([str(run), "--lengths", "0.1", "--step", "3"])
     assert not (run / "posthoc").exists() and len(saved(run)) == 2
 

@@ -395,7 +395,7 @@ def test_a_branch_is_continued_like_any_run(trunk: Path, tmp_path: Path, words: 
         (
             2,
             ("--learning-rate", 0.5),
-            "learning-rate is 0.001, not 0.5; a branch may change options of its alignments alone",
+            "learning-rate is 0.001, not 0.5; a branch may change only options of its alignments",
         ),
         (2, ("--seed", 1), "seed is 0, not 1"),
         (2, ("--init-ckpt", "x"), "not both"),
