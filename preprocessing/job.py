@@ -132,7 +132,7 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
             )
     else:
         require(
-            all(path.name in (locks.LOCK, locks.CLAIM, STOPPED) for path in folder.iterdir()),
+            all(path.name in (locks.LOCK, STOPPED) for path in folder.iterdir()),
             f"{folder} holds something else already (no {JOB}); choose another --out",
         )
     if (folder / dataset.MANIFEST).exists():

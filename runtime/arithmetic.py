@@ -1,4 +1,4 @@
-"""Arithmetic as it is written: where rounding would be seen in the result."""
+"""Arithmetic in true float32, for results in which the rounding of faster modes would show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """float32 means float32 inside: TF32 and autocast off, no graph. TF32 alone moves Inception features by 1e-3."""
+    """float32 stays float32 inside: no TF32, no autocast, no graph. TF32 alone moves Inception features by 1e-3."""
     product, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

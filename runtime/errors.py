@@ -1,10 +1,10 @@
 """The one class of error that a user can cause, and the one place where it is caught.
 
-A `UserError` is a sentence that says what is wrong and what to do about it. Whatever detects the mistake raises it;
+A `UserError` is a sentence that says what is wrong and how to correct it. The code that detects the mistake raises it;
 `run` turns it into one line on standard error and exit code 2. Everything else is a bug and keeps its traceback.
 
-Exit codes: 0 done, 2 a mistake that the user can correct, 75 asked to end early with everything saved (the same command
-continues), 130 interrupted, 1 a bug or a lost process.
+Exit codes: 0 done, 2 a mistake that the user can correct, 75 stopped early on request with everything saved (the same
+command continues), 130 interrupted, 1 a bug or a lost process.
 """
 
 from __future__ import annotations
@@ -15,16 +15,27 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+# EX_TEMPFAIL of sysexits.h: schedulers can be configured to requeue a job that exits with it.
+TRY_AGAIN = 75
+# Errors of the operating system that another place on disk avoids.
 _PLACES = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP)
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what schedulers may be told to requeue
+# How the communication libraries say that the process at the other end has ended or stands still.
+_CONTACT_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "timed out waiting",
+    "broken pipe",
+    "remote process exited",
+    "application timeout caused pair closure",
+)
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: one line, naming the culprit and the remedy."""
+    """A mistake that the user can correct: one line that names the culprit and the remedy."""
 
 
 class EndedEarly(Exception):
-    """The program was asked to end and has saved its work; the same command continues it."""
+    """The program stopped on request and has saved its work; the same command continues it."""
 
 
 class LostContact(Exception):
@@ -38,19 +49,19 @@ def require(condition: bool, message: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say something that is no error, on the main process alone."""
+    """Print a note on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {shown(text)}", flush=True)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """' (did you mean X?)' for the choice closest to `word`, or '' where none is close."""
+    """' (did you mean X?)' for the choice closest to `word`, or '' if every choice is very different."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a command's `main`; a `UserError` becomes one line and exit code 2, running out of memory likewise."""
+    """Run a command's `main`; print one line and exit if it raises an error that a user can cause or correct."""
     try:
         main()
     except UserError as error:
@@ -68,6 +79,7 @@ def run(main: Callable[[], object]) -> None:
             raise
         _exit(f"cannot use {error.filename or 'a file'}: {error.strerror}; choose another place")
     except RuntimeError as error:
+        # Importing torch takes seconds. A command that has not imported it cannot have raised its errors.
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
             _exit("CUDA out of memory: lower --batch-size, or raise --gradient-accumulation-steps")
@@ -80,33 +92,24 @@ def run(main: Callable[[], object]) -> None:
 
 def _out_of_memory(about: str = "") -> str:
     return (
-        f"out of memory{f' ({about})' if about else ''}: free some, or lower what is held at once (--batch-size, --workers, "
-        f"--resident disk, --num-fid-samples, the width of a head)"
+        f"out of memory{f' ({about})' if about else ''}: free some, or lower --batch-size, --workers, "
+        f"--num-fid-samples or the width of a head, or give --resident disk"
     )
 
 
 def contact_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended or stood still."""
+    """Whether a collective operation failed because another process ended or stood still."""
     text = str(error).lower()
-    return any(
-        words in text
-        for words in (
-            "connection closed by peer",
-            "connection reset by peer",
-            "timed out waiting",
-            "broken pipe",
-            "remote process exited",
-            "application timeout caused pair closure",
-        )
-    )
+    return any(words in text for words in _CONTACT_LOST)
 
 
 def shown(text: object) -> str:
-    """Text that came from a file or the command line, fit for a terminal: control characters are written out."""
+    """Text from a file or the command line as a terminal can show it: control characters are escaped."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _exit(message: str, code: int = 2, word: str = "error") -> None:
+    # The message needs a line of its own below the bars. Without this module, no bar was ever opened.
     if progress := sys.modules.get("runtime.progress"):
         progress.end()
     rank = os.environ.get("RANK", "0")

@@ -13,7 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import UserError, note, require
+import psutil
+
+from runtime.errors import UserError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,14 +26,16 @@ SEAL = "seal"
 
 @contextmanager
 def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path` in one step, on failure it is gone.
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed.
 
-    The block may write a file or make a folder there. A folder takes the place of nothing, of an empty folder, or of one
-    that `ours` recognises. Raises UserError where the place cannot be written (a path under a file, no permission, a full
-    disk, a size limit), naming the path.
+    The block may write a file or make a folder there. A folder may replace an empty folder, or one that `ours`
+    recognises; it never replaces anything else.
+
+    Raises:
+        UserError: the path cannot be written (it lies under a file, permission is missing, the disk is full).
     """
     path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
-    require(path.name != "", f"{path} is the root of all folders: choose another place")
+    require(path.name != "", f"{path} is the root of the file system: choose another place")
     require_plain(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     before = path.with_name(f".{path.name}.before.{os.getpid()}.tmp")
@@ -58,7 +62,7 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
 
 
 def require_plain(path: Path | str) -> None:
-    """Raise UserError where `path` is a pipe, a socket or a device: reading it may never end, and writing would replace it."""
+    """Raise UserError if `path` is a pipe, a socket or a device: a read might never end, a write would replace it."""
     with suppress(OSError):
         mode = os.stat(path).st_mode
         require(
@@ -67,7 +71,7 @@ def require_plain(path: Path | str) -> None:
 
 
 def require_not_read(out: Path | str, read: Iterable[Path | str]) -> None:
-    """Raise UserError where `out`, which is to be written, is one of what is `read`."""
+    """Raise UserError if a command would overwrite (`out`) one of the files that it reads (`read`)."""
     require(
         Path(out).resolve() not in {Path(source).resolve() for source in read},
         f"--out {out} is read by this command: give another name",
@@ -77,7 +81,7 @@ def require_not_read(out: Path | str, read: Iterable[Path | str]) -> None:
 def require_replaceable(
     path: Path | str, ours: Callable[[Path], bool] | None = None, remedy: str = "choose another place"
 ) -> None:
-    """Raise UserError unless a folder may take the place of `path`: nothing, an empty folder, or one that `ours` recognises."""
+    """Raise UserError unless `path` is free, an empty folder, or a folder that `ours` recognises."""
     path = Path(os.path.abspath(path))
     if not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (ours is not None and ours(path)))):
         return
@@ -85,9 +89,9 @@ def require_replaceable(
 
 
 def remove_leftovers(folder: Path | str) -> list[str]:
-    """Remove what killed writers left half-written in `folder`, by the names that `replacing` gives; returns the names.
+    """Remove the temporary files and folders that killed writers left in `folder`; returns their names.
 
-    Only for who holds the folder (`runtime.locks`): a writer at work has such files too.
+    Call only while holding the folder's lock (`runtime.locks`): a writer at work has such files too.
     """
     left = [path for path in Path(folder).glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
     for path in left:
@@ -97,7 +101,7 @@ def remove_leftovers(folder: Path | str) -> list[str]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn the operating system's refusals inside the block into a UserError that names `path`."""
+    """Turn the operating system's errors inside the block into a UserError that names `path`."""
     from safetensors import SafetensorError
 
     try:
@@ -107,11 +111,22 @@ def writing(path: Path | str) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
         ) from error
     except (SafetensorError, RuntimeError) as error:
-        if not isinstance(error, SafetensorError) and "inline_container" not in str(
-            error
-        ):  # the latter is torch.save's
+        # torch.save reports a failed write as a RuntimeError, which is recognised by the name of its source file.
+        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
             raise
         raise UserError(f"cannot write {path}: {error}; free some space or choose another place") from error
+
+
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Turn the operating system's errors inside the block into a UserError that names `path`."""
+    require_plain(path)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy"
+        ) from error
 
 
 def _flush(path: Path, mode: int) -> None:
@@ -122,7 +137,7 @@ def _flush(path: Path, mode: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder as one step: no half of it is ever seen under its name."""
+    """Remove a folder in one step: a reader sees the whole folder or nothing under its name."""
     doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         os.replace(path, doomed)
@@ -137,7 +152,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Push a folder's entries to disk, so that a new name outlives a power cut; not every file system can."""
+    """Push a folder's entries to disk, so that a new name survives a power cut, if the file system can do that."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -147,23 +162,11 @@ def _flush_names(folder: Path) -> None:
 
 
 def digest(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError where it cannot be read, or is a folder."""
-    require_plain(path)
-    try:
-        with open(path, "rb") as handle:
-            return (
-                hashlib.file_digest(handle, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else _digest(handle)
-            )
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path, or restore it from a copy") from error
-
-
-def _digest(handle: Any) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError if it is a folder or cannot be read."""
     state = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        state.update(block)
+    with _reading(path), open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            state.update(block)
     return state.hexdigest()
 
 
@@ -174,12 +177,10 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read JSON. Raises UserError where the file is missing or broken."""
-    require_plain(path)
+    """Read JSON. Raises UserError if the file is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path, or restore it from a copy") from error
+        with _reading(path):
+            return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged: restore it from a copy") from error
 
@@ -191,7 +192,7 @@ def seal(value: dict[str, Any]) -> str:
 
 
 def write_sealed(path: Path | str, value: dict[str, Any]) -> None:
-    """Write a JSON object together with its seal, so that a change of any value is seen when it is read."""
+    """Write a JSON object together with its seal, so that a reader notices a change of any value."""
     plain = json.loads(json.dumps(value))
     write_json(path, {**plain, SEAL: seal(plain)})
 
@@ -205,16 +206,6 @@ def require_sealed(path: Path | str, value: dict[str, Any]) -> None:
         )
 
 
-def require_sealed_since_2(path: Path | str, value: dict[str, Any]) -> None:
-    """`require_sealed` for a file that had no seal in format 1, which is read with a note."""
-    if value["format"] == 1:
-        note(
-            f"{Path(path).parent} is of format 1: its {Path(path).name} has no seal, so that damage in it would not be seen"
-        )
-    else:
-        require_sealed(path, value)
-
-
 def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
     """Write named tensors as safetensors, atomically; each is made contiguous and moved to the CPU."""
     from safetensors.torch import save_file
@@ -224,25 +215,17 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU. Raises UserError where it is missing, truncated or not a safetensors file."""
+    """Read a safetensors file onto the CPU. Raises UserError if it is missing, truncated or not safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    require_plain(path)
     try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy"
-        ) from error
+        with _reading(path):
+            return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
 
 
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping."""
+    return psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Logs of one JSON object a line."""
+"""Logs with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a log, [] where there is none; what is no step with numbers (a line cut short by a kill) is left out."""
+    """The lines of a log that hold a step and numbers; [] if the file does not exist.
+
+    Other lines are left out: a kill can cut the last line short.
+    """
     if not path.is_file():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""Safetensors files as memory-mapped arrays: nothing is read before it is touched, and nothing outside the file ever."""
+"""Safetensors files as memory-mapped arrays: bytes are read at first use, and never from outside the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
     """The arrays of one safetensors file, memory-mapped read-only.
 
     Raises:
-        UserError: the file is missing, truncated or not a safetensors file, or its header does not describe it.
+        UserError: the file is missing, truncated or not a safetensors file, or its header does not match its content.
     """
     files.require_plain(file)
     try:
@@ -43,7 +43,12 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
 
 
 def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays that a header of `length` bytes describes: side by side, without a gap or an overlap, to the file's end."""
+    """The arrays that a header of `length` bytes describes.
+
+    Raises:
+        UserError: the arrays do not fill the rest of the file exactly, one after the other; the view below would
+            otherwise reach outside the file, and reading there raises SIGBUS.
+    """
     header.pop("__metadata__", None)
     ends = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -51,14 +56,11 @@ def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[
             raise UserError(f"{file} holds {name} as {entry['dtype']}; known are {', '.join(DTYPES)}")
         begin, end = entry["data_offsets"]
         shape = entry["shape"]
-        if (
-            begin != ends
-            or end < begin
-            or any(type(side) is not int or side < 0 for side in shape)
-            or end - begin != prod(shape) * np.dtype(DTYPES[entry["dtype"]]).itemsize
-        ):
+        sound = all(type(side) is int and side >= 0 for side in shape)
+        if not sound or begin != ends or end - begin != prod(shape) * np.dtype(DTYPES[entry["dtype"]]).itemsize:
             raise UserError(
-                f"{file} is damaged: its header places {name} at {begin} to {end}, which does not fit; copy or encode it again"
+                f"{file} is damaged: its header places {name} at bytes {begin} to {end}, which does not fit; copy or "
+                f"encode it again"
             )
         ends = end
     expected = 8 + length + ends

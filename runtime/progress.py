@@ -1,4 +1,4 @@
-"""Progress bars, the same everywhere: rate and time left, quiet in log files, on the main process alone."""
+"""Progress bars, the same everywhere: rate and time left, few lines in log files, on the main process alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OPEN: WeakSet[tqdm] = WeakSet()
 
 
 def bar(*args: Any, main: bool = True, **kwargs: Any) -> tqdm:
-    """A tqdm bar. Where standard error is no terminal it prints a line every 30 seconds instead of ten a second."""
+    """A tqdm bar. If stderr is not a terminal, it prints a line every 30 seconds instead of ten a second."""
     interval = 0.1 if sys.stderr.isatty() else 30.0
     made = tqdm(
         *args, disable=not main, dynamic_ncols=True, mininterval=interval, maxinterval=max(10.0, interval), **kwargs
@@ -22,6 +22,6 @@ def bar(*args: Any, main: bool = True, **kwargs: Any) -> tqdm:
 
 
 def end() -> None:
-    """End every bar that is still open, so that what is printed next has a line of its own."""
-    for one in list(_OPEN):
-        one.close()
+    """Close every bar that is still open, so that the next message has a line of its own."""
+    for opened in list(_OPEN):
+        opened.close()

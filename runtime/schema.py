@@ -1,16 +1,17 @@
-"""JSON from disk against the shape that it should have: validated once, by pydantic, with the path of the field.
+"""JSON from disk checked against the shape that it should have, by pydantic, with the path of the wrong field.
 
-pydantic comes with wandb, which is required anyway; its strict mode neither turns "3" into 3 nor True into 1, and its errors
-name the field that is wrong. Hand-made checks had missed one shape in ten.
+pydantic comes with wandb, which is required anyway. Its strict mode turns neither "3" into 3 nor True into 1, and its
+errors name the field that is wrong. Checks written by hand had missed one wrong shape in ten.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from runtime import files
 from runtime.errors import UserError
@@ -19,36 +20,31 @@ T = TypeVar("T")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 """A finite number."""
 
-
-@functools.lru_cache(maxsize=64)
-def _adapter(kind: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
+# Building an adapter takes milliseconds, and the same few types are checked again and again.
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.lru_cache(maxsize=64)(TypeAdapter)
 
 
 def checked(kind: type[T], value: Any, where: object, remedy: str = "restore it from a copy") -> T:
-    """`value`, plain JSON, as a `kind` (TypedDict, dataclass, ...); keys that `kind` does not name stay out of dataclasses.
+    """`value`, plain JSON, as a `kind` (TypedDict, dataclass, ...); dataclasses drop keys that `kind` does not name.
 
     Raises:
-        UserError: it has another shape: `where`, the path of the field, what is wrong with it, and `remedy`.
+        UserError: the value has another shape; the message holds `where`, the path of the field, what is wrong with
+            it, and `remedy`.
     """
-    from pydantic import ValidationError
-
     try:
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"])) or "the whole"
-        found = "" if fault["type"] == "missing" else f", not {_short(fault['input'])}"
+        actual = "" if fault["type"] == "missing" else f", not {_short(fault['input'])}"
         raise UserError(
-            f"{where} is damaged or from another version: {place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{found}; "
-            f"{remedy}"
+            f"{where} is damaged or from another version: {place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}{actual}"
+            f"; {remedy}"
         ) from error
 
 
 def read(kind: type[T], path: Any, remedy: str = "restore it from a copy") -> T:
-    """The JSON file at `path` as a `kind`. Raises UserError where it is missing, broken or of another shape."""
+    """The JSON file at `path` as a `kind`. Raises UserError if it is missing, broken or of another shape."""
     return checked(kind, files.read_json(path), path, remedy)
 
 

@@ -2,7 +2,8 @@
 
     python -m runtime.seal exps/plain/checkpoints/0400000/config.json
 
-These files hold a digest of their own content, so that damage is seen. After an edit on purpose this writes it anew.
+These files hold a digest of their own content, so that damage is noticed. After an intended edit, this command writes
+the digest anew.
 """
 
 from __future__ import annotations
@@ -18,20 +19,18 @@ from runtime.options import option, read
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    file: str = option(help="the edited file; may be given first, without the flag")
+    file: str = option(help="the edited file; may come first, without the flag")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Seal the file as it is now."""
-    file = read(
-        Options,
-        sys.argv[1:] if argv is None else argv,
-        prog="python -m runtime.seal",
-        description=__doc__,
-        first="file",
-    ).file
+    words = sys.argv[1:] if argv is None else argv
+    file = read(Options, words, prog="python -m runtime.seal", description=__doc__, first="file").file
     value = files.read_json(file)
-    require(isinstance(value, dict) and files.SEAL in value, f"{file} is no sealed file: it has no {files.SEAL}")
+    require(
+        isinstance(value, dict) and files.SEAL in value,
+        f"{file} has no {files.SEAL}: give the config.json of a checkpoint or the manifest.json of a latent set",
+    )
     if value[files.SEAL] == files.seal(value):
         print(f"{file}: nothing to do, its seal fits")
         return

@@ -1,4 +1,4 @@
-"""Signals by which a scheduler or a user asks a program to end, noted so that it can end well."""
+"""Signals by which a scheduler or a user asks a program to end; they are noted, so that it can save its work first."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from types import FrameType
 
 ASKING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-TWICE = 2.0  # seconds: a launcher passes on what its processes have already got, which is no second signal
+# Seconds. A launcher forwards a signal that its processes have already received: that is not a second request.
+TWICE = 2.0
 
 
 class Asked:
-    """Whether this process was asked to end: `by` is the reason in a few words, None while nobody asked."""
+    """Whether this process was asked to end: `by` names the reason, or is None."""
 
     def __init__(self) -> None:
         self.by: str | None = None
         self._since = 0.0
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The handler: the first signal is noted, a second one ends the process at once."""
+        """The signal handler: it notes the first signal; a second one ends the process at once."""
         if self.by is None:
             self.by, self._since = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._since > TWICE:
@@ -32,7 +33,7 @@ class Asked:
 
 @contextmanager
 def noted() -> Iterator[Asked]:
-    """Note the signals of `ASKING` inside the block; a process that ignores one (nohup) goes on ignoring it."""
+    """Note the signals of `ASKING` inside the block; signals that the process ignores (nohup) stay ignored."""
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked

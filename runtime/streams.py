@@ -37,7 +37,7 @@ class Stream:
         return self.host.integers(high, size=count)
 
     def fill_normal(self, out: np.ndarray) -> None:
-        """Fill `out`, float32, with the standard normal numbers that `normal` would draw on the host. The interpreter's lock is free."""
+        """Fill `out` (float32) with the standard normal numbers that `normal` draws on the host; releases the GIL."""
         self.host.standard_normal(out=out, dtype=np.float32)
 
     def normal(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

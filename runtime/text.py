@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: bool = True) -> str:
-    """Lines of cells in columns: those numbered in `left` to the left, the others to the right.
+    """Lines of cells as a table; the columns numbered in `left` are aligned to the left, the others to the right.
 
-    The first line is the head; `rule` draws a line below it.
+    The first line holds the column titles; `rule` draws a line below it.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
@@ -23,7 +23,7 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: 
 
 
 def spread(values: Sequence[float], decimals: int = 2) -> str:
-    """Mean and, of several values, standard deviation (divisor n - 1); empty for none."""
+    """Mean and, for two or more values, standard deviation (divisor n - 1); an empty text without values."""
     if not values:
         return ""
     return f"{statistics.mean(values):.{decimals}f}" + (

@@ -1,4 +1,4 @@
-"""From host memory to a device, without making the host wait."""
+"""Copies from host memory to a device that do not make the host wait."""
 
 from __future__ import annotations
 
@@ -7,5 +7,6 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`. A copy from pageable memory would wait for all that the device has queued; one from pinned does not."""
+    """`values` on `device`."""
+    # From pageable memory, the copy would wait for all queued work of the device; from pinned memory it does not.
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

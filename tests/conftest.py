@@ -1,11 +1,13 @@
-"""Shared fixtures: the embedded digits as a latent set, and a stage-1 run of a few steps to guide with."""
+"""Shared fixtures: the embedded digits as a latent set, short runs of both stages, and a tiny image encoder."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the two-process runs have it: thread counts change the last bits
+# The two-process runs use one thread each, and the number of threads changes the last bits of a result.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +21,20 @@ from preprocessing import digits
 
 torch.set_num_threads(1)
 
-SLOW = (
-    "test_recipes",
-    "test_training",
-    "test_long_runs",
-    "test_refusals",
-    "test_presets",
-    "test_compare",
-    "test_beyond",
-    "test_clusters",
-)
+SLOW = ("test_recipes", "test_training", "test_long_runs", "test_refusals", "test_presets", "test_clusters")
+"""Files of tests that take longest, in this order."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, so that no worker is left alone with one of them at the end."""
+    """Slow files first: otherwise one worker runs a slow file at the end while the others wait."""
     items.sort(key=lambda item: (*SLOW, item.path.stem).index(item.path.stem))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exempt_libraries_from_collection() -> None:
+    """Each training run collects garbage once; without this, every collection scans all the imported libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -53,21 +54,8 @@ def words(data: Path) -> Callable[..., list[str]]:
             output.mkdir(parents=True, exist_ok=True)
             (output / f"{name}.json").write_text(json.dumps({"train": rare}))
             more = (*more, "--config", output / f"{name}.json")
-        return [
-            "--recipe",
-            "digits",
-            "--data-dir",
-            str(data),
-            "--output-dir",
-            str(output),
-            "--exp-name",
-            name,
-            "--batch-size",
-            "16",
-            "--log-steps",
-            "1",
-            *map(str, more),
-        ]
+        tiny = ["--recipe", "digits", "--batch-size", "16", "--log-steps", "1"]
+        return [*tiny, "--data-dir", str(data), "--output-dir", str(output), "--exp-name", name, *map(str, more)]
 
     return build
 
@@ -83,25 +71,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[
 def guided(tmp_path_factory: pytest.TempPathFactory, words: Callable[..., list[str]], teacher: Path) -> Path:
     """A stage-2 run of 4 steps whose guidance ends after 2."""
     folder = tmp_path_factory.mktemp("guided")
-    return train_guide.main(
-        words(
-            folder,
-            "stage2",
-            "--guiding-ckpt",
-            teacher,
-            "--align-hidden",
-            32,
-            "--align-stop-steps",
-            2,
-            "--max-train-steps",
-            4,
-        )
-    )
+    steps = ["--align-stop-steps", 2, "--max-train-steps", 4]
+    return train_guide.main(words(folder, "stage2", "--guiding-ckpt", teacher, "--align-hidden", 32, *steps))
 
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer for images of the digits' size, random weights, as timm's `save_for_hf` writes one."""
+    """A vision transformer with random weights for images of the digits' size, written by timm's `save_for_hf`."""
     import timm
 
     folder = tmp_path_factory.mktemp("encoder") / "vit"

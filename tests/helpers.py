@@ -1,4 +1,4 @@
-"""What tests of several folders share: paths, tiny networks, image sets, a real autoencoder, a lock held elsewhere."""
+"""What tests of several folders share: paths, tiny networks, image sets, a real autoencoder, a held lock, runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ import interpolant
 import models
 from alignment import Alignment, Context
 from loss import Batch
+from models.checkpoint import Checkpoint
 from models.latents import LatentSpace
 from runtime.streams import Stream
+
+if TYPE_CHECKING:
+    from training.run import Run
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -29,7 +33,11 @@ DATA = Path(__file__).parent / "data"
 Words = Callable[..., list[str]]
 """The fixture `words`: the command line of a tiny run."""
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+HOLD = """import fcntl, sys
+f = open(sys.argv[1], "w")
+fcntl.lockf(f, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""
 
 
 def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +47,7 @@ def inputs(spec: models.ModelSpec, count: int = 3) -> tuple[Tensor, Tensor, Tens
 
 
 def perturbed(spec: models.ModelSpec, **arguments) -> models.Backbone:
-    """A network none of whose weights is zero, so that every path carries signal."""
+    """A network without zero weights, so that every path carries signal."""
     network = models.build(spec, **arguments)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -149,3 +157,26 @@ def context_of(
     return Context(
         samples.x0, samples.eps, xt, samples.t, samples.y, samples.labels, features, samples.columns, draws, ema
     )
+
+
+def build_run(argv: list[str], program: str = "train") -> Run:
+    """The run that a command line asks for, before its first step."""
+    # imported here, since small programs in processes of their own import this file too
+    from training import command
+    from training.run import Run
+
+    return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+
+
+def saved_tensors(run: Path) -> dict[str, Tensor]:
+    """Every tensor of a run's latest checkpoint, by file and name."""
+    files = Checkpoint.open(run).path.glob("*.safetensors")
+    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """The latest checkpoints of two runs hold the same bits after the same number of steps."""
+    expected, actual = saved_tensors(first), saved_tensors(second)
+    assert Checkpoint.open(first).step == Checkpoint.open(second).step
+    assert expected.keys() == actual.keys() and expected
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())

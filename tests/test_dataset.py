@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +18,8 @@ import dataset
 from dataset import LatentSet
 from models.latents import LatentSpace
 from preprocessing import digits, shards
-from runtime import files, locks
+from runtime import files
 from runtime.errors import UserError
-from tests.helpers import held_elsewhere
 
 
 def write_set(
@@ -228,32 +225,6 @@ def test_a_latent_beyond_float16_is_refused(tmp_path):
     with pytest.raises(UserError, match="item 3 .*--dtype float32"), np.errstate(over="ignore"):
         shards.write_shard(tmp_path, 0, latents.astype(np.float16), np.zeros(30, int))
     assert not list(tmp_path.iterdir())
-
-
-def test_two_writers_on_one_folder_are_refused(tmp_path):
-    with (
-        held_elsewhere(tmp_path / locks.LOCK),
-        pytest.raises(UserError, match="another process is writing"),
-        locks.locked(tmp_path, "wait"),
-    ):
-        pass
-    with locks.locked(tmp_path, "wait"):
-        pass
-
-
-def test_a_worker_that_outlives_a_killed_writer_holds_no_lock(tmp_path):
-    """Decoding workers are forked while the lock is held; a POSIX lock stays with the parent."""
-    with locks.locked(tmp_path, "wait"):
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
-    try:
-        with locks.locked(tmp_path, "wait"):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("change", [{"shape": [7, 1]}, {"dtype": "I64"}, {"data_offsets": None}, {"shape": "many"}])

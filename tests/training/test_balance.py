@@ -1,4 +1,4 @@
-"""The gradient-norm ratio of alignment to denoising: its value, its warnings, and that a run does not feel it."""
+"""The gradient-norm ratio of alignment to denoising: its value, its warnings, and no effect on the run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import torch
 
 import train
 import train_guide
-from tests.helpers import Words
-from tests.training.test_long_runs import assert_same_bits
-from training import balance, command
+from tests.helpers import Words, assert_same_bits, build_run
+from training import balance
 from training.batches import Batches
 from training.log import read
-from training.run import Run
 
 
 def ratios_of(run: Path, name: str) -> dict[int, float]:
@@ -33,12 +31,8 @@ def without_measurements(run: Path) -> list[dict[str, float]]:
 def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(
     tmp_path: Path, words: Words, number: int
 ) -> None:
-    run = Run(
-        *command.resolve(
-            words(tmp_path, "run", "--align", "latent", "--align-hidden", 32, "--gradient-accumulation-steps", number),
-            "train",
-            None,
-        )
+    run = build_run(
+        words(tmp_path, "run", "--align", "latent", "--align-hidden", 32, "--gradient-accumulation-steps", number)
     )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -46,7 +40,7 @@ def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     source = Batches(run.config, run.data, run.device, 0, 1)
     (micros,) = source.steps(0, 1, run.alignments)
-    found = balance.ratios(run.learner(), micros, {"latent": 0.3}, run.accelerator)
+    measured = balance.ratios(run.learner(), micros, {"latent": 0.3}, run.accelerator)
     assert all(parameter.grad is None for parameter in run.learner().parameters())
 
     source.micro = run.config.batch_size
@@ -61,18 +55,18 @@ def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(
         loss(run.learner()(batch)).backward()
         norms.append(torch.cat([p.grad.flatten() for p in shared]).norm())
     assert 0 < block < len(network.blocks)
-    torch.testing.assert_close(found, {"latent": norms[0] / norms[1]}, rtol=1e-4, atol=0)
+    torch.testing.assert_close(measured, {"latent": norms[0] / norms[1]}, rtol=1e-4, atol=0)
 
 
-def test_nothing_in_it_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
+def test_the_measurement_does_not_wait_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
     from tests.training.test_speed import Counter
 
     argv = words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.8)
-    run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
+    run = build_run(argv, "train_guide")
     (micros,) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
     with Counter() as counter:
-        found = balance.ratios(run.learner(), micros, {"guided": 0.5}, run.accelerator)
-    assert counter.calls["mm"] and isinstance(found["guided"], torch.Tensor)
+        measured = balance.ratios(run.learner(), micros, {"guided": 0.5}, run.accelerator)
+    assert counter.calls["mm"] and isinstance(measured["guided"], torch.Tensor)
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "item"} & counter.calls.keys()
 
 
@@ -112,7 +106,8 @@ def test_a_run_is_the_same_bits_with_and_without(
     ]
     assert_same_bits(*runs)
     assert without_measurements(runs[0]) == without_measurements(runs[1])
-    # at the first step of all, no gradient of denoising reaches the blocks: the last layer is zero; after the stop, nothing is compared
+    # At the first step the last layer is zero, so no gradient of denoising reaches the blocks. After the stop, no
+    # ratio is measured.
     assert not ratios_of(runs[0], "guided") and list(ratios_of(runs[1], "guided")) == [2, 3, 4]
 
 
@@ -126,23 +121,23 @@ def test_it_is_measured_every_so_many_steps_and_logged_at_the_next_report(tmp_pa
     assert not any("ratio" in key for line in read(plain / "log.jsonl") for key in line)
 
 
-def test_a_ratio_that_stays_outside_the_band_is_said_once() -> None:
+def test_a_ratio_that_stays_outside_the_band_is_warned_of_once() -> None:
     watch = balance.RatioMonitor()
 
-    def said(ratio: float) -> list[str]:
+    def warnings(ratio: float) -> list[str]:
         return watch({"grad_norm": 9.0, "grad_norm_ratio/latent": ratio})
 
     high, low = 2 * balance.HIGH, balance.LOW / 2
-    assert [len(said(ratio)) for ratio in (high, high, 0.5, high, high)] == [0] * 5
-    (line,) = said(high)
+    assert [len(warnings(ratio)) for ratio in (high, high, 0.5, high, high)] == [0] * 5
+    (line,) = warnings(high)
     assert line.startswith("warning: the gradient-norm ratio of latent to denoising") and "lower --align-weight" in line
-    assert [len(said(ratio)) for ratio in (high, high, 0.5, low, low)] == [0] * 5
-    (line,) = said(low)
+    assert [len(warnings(ratio)) for ratio in (high, high, 0.5, low, low)] == [0] * 5
+    (line,) = warnings(low)
     assert "higher --align-weight" in line and "\n" not in line
     assert watch({"loss/diffusion": 1.0}) == []
 
 
-def test_a_run_says_it(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_prints_the_warning(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
     train.main(
         words(
             tmp_path,

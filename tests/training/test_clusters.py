@@ -1,4 +1,4 @@
-"""Launching: the configurations that ship, and two nodes played by two launchers of one process each."""
+"""Launching: the configurations that ship, and two nodes simulated by two launchers of one process each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.log import read
 
 
 @pytest.mark.parametrize("name, machines, processes", [("one-gpu", 1, 1), ("eight-gpus", 1, 8), ("two-nodes", 2, 16)])
-def test_configurations_say_what_their_names_say(name: str, machines: int, processes: int) -> None:
+def test_configurations_match_their_names(name: str, machines: int, processes: int) -> None:
     config = load_config_from_file(str(ROOT / "configs" / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes, config.mixed_precision, config.use_cpu) == (
         machines,
@@ -68,21 +68,20 @@ def test_two_nodes_train_one_run(tmp_path: Path, words: Words) -> None:
         for node in (0, 1)
     ]
     try:
-        told = [node.communicate(timeout=240)[0] for node in nodes]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
-    assert (
-        "batch 16 = 2 process(es) x 1 micro-batch(es) x 8" in told[0] and "batch 16" not in told[1]
-    )  # the first node speaks
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    # only the first node prints
+    assert "batch 16 = 2 process(es) x 1 micro-batch(es) x 8" in outputs[0] and "batch 16" not in outputs[1]
     assert Checkpoint.open(tmp_path / "run").step == 2
     alone = train.main([*argv, "--output-dir", str(tmp_path / "alone")])
     for here, there in zip(read(alone / "log.jsonl"), read(tmp_path / "run" / "log.jsonl"), strict=True):
         assert here["loss/diffusion"] == pytest.approx(there["loss/diffusion"], abs=1e-5)
 
 
-def test_torchrun_is_seen_as_well(tmp_path: Path) -> None:
+def test_torchrun_works_as_well(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\nfrom runtime.launch import accelerator\nseen = accelerator()\n"
@@ -106,4 +105,4 @@ def test_torchrun_is_seen_as_well(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {told.name: told.read_text() for told in tmp_path.glob("rank-*")} == {"rank-0": "of 2", "rank-1": "of 2"}
+    assert {file.name: file.read_text() for file in tmp_path.glob("rank-*")} == {"rank-0": "of 2", "rank-1": "of 2"}

@@ -18,10 +18,9 @@ from loss import Learner
 from models.latents import LatentSpace
 from preprocessing import shards
 from runtime.errors import UserError
-from tests.helpers import Words
+from tests.helpers import Words, build_run
 from training import command, cost
 from training.batches import Batches
-from training.run import Run
 
 
 def estimate(argv: list[str], program: str = "train") -> cost.Cost:
@@ -60,22 +59,22 @@ def test_flops_are_those_of_a_real_step(
     argv = words(tmp_path, "x", "--max-train-steps", 1)
     argv += ["--guiding-ckpt", str(teacher)] if program == "train_guide" else ["--align", *more]
     argv += [] if program == "train_guide" else [f"--{more[0]}-encoder", str(encoder)]
-    found = estimate(argv, program)
+    estimated = estimate(argv, program)
 
-    run = Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
+    run = build_run(argv, program)
     learner = Learner(run.network, run.alignments, ema=run.ema.network)
     ((batch,),) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
     with FlopCounterMode(display=False, custom_mapping=cost.attention_on_cpu()) as counter:
         losses = learner(batch)
         sum(value.mean() for value in losses.values()).backward()
-    assert found.ratio() * found.plain * 16 == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert estimated.ratio() * estimated.plain * 16 == pytest.approx(counter.get_total_flops(), rel=0.01)
     trained = sum(p.numel() for p in learner.parameters()) + run.network.pos_embed.numel()
-    assert sum(part.parameters for part in found.parts if part.trained) == trained
+    assert sum(part.parameters for part in estimated.parts if part.trained) == trained
 
 
 def test_the_published_size_by_formulas_on_paper(imagenet_like: Path, tmp_path: Path) -> None:
     """SiT-B/2 at 256 pixels: 3 x 23.00 GMAC a step; REPA's head and DINOv2-B at 224 pixels on the fly, 1.417 in all."""
-    found = estimate(
+    estimated = estimate(
         [
             "--data-dir",
             str(imagenet_like),
@@ -93,13 +92,15 @@ def test_the_published_size_by_formulas_on_paper(imagenet_like: Path, tmp_path: 
     )
     width, tokens, depth = 768, 256, 12
     block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
-    assert found.plain == pytest.approx(2 * 3 * depth * block, rel=0.015)  # embedders and the final layer are the rest
+    assert estimated.plain == pytest.approx(
+        2 * 3 * depth * block, rel=0.015
+    )  # embedders and the final layer are the rest
     head = tokens * (768 * 2048 + 2048**2 + 2048 * 768)
-    shares = {part.name: part.flops for part in found.parts}
+    shares = {part.name: part.flops for part in estimated.parts}
     assert shares["repa: head and loss"] == pytest.approx(2 * 3 * head, rel=0.01)
     assert shares["repa: encoder"] == pytest.approx(2 * 23.16e9, rel=0.01)
-    assert found.ratio() == pytest.approx(1.417, rel=0.01)
-    parameters = {part.name: part.parameters for part in found.parts}
+    assert estimated.ratio() == pytest.approx(1.417, rel=0.01)
+    parameters = {part.name: part.parameters for part in estimated.parts}
     assert parameters["network"] == models.parameter_count(
         models.outline(models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000))
     )
@@ -110,8 +111,8 @@ def test_the_teachers_share_follows_its_depth_and_the_interval(tmp_path: Path, w
     """Two passes to two thirds of the depth: 4/9 of a plain step whatever the size, 0.3 of that on 0.4 <= t <= 0.7."""
     base = words(tmp_path, "x", "--guiding-ckpt", teacher, "--max-train-steps", 100)
     share = {
-        name: next(p.flops for p in found.parts if p.name == "guided: teacher") / found.plain
-        for name, found in {
+        name: next(p.flops for p in estimated.parts if p.name == "guided: teacher") / estimated.plain
+        for name, estimated in {
             "all": estimate(base, "train_guide"),
             "some": estimate([*base, "--align-interval", "0.4", "0.7"], "train_guide"),
         }.items()
@@ -127,21 +128,21 @@ def test_the_teachers_share_follows_its_depth_and_the_interval(tmp_path: Path, w
 
 
 def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words: Words) -> None:
-    found = estimate(words(tmp_path, "x", "--align", "latent", "--align-stop-steps", 25, "--max-train-steps", 100))
-    extra = found.ratio() - 1
-    assert extra > 0.01 and found.ratio(24) == found.ratio() and found.ratio(25) == 1
-    assert found.mean_ratio() == pytest.approx(1 + extra / 4)
-    slow, fast = found.hours(200.0)
+    estimated = estimate(words(tmp_path, "x", "--align", "latent", "--align-stop-steps", 25, "--max-train-steps", 100))
+    extra = estimated.ratio() - 1
+    assert extra > 0.01 and estimated.ratio(24) == estimated.ratio() and estimated.ratio(25) == 1
+    assert estimated.mean_ratio() == pytest.approx(1 + extra / 4)
+    slow, fast = estimated.hours(200.0)
     assert slow == pytest.approx(100 * 16 / 200 / 3600) and fast == pytest.approx(slow * (1 + extra / 4) / (1 + extra))
-    assert found.epoch_steps == 1797 // 16
+    assert estimated.epoch_steps == 1797 // 16
 
 
 def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, encoder: Path) -> None:
     argv = words(tmp_path, "x", "--align", "repa", "--repa-encoder", encoder)
     every_step, cached = estimate(argv), estimate([*argv, "--align-cache"])
     (running,) = [part for part in every_step.parts if part.name == "repa: encoder"]
-    (kept,) = [part for part in cached.parts if part.name == "repa: encoder"]
-    assert running.flops > 0 and kept.flops == 0 and cached.ratio() < every_step.ratio()
+    (precomputed,) = [part for part in cached.parts if part.name == "repa: encoder"]
+    assert running.flops > 0 and precomputed.flops == 0 and cached.ratio() < every_step.ratio()
 
 
 def test_plain_training_has_its_published_number_too() -> None:
@@ -203,9 +204,10 @@ def test_a_dry_run_prints_and_touches_nothing(
         "time at 500 images per second",
     ):
         assert word in text, word
+    protocol = "ImageNet 256, no guidance"
     assert cost.reported("SiT-B/2", ["layersync", "repa"]) == [
-        "published with layersync: FID 30.00 after 80 epochs (ODE, Heun; trained with flips; ImageNet 256, no guidance)",
-        "published with repa: FID 24.40 after 80 epochs (SDE, 250 steps; trained without flips; ImageNet 256, no guidance)",
+        f"published with layersync: FID 30.00 after 80 epochs (ODE, Heun; trained with flips; {protocol})",
+        f"published with repa: FID 24.40 after 80 epochs (SDE, 250 steps; trained without flips; {protocol})",
     ]
     assert cost.reported("SiT-Tiny/2", ["repa"]) == []
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: exact resume, the losses of bf16 and of compiled code, no waiting, no compiling, no growing.
+"""What only a GPU can show: exact resume, losses of bf16 and of compiled code, no waiting, no late compilation.
 
 `python -m benchmarks.gpu` runs this file first.
 """
@@ -13,16 +13,11 @@ import torch
 
 import train
 import train_guide
-from tests.helpers import Words
-from training import command, loop
+from tests.helpers import Words, assert_same_bits, build_run
+from training import loop
 from training.log import Meter, read
-from training.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-def opened(argv: list[str], program: str = "train") -> Run:
-    return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
 
 
 def guided_words(words: Words, folder: Path, name: str, teacher: Path, *more: object) -> list[str]:
@@ -30,7 +25,7 @@ def guided_words(words: Words, folder: Path, name: str, teacher: Path, *more: ob
 
 
 def test_a_deterministic_run_resumes_bit_for_bit(tmp_path: Path, words: Words, teacher: Path):
-    from tests.training.test_training import assert_same_bits, losses
+    from tests.training.test_training import losses
 
     try:
         more = ["--deterministic", "--align-stop-steps", 8]
@@ -44,7 +39,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path: Path, words: Words, t
 
 
 def test_bf16_and_compiled_losses_lie_within_the_spread_of_seeds(tmp_path: Path, words: Words):
-    """The mean of the last 100 of 300 steps: as far from float32 eager as another seed is, at most."""
+    """The mean of the last 100 of 300 steps is at most as far from float32 eager as another seed is."""
 
     def last(name: str, *more: object) -> float:
         run = train.main(words(tmp_path, name, "--max-train-steps", 300, "--log-steps", 100, *more))
@@ -65,7 +60,7 @@ def test_bf16_and_compiled_losses_lie_within_the_spread_of_seeds(tmp_path: Path,
 def test_nothing_is_compiled_after_the_third_step_however_many_samples_are_selected(
     tmp_path: Path, words: Words, teacher: Path
 ):
-    run = opened(
+    run = build_run(
         guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 24), "train_guide"
     )
     counted = [torch._dynamo.utils.counters["stats"]["unique_graphs"] for _ in loop.steps(run, 24)]
@@ -76,9 +71,9 @@ def test_nothing_is_compiled_after_the_third_step_however_many_samples_are_selec
 def test_no_step_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path, method: str):
     more = ["--max-train-steps", 12, "--mixed-precision", "bf16"]
     if method == "guided":
-        run = opened(guided_words(words, tmp_path, "run", teacher, *more, grad_ratio_steps=2), "train_guide")
+        run = build_run(guided_words(words, tmp_path, "run", teacher, *more, grad_ratio_steps=2), "train_guide")
     else:
-        run = opened(words(tmp_path, "run", "--align", method, *more))
+        run = build_run(words(tmp_path, "run", "--align", method, *more))
     stepping = loop.steps(run, 12, Meter(run.accelerator))
     for _ in range(6):  # compilation and first allocations may wait
         next(stepping)
@@ -91,7 +86,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, words: Words, teacher: Pat
 
 
 def test_memory_stays_flat(tmp_path: Path, words: Words, teacher: Path):
-    run = opened(
+    run = build_run(
         guided_words(words, tmp_path, "run", teacher, "--batch-size", 64, "--max-train-steps", 60), "train_guide"
     )
     held = [torch.cuda.memory_allocated() for _ in loop.steps(run, 60, Meter(run.accelerator))]

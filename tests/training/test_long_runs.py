@@ -1,4 +1,4 @@
-"""Runs that are cut short, meet damage, or share a folder: what is kept, what is said, and that they go on bit for bit."""
+"""Runs that are cut short, meet damage or share a folder: what stays, what is printed, and an exact continuation."""
 
 from __future__ import annotations
 
@@ -23,22 +23,14 @@ from models.checkpoint import Checkpoint
 from runtime import errors, files, seal
 from runtime.errors import EndedEarly, UserError
 from runtime.locks import LOCK
-from tests.helpers import ROOT, Words, held_elsewhere
+from tests.helpers import ROOT, Words, assert_same_bits, build_run, held_elsewhere
 from training.between import ENDED_EARLY, Between
 from training.log import read
 from training.run import Run
 
 
-def assert_same_bits(one: Path, two: Path) -> None:
-    first, second = Checkpoint.open(one), Checkpoint.open(two)
-    assert first.step == second.step
-    for name in ("network", "ema", "optimizer"):
-        here, there = first.tensors(name), second.tensors(name)
-        assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
-
-
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Between], None]) -> None:
-    """Do something once, when a run has taken `step` steps."""
+    """Call `action` once, when a run has taken `step` steps."""
     call = Between.__call__
 
     def wrapped(self: Between, *args: Any) -> None:
@@ -55,9 +47,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 ) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 3)
     number = getattr(signal, name)
-    before = signal.signal(
-        number, signal.SIG_DFL
-    )  # a suite that runs in the background was told to ignore some of them
+    before = signal.signal(number, signal.SIG_DFL)  # a suite in the background may ignore some of them
     try:
         with monkeypatch.context() as patch:
             at_step(patch, 2, lambda _: os.kill(os.getpid(), number))
@@ -67,8 +57,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     finally:
         signal.signal(number, before)
     assert caught.value.code == 75
-    said = capsys.readouterr().err.splitlines()[-1]  # after the bar's
-    assert said.startswith(f"ended early: asked to end by {name}: step 2 of 3 is saved")
+    last_line = capsys.readouterr().err.splitlines()[-1]  # below the progress bar
+    assert last_line.startswith(f"ended early: asked to end by {name}: step 2 of 3 is saved")
     assert Checkpoint.open(tmp_path / "run").step == 2 and (tmp_path / "run" / ENDED_EARLY).is_file()
     if name == "SIGTERM":
         train.main(argv)
@@ -78,12 +68,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 def test_a_second_signal_ends_at_once() -> None:
     program = (
-        "import os, signal, sys, time\nfrom runtime import signals\nsignals.TWICE = 0.2\nwith signals.noted() as asked:\n"
-        " print('ready', flush=True)\n while True: time.sleep(0.02)"
+        "import os, signal, sys, time\nfrom runtime import signals\nsignals.TWICE = 0.2\n"
+        "with signals.noted() as asked:\n print('ready', flush=True)\n while True: time.sleep(0.02)"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-        for _ in range(3):  # a launcher passes on what its processes have got already: no second signal
+        for _ in range(3):  # a launcher forwards a signal that its processes have already received: it counts once
             process.send_signal(signal.SIGTERM)
             time.sleep(0.02)
         assert process.poll() is None
@@ -113,7 +103,7 @@ def test_max_hours_ends_in_time_and_minutes_between_checkpoints(tmp_path: Path, 
         words(tmp_path, "often", "--max-train-steps", 5, "--checkpointing-steps", 2, checkpointing_minutes=1e-6)
     )
     steps = {int(path.name): files.read_json(path / "config.json")["kept"] for path in checkpoint.saved(run)}
-    assert steps == {1: False, 2: True, 3: False, 4: True, 5: True}  # of those by the clock, the last two
+    assert steps == {1: False, 2: True, 3: False, 4: True, 5: True}  # the last two of those that the clock asked for
     run = train.main(words(tmp_path, "more", "--max-train-steps", 5, checkpointing_minutes=1e-6))
     assert [path.name for path in checkpoint.saved(run)] == ["0000005", "0000004", "0000003"]
     run = train.main(words(tmp_path, "never", "--max-train-steps", 3, checkpointing_minutes=0))
@@ -131,41 +121,13 @@ def test_a_run_holds_its_folder(tmp_path: Path, words: Words, monkeypatch: pytes
     program = f"import sys; sys.argv[1:] = {argv!r}; import train; from runtime import errors; errors.run(train.main)"
     from runtime import locks
 
-    with locks.locked(tmp_path / "run", "wait"):  # a real second process is told who holds it
+    with locks.locked(tmp_path / "run", "wait"):  # a real second process names the holder
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f"process {os.getpid()} on " in done.stderr and "since 20" in done.stderr
 
 
-def test_where_there_are_no_locks_a_claim_file_stands_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    import errno
-
-    from runtime import locks
-
-    def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.lockf", unsupported)
-    with locks.locked(tmp_path / "a", "wait"):
-        with pytest.raises(UserError, match=f"process {os.getpid()} on"), locks.locked(tmp_path / "a", "wait"):
-            pass
-    assert not (tmp_path / "a").exists()  # it was made for the lock alone
-    claim = tmp_path / locks.CLAIM
-    claim.write_text(json.dumps({**locks.me(), "process": 2**22 - 1}))  # of this machine, and gone
-    with locks.locked(tmp_path, "wait"):
-        assert json.loads(claim.read_text())["process"] == os.getpid()
-    assert "left by a process that is gone" in capsys.readouterr().out
-    claim.write_text(json.dumps({**locks.me(), "host": "elsewhere"}))
-    with pytest.raises(UserError, match="on elsewhere"), locks.locked(tmp_path, "wait"):
-        pass
-    os.utime(claim, (0, 0))  # no sign of life for long
-    with locks.locked(tmp_path, "wait"):
-        pass
-
-
 @pytest.mark.parametrize("how", ["network.safetensors", "optimizer.json", "config.json", "no config.json", "edited"])
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note(
     tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, how: str
 ) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 4, "--checkpointing-steps", 2)
@@ -184,10 +146,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
     (run / "checkpoints" / ".0000006.123.tmp").mkdir()
     capsys.readouterr()
     train.main(argv)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "continuing from 0000002, the newest whole one; 0000004 is now 0000004.damaged" in said
-        and ".0000006.123.tmp" in said
+        "continuing from 0000002, the newest intact one; 0000004 is now 0000004.damaged" in output
+        and ".0000006.123.tmp" in output
     )
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["0000002", "0000004", "0000004.damaged"]
@@ -201,7 +163,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path, words: Words) -> 
         train.main(words(tmp_path, "run", "--max-train-steps", 2))
 
 
-def test_what_a_checkpoint_says_of_itself_is_checked(
+def test_the_description_in_a_checkpoint_is_checked(
     tmp_path: Path, words: Words, capsys: pytest.CaptureFixture
 ) -> None:
     run = train.main(words(tmp_path, "run", "--align", "latent", "--align-hidden", 8, "--max-train-steps", 1))
@@ -240,7 +202,7 @@ def test_what_a_checkpoint_says_of_itself_is_checked(
 
 
 def broken_steps(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """The steps whose gradients become no numbers."""
+    """Make the gradients of these steps NaN."""
     passes = Run.batches
 
     def batches(self: Run, end: int) -> Any:
@@ -271,7 +233,7 @@ def test_a_step_without_a_finite_gradient_is_not_taken(
 def test_many_such_steps_end_the_run_and_its_remedies_work(
     tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes back to its last good checkpoint; what the message says, word for word, leads on from there."""
+    """The run goes back to its last good checkpoint, and the words of the message continue from there."""
     argv = words(tmp_path / "a", "run", "--checkpointing-steps", 2, "--log-steps", 40, "--mixed-precision", "bf16")
     run = tmp_path / "a" / "run"
 
@@ -282,27 +244,27 @@ def test_many_such_steps_end_the_run_and_its_remedies_work(
 
     with monkeypatch.context() as patch:
         broken_steps(patch, *range(4, 18))
-        said = stopped()
-        assert "\n" not in said and "gradient of steps 4 to 13 is not finite" in said
+        message = stopped()
+        assert "\n" not in message and "gradient of steps 4 to 13 is not finite" in message
         assert (
-            f"goes back to {run}@2, the last good checkpoint" in said
-            and "--mixed-precision no" in said
-            and "--qk-norm" in said
+            f"goes back to {run}@2, the last good checkpoint" in message
+            and "--mixed-precision no" in message
+            and "--qk-norm" in message
         )
         record = files.read_json(run / "not-finite.json")
         assert record["steps"] == [4, 13] and len(record["items"]["4"]) == 16
-        assert f"items {', '.join(map(str, record['items']['4'][:4]))}, ..." in said
+        assert f"items {', '.join(map(str, record['items']['4'][:4]))}, ..." in message
         before = Checkpoint.open(run)
         assert before.step == 2  # no checkpoint while gradients are not finite
-        assert stopped() == said  # without the remedy it meets them again
-        words_of = re.search(r"--skip-steps \d+ \d+", said)[0].split()
+        assert stopped() == message  # without the remedy it meets them again
+        words_of = re.search(r"--skip-steps \d+ \d+", message)[0].split()
         assert words_of == ["--skip-steps", "4", "13"]
         train.main([*argv, "--max-train-steps", "20", *words_of])
         at_once = train.main([*words(tmp_path / "b", "run"), *argv[-6:], "--max-train-steps", "20", *words_of])
     assert sum(line.get("skipped_steps", 0) for line in read(run / "log.jsonl")) == 4  # 14 to 17: not yet too many
     assert Checkpoint.open(run).step == 20
     assert_same_bits(run, at_once)
-    with pytest.raises(UserError, match="say --mixed-precision"):
+    with pytest.raises(UserError, match="give --mixed-precision"):
         monkeypatch.setattr("runtime.launch.precision", lambda *_: None)
         train.main([*argv[:-2], "--max-train-steps", "21"])
 
@@ -316,7 +278,7 @@ def test_steps_that_are_skipped_already_stay_so_in_the_next_remedy(
         UserError, match="begins anew, as there is no checkpoint yet, with --skip-steps 2 11 past"
     ) as caught:
         train.main(argv)
-    assert "--mixed-precision no" not in str(caught.value)  # that it is already
+    assert "--mixed-precision no" not in str(caught.value)  # the run has that precision already
     with pytest.raises(UserError, match="steps 12 to 21 is not finite.* with --skip-steps 2 21 past"):
         train.main([*argv, "--skip-steps", "2", "11", "--qk-norm"])
     train.main([*argv, "--skip-steps", "2", "21", "--exp-name", "on"])
@@ -328,12 +290,12 @@ def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypa
         broken_steps(patch, *range(4, 17))
         with pytest.raises(UserError, match="--mixed-precision no"):
             train.main([*argv, "--mixed-precision", "bf16"])
-    train.main([*argv, "--mixed-precision", "no"])  # there, we take it, gradients are finite
+    train.main([*argv, "--mixed-precision", "no"])  # assumes that gradients are finite there
     assert Checkpoint.open(tmp_path / "run").config["precision"] == "fp32"
 
 
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("module", "culprit"),
     [
         (lambda run: run.ema.network, "EMA of "),
         (lambda run: run.averages["ema-0.5"].network, "ema-0.5 of "),
@@ -341,14 +303,18 @@ def test_the_other_precision_leads_on_too(tmp_path: Path, words: Words, monkeypa
     ],
 )
 def test_averages_and_heads_are_looked_at_before_they_are_saved(
-    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, module: Callable[[Run], torch.nn.Module], said: str
+    tmp_path: Path,
+    words: Words,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Callable[[Run], torch.nn.Module],
+    culprit: str,
 ) -> None:
     def spoil(state: Between) -> None:
         with torch.no_grad():
             next(iter(module(state.run).parameters())).fill_(float("nan"))
 
     at_step(monkeypatch, 1, spoil)
-    with pytest.raises(UserError, match=f"^{said}.* is not finite"):
+    with pytest.raises(UserError, match=f"^{culprit}.* is not finite"):
         train.main(
             words(
                 tmp_path,
@@ -424,19 +390,19 @@ def launched(tmp_path: Path, argv: list[str], steps: int) -> tuple[subprocess.Po
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     until = time.monotonic() + 300  # a loaded machine starts slowly
-    while len(found := sorted(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until and process.poll() is None:
+    while len(marks := sorted(tmp_path.glob("at-*"))) < 2 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.02)
-    if len(found) < 2:
-        process.kill()  # its processes notice, and end
+    if len(marks) < 2:
+        process.kill()  # its processes notice it and end
         pytest.fail(process.communicate()[0])
-    return process, [int(path.name.split("-")[-1]) for path in found]
+    return process, [int(path.name.split("-")[-1]) for path in marks]
 
 
 def test_two_processes_end_at_the_same_step_when_one_is_asked(tmp_path: Path, words: Words) -> None:
     process, ranks = launched(tmp_path, words(tmp_path, "run"), 2000)
     os.kill(ranks[1], signal.SIGUSR1)
-    said = process.communicate(timeout=300)[0]
-    assert "asked to end by SIGUSR1" in said and "another process was asked to end" in said, said
+    output = process.communicate(timeout=300)[0]
+    assert "asked to end by SIGUSR1" in output and "another process was asked to end" in output, output
     step = json.loads((tmp_path / "run" / ENDED_EARLY).read_text())["step"]
     assert Checkpoint.open(tmp_path / "run").step == step < 200
     assert not (tmp_path / "run" / LOCK).exists()
@@ -460,12 +426,13 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path: Path, words: 
 
 
 def test_no_process_outlives_its_launcher_for_long() -> None:
-    """Whatever it does: here it waits for ever, as in a collective."""
+    """Even if it waits for ever, as in a collective operation."""
     child = (
         "import os, time\nfrom runtime import launch\nlaunch.WATCH = launch.GRACE = 0.1\nlaunch._watch_launcher()\n"
         "print(os.getpid(), flush=True)\ntime.sleep(600)"
     )
-    parent = f"import subprocess, sys, os\nsubprocess.Popen([sys.executable, '-c', {child!r}])\nsys.stdin.read()\nos._exit(0)"
+    start = f"subprocess.Popen([sys.executable, '-c', {child!r}])"
+    parent = f"import subprocess, sys, os\n{start}\nsys.stdin.read()\nos._exit(0)"
     with subprocess.Popen(
         [sys.executable, "-c", parent],
         cwd=ROOT,
@@ -478,17 +445,19 @@ def test_no_process_outlives_its_launcher_for_long() -> None:
         number = int(process.stdout.readline())
         assert Path(f"/proc/{number}").exists()
         process.stdin.close()
-        assert "launcher of this process is gone" in process.stderr.read()  # to its end: the child holds it open
+        assert (
+            "launcher of this process is gone" in process.stderr.read()
+        )  # reads to the end: the child holds stderr open
 
 
 def test_a_process_that_stands_still_ends_the_others(tmp_path: Path, words: Words) -> None:
     process, ranks = launched(tmp_path, words(tmp_path, "run", timeout_minutes=0.1), 2000)
     os.kill(ranks[1], signal.SIGSTOP)
     try:
-        said, until = "", time.monotonic() + 300
-        while "lost contact" not in said and time.monotonic() < until:
-            said += process.stdout.readline()
-        assert "log.jsonl" in said and "the same command continues" in said, said
+        output, until = "", time.monotonic() + 300
+        while "lost contact" not in output and time.monotonic() < until:
+            output += process.stdout.readline()
+        assert "log.jsonl" in output and "the same command continues" in output, output
     finally:
         os.kill(ranks[1], signal.SIGCONT)
         process.communicate(timeout=300)
@@ -513,11 +482,11 @@ def test_what_would_fail_later_fails_before_the_first_step(
         )
     assert "3 checkpoints are to come" in capsys.readouterr().out
     size = sum(file.stat().st_size for file in Checkpoint.open(tmp_path / "tight").path.glob("*.safetensors"))
-    run = Run(*train.command.resolve(words(tmp_path, "tight", "--ema-extra-decays", 0.5), "train.py", None))
+    run = build_run(words(tmp_path, "tight", "--ema-extra-decays", 0.5))
     assert preflight.checkpoint_bytes(run) == pytest.approx(size, rel=0.02)
     with monkeypatch.context() as patch:
         patch.setattr("runtime.files.load_tensors", lambda _: {"tensor": torch.zeros(1000)})
-        with pytest.raises(UserError, match="does not keep what is written"):
+        with pytest.raises(UserError, match="loses what is written"):
             train.main(words(tmp_path, "lossy", "--max-train-steps", 1))
 
     def unable(*_: Any) -> None:

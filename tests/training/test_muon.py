@@ -30,10 +30,12 @@ def optimiser(network: models.Backbone, **more: object) -> Muon:
 
 def set_gradients(network: models.Backbone, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    found = {name: torch.randn(parameter.shape, generator=generator) for name, parameter in network.named_parameters()}
+    gradients = {
+        name: torch.randn(parameter.shape, generator=generator) for name, parameter in network.named_parameters()
+    }
     for name, parameter in network.named_parameters():
-        parameter.grad = found[name].clone()
-    return found
+        parameter.grad = gradients[name].clone()
+    return gradients
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_two_steps_are_torchs_on_copies_of_the_matrices(spec: models.ModelSpec, 
 
 
 def test_a_part_is_orthogonalised_by_itself() -> None:
-    """Queries, keys and values of very different gradients move alike; as one matrix they would not."""
+    """Queries, keys and values with very different gradients move alike; as a single matrix they would not."""
     network = models.build(SIT)
     weight = network.blocks[0].attn.qkv.weight
     before, ours = weight.detach().clone(), optimiser(network)
@@ -96,19 +98,19 @@ def test_a_part_is_orthogonalised_by_itself() -> None:
 
 
 def test_a_step_without_a_finite_gradient_is_not_taken() -> None:
-    """On the device's own flag, the first step among them; a step after it is as if it had not been."""
-    one, two = perturbed(SIT, seed=0), perturbed(SIT, seed=0)
-    ours, clean = optimiser(one, fused=True), optimiser(two, fused=True)
+    """The flag is on the device. After a skipped step, even the first, the next one is the same as without it."""
+    skipping, expected = perturbed(SIT, seed=0), perturbed(SIT, seed=0)
+    ours, clean = optimiser(skipping, fused=True), optimiser(expected, fused=True)
     for seed, good in ((1, False), (2, True), (3, False), (4, True)):
-        set_gradients(one, seed), set_gradients(two, seed)
+        set_gradients(skipping, seed), set_gradients(expected, seed)
         if not good:
-            one.blocks[0].attn.qkv.weight.grad[0, 0] = torch.nan
+            skipping.blocks[0].attn.qkv.weight.grad[0, 0] = torch.nan
         ours.found_inf = torch.tensor(0.0 if good else 1.0)
         clean.found_inf = torch.tensor(0.0)
         ours.step()
         if good:
             clean.step()
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(skipping.parameters(), expected.parameters(), strict=True))
     states = (
         [state["momentum_buffer"] for state in each.state.values() if "momentum_buffer" in state]
         for each in (ours, clean)
@@ -134,8 +136,10 @@ def test_a_run_continues_exactly_under_its_own_optimiser(tmp_path: Path, words: 
     for steps in (2, 4):
         parts = train.main(words(tmp_path / "b", "x", *more, "--max-train-steps", steps))
     for name in ("raw", "ema", "optimizer"):
-        one, two = whole.tensors(name), Checkpoint.open(parts).tensors(name)
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+        expected, actual = whole.tensors(name), Checkpoint.open(parts).tensors(name)
+        assert expected.keys() == actual.keys() and all(torch.equal(expected[key], actual[key]) for key in expected), (
+            name
+        )
     state = whole.tensors("optimizer")
     assert {f"network.blocks.5.attn.qkv.weight[{part}]/momentum_buffer" for part in range(3)} <= state.keys()
     assert state["network.blocks.0.adaLN_modulation.1.weight[5]/momentum_buffer"].shape == (128, 128)
@@ -147,13 +151,13 @@ def test_a_run_continues_exactly_under_its_own_optimiser(tmp_path: Path, words: 
     network = models.build(whole.spec)
     named = dict(network.named_parameters())
     slots = {key.rsplit("/", 1)[0].removeprefix("network.").split("[")[0] for key in state}
-    assert slots == named.keys()  # each is trained, by one of the two
+    assert slots == named.keys()  # each is trained by one of the two optimisers
     assert not {
         key for key in state if "exp_avg" in key and key.split("/")[0].removeprefix("network.") in network.matrices()
     }
     with pytest.raises(UserError, match="its optimizer is muon, not adamw"):
         train.main(words(tmp_path / "b", "x", *more[2:], "--max-train-steps", 5))
     plain = train.main(words(tmp_path / "c", "x", *more[2:], "--max-train-steps", 1))
-    assert "optimizer" not in Checkpoint.open(plain).config["train"]
+    assert Checkpoint.open(plain).config["train"]["optimizer"] == "adamw"
     with pytest.raises(UserError, match="its optimizer is adamw, not muon"):
         train.main(words(tmp_path / "c", "x", *more, "--max-train-steps", 2))

@@ -1,4 +1,4 @@
-"""Post-hoc EMA: averages follow their profile, and others made of them come near theirs."""
+"""Post-hoc EMA: averages follow their profile, and averages synthesised from them come near theirs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from config import TrainConfig
 from models.checkpoint import Checkpoint, saved
 from runtime.errors import UserError
 from runtime.options import build
-from tests.helpers import Words
-from training import command, loop, posthoc
+from tests.helpers import Words, build_run
+from training import loop, posthoc
 from training.ema import EMA, Power, exponent
-from training.run import Run
 
 LENGTHS = (0.05, 0.1)
 
@@ -33,7 +32,7 @@ def profile(s: float, t: float, length: float) -> float:
 
 
 def shares(steps: int, length: float) -> np.ndarray:
-    """What the weights of each step count: the profile's integral over that step."""
+    """The share of each step's weights in the average: the profile's integral over that step."""
     ends = (np.arange(steps + 1) / steps) ** (exponent(length) + 1)
     return np.diff(ends)
 
@@ -63,28 +62,28 @@ def test_an_average_is_the_weighted_sum_of_all_weights(length: float) -> None:
     "first, second", [((40, 0.05), (40, 0.1)), ((40, 0.05), (90, 0.2)), ((90, 0.05), (40, 0.2)), ((7, 0.1), (7, 0.1))]
 )
 def test_inner_products_are_the_integrals(first: tuple[int, float], second: tuple[int, float]) -> None:
-    found = posthoc.inner_products(
+    product = posthoc.inner_products(
         *(np.array(value) for at, of in (first, second) for value in (float(at), exponent(of)))
     )
     integral = quad(lambda s: profile(s, *first) * profile(s, *second), 0, min(first[0], second[0]))[0]
-    assert float(found) == pytest.approx(integral, rel=1e-8)
+    assert float(product) == pytest.approx(integral, rel=1e-8)
 
 
-def test_a_stored_average_is_found_again_and_the_distance_of_another_is_told() -> None:
+def test_a_stored_average_is_found_again_and_the_distance_of_another_is_measured() -> None:
     stored = [(step, length) for step in range(50, 401, 50) for length in LENGTHS]
-    found, distance = posthoc.coefficients(stored, 400, 0.1)
-    np.testing.assert_allclose(found, [0.0] * 15 + [1.0], atol=1e-8)
+    coefficients, distance = posthoc.coefficients(stored, 400, 0.1)
+    np.testing.assert_allclose(coefficients, [0.0] * 15 + [1.0], atol=1e-8)
     assert distance < 1e-6
     for length in (0.03, 0.15):
-        found, distance = posthoc.coefficients(stored, 400, length)
+        coefficients, distance = posthoc.coefficients(stored, 400, length)
         times = np.linspace(0, 400, 200_001)[1:]
         wanted = np.array([profile(1, 1, length)]) * (times / 400) ** exponent(length) / 400
         made = sum(
             share * np.where(times <= at, profile(1, 1, of) * (times / at) ** exponent(of) / at, 0)
-            for share, (at, of) in zip(found, stored, strict=True)
+            for share, (at, of) in zip(coefficients, stored, strict=True)
         )
         measured = math.sqrt(np.square(made - wanted).sum() / np.square(wanted).sum())
-        assert distance == pytest.approx(measured, rel=5e-3) and found.sum() == pytest.approx(1)
+        assert distance == pytest.approx(measured, rel=5e-3) and coefficients.sum() == pytest.approx(1)
     more = [(step, length) for step in range(10, 401, 10) for length in LENGTHS]
     assert posthoc.coefficients(more, 400, 0.15)[1] < posthoc.coefficients(stored, 400, 0.15)[1] / 5
 
@@ -111,11 +110,7 @@ def options(*more: object) -> list[object]:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, words: Words) -> np.ndarray:
     """(24, ...) one weight of the run after each of its steps."""
-    run = Run(
-        *command.resolve(
-            words(tmp_path_factory.mktemp("watched"), "run", *options(), ema_snapshot_steps=2), "train.py", None
-        )
-    )
+    run = build_run(words(tmp_path_factory.mktemp("watched"), "run", *options(), ema_snapshot_steps=2))
     return np.stack([run.network.state_dict()[KEY].double().numpy().copy() for _ in loop.steps(run, 24)])
 
 
@@ -131,15 +126,17 @@ def test_another_length_is_near_its_closed_form(
     run: Path, weights: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     made = posthoc.main([str(run), "--lengths", "0.08", "0.15", "--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert [path.name for path in made] == ["0000024-0.08", "0000024-0.15"] and "off by" in said
+    output = capsys.readouterr().out
+    assert [path.name for path in made] == ["0000024-0.08", "0000024-0.15"] and "off by" in output
     for path, length in zip(made, (0.08, 0.15), strict=True):
-        found = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path)
         wanted, last, others = (np.tensordot(shares(24, of), weights, 1) for of in (length, 0.01, 0.28))
-        error = np.abs(found.tensors("ema")[KEY].numpy() - wanted).max()
+        error = np.abs(checkpoint.tensors("ema")[KEY].numpy() - wanted).max()
         assert error < 0.03 * np.abs(last - others).max()
-        assert found.config["posthoc"]["length"] == length and found.config["posthoc"]["snapshots"] == 12
-        assert found.weights == ["ema"] and found.step == 24 and found.epochs == Checkpoint.open(run).epochs
+        assert checkpoint.config["posthoc"]["length"] == length and checkpoint.config["posthoc"]["snapshots"] == 12
+        assert (
+            checkpoint.weights == ["ema"] and checkpoint.step == 24 and checkpoint.epochs == Checkpoint.open(run).epochs
+        )
     drawn = generate.main(
         ["--ckpt", str(made[0]), "--num-fid-samples", "4", "--num-steps", "2", "--out", str(tmp_path / "drawn")]
     )
@@ -162,14 +159,14 @@ def test_another_length_is_near_its_closed_form(
 
 
 def test_what_is_kept_is_what_the_checkpoint_has_and_survives_a_restart(run: Path, weights: np.ndarray) -> None:
-    kept = posthoc.snapshots(run)
-    assert [one.step for one in kept] == list(range(2, 25, 2)) and set(kept[0].files) == {
+    snapshots = posthoc.snapshots(run)
+    assert [snapshot.step for snapshot in snapshots] == list(range(2, 25, 2)) and set(snapshots[0].files) == {
         f"ema-length-{of}.safetensors" for of in LENGTHS
     }
     for of in LENGTHS:
         wanted = torch.from_numpy(np.tensordot(shares(24, of), weights, 1))
-        for one in (kept[-1], Checkpoint.open(run)):  # of both parts of the run
-            torch.testing.assert_close(one.tensors(f"ema-length-{of}")[KEY].double(), wanted, rtol=1e-4, atol=1e-6)
+        for snapshot in (snapshots[-1], Checkpoint.open(run)):  # of both parts of the run
+            torch.testing.assert_close(snapshot.tensors(f"ema-length-{of}")[KEY].double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(
@@ -191,13 +188,13 @@ def test_averages_of_a_head_are_made_too_and_a_branch_uses_its_trunk(
             ema_snapshot_steps=1,
         )
     )
-    assert [one.step for one in posthoc.snapshots(branch)] == [1, 2, 3, 4, 5, 6]
+    assert [snapshot.step for snapshot in posthoc.snapshots(branch)] == [1, 2, 3, 4, 5, 6]
     (made,) = posthoc.main(["--run", str(branch), "--lengths", "0.1"])
     assert made == branch / "posthoc" / "0000006-0.1"
-    found, kept = Checkpoint.open(made), Checkpoint.open(branch)
+    synthesised, newest = Checkpoint.open(made), Checkpoint.open(branch)
     for name in ("ema", "internal-head-ema"):
-        stored = kept.tensors(f"{name}-length-0.1")
-        assert all(torch.allclose(value, stored[key], atol=1e-6) for key, value in found.tensors(name).items())
+        stored = newest.tensors(f"{name}-length-0.1")
+        assert all(torch.allclose(value, stored[key], atol=1e-6) for key, value in synthesised.tensors(name).items())
     generate.main(
         [
             "--ckpt",
@@ -225,12 +222,12 @@ def test_mistakes_are_answered(run: Path, tmp_path: Path) -> None:
         config(ema_snapshot_steps=2)
     with pytest.raises(UserError, match="has no averages .* --ema-lengths"):
         posthoc.main([str(tmp_path), "--lengths", "0.1"])
-    with pytest.raises(UserError, match="--step 3: .* keeps no averages of that step"):
+    with pytest.raises(UserError, match="--step 3: .* has no averages of that step"):
         posthoc.main([str(run), "--lengths", "0.1", "--step", "3"])
     assert not (run / "posthoc").exists() and len(saved(run)) == 2
 
 
 def test_a_snapshot_is_kept_a_32nd_of_the_run_apart_and_at_the_end() -> None:
-    kept = config(ema_lengths=LENGTHS, max_train_steps=100)
-    assert [step for step in range(1, 101) if kept.keeps_averages_at(step)] == [*range(3, 100, 3), 100]
+    averaging = config(ema_lengths=LENGTHS, max_train_steps=100)
+    assert [step for step in range(1, 101) if averaging.keeps_averages_at(step)] == [*range(3, 100, 3), 100]
     assert not config(max_train_steps=100).keeps_averages_at(100)

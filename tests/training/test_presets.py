@@ -1,4 +1,4 @@
-"""What a preset says is what its authors ran; branches of a run; the names of checkpoints; numbers that others have printed."""
+"""Presets against the settings of their authors; branches of a run; names of checkpoints; published numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from models.pixels import pixels
 from runtime import files, launch
 from runtime.errors import UserError
 from runtime.streams import Stream
-from tests.helpers import Words, perturbed
+from tests.helpers import Words, class_folders, perturbed, tiny_vae
 from training import command
 from training.log import read
 
@@ -48,7 +48,7 @@ def setting(student: models.ModelSpec, **more: object) -> BuildContext:
     )
 
 
-# --- alignments ---------------------------------------------------------------------------------------------------------
+# --- alignments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", ["SiT-B/2", "SiT-L/2", "SiT-XL/2"])
@@ -79,20 +79,20 @@ def test_blocks_go_by_depth_and_hastes_stop_by_images(
     network, resolved = spec(name), {}
     for method in ("haste", "repa", "layersync", "sra"):
         resolved[method] = find(method).resolve(find(method).Options(), network, batch)
-    found = resolved["haste"]
-    assert (found.depth, found.attention_depths, found.stop_steps) == haste and resolved["repa"].depth == repa
+    options = resolved["haste"]
+    assert (options.depth, options.attention_depths, options.stop_steps) == haste and resolved["repa"].depth == repa
     assert [(resolved[m].depth, resolved[m].target_depth) for m in ("layersync", "sra")] == [sync, sra]
 
 
 def test_haste_says_where_its_settings_are_ours(encoder: Path) -> None:
     kind = find("haste")
-    for name, said in (("SiT-Tiny/2", True), ("SiT-B/2", False), ("LightningDiT-Tiny/1", True)):
+    for name, noted in (("SiT-Tiny/2", True), ("SiT-B/2", False), ("LightningDiT-Tiny/1", True)):
         student = models.spec(name, in_channels=1, input_size=8, num_classes=10)
         options = kind.resolve(
             kind.Options(encoder=str(encoder), hidden=8, attention_depths=(1,), encoder_depths=(1,)), student
         )
         notes = kind(options, setting(student, dry=True)).notes()
-        assert ("ours" in " ".join(notes)) == said
+        assert ("ours" in " ".join(notes)) == noted
 
 
 def test_haste_scales_queries_before_a_product_in_float32() -> None:
@@ -108,9 +108,14 @@ def test_haste_scales_queries_before_a_product_in_float32() -> None:
 def test_stage_1_takes_a_sixth_of_the_depth_and_sra2_its_own_blocks() -> None:
     kind = find("latent")
     sra2 = kind.presets["sra2"]["options"]
-    for name, paper, theirs in (("SiT-B/2", 2, 2), ("SiT-L/2", 4, 8), ("SiT-XL/2", 5, 8), ("SiT-Tiny/2", 1, 1)):
-        assert kind.resolve(kind.Options(), spec(name)).depth == paper
-        assert kind.resolve(kind.Options(**sra2), spec(name)).depth == theirs
+    for name, paper_depth, sra2_depth in (
+        ("SiT-B/2", 2, 2),
+        ("SiT-L/2", 4, 8),
+        ("SiT-XL/2", 5, 8),
+        ("SiT-Tiny/2", 1, 1),
+    ):
+        assert kind.resolve(kind.Options(), spec(name)).depth == paper_depth
+        assert kind.resolve(kind.Options(**sra2), spec(name)).depth == sra2_depth
         assert kind.resolve(kind.Options(**sra2, depth=3), spec(name)).depth == 3
     student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
     alignment = kind(kind.resolve(kind.Options(**sra2, hidden=16), student), setting(student))
@@ -143,8 +148,8 @@ def test_dispersive_warns_of_another_micro_batch(preset: str, published_batch: i
     kind, student = find("dispersive"), spec("SiT-Tiny/2")
     options = kind.resolve(kind.Options(**kind.presets[preset]["options"]), student)
     assert kind(options, setting(student, micro_batch=published_batch)).notes() == []
-    (said,) = kind(options, setting(student, micro_batch=256)).notes()
-    assert "256" in said and str(published_batch) in said and f"{256 // published_batch} times" in said
+    (note,) = kind(options, setting(student, micro_batch=256)).notes()
+    assert "256" in note and str(published_batch) in note and f"{256 // published_batch} times" in note
 
 
 def test_labels_that_were_dropped_can_be_left_out_of_the_guide_loss(
@@ -161,11 +166,11 @@ def test_labels_that_were_dropped_can_be_left_out_of_the_guide_loss(
         seen = torch.where(torch.tensor([True, False, False, True]), 10, y)
         features = {options.guided_depth: Stream(4, "f").normal((4, 16, 128))}
         losses[labels] = alignment(Context(x, x, x, torch.full((4,), 0.5), seen, y, features, {}, {}))
-    kept = torch.tensor([False, True, True, False])
+    labelled = torch.tensor([False, True, True, False])
     assert (
-        torch.equal(losses["skip"][kept], losses["true"][kept])
+        torch.equal(losses["skip"][labelled], losses["true"][labelled])
         and (losses["true"] > 0).all()
-        and (losses["skip"][~kept] == 0).all()
+        and (losses["skip"][~labelled] == 0).all()
     )
     run = train_guide.main(words(tmp_path, "run", *more, "--guiding-labels", "skip"))
     assert read(run / "log.jsonl")[0]["loss/guided"] > 0
@@ -193,13 +198,15 @@ def test_the_introduction_names_the_teacher_and_its_age(
     tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, teacher: Path
 ) -> None:
     train_guide.main(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 16, "--max-train-steps", 1))
-    said = capsys.readouterr().out
-    assert f"teacher: {Checkpoint.open(teacher).path} at step 4 = 0.0357143 epochs" in said and "raw weights" in said
-    assert "warning: the paper's teacher has trained for 40 epochs" in said and "RUN@STEP" in said
+    output = capsys.readouterr().out
+    assert (
+        f"teacher: {Checkpoint.open(teacher).path} at step 4 = 0.0357143 epochs" in output and "raw weights" in output
+    )
+    assert "warning: the paper's teacher has trained for 40 epochs" in output and "RUN@STEP" in output
     assert Checkpoint.open(teacher).epochs == 4 / 112
 
 
-# --- precision ----------------------------------------------------------------------------------------------------------
+# --- precision -------------------------------------------------------------------------------------------------------
 
 
 def test_tf32_is_a_precision_of_its_own(
@@ -267,7 +274,7 @@ def test_a_preset_samples_in_its_own_precision_with_its_own_decoder(
     )  # dopri5 chooses its steps for a whole batch
 
 
-# --- recipes and numbers -------------------------------------------------------------------------------------------------
+# --- recipes and numbers ---------------------------------------------------------------------------------------------
 
 
 def test_recipes_of_400_epochs() -> None:
@@ -281,7 +288,7 @@ def test_recipes_of_400_epochs() -> None:
 def test_published_numbers_are_rows_with_source_and_protocol() -> None:
     rows = published.rows()
     tables = {number: [row for row in rows if f"Table {number}" in row.source] for number in (1, 2, 3, 4, 5)}
-    assert {number: len(found) for number, found in tables.items()} == {1: 28, 2: 14, 3: 7, 4: 4, 5: 18}
+    assert {number: len(table) for number, table in tables.items()} == {1: 28, 2: 14, 3: 7, 4: 4, 5: 18}
     assert all(row.source and row.metrics["fid"] > 1 and row.status in ("published", "reported") for row in rows)
     fid = lambda **wanted: published.find(status="published", **wanted)[0].metrics["fid"]  # noqa: E731
     for model, numbers in {
@@ -292,11 +299,11 @@ def test_published_numbers_are_rows_with_source_and_protocol() -> None:
         "LightningDiT-XL/1": (5.30, 5.07, 3.55),
     }.items():
         epochs = 80 if model.startswith("SiT") else 64
-        found = tuple(
+        fids = tuple(
             fid(method=method, model=model, epochs=epochs, samples=50_000, variant="")
             for method in ("none", "latent", "guided")
         )
-        assert found == numbers
+        assert fids == numbers
     assert published.find(variant="table 5: lambda 0.3")[0].metrics == {"fid": 23.08, "is": 71.41}
     assert {row.samples for number in (4, 5) for row in tables[number]} == {10_000}
     assert (
@@ -304,12 +311,12 @@ def test_published_numbers_are_rows_with_source_and_protocol() -> None:
     )  # with a protocol
 
 
-# --- names of checkpoints, and branches ------------------------------------------------------------------------------------
+# --- names of checkpoints, and branches ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory, words: Words, teacher: Path) -> Path:
-    """Stage 2 of 6 steps with a checkpoint at every other."""
+    """A stage-2 run of 6 steps with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("trunk")
     return train_guide.main(
         words(
@@ -362,8 +369,10 @@ def test_a_branch_equals_a_run_that_had_its_options_from_the_start(
     first, second = Checkpoint.open(branch), Checkpoint.open(whole)
     assert first.files.keys() == second.files.keys() and first.step == second.step == 8
     for name in ("network", "ema", "optimizer"):
-        ours, theirs = first.tensors(name), second.tensors(name)
-        assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        actual, expected = first.tensors(name), second.tensors(name)
+        assert actual.keys() == expected.keys() and all(
+            torch.equal(value, expected[key]) for key, value in actual.items()
+        )
     assert read(branch / "log.jsonl")[0]["step"] == step + 1
 
 
@@ -377,7 +386,7 @@ def test_a_branch_is_continued_like_any_run(trunk: Path, tmp_path: Path, words: 
 
 
 @pytest.mark.parametrize(
-    ("step", "changed", "said"),
+    ("step", "changed", "message"),
     [
         (4, ("--align-stop-steps", 2), "the weight of guided at step 2 was 0.5, not 0"),
         (6, ("--align-stop-steps", 8), "the weight of guided at step 5 was 0, not 0.5"),
@@ -386,17 +395,17 @@ def test_a_branch_is_continued_like_any_run(trunk: Path, tmp_path: Path, words: 
         (
             2,
             ("--learning-rate", 0.5),
-            "learning-rate is 0.001, not 0.5; a branch may change options of its alignments alone",
+            "learning-rate is 0.001, not 0.5; a branch may change only options of its alignments",
         ),
         (2, ("--seed", 1), "seed is 0, not 1"),
         (2, ("--init-ckpt", "x"), "not both"),
     ],
 )
 def test_a_branch_that_would_differ_before_its_step_is_refused(
-    step: int, changed: tuple, said: str, trunk: Path, tmp_path: Path, words: Words, teacher: Path
+    step: int, changed: tuple, message: str, trunk: Path, tmp_path: Path, words: Words, teacher: Path
 ) -> None:
     more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 5, "--max-train-steps", 8]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         train_guide.main(words(tmp_path, "branch", *more, *changed, "--branch-from", f"{trunk}@{step}"))
     assert not (tmp_path / "branch").exists()
 
@@ -432,7 +441,7 @@ def test_a_branch_of_another_method_or_without_its_head_is_refused(
         )
 
 
-# --- scores while training, and 512 pixels -----------------------------------------------------------------------------------
+# --- scores while training, and 512 pixels ---------------------------------------------------------------------------
 
 
 def test_scores_while_training_take_any_preset_and_either_weights(tmp_path: Path, words: Words, data: Path) -> None:
@@ -477,9 +486,8 @@ def test_scores_while_training_take_any_preset_and_either_weights(tmp_path: Path
 
 
 def test_the_commands_for_512_pixels_at_tiny_size(tmp_path: Path) -> None:
-    """Encode, both stages, sample with the preset of 512 pixels: the same commands as at 256, the size comes from the latents."""
+    """Encode, train both stages, sample: the commands for 512 pixels are those for 256; the latents give the size."""
     import preprocessing.encode
-    from tests.image_sets import class_folders, tiny_vae
 
     vae, latents = tiny_vae(tmp_path / "vae"), {}
     for resolution in (32, 64):

@@ -16,11 +16,10 @@ from config import TrainConfig
 from models.checkpoint import Checkpoint
 from runtime.errors import UserError
 from runtime.options import build
-from tests.helpers import Words
+from tests.helpers import Words, build_run
 from training import command, saving
 from training.ema import EMA
 from training.log import read
-from training.run import Run
 
 
 def config(**options: object) -> TrainConfig:
@@ -58,15 +57,15 @@ def test_the_optimiser_follows_the_rate_across_a_resume(tmp_path: Path, words: W
     chosen, _ = command.resolve(words(tmp_path, "x", *more), "train.py", None)
     assert rates == pytest.approx([chosen.learning_rate_at(step) for step in range(5)], rel=1e-5) and rates[0] == 5e-4
     # cut off after step 3, then continued
-    run = Run(*command.resolve(words(tmp_path / "b", "run", *more, "--checkpointing-steps", 3), "train.py", None))
+    run = build_run(words(tmp_path / "b", "run", *more, "--checkpointing-steps", 3))
     from training import loop
 
     for step in loop.steps(run, 3):
         assert {group["lr"] for group in run.optimizer.param_groups} == {chosen.learning_rate_at(step - 1)}
     saving.save(run)
     again = train.main(words(tmp_path / "b", "run", *more))
-    one, two = (Checkpoint.open(folder).tensors("network") for folder in (whole, again))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    expected, actual = (Checkpoint.open(folder).tensors("network") for folder in (whole, again))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     with pytest.raises(UserError, match="max-train-steps is 5, not 6"):  # the cosine ends there
         train.main([*words(tmp_path / "a", "run", *more), "--max-train-steps", "6"])
 
@@ -78,9 +77,9 @@ def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: 
     train.main([*argv, "2"])
     run = train.main([*argv, "4"])
     whole = train.main([*argv, "4", "--output-dir", str(tmp_path / "whole")])
-    found, other = Checkpoint.open(run), Checkpoint.open(whole)
-    assert sorted(found.weights) == ["ema", "ema-0.25", "ema-0.5", "raw"]
-    weights = {name: found.tensors(name) for name in found.weights}
+    continued, other = Checkpoint.open(run), Checkpoint.open(whole)
+    assert sorted(continued.weights) == ["ema", "ema-0.25", "ema-0.5", "raw"]
+    weights = {name: continued.tensors(name) for name in continued.weights}
     assert all(torch.equal(weights[name][key], value) for name in weights for key, value in other.tensors(name).items())
     key = "blocks.0.attn.qkv.weight"
     apart = [float((weights[name][key] - weights["raw"][key]).norm()) for name in ("ema", "ema-0.5", "ema-0.25", "raw")]
@@ -106,21 +105,19 @@ def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: 
         )
     )
     assert json.loads((taught / "run.json").read_text())["resolved"]["guided"]["teacher"]["weights"] == "ema-0.5"
-    started = Run(
-        *command.resolve(words(tmp_path, "three", "--init-ckpt", run, init_weights="ema-0.25"), "train.py", None)
-    )
+    started = build_run(words(tmp_path, "three", "--init-ckpt", run, init_weights="ema-0.25"))
     assert torch.equal(started.network.state_dict()[key], weights["ema-0.25"][key])
-    for wrong, said in (
+    for wrong, message in (
         ("ema-0.7", "has no ema-0.7.safetensors; its weights are .*ema-0.5"),
         ("best", "neither raw nor ema"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             generate.main([*sample, str(tmp_path / "x"), "--weights", wrong])
 
 
 def test_further_averages_follow_the_definition_and_are_counted(tmp_path: Path, words: Words) -> None:
     argv = words(tmp_path, "run", "--ema-extra-decays", 0.5)
-    run = Run(*command.resolve(argv, "train.py", None))
+    run = build_run(argv)
     known = {name: (average.decay.decay, average.decay.warmup) for name, average in run.averages.items()}
     assert known == {"ema": (0.9999, True), "ema-0.5": (0.5, True)}
     assert all(isinstance(average, EMA) for average in run.averages.values()) and run.averages["ema"] is run.ema

@@ -1,4 +1,4 @@
-"""What a step costs where nothing can be timed: counts of reads, calls, operators and compilations."""
+"""What a step costs, without a clock: counts of reads, calls, operators and compilations."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from sampling import solvers
 from sampling.config import SamplingConfig, SourceOptions
 from sampling.sampler import Sampler
 from sampling.source import Source
-from tests.helpers import Words, perturbed, tiny_vae
-from training import command, loop
+from tests.helpers import Words, build_run, perturbed, tiny_vae
+from training import loop
 from training.batches import AHEAD, Batches
 from training.ema import EMA, Exponential
 from training.log import Meter
@@ -41,14 +41,8 @@ from training.run import Run
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 
 
-def opened(argv: list[str], program: str = "train") -> Run:
-    return Run(*command.resolve(argv, program, None, ("guided",) if program == "train_guide" else ()))
-
-
-def test_two_steps_are_read_ahead_and_none_beyond_the_end(
-    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
-):
-    run = opened(words(tmp_path, "run"))
+def test_two_steps_are_read_ahead_but_not_beyond_the_end(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch):
+    run = build_run(words(tmp_path, "run"))
     source = Batches(run.config, run.data, run.device, 0, 1)
     read, known = [], threading.Condition()
     inner = source._read
@@ -69,8 +63,8 @@ def test_two_steps_are_read_ahead_and_none_beyond_the_end(
 
 
 def test_the_average_follows_parameters_that_have_moved(tmp_path: Path, words: Words):
-    """`Module.to` and `copy_` leave the parameter and replace, or fill, what it holds: both must be seen."""
-    network = opened(words(tmp_path, "run")).network
+    """`Module.to` and `copy_` keep the parameter and replace or fill its storage: the average must follow both."""
+    network = build_run(words(tmp_path, "run")).network
     ema = EMA(network, Exponential(0.5))
     weight, average = network.x_embedder.proj.weight, ema.network.x_embedder.proj.weight
     start = average.clone()
@@ -84,12 +78,12 @@ def test_the_average_follows_parameters_that_have_moved(tmp_path: Path, words: W
     torch.testing.assert_close(ema.network.x_embedder.proj.weight, start + 0.5)
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def eager_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Module.compile` traces and guards as ever, and runs the traced graph as it is: no minutes of code generation."""
+    """`Module.compile` traces and guards as usual, and runs the traced graph without minutes of code generation."""
     original = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module,
@@ -113,7 +107,7 @@ def sampler_of(settings: SamplingConfig, codec: Codec | None = None, count: int 
 
 
 def test_an_sdes_noise_is_drawn_one_step_ahead_by_a_thread_and_is_the_same(monkeypatch: pytest.MonkeyPatch):
-    """Drawn in turn, as one would write it down, the noise gives the same bits; and each draw is begun a step early."""
+    """Noise that is drawn in turn gives the same bits; each draw begins one step early."""
     sampler = sampler_of(SamplingConfig(num_steps=4))
     events: list[tuple[str, str]] = []
     lock, fill = threading.Condition(), Stream.fill_normal
@@ -131,14 +125,14 @@ def test_an_sdes_noise_is_drawn_one_step_ahead_by_a_thread_and_is_the_same(monke
 
     def called(*args: Any, **kwargs: Any) -> Any:
         steps = 1 + sum(kind == "network" for kind, _ in events)  # counted from 1
-        with lock:  # the draw for the end of this step is there without anyone having asked for it
+        with lock:  # the draw for the end of this step arrives before the sampler asks for it
             assert lock.wait_for(lambda: sum(kind == "draw" for kind, _ in events) >= 3 * min(steps + 1, 4), timeout=10)
         noted("network")
         return predict(*args, **kwargs)
 
     monkeypatch.setattr(Stream, "fill_normal", filled)
     monkeypatch.setattr(sampler.network, "forward", called)
-    found = sampler.latents(range(3))
+    latents = sampler.latents(range(3))
     assert {name for kind, name in events if kind == "draw"} == {"noise"} and len(events) == 3 * 4 + 4
     monkeypatch.undo()
     streams = [Stream(0, "sample/noise", i) for i in range(3)]
@@ -148,7 +142,7 @@ def test_an_sdes_noise_is_drawn_one_step_ahead_by_a_thread_and_is_the_same(monke
 
     velocity = sampler._velocity(torch.from_numpy(sampler.labels(range(3))))
     with torch.no_grad():
-        assert torch.equal(found, solvers.euler_maruyama(velocity, draw(0), sampler.grid, draw))
+        assert torch.equal(latents, solvers.euler_maruyama(velocity, draw(0), sampler.grid, draw))
 
 
 def test_the_next_batch_is_queued_before_the_last_is_waited_for():
@@ -191,20 +185,20 @@ def test_a_sampler_in_bf16_keeps_its_weights_in_bf16_and_its_bits(guided: Path, 
     source = Source.open(SourceOptions(ckpt=str(guided), mixed_precision="bf16"), settings)
     held = {module.weight.dtype for module in source.network.blocks.modules() if isinstance(module, torch.nn.Linear)}
     assert held == {torch.bfloat16} and source.network.final_layer.linear.weight.dtype == torch.float32
-    found = source.sampler(settings, 4).latents(range(4))
+    latents = source.sampler(settings, 4).latents(range(4))
     monkeypatch.setattr("sampling.source.cast_block_linears", lambda *_: None)
     cast_at_every_call = Source.open(SourceOptions(ckpt=str(guided), mixed_precision="bf16"), settings)
     assert next(cast_at_every_call.network.blocks.parameters()).dtype == torch.float32
-    assert torch.equal(found, cast_at_every_call.sampler(settings, 4).latents(range(4)))
+    assert torch.equal(latents, cast_at_every_call.sampler(settings, 4).latents(range(4)))
 
 
-# --- compilation --------------------------------------------------------------------------------------------------------
+# --- compilation -----------------------------------------------------------------------------------------------------
 
 
 def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_same(
     tmp_path: Path, words: Words, teacher: Path
 ):
-    run = opened(
+    run = build_run(
         words(
             tmp_path,
             "run",
@@ -235,8 +229,8 @@ def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_sam
             (losses["diffusion"].mean() + losses["guided"]).backward()
             gradients.append([p.grad.clone() for p in learner.parameters()])
             learner.zero_grad()
-        for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        for gradient, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
         assert all(p.grad is None for p in learner.parameters()) and gradients[0][-1].any()
     assert len(sizes) < 6
     nothing = Selection.of((0.0, 0.0), "select", t, slice(None), run.device, few_sizes=True)
@@ -246,8 +240,8 @@ def test_selected_samples_are_filled_up_to_few_sizes_and_the_gradient_is_the_sam
 def test_no_graph_breaks_and_no_recompilation_once_both_shapes_are_known(
     tmp_path: Path, words: Words, teacher: Path, eager_compile: None
 ):
-    """The block compiles for the student and for the teacher's selected samples, whose number varies; then never again."""
-    run = opened(
+    """The block compiles for the student and for the teacher's varying number of selected samples, then never again."""
+    run = build_run(
         words(
             tmp_path,
             "run",
@@ -294,9 +288,10 @@ def test_on_cuda_the_final_layer_and_the_heads_are_compiled_too_and_kernels_comb
 
 
 def kernels_of_a_block(network: models.Backbone) -> tuple[int, int]:
-    """Kernels that Inductor makes of a block's forward and backward pass on a CPU; they are counted, not built, and do nothing.
+    """Number of kernels that Inductor makes of a block's forward and backward pass on a CPU; they are not built.
 
-    Matrix products and attention are the library's and not among them. What a GPU gets differs in number, not in what is fused.
+    Matrix products and attention are library calls, which are not counted. On a GPU the numbers differ, but the same
+    operators are fused.
     """
     launch.compile_network(network, [], "on", torch.device("cpu"))
     width = network.spec.hidden_size
@@ -310,11 +305,11 @@ def kernels_of_a_block(network: models.Backbone) -> tuple[int, int]:
         inductor.patch(force_disable_caches=True),
         mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: _nothing),
         mock.patch("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list),
-    ):  # no compiler is asked what the processor can do
+    ):  # the last patch keeps Inductor from compiling a probe of the processor
         output = network.blocks[0](tokens, condition, network.rotation())
         forward = metrics.generated_kernel_count
         output.sum().backward()
-    torch._dynamo.reset()  # these kernels are for nobody else
+    torch._dynamo.reset()  # other tests must not run these empty kernels
     return forward, metrics.generated_kernel_count - forward
 
 
@@ -323,7 +318,7 @@ def _nothing(*_: Any) -> None:
 
 
 class Summed(torch.nn.Module):
-    """A norm, then something that cannot be fused with what stands before and after it."""
+    """A norm, then an operator that cannot be fused with its neighbours."""
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
@@ -357,38 +352,38 @@ def test_the_count_of_kernels_sees_what_is_not_fused():
 def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(
     tmp_path: Path, words: Words, eager_compile: None
 ):
-    run = opened(words(tmp_path, "run", "--compile", "on"))
+    run = build_run(words(tmp_path, "run", "--compile", "on"))
     assert all(block._compiled_call_impl is not None for block in [*run.network.blocks, *run.ema.network.blocks])
     assert graphs() == (0, 0)  # nothing is compiled before it is called
     Sampler(run.ema.network, PixelCodec(pixels(1)), SamplingConfig(mode="ode", num_steps=2), 4).latents(range(4))
     assert graphs() == (1, 0)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_activation_checkpointing_keeps_less_computes_more_and_changes_nothing(tmp_path: Path, words: Words):
     results = {}
     for mode in ("none", "selective", "full"):
-        run = opened(words(tmp_path, mode, "--activation-checkpointing", mode))
+        run = build_run(words(tmp_path, mode, "--activation-checkpointing", mode))
         learner = run.learner()
         ((batch,),) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
         with FlopCounterMode(display=False) as flops, Alive() as alive:
             losses = learner(batch)
-            kept = alive.bytes()
+            memory = alive.bytes()
             sum(value.mean() for value in losses.values()).backward()
-        results[mode] = kept, flops.get_total_flops(), {name: p.grad for name, p in learner.named_parameters()}
-    (kept, work, expected), (some, same, gradients), (least, more, again) = results.values()
-    assert least < some / 3 < kept / 5 and same == work and 1.25 * work < more < 1.35 * work
+        results[mode] = memory, flops.get_total_flops(), {name: p.grad for name, p in learner.named_parameters()}
+    (memory, work, expected), (some, same, gradients), (least, more, again) = results.values()
+    assert least < some / 3 < memory / 5 and same == work and 1.25 * work < more < 1.35 * work
     for name, gradient in expected.items():
         assert torch.equal(gradients[name], gradient) and torch.equal(again[name], gradient), name
 
 
-# --- the step -----------------------------------------------------------------------------------------------------------
+# --- the step --------------------------------------------------------------------------------------------------------
 
 
 class Alive(TorchDispatchMode):
-    """Knows the storages that operators have made, and which of them are still held by anything."""
+    """Records the storages that operators make, and which of them are still held."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -405,7 +400,7 @@ class Alive(TorchDispatchMode):
         return result
 
     def bytes(self) -> int:
-        """Bytes of what is held now."""
+        """Bytes of the storages that are still held."""
         return sum(size for reference, size in self._made.values() if not reference.expired())
 
 
@@ -463,7 +458,7 @@ def operators_of_a_step(run: Run) -> collections.Counter[str]:
 def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(
     tmp_path: Path, words: Words, teacher: Path, method: str, more: tuple, bound: int
 ):
-    """No operator whose result the host has to wait for; and, views aside, six blocks of SiT run eagerly take so many in all."""
+    """The host waits for no operator; apart from views, six eager blocks of SiT run at most `bound` operators."""
     words_of = words(
         tmp_path,
         "run",
@@ -472,13 +467,13 @@ def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(
         *(("--guiding-ckpt", teacher) if method == "guided" else ()),
         *more,
     )
-    calls = operators_of_a_step(opened(words_of, "train_guide" if method == "guided" else "train"))
+    calls = operators_of_a_step(build_run(words_of, "train_guide" if method == "guided" else "train"))
     waiting = {"nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2", "item"}
     assert not waiting & calls.keys(), waiting & calls.keys()
     # on a CPU, where reading is free, the host looks at the norm itself; on CUDA the optimiser's kernel does
     assert calls["_local_scalar_dense"] == 1
     kernels = sum(count for name, count in calls.items() if name not in VIEWS)
-    assert 0.9 * bound < kernels <= bound, kernels
+    assert kernels <= bound, kernels
     assert calls["_fused_adamw_"] == (1 if method in ("none", "dispersive") else 2) and calls["_foreach_lerp_"] == 1
     assert calls["_scaled_dot_product_flash_attention_for_cpu"] == 6 + {"guided": 4, "sra": 4}.get(method, 0)
 
@@ -486,11 +481,11 @@ def test_a_step_waits_for_nothing_and_runs_no_more_operators_than_it_did(
 def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(
     tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
 ):
-    run = opened(words(tmp_path, "run"))
+    run = build_run(words(tmp_path, "run"))
     gathered: list[int] = []
     gather = run.data._gather
     monkeypatch.setattr(
-        run.data, "_gather", lambda rows: (lambda found: (gathered.append(found.nbytes), found)[1])(gather(rows))
+        run.data, "_gather", lambda rows: (lambda values: (gathered.append(values.nbytes), values)[1])(gather(rows))
     )
     list(loop.steps(run, 3))
     row = int(np.prod(run.data.shape)) * np.dtype(run.data.manifest["dtype"]).itemsize
@@ -499,7 +494,7 @@ def test_a_step_reads_its_rows_once_and_half_precision_stays_half_on_the_way(
 
 def test_what_a_step_does_around_its_network_takes_little_of_the_hosts_time(tmp_path: Path, words: Words):
     """Draws, rows, meter and EMA against the bare forward, backward and update of the same tiny network, in turns."""
-    run, bare = opened(words(tmp_path, "real")), opened(words(tmp_path, "bare"))
+    run, bare = build_run(words(tmp_path, "real")), build_run(words(tmp_path, "bare"))
     ((batch,),) = Batches(bare.config, bare.data, bare.device, 0, 1).steps(0, 1, {})
     learner, stepping = bare.learner(), loop.steps(run, 100, Meter(run.accelerator))
     spent: dict[str, list[float]] = {"real": [], "bare": []}

@@ -1,4 +1,4 @@
-"""What a run takes over from the checkpoint that it starts from, or from its teacher, and what it says of it."""
+"""What a run takes over from the checkpoint that it starts from, or from its teacher, and what it prints."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from models.checkpoint import Checkpoint
 from preprocessing import encode
 from runtime import seal
 from runtime.errors import UserError
-from tests.helpers import Words, class_folders
+from tests.helpers import Words, build_run, class_folders
 from training import command, introduction
-from training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def without_recipe(argv: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("program, flag", [("train_guide.py", "--guiding-ckpt"), ("train.py", "--init-ckpt")])
-def test_model_norm_and_recipe_are_those_of_the_teacher_unless_told_otherwise(
+def test_model_norm_and_recipe_are_those_of_the_teacher_unless_given(
     tmp_path: Path, words: Words, normed: Path, capsys: pytest.CaptureFixture, program: str, flag: str
 ) -> None:
     argv = without_recipe(words(tmp_path, "run", flag, normed))
@@ -98,9 +97,7 @@ def test_weights_are_named_and_selectable(
     tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for which, file in (("ema", "ema"), ("raw", "network")):
-        run = Run(
-            *command.resolve(words(tmp_path, which, "--init-ckpt", teacher, init_weights=which), "train.py", None)
-        )
+        run = build_run(words(tmp_path, which, "--init-ckpt", teacher, init_weights=which))
         tensors = Checkpoint.open(teacher).tensors(file)
         assert all(torch.equal(value, tensors[name]) for name, value in run.network.state_dict().items())
         path = Checkpoint.open(teacher).path
@@ -130,18 +127,18 @@ def test_another_size_stretches_positions_and_other_classes_renew_the_label_tabl
     )
     argv = [*words(tmp_path, "run", "--init-ckpt", teacher), "--data-dir", str(tmp_path / "set"), "--max-train-steps"]
     run = train.main([*argv, "1"])
-    told = capsys.readouterr().out
-    assert (
-        "all 4 rows of the label table are fresh (it had 10 classes), positions of its 4x4 tokens are stretched over 8x8"
-        in told
-    )
+    output = capsys.readouterr().out
+    assert "all 4 rows of the label table are fresh (it had 10 classes)" in output
+    assert "positions of its 4x4 tokens are stretched over 8x8" in output
     started, known = Checkpoint.open(run), Checkpoint.open(teacher)
     assert (
         started.spec.position_span == 4
         and known.spec.position_span is None
         and "position_span" in started.config["model"]
     )
-    grid, before = (found.network().pos_embed.unflatten(1, (found.spec.side,) * 2) for found in (started, known))
+    grid, before = (
+        checkpoint.network().pos_embed.unflatten(1, (checkpoint.spec.side,) * 2) for checkpoint in (started, known)
+    )
     torch.testing.assert_close(grid[:, ::2, ::2], before)  # every second position is an old one, the others lie between
     assert not torch.allclose(grid[:, 1, 1], before[:, 1, 1]) and not torch.allclose(grid[:, 1, 1], before[:, 0, 0])
     train.main([*argv, "2"])  # continues with the same positions
@@ -167,17 +164,17 @@ def test_spaces_without_a_digest_are_compared_by_name(tmp_path: Path, words: Wor
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace('"name": "pixels"', '"name": "sd-vae"'))
     seal.main([str(config)])
-    run = Run(*command.resolve(words(tmp_path, "run", "--init-ckpt", tmp_path / "other"), "train.py", None))
+    run = build_run(words(tmp_path, "run", "--init-ckpt", tmp_path / "other"))
     assert any(
         "warning" in line and "latents of sd-vae against pixels" in line for line in introduction.introduction(run)
     )
     argv = words(tmp_path, "guided", "--guiding-ckpt", tmp_path / "other", "--align-hidden", 16)
-    run = Run(*command.resolve(argv, "train_guide.py", None, ("guided",)))
+    run = build_run(argv, "train_guide")
     assert any("latents of sd-vae against pixels" in line for line in introduction.introduction(run))
     space = Checkpoint.open(teacher).space
     assert space.unverified_match(space) is None
     digests = [dataclasses.replace(space, name=name, digest="a") for name in ("one", "two")]
-    assert digests[0].unverified_match(digests[1]) is None  # equal digests leave no doubt, whatever the names
+    assert digests[0].unverified_match(digests[1]) is None  # equal digests decide, whatever the names
 
 
 def test_a_run_that_is_done_says_finished(tmp_path: Path, words: Words, capsys: pytest.CaptureFixture) -> None:
@@ -185,13 +182,14 @@ def test_a_run_that_is_done_says_finished(tmp_path: Path, words: Words, capsys: 
     train.main(argv)
     assert "finished" not in capsys.readouterr().out
     train.main(argv)
-    told = capsys.readouterr().out
-    assert "finished: step 1 is done; to go on, give a larger --max-train-steps" in told and "continuing" not in told
+    output = capsys.readouterr().out
+    assert "finished: step 1 is done; to go on, give a larger --max-train-steps" in output
+    assert "continuing" not in output
 
 
 def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None:
     for steps, warned in ((112 * 3000, False), (112 * 3000 + 1, True)):
-        run = Run(*command.resolve(words(tmp_path, "run", "--max-train-steps", steps), "train.py", None))
+        run = build_run(words(tmp_path, "run", "--max-train-steps", steps))
         assert (
             any(
                 "the network will memorise a set this small; give --batch-size 32 --max-train-steps 56000" in line

@@ -51,9 +51,9 @@ def records(file: Path) -> Iterator[Any]:
 def whole(file: Path) -> list[Any]:
     """All records of a run that has ended; wandb's own process may still be writing the last ones."""
     for _ in range(100):
-        found = list(records(file))
-        if any(record.HasField("exit") for record in found):
-            return found
+        seen = list(records(file))
+        if any(record.HasField("exit") for record in seen):
+            return seen
         time.sleep(0.1)
     raise AssertionError(f"{file} has no end")
 

@@ -25,32 +25,13 @@ from alignment.guided import Guided
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
-from tests.helpers import ROOT, Words
-from training import command, loop
+from tests.helpers import ROOT, Words, assert_same_bits, build_run, saved_tensors
+from training import loop
 from training.log import read
-from training.run import Run
-
-
-def trainer(program: str, argv: list[str]) -> Run:
-    always = ("guided",) if program == "train_guide" else ()
-    return Run(*command.resolve(argv, program, None, always))
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: {k: v for k, v in line.items() if k.startswith("loss/")} for line in read(run / "log.jsonl")}
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    folder = Checkpoint.open(run).path
-    return {
-        f"{file.name}/{name}": value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()
-    }
-
-
-def assert_same_bits(one: Path, two: Path) -> None:
-    first, second = tensors(one), tensors(two)
-    assert first.keys() == second.keys() and first
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def launch(*words: str) -> subprocess.CompletedProcess:
@@ -83,45 +64,47 @@ def test_resume_after_a_kill_repeats_only_the_steps_since_the_checkpoint(tmp_pat
     run = train.main(words(tmp_path / "b", "run", *more, "--max-train-steps", 4))
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 5, "loss/diffusion": 99}\n{"step": 6, "loss/diff')
-    (run / "checkpoints" / ".0000006.123.tmp").mkdir()  # what a kill during a save leaves
+    (run / "checkpoints" / ".0000006.123.tmp").mkdir()  # as a kill during a save leaves it
     train.main(words(tmp_path / "b", "run", *more, "--max-train-steps", 6))
     assert losses(whole) == losses(run)
     assert_same_bits(whole, run)
 
 
 def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict[str, torch.Tensor]:
-    """First gradients, losses and parameters of a run under SGD (under Adam the key biases, whose gradient is zero, drift)."""
-    run = trainer(program, argv)
+    """First gradients, losses and parameters of a run under SGD; Adam moves key biases, whose gradient is zero."""
+    run = build_run(argv, program)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     run.optimizer = torch.optim.SGD(run.optimizer.param_groups, lr=0.05)
-    kept: dict[str, torch.Tensor] = {}
+    results: dict[str, torch.Tensor] = {}
 
     def first_gradients(optimizer: Any, *_: Any) -> None:
-        if not kept:
-            kept.update({f"gradient/{i}": p.grad.clone() for i, p in enumerate(parameters)})
+        if not results:
+            results.update({f"gradient/{i}": p.grad.clone() for i, p in enumerate(parameters)})
 
     run.optimizer.register_step_pre_hook(first_gradients)
     loop.train(run)
     logged = losses(run.folder)
-    kept["losses"] = torch.tensor([logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64)
-    kept["ratios"] = torch.tensor(
+    results["losses"] = torch.tensor(
+        [logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64
+    )
+    results["ratios"] = torch.tensor(
         [line["grad_norm_ratio/guided"] for line in read(run.folder / "log.jsonl") if "grad_norm_ratio/guided" in line],
         dtype=torch.float64,
     )
-    kept |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
-    kept |= {f"weight/ema/{name}": value for name, value in run.ema.network.state_dict().items()}
-    return kept
+    results |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
+    results |= {f"weight/ema/{name}": value for name, value in run.ema.network.state_dict().items()}
+    return results
 
 
 def two_processes(folder: Path, argv: list[str], sampling: list[str]) -> None:
     """Runs inside each of two processes: the checks that need them, and the numbers to compare with one process."""
     import generate
 
-    run = trainer("train_guide", argv)
+    run = build_run(argv, "train_guide")
     assert run.accelerator.num_processes == 2
-    found = sgd_steps(argv, 20)
+    results = sgd_steps(argv, 20)
     if run.accelerator.is_main_process:
-        save_file(found, folder / "found.safetensors")
+        save_file(results, folder / "found.safetensors")
     generate.main(sampling)
 
 
@@ -188,12 +171,12 @@ def pair(
 
 def test_one_process_equals_two_and_accumulation_equals_one_batch(pair: tuple[Path, Callable[..., list[str]]]) -> None:
     folder, argv = pair
-    one = sgd_steps(argv("one"), 20)
-    assert len(one["ratios"]) == 2 and (one["ratios"] > 0).all()
+    expected = sgd_steps(argv("one"), 20)
+    assert len(expected["ratios"]) == 2 and (expected["ratios"] > 0).all()
     accumulated = sgd_steps(argv("accumulated", "--gradient-accumulation-steps", 4), 20)
     for other in (load_file(folder / "found.safetensors"), accumulated):
-        assert other.keys() == one.keys()
-        for name, value in one.items():
+        assert other.keys() == expected.keys()
+        for name, value in expected.items():
             tolerance = 1e-6 if name.startswith("gradient") else 1e-5
             torch.testing.assert_close(
                 other[name],
@@ -202,7 +185,7 @@ def test_one_process_equals_two_and_accumulation_equals_one_batch(pair: tuple[Pa
                 rtol=1e-4 if name.startswith("weight") else 0,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
-    assert any(value.abs().sum() > 0 for name, value in one.items() if name.startswith("gradient"))
+    assert any(value.abs().sum() > 0 for name, value in expected.items() if name.startswith("gradient"))
 
 
 def test_sample_i_is_the_same_for_any_batch_size_and_process_count(
@@ -211,7 +194,7 @@ def test_sample_i_is_the_same_for_any_batch_size_and_process_count(
     import generate
 
     folder, _ = pair
-    found = np.load(folder / "two-samples" / "samples.npz")
+    pair_samples = np.load(folder / "two-samples" / "samples.npz")
     for size in (13, 5):
         out = generate.main(
             [
@@ -229,12 +212,12 @@ def test_sample_i_is_the_same_for_any_batch_size_and_process_count(
                 str(tmp_path / str(size)),
             ]
         )
-        one = np.load(out / "samples.npz")
-        assert np.array_equal(found["labels"], one["labels"])
-        # sums of other batch shapes may differ in the last bit of fp32, which moves a pixel that lies on a rounding edge
-        apart = np.abs(found["arr_0"].astype(int) - one["arr_0"])
+        samples = np.load(out / "samples.npz")
+        assert np.array_equal(pair_samples["labels"], samples["labels"])
+        # Sums of other batch shapes may differ in the last bit of fp32, which moves a pixel on a rounding edge.
+        apart = np.abs(pair_samples["arr_0"].astype(int) - samples["arr_0"])
         assert apart.max() <= 1 and (apart > 0).mean() < 0.005
-    assert found["arr_0"].shape == (13, 8, 8, 1) and len(np.unique(found["arr_0"], axis=0)) == 13
+    assert pair_samples["arr_0"].shape == (13, 8, 8, 1) and len(np.unique(pair_samples["arr_0"], axis=0)) == 13
 
 
 def test_after_the_stop_the_loss_is_the_plain_one_and_the_teacher_rests(
@@ -246,10 +229,10 @@ def test_after_the_stop_the_loss_is_the_plain_one_and_the_teacher_rests(
     more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 2]
     train_guide.main(words(tmp_path, "run", *more, "--max-train-steps", 2))
     assert len(called) == 2
-    # from here on the same steps by plain training, from the checkpoint at the stop
+    # from here on, plain training takes the same steps from the checkpoint at the stop
     folder = Checkpoint.open(tmp_path / "run").path
-    guided = trainer("train_guide", words(tmp_path, "run", *more, "--max-train-steps", 5))
-    plain = trainer("train", words(tmp_path, "plain", "--max-train-steps", 5))
+    guided = build_run(words(tmp_path, "run", *more, "--max-train-steps", 5), "train_guide")
+    plain = build_run(words(tmp_path, "plain", "--max-train-steps", 5))
     plain.network.load_state_dict(load_file(folder / "network.safetensors"))
     for name, slots in guided.optimizer.state_dict()["state"].items():
         plain.optimizer.state[list(plain.network.parameters())[name]] = {k: v.clone() for k, v in slots.items()}
@@ -271,38 +254,38 @@ def test_the_stop_within_a_run_equals_a_resume_at_the_stop(tmp_path: Path, words
 
 
 def test_plain_and_guided_start_from_the_same_network_and_data(tmp_path: Path, words: Words, teacher: Path) -> None:
-    plain = trainer("train", words(tmp_path, "plain"))
-    guided = trainer("train_guide", words(tmp_path, "guided", "--guiding-ckpt", teacher))
+    plain = build_run(words(tmp_path, "plain"))
+    guided = build_run(words(tmp_path, "guided", "--guiding-ckpt", teacher), "train_guide")
     for (name, a), (_, b) in zip(plain.network.state_dict().items(), guided.network.state_dict().items()):
         assert torch.equal(a, b), name
-    other = trainer("train", words(tmp_path, "other", "--seed", 1))
+    other = build_run(words(tmp_path, "other", "--seed", 1))
     assert not torch.equal(other.network.x_embedder.proj.weight, plain.network.x_embedder.proj.weight)
 
 
 def test_label_dropout_has_its_rate_and_feeds_the_null_label(tmp_path: Path, words: Words) -> None:
     from training import batches
 
-    run = trainer("train", words(tmp_path, "run", "--cfg-prob", 0.25))
+    run = build_run(words(tmp_path, "run", "--cfg-prob", 0.25))
     dropped = np.concatenate([batches.plan(run.config, run.data, step).dropped for step in range(500)])
     assert dropped.mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / dropped.size) ** 0.5)
     source = batches.Batches(run.config, run.data, run.device, 0, 1)
-    for step, (one,) in enumerate(source.steps(0, 5, {})):
+    for step, (batch,) in enumerate(source.steps(0, 5, {})):
         lost = torch.from_numpy(batches.plan(run.config, run.data, step).dropped)
-        assert torch.equal(one.y[lost], torch.full_like(one.y[lost], 10)) and torch.equal(
-            one.y[~lost], one.labels[~lost]
+        assert torch.equal(batch.y[lost], torch.full_like(batch.y[lost], 10)) and torch.equal(
+            batch.y[~lost], batch.labels[~lost]
         )
 
 
 def test_an_epoch_visits_every_item_once_and_times_have_their_law(tmp_path: Path, words: Words) -> None:
     from training import batches
 
-    run = trainer("train", words(tmp_path, "run", "--time-sampling", "logit-normal", uniform_from_epoch=2))
+    run = build_run(words(tmp_path, "run", "--time-sampling", "logit-normal", uniform_from_epoch=2))
     plans = [batches.plan(run.config, run.data, step) for step in range(3 * run.epoch_steps)]
     for epoch in range(2):
-        seen = np.concatenate([one.index for one in plans[epoch * run.epoch_steps : (epoch + 1) * run.epoch_steps]])
+        seen = np.concatenate([plan.index for plan in plans[epoch * run.epoch_steps : (epoch + 1) * run.epoch_steps]])
         assert len(np.unique(seen)) == len(seen) == run.epoch_steps * 16
-    early = np.concatenate([one.t for one in plans[: 2 * run.epoch_steps]])
-    late = np.concatenate([one.t for one in plans[2 * run.epoch_steps :]])
+    early = np.concatenate([plan.t for plan in plans[: 2 * run.epoch_steps]])
+    late = np.concatenate([plan.t for plan in plans[2 * run.epoch_steps :]])
     assert np.quantile(early, [0.05, 0.5, 0.95]) == pytest.approx([0.162, 0.5, 0.838], abs=0.02)
     assert np.quantile(late, [0.05, 0.5, 0.95]) == pytest.approx([0.05, 0.5, 0.95], abs=0.03)
 
@@ -318,7 +301,7 @@ def test_every_step_logs_loss_by_quarter_of_t(teacher: Path) -> None:
 def test_ema_follows_its_definition(words: Words, tmp_path: Path) -> None:
     from training.ema import EMA, Exponential
 
-    run = trainer("train", words(tmp_path, "run"))
+    run = build_run(words(tmp_path, "run"))
     for warmup in (False, True):
         ema = EMA(run.network, Exponential(0.9, warmup))
         expected = run.network.x_embedder.proj.weight.detach().clone()
@@ -363,12 +346,12 @@ def test_previews_do_not_touch_the_run(tmp_path: Path, words: Words) -> None:
 def test_latents_may_stay_on_disk_in_memory_or_on_the_device(tmp_path: Path, words: Words) -> None:
     disk = train.main(words(tmp_path / "disk", "run", "--max-train-steps", 3))
     for place in ("ram", "device"):
-        run = trainer("train", words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
+        run = build_run(words(tmp_path / place, "run", "--max-train-steps", 3, "--resident", place))
         assert (run.data._on_device is not None) == (place == "device") and run.data._rows[0].flags["OWNDATA"] == (
             place == "ram"
         )
         if place == "device":
-            run.data._rows = None  # the host's rows are not touched any more
+            run.data._rows = None  # the host's rows are no longer read
         assert_same_bits(disk, loop.train(run))
 
 
@@ -377,20 +360,20 @@ def test_init_ckpt_starts_from_ema_weights_with_a_new_label_table(tmp_path: Path
 
     from training.resume import start_from
 
-    run = trainer("train", words(tmp_path, "run", "--init-ckpt", teacher))
+    run = build_run(words(tmp_path, "run", "--init-ckpt", teacher))
     ema = Checkpoint.open(teacher).tensors("ema")
     assert all(torch.equal(value, ema[name]) for name, value in run.network.state_dict().items())
     config = json.loads((Checkpoint.open(teacher).path / "config.json").read_text())
     shutil.copytree(Checkpoint.open(teacher).path, tmp_path / "scaled")
     files.write_sealed(tmp_path / "scaled" / "config.json", {**config, "space": {**config["space"], "scale": [2.0]}})
     with pytest.raises(UserError, match="scale"):
-        trainer("train", words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
-    found = Checkpoint.open(teacher)
-    other, _ = start_from(found, dataclasses.replace(found.spec, num_classes=3), seed=5)
+        build_run(words(tmp_path, "other", "--init-ckpt", tmp_path / "scaled"))
+    checkpoint = Checkpoint.open(teacher)
+    other, _ = start_from(checkpoint, dataclasses.replace(checkpoint.spec, num_classes=3), seed=5)
     assert other.y_embedder.embedding_table.weight.shape == (4, 128)
     assert torch.equal(other.blocks[0].attn.qkv.weight, ema["blocks.0.attn.qkv.weight"])
     with pytest.raises(UserError, match="depth"):
-        start_from(found, dataclasses.replace(found.spec, depth=5), seed=0)
+        start_from(checkpoint, dataclasses.replace(checkpoint.spec, depth=5), seed=0)
 
 
 def test_bf16_trains_close_to_fp32(tmp_path: Path, words: Words) -> None:
@@ -401,7 +384,7 @@ def test_bf16_trains_close_to_fp32(tmp_path: Path, words: Words) -> None:
     for step in (1, 2, 3):
         assert losses(mixed)[step]["loss/latent"] == pytest.approx(losses(full)[step]["loss/latent"], rel=0.02)
     assert losses(mixed) != losses(full)
-    assert all(value.dtype == torch.float32 for value in tensors(mixed).values())
+    assert all(value.dtype == torch.float32 for value in saved_tensors(mixed).values())
 
 
 def test_compiled_blocks_compute_the_same(
@@ -411,7 +394,7 @@ def test_compiled_blocks_compute_the_same(
 
     from models.backbone import Block
 
-    # dynamo's tracing without the minute that code generation takes here
+    # Dynamo traces, but without the minute of code generation
     monkeypatch.setattr(
         Block,
         "compile",
@@ -428,7 +411,7 @@ def test_compiled_blocks_compute_the_same(
     assert len(compiled) == 6 + 6 + 4 and "compile on" in capsys.readouterr().out
     for step in (1, 2):
         assert losses(traced)[step]["loss/diffusion"] == pytest.approx(losses(eager)[step]["loss/diffusion"], abs=1e-5)
-    assert tensors(traced).keys() == tensors(eager).keys()  # names do not change
+    assert saved_tensors(traced).keys() == saved_tensors(eager).keys()  # names do not change
     monkeypatch.setattr("shutil.which", lambda name: None)
     train_guide.main([*argv, str(tmp_path / "bare"), "--compile", "on"])
     assert "no C++ compiler found" in capsys.readouterr().out
@@ -436,7 +419,7 @@ def test_compiled_blocks_compute_the_same(
 
 def test_deterministic_sets_deterministic_kernels(tmp_path: Path, words: Words) -> None:
     try:
-        trainer("train", words(tmp_path, "run", "--deterministic"))
+        build_run(words(tmp_path, "run", "--deterministic"))
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -505,14 +488,14 @@ def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> No
             "2",
         ]
     )
-    found = Checkpoint.open(run).config
-    assert found["align"]["guided"]["guide_scale"] == 10 and found["train"]["velocity_loss"] == "mse+cosine"
+    saved = Checkpoint.open(run).config
+    assert saved["align"]["guided"]["guide_scale"] == 10 and saved["train"]["velocity_loss"] == "mse+cosine"
     assert "loss/guided" in losses(run)[2] and "loss/guided" not in losses(run)[3]
-    one = trainer("train", [*argv, "--exp-name", "look"])
+    look = build_run([*argv, "--exp-name", "look"])
     from training import batches
 
-    (batch,) = next(batches.Batches(one.config, one.data, one.device, 0, 1).steps(0, 1, {}))
-    drawn = batches.plan(one.config, one.data, 0)
+    (batch,) = next(batches.Batches(look.config, look.data, look.device, 0, 1).steps(0, 1, {}))
+    drawn = batches.plan(look.config, look.data, 0)
     assert set(drawn.view) == {0, 1}
     expected = (values[drawn.index, drawn.view, 0] - np.array(space.shift)[:, None, None]) * np.array(space.scale)[
         :, None, None
@@ -527,9 +510,9 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher
     from training.log import Meter
     from training.loop import update
 
-    run = trainer(
-        "train_guide",
+    run = build_run(
         words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.9),
+        "train_guide",
     )
     learner, meter = Learner(run.network, run.alignments, autocast=run.dtype), Meter(run.accelerator)
     for step, micros in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 6, run.alignments)):
@@ -541,17 +524,18 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher
 
 
 def test_checkpoints_rebuild_their_networks(guided: Path, teacher: Path) -> None:
-    found = Checkpoint.open(guided)
+    checkpoint = Checkpoint.open(guided)
     assert (
-        found.step == 4 and found.config["resolved"]["guided"]["teacher"]["digest"] == Checkpoint.open(teacher).digest
+        checkpoint.step == 4
+        and checkpoint.config["resolved"]["guided"]["teacher"]["digest"] == Checkpoint.open(teacher).digest
     )
     for weights, file in (("ema", "ema"), ("raw", "network")):
-        network = found.network(weights)
+        network = checkpoint.network(weights)
         assert (
-            all(torch.equal(v, found.tensors(file)[k]) for k, v in network.state_dict().items())
+            all(torch.equal(v, checkpoint.tensors(file)[k]) for k, v in network.state_dict().items())
             and not network.training
         )
-    assert not any("head" in name or "teacher" in name for name in found.tensors("network"))
+    assert not any("head" in name or "teacher" in name for name in checkpoint.tensors("network"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""The start of a process: what the launcher and the machine offer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime import launch
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def printed(driver: bool, usable: bool, visible: str = "0") -> str:
+        monkeypatch.setattr("os.path.exists", lambda path: driver and path == "/proc/driver/nvidia/version")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        launch._note_unused_gpu()
+        return capsys.readouterr().out
+
+    line = printed(driver=True, usable=False)
+    assert line.count("\n") == 1 and torch.__version__ in line and "install the torch that fits the driver" in line
+    assert not printed(driver=True, usable=True) and not printed(driver=False, usable=False)
+    assert not printed(driver=True, usable=False, visible="")  # hidden on purpose
