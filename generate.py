@@ -32,7 +32,7 @@ from config import FeatureOptions, require_samples
 from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import Given, group, option, peek, read, require_bounds
+from runtime.options import Given, group, option, peek, read
 from sampling import presets
 from sampling.config import SamplingConfig, SourceOptions
 
@@ -74,7 +74,6 @@ class GenerateConfig:
     scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             self.reference is not None or self.scores == FeatureOptions(),
             "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE",

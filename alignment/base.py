@@ -40,7 +40,7 @@ from models.heads import VelocityHead
 from models.latents import LatentSpace
 from models.layers import cast_block_linears
 from runtime.errors import require
-from runtime.options import option
+from runtime.options import option, require_bounds
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ T = TypeVar("T")
 class AlignOptions:
     """Options that every alignment has."""
 
-    weight: float = option(0.5, help="lambda, the weight of this loss beside the flow-matching loss")
+    weight: float = option(0.5, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss")
     schedule: str = option(
         "constant",
         choices=("constant", "cosine", "linear"),
         help="lambda until the stop: constant, or decaying to 0 there",
     )
-    stop_steps: int | None = option(None, help="drop this loss after this many optimiser steps; 0: never")
-    stop_epochs: float | None = option(None, help="drop this loss after this many epochs; 0: never")
+    stop_steps: int | None = option(
+        None, within="[0, inf)", help="drop this loss after this many optimiser steps; 0: never"
+    )
+    stop_epochs: float | None = option(None, within="[0, inf)", help="drop this loss after this many epochs; 0: never")
     interval: tuple[float, float] | None = option(None, help="times a b: align samples with a <= t <= b only")
     mask: str = option(
         "select",
@@ -69,16 +71,11 @@ class AlignOptions:
     )
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, f"--align-weight {self.weight} must not be negative")
+        require_bounds(self, "align")
         require(
             self.stop_steps is None or self.stop_epochs is None,
             "--align-stop-steps and --align-stop-epochs say the same: give one of them",
         )
-        require(
-            all(value is None or value >= 0 for value in (self.stop_steps, self.stop_epochs)),
-            "--align-stop-steps and --align-stop-epochs must not be negative; 0 means never",
-        )
-        require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         intervals.check(self.interval, self.mask)
 
     @property

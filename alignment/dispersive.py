@@ -20,7 +20,6 @@ from alignment.base import Alignment, AlignOptions, BuildContext, Context, not_n
 from models import ModelSpec
 from models.backbone import block_number
 from runtime.arithmetic import exact_arithmetic
-from runtime.errors import require
 from runtime.options import option
 
 # The authors' training does not clip gradients and computes in float32 with TF32 products.
@@ -32,15 +31,11 @@ class DispersiveOptions(AlignOptions):
     """Options of Dispersive Loss; the defaults are the paper's."""
 
     depth: int | None = option(None, help="block (default: a quarter of the depth)")
-    temperature: float = option(0.5, help="tau")
+    temperature: float = option(0.5, within="(0, inf)", help="tau")
     # Set by presets: the block as a share of the depth, used if `depth` is not given; and the samples of a micro-batch
     # in the published runs, for a warning.
     share: float = 1 / 4
     published_batch: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.temperature > 0, f"--dispersive-temperature {self.temperature} must be positive")
 
 
 class Dispersive(Alignment[DispersiveOptions]):

@@ -26,7 +26,7 @@ class ExternalOptions(AlignOptions):
     """Options of an alignment with an external encoder."""
 
     depth: int | None = option(None, help="student's block whose output is aligned")
-    hidden: int = option(2048, help="width of the head's hidden layers")
+    hidden: int = option(2048, within="[1, inf)", help="width of the head's hidden layers")
     encoder: str = option(
         DINOV2, help="encoder: a vision transformer of timm, by its name or REPA's, or a folder of one"
     )

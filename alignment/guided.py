@@ -60,14 +60,10 @@ class GuidedOptions(AlignOptions):
     )
     guiding_depth: int | None = option(None, help="teacher's block (default: 2/3 of its depth)", flag="guiding-depth")
     guided_depth: int | None = option(None, help="student's block (default: half its depth)", flag="guided-depth")
-    guide_scale: float | None = option(None, help=f"omega (default: {PUBLISHED})", flag="guide-scale")
-    hidden: int = option(2048, help="width of the head's hidden layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.guide_scale is None or self.guide_scale >= 0, f"--guide-scale {self.guide_scale} must not be negative"
-        )
+    guide_scale: float | None = option(
+        None, within="[0, inf)", help=f"omega (default: {PUBLISHED})", flag="guide-scale"
+    )
+    hidden: int = option(2048, within="[1, inf)", help="width of the head's hidden layers")
 
 
 class Guided(Alignment[GuidedOptions]):

@@ -23,7 +23,6 @@ from alignment.base import Alignment, AlignOptions, BuildContext, Context, not_n
 from models import ModelSpec, patchify
 from models.backbone import block_number
 from models.heads import VelocityHead
-from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -43,16 +42,12 @@ class LatentOptions(AlignOptions):
         "mse", choices=("mse", "smooth-l1"), help="distance to the target (smooth-l1: SRA 2's, beta 0.05)"
     )
     head: str = option("mlp", choices=("mlp", "mlp-norm-linear"), help="the paper's MLP, or the authors' longer head")
-    layers: int = option(3, help="linear layers of the MLP (SRA 2: 5)")
-    hidden: int = option(2048, help="width of the head's hidden layers")
+    layers: int = option(3, within="[2, inf)", help="linear layers of the MLP (SRA 2: 5)")
+    hidden: int = option(2048, within="[1, inf)", help="width of the head's hidden layers")
     # Set by presets, used if `depth` is not given: (depth, n) of networks whose block is published, and n as a share of
     # any other depth.
     share: float = 1 / 6
     blocks: tuple[tuple[int, int], ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.layers >= 2, f"--align-layers {self.layers} must be at least 2")
 
 
 class Latent(Alignment[LatentOptions]):

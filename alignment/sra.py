@@ -23,7 +23,6 @@ from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosin
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import linear
-from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -40,20 +39,14 @@ class SraOptions(AlignOptions):
         choices=("tail", "constant", "cosine", "linear"),
         help="lambda: constant then an exponential tail, constant, or falling to 0 at the stop",
     )
-    tail_epoch: int = option(149, help="epoch, from 0, at which the tail begins (512 pixels: 99)")
-    tail_length: float = option(1000.0, help="epochs in which the tail falls to a tenth (512 pixels: 800)")
+    tail_epoch: int = option(149, within="[0, inf)", help="epoch, from 0, at which the tail begins (512 pixels: 99)")
+    tail_length: float = option(
+        1000.0, within="(0, inf)", help="epochs in which the tail falls to a tenth (512 pixels: 800)"
+    )
     distance: str = option("smooth-l1", choices=("smooth-l1", "cosine", "token-cosine"), help="distance to the teacher")
-    offset: float = option(0.2, help="largest step of the teacher's time towards the data")
+    offset: float = option(0.2, within="[0, 1]", help="largest step of the teacher's time towards the data")
     depth: int | None = option(None, help="student's block k")
     target_depth: int | None = option(None, help="teacher's block m")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.tail_length > 0 and self.tail_epoch >= 0,
-            "--sra-tail-length must be positive, --sra-tail-epoch not negative",
-        )
-        require(0 <= self.offset <= 1, f"--sra-offset {self.offset} must lie in [0, 1]")
 
     def weight_at(self, step: int, stop: int | None, epoch_steps: int) -> float:
         weight = super().weight_at(step, stop, epoch_steps)

@@ -37,7 +37,7 @@ from preprocessing.images import LABELS, LARGEST_LABEL, match_labels
 from preprocessing.job import Job, begin
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
-from runtime.options import option, read, require_bounds
+from runtime.options import option, read
 
 STATISTICS = "latents_stats.pt"
 
@@ -56,9 +56,6 @@ class Options:
     num_classes: int | None = option(
         None, within=f"[1, {LARGEST_LABEL}]", help="number of classes (default: the largest label + 1)"
     )
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
 
 
 class Layout(Protocol):

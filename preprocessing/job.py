@@ -20,7 +20,7 @@ from models.manifest import Shard
 from preprocessing import shards
 from runtime import files, locks
 from runtime.errors import UserError, require
-from runtime.options import option, require_bounds
+from runtime.options import option
 
 JOB = "job.json"
 STOPPED = ".stopped"
@@ -52,9 +52,6 @@ class Options:
     )
     skip_bad: int = option(0, within="[0, inf)", help="leave out up to this many unusable images instead of stopping")
     seed: int = option(0, help="seed of the fixed samples (--no-moments)")
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from preprocessing import digits, job
 from preprocessing.encode import encode
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.streams import Stream
 
 MASKS = "masks.npz"
@@ -56,7 +56,6 @@ class Dials:
     size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             8 <= self.resolution <= 1024 and self.resolution % 2 == 0,
             f"--resolution {self.resolution} must be even, at least 8 and at most 1024",

@@ -28,7 +28,7 @@ from preprocessing import quality
 from preprocessing.images import ImageFiles, png
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
-from runtime.options import option, read, require_bounds
+from runtime.options import option, read
 
 _STEP = 1024  # items in memory at a time
 _SCALE = (0.1, 3.0)  # scaled latents have a standard deviation of about 1; SD-VAE's unscaled latents have 4 to 5
@@ -43,9 +43,6 @@ class Options:
         None, help="file of the reconstructions (default: verify.png in the set)", heading="reconstructions"
     )
     num_images: int = option(8, within="[0, inf)", help="items to reconstruct; 0 reconstructs nothing")
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from recipes import chain, claims, costs, figure, inside, publish, record, rows,
 from recipes.rows import Row
 from runtime import errors
 from runtime.errors import UserError, nearest, require
-from runtime.options import option, read, require_bounds
+from runtime.options import option, read
 from runtime.text import aligned
 
 
@@ -287,7 +287,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     names = words[1:flags]
     options = read(command.options, words[flags:], prog=prog, description=command.action.__doc__)
-    require_bounds(options)
     for flag in ("work", "results"):
         folder = Path(getattr(options, flag, ""))
         require(not folder.exists() or folder.is_dir(), f"--{flag} {folder} is a file: give a folder")

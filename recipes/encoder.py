@@ -24,7 +24,7 @@ from preprocessing import digits
 from preprocessing.scenes import GROUPS, Dials, Scenes
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.streams import Stream
 
 ENCODER = {"embed_dim": 64, "depth": 4, "num_heads": 4}
@@ -44,7 +44,6 @@ class EncoderConfig:
     scenes: Dials = group(Dials)
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(self.data == "scenes" or self.scenes == Dials(), "the dials belong to scenes: add --data scenes")
 
 

@@ -30,7 +30,7 @@ from preprocessing import digits
 from runtime import errors, files, launch
 from runtime.errors import require
 from runtime.jsonlines import read as read_log
-from runtime.options import option, read, require_bounds
+from runtime.options import option, read
 from runtime.text import aligned, spread
 from sampling import picture
 
@@ -81,7 +81,6 @@ class QuickstartConfig:
             self.steps >= 8 and self.steps % 8 == 0,
             f"--steps {self.steps} must be a multiple of 8: guidance lasts an eighth of them",
         )
-        require_bounds(self)
         require_precision(self.mixed_precision, None)
 
     def scaled(self, steps: int) -> int:

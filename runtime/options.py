@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 import unicodedata
@@ -63,8 +64,12 @@ def group(schema: type, *, without: Sequence[str] = ()) -> Any:
     return dataclasses.field(default=MISSING, metadata={"group": schema, "without": frozenset(without)})
 
 
-def require_bounds(config: Any) -> None:
-    """Raise UserError for the first option of `config` whose number lies outside its `within`; None is inside."""
+def require_bounds(config: Any, section: str = "") -> None:
+    """Raise UserError for the first option of `config` whose number lies outside its `within`; None is inside.
+
+    `build` checks the bounds of what it builds. A dataclass calls this if its own checks rely on them, or to have its
+    flags named as those of a `section`.
+    """
     for field in dataclasses.fields(config):
         bounds, value = field.metadata.get("within"), getattr(config, field.name)
         if not bounds or value is None:
@@ -73,7 +78,7 @@ def require_bounds(config: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             above = number >= low if bounds[0] == "[" else number > low
             below = number <= high if bounds[-1] == "]" else number < high
-            require(above and below, f"{flags_of(field)[0]} {number} must lie in {bounds}")
+            require(above and below, f"{flags_of(field, section)[0]} {number} must lie in {bounds}")
 
 
 class Option(NamedTuple):
@@ -84,9 +89,12 @@ class Option(NamedTuple):
     heading: str | None
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def options_of(schema: type) -> Iterator[Option]:
     """The options of `schema` and of its groups, in order."""
-    hints, heading = typing.get_type_hints(schema), None
+    hints, heading = _hints(schema), None
     for field in dataclasses.fields(schema):
         if inner := field.metadata.get("group"):
             yield from (opt for opt in options_of(inner) if opt.field.name not in field.metadata["without"])
@@ -328,7 +336,9 @@ def _filled(schema: type[T], values: Given) -> T:
             )
         elif field.name in values:
             arguments[field.name] = values[field.name]
-    return schema(**arguments)
+    config = schema(**arguments)
+    require_bounds(config)
+    return config
 
 
 def values_of(schema: type, values: Given, where: str) -> Given:

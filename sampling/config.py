@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from config import require_precision, require_weights
 from runtime.errors import require
-from runtime.options import option, require_bounds
+from runtime.options import option
 from sampling.solvers import SOLVERS, ode_grid, sde_grid
 
 
@@ -62,7 +62,6 @@ class SamplingConfig:
     seed: int = option(0, help="seed of noise and labels; sample i depends on (seed, i) alone")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require_weights("--weights", self.weights)
         require(
             0 <= self.guidance_low <= self.guidance_high <= 1,
@@ -120,5 +119,4 @@ class SourceOptions:
     batch_size: int = option(64, within="[1, inf)", help="samples per network call in each process")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require_precision(self.mixed_precision, self.tf32)

@@ -91,7 +91,7 @@ def _preset(preset: str | None, kinds: Mapping[str, type[Alignment]]) -> dict[st
     known = {word for kind in kinds.values() for word in kind.presets}
     if preset is not None and preset not in known:
         method = " and ".join(kinds) or "plain training"
-        presets = f"has the presets {', '.join(sorted(known))}" if known else "has no presets"
+        presets = f"has the presets {', '.join(sorted(known))}" if known else "has no presets: leave out --preset"
         raise UserError(f"unknown preset {preset}{nearest(preset, known)}; {method} {presets}")
     return {name: kind.presets.get(preset, {}) if preset else {} for name, kind in kinds.items()}
 
