@@ -49,7 +49,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Run a command's `main`; a `UserError` becomes one line and exit code 2, running out of memory likewise."""
     try:
         main()
