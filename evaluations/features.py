@@ -138,7 +138,7 @@ class FDr(Timm):
 
 
 def _timm_model(given: str, name: str, weights: Path | str | None) -> Any:
-    """The model `name` as timm or a folder of its own has it: Any, because nn.Module does not declare its attributes."""
+    """A model of timm or of a folder. Any: nn.Module does not declare the attributes of timm's models."""
     import timm
 
     if (Path(name) / "config.json").is_file():

@@ -5,7 +5,6 @@ No class loads the whole set: an .npz member is read through its zip stream.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence

@@ -87,7 +87,7 @@ class Reference:
             return extracted(open_images(path, resolution, grey, workers))
         archive = NpzArchive(path)
         if "about" in archive.names:
-            return _read_compact(archive)
+            return read_compact(path)
         # Bare statistics do not name their extractor; by custom they are Inception's.
         stored = archive if "mu" in archive.names and extractor.name == "inception" else None
         if "arr_0" in archive.names:
@@ -223,16 +223,6 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
-def read_compact(path: Path | str) -> Reference:
-    """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
-    archive = NpzArchive(path)
-    require(
-        "about" in archive.names,
-        f"{path} was not written by evaluations.reference; make one with it for the wanted extractor",
-    )
-    return _read_compact(archive)
-
-
 class About(TypedDict):
     """`about` of a compact reference."""
 
@@ -244,7 +234,13 @@ class About(TypedDict):
     statistics: str
 
 
-def _read_compact(archive: NpzArchive) -> Reference:
+def read_compact(path: Path | str) -> Reference:
+    """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
+    archive = NpzArchive(path)
+    require(
+        "about" in archive.names,
+        f"{path} was not written by evaluations.reference; make one with it for the wanted extractor",
+    )
     try:
         content = json.loads(str(archive.read("about")))
     except ValueError as error:

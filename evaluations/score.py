@@ -11,9 +11,8 @@ Under `accelerate launch` each process adds its share; the result is that of one
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, require
 from runtime.slices import slices
 from runtime.streams import Stream
+from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -147,15 +147,7 @@ class Scorer:
             return torch.cat([part @ head for part in pool[order].split(metrics.CHUNK)])
 
 
-class Drawable(Protocol):
-    """The part of a sampler that `add_drawn` uses: batches of images uint8 (n, H, W, C), and labels (n,)."""
-
-    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]: ...
-
-    def labels(self, indices: Sequence[int]) -> np.ndarray: ...
-
-
-def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, title: str = "sampling") -> None:
+def add_drawn(scorer: Scorer, sampler: Sampler, count: int, batch_size: int, title: str = "sampling") -> None:
     """Draw samples 0 .. count - 1, each process its share, and add them."""
     accelerator = scorer.accelerator
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
