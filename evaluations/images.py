@@ -98,7 +98,7 @@ class FolderImages:
         lossy = next((name for name in self._files.names if Path(name).suffix.lower() not in LOSSLESS), None)
         if resolution is None and lossy:
             raise UserError(
-                f"{path} holds {lossy}, whose lossy compression changes every metric: save samples as PNG or .npz; "
+                f"{path} holds {lossy}, whose loss changes every metric: save samples as PNG or .npz; "
                 f"photographs for a reference need --resolution"
             )
         self._mode = "L" if grey else "RGB"

@@ -174,7 +174,8 @@ def plot(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(len(names) * len(metrics), len(times), squeeze=False, sharey="row", sharex=True)
     panels = [(name, metric) for name in names for metric in metrics]
     for (line, column), axes in np.ndenumerate(grid):
-        _panel(axes, rows, *panels[line], times[column])
+        name, metric = panels[line]
+        _panel(axes, rows, name, metric, times[column])
     for axes in grid[-1]:
         axes.set_xlabel("block")
         axes.locator_params(axis="x", integer=True)
