@@ -3,14 +3,14 @@
 A latent set is a folder of `manifest.json` and `shard-00000.safetensors`, ... Each shard holds
 
     latents        (n, views, parts, C, H, W) float16 or float32: raw latents, before any shift and scale.
-                   views 1: as it is; 2: also encoded from the mirrored image.
+                   views 1: of the image; 2: also of the mirrored image.
                    parts 2: posterior mean and standard deviation; 1: a fixed sample, or pixels.
     labels         (n,) int64
-    name_offsets   (n + 1,) int64 and name_bytes uint8, where known: the names of the items in their source.
-    image_offsets  (n + 1,) int64 and image_bytes uint8, where images were kept: the cropped images as PNG.
+    name_offsets   (n + 1,) int64 and name_bytes uint8, if known: the names of the items in their source.
+    image_offsets  (n + 1,) int64 and image_bytes uint8, if images were kept: the cropped images as PNG.
 
-Shards are memory-mapped, so that a set larger than memory is read through the kernel's page cache and a batch costs one
-copy per item: no worker processes, no files per item. Images, where an encoder wants them, are decoded by a pool of threads.
+Shards are memory-mapped: the kernel's page cache serves a set larger than memory, and a batch costs one copy per item.
+There are no worker processes and no files per item. Images, if an encoder needs them, are decoded by a pool of threads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import functools
 import io
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,16 +75,17 @@ class LatentSet:
         self.parts: int = self.manifest["parts"]
         self.channels: int = self.space.channels
         self.count: int = self.manifest["count"]
-        self.shape = (self.parts, self.channels, self.latent_size, self.latent_size)  # of one view of one item
-        shards = [map_shard(self.path / shard["file"]) for shard in self.manifest["shards"]]
-        self._check(shards)
-        self.labels = np.concatenate([np.asarray(shard["labels"]) for shard in shards])
-        self._shards = shards
-        self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in shards])
+        # The shape of one view of one item.
+        self.shape = (self.parts, self.channels, self.latent_size, self.latent_size)
+        shard_files = [self.path / shard["file"] for shard in self.manifest["shards"]]
+        self._shards = [map_shard(file) for file in shard_files]
+        self._check()
+        self.labels = np.concatenate([np.asarray(shard["labels"]) for shard in self._shards])
+        self._starts = np.cumsum([0] + [len(shard["labels"]) for shard in self._shards])
         self._check_labels()
-        self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in shards]  # row = item * views + view
-        mapped = [self.path / shard["file"] for shard in self.manifest["shards"]]
-        self._mapped = [(file, file.stat().st_size) for file in mapped] if resident == "disk" else None
+        # Row item * views + view is one view of one item.
+        self._rows = [shard["latents"].reshape(-1, *self.shape) for shard in self._shards]
+        self._mapped = [(file, file.stat().st_size) for file in shard_files] if resident == "disk" else []
         if resident == "ram":
             self._rows = [_into_memory(self._rows, self.path)]
         elif resident not in ("disk", "device"):
@@ -98,7 +100,7 @@ class LatentSet:
         return self.count
 
     def check_digests(self, rank: int = 0, world: int = 1) -> None:
-        """Compare the shards with the manifest's digests in the background; every `world`th of them, beginning with `rank`."""
+        """Compare every `world`th shard from `rank` on with the manifest's digests, in the background."""
 
         def check() -> None:
             try:
@@ -113,17 +115,17 @@ class LatentSet:
         self._checking.start()
 
     def require_intact(self, wait: float | None = 0.0) -> None:
-        """Raise UserError where `check_digests` has met a damaged shard; waits up to `wait` seconds (None: to the end) for it."""
+        """Raise UserError if `check_digests` has met a damaged shard. Waits `wait` seconds for it (None: its end)."""
         if self._checking is not None and self._checking.is_alive() and wait != 0:
             self._checking.join(wait)
         if self._fault is not None:
             raise UserError(self._fault)
 
     def rows(self, indices: np.ndarray, views: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """The raw latents and labels of `indices` (n,), each in view `views` (n,) (0 where None).
+        """The raw latents and labels of `indices` (n,), each in view `views` (n,) (None: view 0).
 
-        Returns (n, parts, C, H, W) in the stored type and (n,) int64, in host memory or, where the set is resident there, on
-        its device. Half the bytes of `read` where the type is float16: the way to a GPU, which converts for nothing.
+        Returns (n, parts, C, H, W) in the stored type and (n,) int64, on the device of a set that is resident there,
+        else in host memory. Use this for GPU training: float16 is half the bytes of `read`, and the GPU converts it.
 
         Raises:
             IndexError: an index or a view does not exist.
@@ -148,9 +150,8 @@ class LatentSet:
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """(n, parts, C, H, W) in the stored type: the given rows, a row being item x views + view."""
         shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
-        for shard in (
-            np.unique(shard_of) if self._mapped else ()
-        ):  # the kernel ends who touches what is not there any more
+        # Reading a mapping whose file was truncated would raise SIGBUS.
+        for shard in np.unique(shard_of) if self._mapped else ():
             file, size = self._mapped[shard]
             require(
                 file.exists() and file.stat().st_size >= size,
@@ -163,21 +164,20 @@ class LatentSet:
 
     @property
     def has_images(self) -> bool:
-        """Whether `images` can answer: they were kept, or the latents are pixels."""
+        """Whether `images` works: the images were kept, or the latents are pixels."""
         return self.manifest["images"] or is_pixels(self.space)
 
-    def images(self, indices: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+    def images(self, indices: np.ndarray | Sequence[int], views: np.ndarray | None = None) -> np.ndarray:
         """The cropped images of `indices` (n,) as uint8 (n, R, R, channels), mirrored where `views` (n,) is 1.
 
-        In the space of pixels the latents are the images.
+        In the space of pixels, the latents are the images.
 
         Raises:
             UserError: the set was made without images, or a stored image is damaged.
         """
-        if not self.has_images:
-            raise UserError(f"{self.path} holds latents without their images; encode it with --keep-images")
+        require(self.has_images, f"{self.path} holds latents without their images; encode it with --keep-images")
         if not self.manifest["images"]:
-            return to_uint8(torch.from_numpy(self.read(indices, views)[0][:, 0])).numpy()
+            return to_uint8(torch.from_numpy(self.read(np.asarray(indices), views)[0][:, 0])).numpy()
         stacked = np.stack(list(self._decoders.map(self._decoded, np.asarray(indices).tolist())))
         stacked = stacked if stacked.ndim == 4 else stacked[..., None]
         mirrored = np.zeros(len(stacked), bool) if views is None else np.asarray(views) == 1
@@ -186,7 +186,7 @@ class LatentSet:
 
     @functools.cached_property
     def _decoders(self) -> ThreadPoolExecutor:
-        """Threads, one for each core of this process's share: Pillow decodes without the interpreter's lock."""
+        """A thread for each core of this process's share: Pillow releases the interpreter's lock while it decodes."""
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return ThreadPoolExecutor(max(1, cores), "decoder")
 
@@ -200,13 +200,13 @@ class LatentSet:
             raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error
 
     def source_name(self, index: int) -> str | None:
-        """The name of item `index` in its source, where the set holds it."""
+        """The name of item `index` in its source; None if the set does not store names."""
         return os.fsdecode(self._entry("name", index)) if "name_bytes" in self._shards[0] else None
 
     def name(self, index: int) -> str:
-        """What item `index` is called in messages."""
-        known = self.source_name(index)
-        return f"item {index}" + (f" ({known})" if known else "")
+        """The name of item `index` in messages."""
+        source = self.source_name(index)
+        return f"item {index}" + (f" ({source})" if source else "")
 
     def _entry(self, column: str, index: int) -> bytes:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -221,34 +221,38 @@ class LatentSet:
         )
         flat = latents.view(-1, *self.shape)
         for begin, rows in zip(self._bounds, self._rows):
-            for at in range(0, len(rows), 4096):  # in pieces, so that no shard is ever copied whole in host memory
+            # In pieces, so that host memory never holds a copy of a whole shard.
+            for at in range(0, len(rows), 4096):
                 piece = torch.from_numpy(np.array(rows[at : at + 4096]))
                 flat[begin + at : begin + at + len(piece)].copy_(piece)
         return latents, torch.from_numpy(self.labels).to(device)
 
-    def _check(self, shards: list[dict[str, np.ndarray]]) -> None:
+    def _check(self) -> None:
+        """Raise UserError for a shard or a count that does not agree with the manifest."""
         needed = {"latents", "labels"} | ({"image_offsets", "image_bytes"} if self.manifest["images"] else set())
-        for entry, shard in zip(self.manifest["shards"], shards):
+        for entry, shard in zip(self.manifest["shards"], self._shards):
             file, count = self.path / entry["file"], entry["count"]
             if absent := needed - shard.keys():
                 raise UserError(f"{file} lacks {min(absent)}; it is not a shard of this set")
-            if len(shard["labels"]) != count:
-                raise UserError(
-                    f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again"
-                )
-            expected = (count, self.views, *self.shape)
-            if shard["latents"].shape != expected or shard["latents"].dtype != self.manifest["dtype"]:
-                raise UserError(
-                    f"{file} holds latents {shard['latents'].shape} of {shard['latents'].dtype}, the manifest "
-                    f"says {expected} of {self.manifest['dtype']}; encode it again"
-                )
-        total = sum(entry["count"] for entry in self.manifest["shards"])
-        if total != self.count or not total:
-            raise UserError(
-                f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again"
+            require(
+                len(shard["labels"]) == count,
+                f"{file} holds {len(shard['labels'])} items, the manifest says {count}; encode it again",
             )
+            expected = (count, self.views, *self.shape)
+            latents, dtype = shard["latents"], self.manifest["dtype"]
+            require(
+                latents.shape == expected and latents.dtype == dtype,
+                f"{file} holds latents {latents.shape} of {latents.dtype}, the manifest says {expected} of {dtype}; "
+                f"encode it again",
+            )
+        total = sum(entry["count"] for entry in self.manifest["shards"])
+        require(
+            0 < total == self.count,
+            f"{self.path / MANIFEST} says {self.count} items but its shards hold {total}; encode it again",
+        )
 
     def _check_labels(self) -> None:
+        """Raise UserError for a label beyond the classes."""
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
             raise UserError(
@@ -258,14 +262,13 @@ class LatentSet:
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
-    """Optimiser steps in one pass over `count` items; the incomplete last batch is dropped. Raises UserError if none."""
-    if batch > count:
-        raise UserError(f"--batch-size {batch} is larger than the data set of {count} items; lower it")
+    """Optimiser steps in one pass over `count` items; the incomplete last batch is dropped. Raises UserError at 0."""
+    require(batch <= count, f"--batch-size {batch} is larger than the data set of {count} items; lower it")
     return count // batch
 
 
 def order(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """(batch,) int64: the items of global step `step` (from 0). Each epoch is one permutation, cut into whole batches."""
+    """(batch,) int64: the items of global step `step`, from 0. An epoch is one permutation, cut into whole batches."""
     epoch, within = divmod(step, steps_per_epoch(count, batch))
     return _epoch(seed, epoch, count)[within * batch : (within + 1) * batch].copy()
 
@@ -276,16 +279,17 @@ def _epoch(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def flips(seed: int, step: int, batch: int, views: int) -> np.ndarray:
-    """(batch,) int64: which view each item of global step `step` is read in; all 0 where there is one view."""
+    """(batch,) int64: the view of each item of global step `step`; all 0 if the set has one view."""
     return np.zeros(batch, np.int64) if views == 1 else Stream(seed, "flip", step).integers(views, batch)
 
 
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
-    needed = sum(shard.nbytes for shard in shards)
-    if (free := files.available_memory()) is not None and needed > free:
-        raise UserError(
-            f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk"
-        )
+    """The rows of all shards, copied. Raises UserError if they do not fit into the free memory."""
+    needed, free = sum(shard.nbytes for shard in shards), files.available_memory()
+    require(
+        free is None or needed <= free,
+        f"{path} takes {needed / 2**30:.1f} GiB and {(free or 0) / 2**30:.1f} GiB of memory are free; leave it on disk",
+    )
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
     at = 0
     for shard in progress.bar(shards, desc="reading into memory", unit="shard", main=len(shards) > 1):

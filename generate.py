@@ -1,18 +1,18 @@
-"""Checkpoint to samples: the same N images for any batch size and number of processes (but for the adaptive solver dopri5,
-whose steps are chosen for a whole batch).
+"""Checkpoint to samples: the same N images for any batch size and number of processes (except with the adaptive solver
+dopri5, which chooses its steps for a whole batch).
 
     python generate.py --ckpt exps/stage2 --preset self-transcendence-cfg
     accelerate launch --num_processes 8 generate.py ...
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
-`grid.png`, a row a class. A killed run continues where it was: finished samples are kept in `partial/`. With `--reference`
-the samples are scored as they are drawn, and `metrics.json` is all that is written.
+`grid.png`, a row a class. A killed run continues where it was: finished samples are kept in `partial/`. With
+`--reference` it scores the samples as it draws them, and writes `metrics.json` alone.
 
     python generate.py --ckpt exps/stage2 --classes "golden retriever" otter 974 --per-class 6
     python generate.py --ckpt exps/plain --compare exps/stage1 exps/stage2 --classes 207 88 --per-class 4 --out figure
 
-`--classes` draws chosen classes; with `--compare` further checkpoints have a row each in one picture, `compare.png`, in which
-a column has one class and one noise.
+`--classes` draws chosen classes; with `--compare` further checkpoints have a row each in one picture, `compare.png`,
+in which a column has one class and one noise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from config import FeatureOptions, require_samples
 from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import Given, group, option, peek, read
+from runtime.options import Given, group, option, peek, read, require_bounds
 from runtime.slices import slices
 from sampling import presets
 from sampling.config import SamplingConfig, SourceOptions
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from sampling.source import Source
     from sampling.store import Store
 
+PER_CLASS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -49,15 +51,17 @@ class GenerateConfig:
 
     source: SourceOptions = group(SourceOptions)
     preset: str | None = option(None, help="settings of a published number, see --list-presets", heading="samples")
-    list_presets: bool = option(False, help="print the presets with their published FIDs, and stop")
+    list_presets: bool = option(False, help="print the presets with their published FIDs, and exit")
     num_fid_samples: int = option(50_000, help="how many samples")
     classes: tuple[str, ...] = option(
         (), help="draw these classes, names or numbers, in this order, instead of --num-fid-samples"
     )
-    per_class: int | None = option(None, help="with --classes: samples of each (default 8)")
+    per_class: int | None = option(
+        None, within="[1, inf)", help=f"with --classes: samples of each (default {PER_CLASS})"
+    )
     compare: tuple[str, ...] = option(
         (),
-        help="with --classes: further checkpoints, a row each below --ckpt's in one picture; a column "
+        help="with --classes: further checkpoints, a row each below that of --ckpt in one picture; a column "
         "has one class and one noise",
     )
     out: str | None = option(
@@ -66,30 +70,32 @@ class GenerateConfig:
     overwrite: bool = option(False, help="replace samples of other settings, or damaged ones, that lie in --out")
     sampling: SamplingConfig = group(SamplingConfig)
     reference: str | None = option(
-        None, help="score against this reference as the samples are drawn, and write no samples", heading="scores"
+        None, help="score the samples against this reference while drawing, and write no samples", heading="scores"
     )
     scores: FeatureOptions = group(FeatureOptions)
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(
             self.reference is not None or self.scores == FeatureOptions(),
             "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE",
         )
-        require_samples(self.num_fid_samples, 1 if self.reference is None else 4)  # a score needs four
+        # Metrics need four samples.
+        require_samples(self.num_fid_samples, 1 if self.reference is None else 4)
         require(
             bool(self.classes) or (self.per_class is None and not self.compare),
             "--per-class and --compare say how to draw chosen classes: add --classes NAME ...",
         )
-        require(self.per_class is None or self.per_class > 0, f"--per-class {self.per_class} must be positive")
         require(
             not self.classes
             or (self.reference is None and self.num_fid_samples == 50_000 and self.sampling.labels == "random"),
-            "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and --reference",
+            "--classes chooses the labels and the number of samples: leave out --num-fid-samples, --labels and "
+            "--reference",
         )
 
 
 def main(argv: Sequence[str] | None = None) -> Path | None:
-    """Run the command; returns the folder of the samples, None where it only lists presets."""
+    """Run the command; returns the folder that it wrote, None if it only lists presets."""
     words = sys.argv[1:] if argv is None else list(argv)
     if "--list-presets" in words:
         print(presets.table())
@@ -109,15 +115,16 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     )
     if config.compare:
         return compare(config)
-    return score(config) if config.reference else generate(config)
+    return score(config, config.reference) if config.reference else generate(config)
 
 
 def _preset(given: Given) -> Given:
+    """The settings of the preset that was given, as a layer below the other given options."""
     return presets.settings(given["preset"], given) if given.get("preset") else {}
 
 
-def score(config: GenerateConfig) -> Path:
-    """Draw `num_fid_samples` images, score them, and write `metrics.json` alone; returns its folder."""
+def score(config: GenerateConfig, against: str) -> Path:
+    """Draw `num_fid_samples` images, score them against a reference, write `metrics.json`; returns its folder."""
     from evaluations.evaluate import report
     from evaluations.reference import open_pair
     from evaluations.score import Scorer, add_drawn
@@ -126,7 +133,7 @@ def score(config: GenerateConfig) -> Path:
     count, batch_size = config.num_fid_samples, config.source.batch_size
     source = Source.open(config.source, config.sampling, config.preset)
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
-    reference, extractor = open_pair(config.reference, config.scores, accelerator, batch_size)
+    reference, extractor = open_pair(against, config.scores, accelerator, batch_size)
     reference.require_shape("the samples", sampler.image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
     accelerator.print(source.introduction(config.sampling, count))
@@ -150,7 +157,7 @@ def generate(config: GenerateConfig) -> Path:
 
     source = Source.open(config.source, config.sampling, config.preset)
     names = names_of(source.checkpoint)
-    chosen = labels_chosen(config, names)
+    chosen = labels_chosen(config, names) if config.classes else None
     count = config.num_fid_samples if chosen is None else len(chosen)
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count, chosen)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
@@ -169,7 +176,7 @@ def generate(config: GenerateConfig) -> Path:
 
 
 def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names: Sequence[str]) -> None:
-    """Draw the samples that `store` lacks, in all processes together, and finish it; `names` are those of the classes."""
+    """Draw the samples that `store` lacks, in all processes together, and finish it; `names` are the classes' names."""
     accelerator, count, out = source.accelerator, store.count, store.out
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(
@@ -178,8 +185,8 @@ def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names:
         unit="image",
         main=accelerator.is_main_process,
     ) as bar:
-        for indices, images in sampler.stream(slices(todo, batch_size)):
-            store.put(indices, images, sampler.labels(indices))
+        for indices, labels, images in sampler.stream(slices(todo, batch_size)):
+            store.put(indices, images, labels)
             bar.update(len(indices))
     store.flush()
     accelerator.wait_for_everyone()
@@ -189,13 +196,11 @@ def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names:
     accelerator.wait_for_everyone()
 
 
-def labels_chosen(config: GenerateConfig, names: Sequence[str]) -> np.ndarray | None:
-    """(count,) the labels that `--classes` asks for, sample by sample; None where they are to be drawn."""
-    if not config.classes:
-        return None
+def labels_chosen(config: GenerateConfig, names: Sequence[str]) -> np.ndarray:
+    """(count,) the labels that `--classes` asks for, sample by sample."""
     from sampling.classes import labels_of
 
-    return np.repeat(labels_of(config.classes, names), config.per_class or 8)
+    return np.repeat(labels_of(config.classes, names), config.per_class or PER_CLASS)
 
 
 def compare(config: GenerateConfig) -> Path:
@@ -204,53 +209,49 @@ def compare(config: GenerateConfig) -> Path:
     from sampling.classes import names_of
     from sampling.source import Source
 
-    rows, told, heads = [], [], []
-    out = Path(config.out) if config.out else None
+    rows: list[np.ndarray] = []
+    records: list[dict[str, Any]] = []
     for ckpt in (config.source.ckpt, *config.compare):
         source = Source.open(dataclasses.replace(config.source, ckpt=ckpt), config.sampling, config.preset)
-        classes = names_of(source.checkpoint)
-        chosen = labels_chosen(config, classes)
-        sampler = source.sampler(config.sampling, len(chosen), chosen)
-        source.accelerator.print(source.introduction(config.sampling, len(chosen)))
+        names = names_of(source.checkpoint)
+        labels = labels_chosen(config, names)
+        sampler = source.sampler(config.sampling, len(labels), labels)
+        source.accelerator.print(source.introduction(config.sampling, len(labels)))
+        # The first checkpoint decides the folder, the columns and the size of the images.
+        if not records:
+            out = Path(config.out) if config.out else default_folder(source, config)
+            column_titles, shape = [names[label] for label in labels], sampler.image_shape
         require(
-            not rows or sampler.image_shape == rows[0].shape[1:],
+            sampler.image_shape == shape,
             f"{ckpt} draws images of another size than {config.source.ckpt}: they do not fit into one picture",
         )
         if source.accelerator.is_main_process:
             rows.append(
-                np.concatenate([sampler.images(part) for part in slices(range(len(chosen)), config.source.batch_size)])
+                np.concatenate([sampler.images(part) for part in slices(range(len(labels)), config.source.batch_size)])
             )
-        told.append(
-            {
-                "row": source.name,
-                **source.settings(config.sampling, len(chosen)),
-                "labels": "chosen",
-                "classes": chosen.tolist(),
-            }
-        )
-        heads = heads or [classes[label] for label in chosen]
-        out = out or default_folder(source, config)
+        settings = source.settings(config.sampling, len(labels))
+        records.append({"row": source.name, **settings, "labels": "chosen", "classes": labels.tolist()})
     if source.accelerator.is_main_process:
-        picture.write(out / "compare.png", rows, [row["row"] for row in told], heads)
-        files.write_json(out / "compare.json", {"preset": config.preset, "rows": told})
+        picture.write(out / "compare.png", rows, [record["row"] for record in records], column_titles)
+        files.write_json(out / "compare.json", {"preset": config.preset, "rows": records})
         print(f"wrote {out}/compare.png and compare.json", flush=True)
     source.accelerator.wait_for_everyone()
     return out
 
 
 def default_folder(source: Source, config: GenerateConfig) -> Path:
-    """Where samples go without --out: beside the checkpoints, named by what a reader wants to tell apart."""
+    """Where samples go without --out: beside the checkpoints, named by the settings that readers compare."""
     sampling = config.sampling
     solver = sampling.mode if sampling.mode == "sde" else sampling.solver
     what = str(config.num_fid_samples)
     if config.classes:
         words = "-".join(config.classes).replace(" ", "_").replace("/", "_")
         many = f"{len(config.classes)}classes-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
-        what = f"{words if len(words) < 60 else many}x{config.per_class or 8}"
+        what = f"{words if len(words) < 60 else many}x{config.per_class or PER_CLASS}"
     internal = f"-internal{sampling.internal_scale:g}" if sampling.internal_scale != 1 else ""
     name = (
-        f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}{internal}-{what}"
-        f"-seed{sampling.seed}"
+        f"{source.checkpoint.path.name}-{sampling.weights}-{solver}{sampling.num_steps}-cfg{sampling.cfg_scale:g}"
+        f"{internal}-{what}-seed{sampling.seed}"
     )
     return source.folder / "samples" / name
 

@@ -1,7 +1,7 @@
 """The flow-matching loss, and the `Learner`: a network and its alignments as one function from draws to named losses.
 
-The learner draws nothing: data, noise, times and dropped labels come in, so every objective sees the same ones and it
-can be tested with hand-made tensors. It is the only module that DDP wraps and that is differentiated.
+The learner draws no random numbers: data, noise, times and dropped labels come in, so every objective sees the same
+draws, and tests can pass tensors made by hand. It is the only module that DDP wraps and that is differentiated.
 """
 
 from __future__ import annotations
@@ -24,21 +24,16 @@ from models import Backbone
 class Batch:
     """One micro-batch of draws; N samples, all on the training device."""
 
-    x0: Tensor
-    """(N, C, H, W) clean normalised latents."""
-    eps: Tensor
-    """(N, C, H, W) noise."""
-    t: Tensor
-    """(N,) times, 1 is noise."""
-    y: Tensor
-    """(N,) labels after dropout."""
-    labels: Tensor
-    """(N,) true labels."""
+    x0: Tensor  # (N, C, H, W) clean normalised latents
+    eps: Tensor  # (N, C, H, W) noise
+    t: Tensor  # (N,) times, 1 is noise
+    y: Tensor  # (N,) labels after dropout
+    labels: Tensor  # (N,) true labels
     columns: dict[str, Tensor] = field(default_factory=dict)
+    # alignment name -> its own random numbers
     draws: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Alignment name -> its own random numbers."""
+    # alignment name -> the samples on which it acts (`alignment.interval`); absent means all
     selections: dict[str, Selection] = field(default_factory=dict)
-    """Alignment name -> the samples it works on (`alignment.interval`); absent means all."""
 
 
 def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
@@ -54,7 +49,7 @@ def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tens
 
 
 class Learner(nn.Module):
-    """Network plus alignments. No alignment is the empty mapping: plain training."""
+    """Network plus alignments. Plain training is the empty mapping of alignments."""
 
     def __init__(
         self,
@@ -67,7 +62,8 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.alignments = nn.ModuleDict(alignments or {})
+        # torch's ModuleDict is not generic
+        self.alignments: Mapping[str, Alignment] = nn.ModuleDict(alignments or {})  # type: ignore[assignment]
         self.velocity_loss = velocity_loss
         self.autocast = autocast
         self._ema = [ema]  # in a list, so that DDP, optimiser and checkpoint do not see it

@@ -1,4 +1,4 @@
-"""Alignments by name. A file in this folder that defines an `Alignment` is found without being listed anywhere."""
+"""Alignments by name. Every file of this folder is imported, so that an `Alignment` in it registers itself."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def find(name: str) -> type[Alignment]:
     return Alignment.registry[name]
 
 
-__all__ = ["AlignOptions", "Alignment", "Context", "BuildContext", "find"]
+__all__ = ["AlignOptions", "Alignment", "BuildContext", "Context", "find"]

@@ -1,23 +1,23 @@
 """The contract of an alignment: an auxiliary objective on what the network computes inside.
 
-An alignment is one file with one class. BuildContext `name` registers it; its `Options` dataclass is its command line; the loop
-has no code specific to it. It declares what it reads and returns one loss per sample:
+An alignment is one file with one class. Its `name` registers it, its `Options` dataclass is its command line, and the
+training loop has no code for any one of them. It declares what it reads and returns one loss per sample:
 
     name      word after --align, key in logs and checkpoints
     Options   frozen dataclass of its options, a child of `AlignOptions`
     resolve   fills in the defaults that depend on the student
     presets   named settings: {"paper": {"options": {...}, "train": {...}}}
     coupled   True if the loss depends on which samples share a rank; forward then returns a scalar
-    reads_ema True if it wants the EMA network in the context
-    columns   extra data columns it wants: "image" (N, R, R, channels) uint8, mirrored as the latent is, "row" (N,) int64,
-              item x views + view
-    taps      what it wants of the student: n for f_n, the raw output of block n (from 1); QK(n) for its queries and keys;
-              CONDITION for the vector that conditions its blocks; VELOCITY for its prediction
-    velocity_head  says how its module `head` predicts the velocity, if it does (`models.heads`): sampling may guide with it, and an
-              average of it is kept beside the network's
-    draw      random numbers of its own, one row per sample of the global batch
-    frozen    frozen networks that it holds: neither trained, saved nor synchronised; `compiled`, those to be compiled
-    notes     what a reader should hear before the first step
+    reads_ema True if the context must hold the EMA network
+    columns   extra data columns that it reads: "image" (N, R, R, channels) uint8, mirrored as the latent is, or
+              "row" (N,) int64, item x views + view
+    taps      what it reads of the student: n for f_n, the raw output of block n (from 1); QK(n) for the queries and
+              keys of block n; CONDITION for the vector that conditions the blocks; VELOCITY for the prediction
+    velocity_head  describes how its module `head` predicts the velocity, if it does (`models.heads`); an average of the
+              head is then kept beside the network's, and sampling may guide with it
+    draw      its own random numbers, one row per sample of the global batch
+    frozen    its frozen networks, which are neither trained, saved nor synchronised; `compiled` lists those to compile
+    notes     lines to print before the first step
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ from runtime.streams import Stream
 
 if TYPE_CHECKING:
     from dataset import LatentSet
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,10 @@ class AlignOptions:
             self.stop_steps is None or self.stop_epochs is None,
             "--align-stop-steps and --align-stop-epochs say the same: give one of them",
         )
-        for name in ("stop_steps", "stop_epochs"):
-            value = getattr(self, name)
-            require(
-                value is None or value >= 0,
-                f"--align-{name.replace('_', '-')} {value} must not be negative; 0 means never",
-            )
+        require(
+            all(value is None or value >= 0 for value in (self.stop_steps, self.stop_epochs)),
+            "--align-stop-steps and --align-stop-epochs must not be negative; 0 means never",
+        )
         require(getattr(self, "hidden", 1) > 0, "--align-hidden must be positive")
         intervals.check(self.interval, self.mask)
 
@@ -99,12 +99,17 @@ class AlignOptions:
         return stop
 
     def weight_at(self, step: int, stop: int | None, epoch_steps: int) -> float:
-        """Lambda of optimiser step `step`, counted from 0; 0 from `stop` (of `self.stop`) on."""
-        if stop is not None and step >= stop:
+        """Lambda of optimiser step `step`, counted from 0; 0 from `stop`, which is `stop(epoch_steps)`, on."""
+        if stop is None:
+            return self.weight
+        if step >= stop:
             return 0.0
         if self.schedule == "cosine":
             return self.weight * (1 + math.cos(math.pi * step / stop)) / 2
         return self.weight * (1 - step / stop) if self.schedule == "linear" else self.weight
+
+
+OptionsT = TypeVar("OptionsT", bound=AlignOptions)
 
 
 @dataclass(frozen=True)
@@ -115,36 +120,30 @@ class BuildContext:
     space: LatentSpace
     seed: int
     device: torch.device
+    # bfloat16 under mixed precision, else None
     dtype: torch.dtype | None
-    """bfloat16 under mixed precision, else None."""
+    # opens a checkpoint folder (`models.checkpoint.Checkpoint`)
     load: Callable[[str], Any]
-    """Opens a checkpoint folder (`models.checkpoint.Checkpoint`)."""
     data: LatentSet | None = None
+    # samples that one process sees at once
     micro_batch: int = 0
-    """Samples that one process sees at once."""
+    # True where only shapes matter: external networks come without their weights
     dry: bool = False
-    """True where only shapes matter: external networks come without their weights."""
 
 
 @dataclass(frozen=True)
 class Context:
     """Everything a step knows about its samples, and nothing it can change. N is the number of aligned samples."""
 
-    x0: Tensor
-    """(N, C, H, W) clean latent."""
-    eps: Tensor
-    """(N, C, H, W) noise."""
-    xt: Tensor
-    """(N, C, H, W) noisy latent."""
-    t: Tensor
-    """(N,) time, 1 is noise."""
-    y: Tensor
-    """(N,) labels as the student saw them, after dropout."""
-    labels: Tensor
-    """(N,) true labels."""
+    x0: Tensor  # (N, C, H, W) clean latent
+    eps: Tensor  # (N, C, H, W) noise
+    xt: Tensor  # (N, C, H, W) noisy latent
+    t: Tensor  # (N,) time, 1 is noise
+    y: Tensor  # (N,) labels as the student saw them, after dropout
+    labels: Tensor  # (N,) true labels
+    # Each tap's tensor: n (N, T, D), the raw output of block n of the student; QK (N, 2, heads, T, head_dim);
+    # CONDITION (N, D); VELOCITY (N, C, H, W)
     features: dict[Tap, Tensor]
-    """Each tap's tensor: (N, T, D) raw output of a block of the student, (N, 2, heads, T, head_dim) for a QK, (N, D) for CONDITION,
-    (N, C, H, W) for VELOCITY."""
     columns: dict[str, Tensor]
     draws: dict[str, Tensor]
     ema: Backbone | None = None
@@ -160,17 +159,17 @@ class Context:
         return Context(**{field.name: pick(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
-class Alignment(nn.Module):
-    """Base of all alignments; see the module's head for the contract."""
+class Alignment(nn.Module, Generic[OptionsT]):
+    """Base of all alignments; the docstring of this file is the contract."""
 
     name: ClassVar[str]
     Options: ClassVar[type[AlignOptions]] = AlignOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
     coupled: ClassVar[bool] = False
     reads_ema: ClassVar[bool] = False
-    columns: ClassVar[tuple[str, ...]] = ()
     registry: ClassVar[dict[str, type[Alignment]]] = {}
 
+    columns: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
     velocity_head: VelocityHead | None = None
 
@@ -186,10 +185,10 @@ class Alignment(nn.Module):
 
     @classmethod
     def resolve(cls, options: Any, student: ModelSpec, batch_size: int = 256) -> Any:
-        """The options with what depends on the student and the (global) batch filled in: block numbers, scales, stops."""
+        """`options` with the defaults that depend on the student and the global batch: blocks, scales, stops."""
         return options
 
-    def __init__(self, options: AlignOptions, setting: BuildContext) -> None:
+    def __init__(self, options: OptionsT, build_context: BuildContext) -> None:
         super().__init__()
         self.options = options
 
@@ -198,32 +197,34 @@ class Alignment(nn.Module):
         raise NotImplementedError
 
     def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
-        """Random numbers of its own for a global batch of `count` samples, one row per sample."""
+        """Its own random numbers for a global batch of `count` samples, one row per sample."""
         return {}
 
     def describe(self) -> dict[str, Any]:
         """Resolved choices (block numbers, teacher digest) for the printout and the checkpoint."""
-        return {"taps": list(self.taps)}
+        batch = {"batch": "of one process and micro-batch"} if self.coupled else {}
+        return {"taps": list(self.taps), **batch}
 
     def notes(self) -> list[str]:
-        """What a reader should hear before the first step: where it departs from what was published, and what it was given."""
+        """Lines to print before the first step: departures from what was published, and what it was given."""
         return []
 
     @property
     def frozen(self) -> list[nn.Module]:
-        """Frozen networks that it holds."""
+        """Its frozen networks."""
         return []
 
     @property
     def compiled(self) -> list[nn.Module]:
-        """Those of them whose `blocks` may be compiled."""
+        """The frozen networks whose `blocks` may be compiled."""
         return self.frozen
 
 
 class Frozen:
-    """Holds a network that is neither trained, saved nor synchronised: being no Module, it hides its parameters.
+    """Holds a network that is neither trained, saved nor synchronised.
 
-    The weights of the blocks' linear layers are kept in `dtype`, which is what autocast would make of them at every call.
+    It is not an nn.Module, so DDP, optimiser and checkpoint do not see the network's parameters. The weights of the
+    blocks' linear layers are kept in `dtype`, the type to which autocast would otherwise cast them at every call.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -235,9 +236,11 @@ class Frozen:
             return self.network(*args, **kwargs)
 
 
-def first_not_none(value: int | None, default: int | None) -> int | None:
-    """`value` where the user gave one, 0 included, else `default`."""
-    return default if value is None else value
+def not_none(value: T | None) -> T:
+    """`value`, which `resolve` or the training loop has filled in by now."""
+    if value is None:
+        raise ValueError("a value that should have been filled in before this call is None")
+    return value
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -246,7 +249,10 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 0.05) -> Tensor:
-    """Mean smooth-L1 distance (SRA and SRA 2: quadratic below `beta`) over all axes but the first, in float32: (N, ...) -> (N,)."""
+    """Mean smooth-L1 distance over all axes but the first, in float32: (N, ...) -> (N,).
+
+    Quadratic below `beta`, as SRA and SRA 2 have it.
+    """
     return F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none").flatten(1).mean(1)
 
 

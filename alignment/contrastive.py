@@ -2,9 +2,9 @@
 
     L_neg = - mean |v_theta(x_t, t, y) - (eps' - x0')|^2
 
-beside the flow-matching loss, with weight 0.05, at all times. (x0', eps') are data and noise of another sample of the batch, drawn
-among those of another class; where there is none, among all others; a sample that is alone has no loss. The batch is what one
-process holds in one micro-batch.
+beside the flow-matching loss, with weight 0.05, at all times. (x0', eps') are data and noise of another sample of the
+batch. It is drawn among the samples of another class, or among all others if the batch has a single class; a sample
+that is alone has no loss. The batch is what one process holds in one micro-batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ContrastiveOptions(AlignOptions):
     weight: float = option(0.05, help="lambda, the weight of this loss beside the flow-matching loss")
 
 
-class Contrastive(Alignment):
+class Contrastive(Alignment[ContrastiveOptions]):
     """Negative squared distance to another sample's velocity, a scalar."""
 
     name = "contrastive"
@@ -47,25 +47,24 @@ class Contrastive(Alignment):
         target = interpolant.velocity(context.x0, context.eps)[other]
         return -(squared_error(context.features[VELOCITY], target) * exists).mean()
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "batch": "of one process and micro-batch"}
-
 
 def others(labels: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-    """For each sample another one, and whether there is one.
+    """Another sample for each sample, and whether it exists.
 
     Args:
         labels: (N,) classes.
-        choice: (N,) numbers in [0, 1): where among the candidates, in their order.
+        choice: (N,) numbers in [0, 1): the position among the candidates, in their order.
 
     Returns:
-        (N,) int64 indices, of another class where there is one; (N,) bool.
+        (N,) int64 indices, of another class if the batch has one; (N,) bool.
     """
+    # Candidates of each sample (row): the samples of another class, or all but itself if every class is the same.
     apart = labels[:, None] != labels
     allowed = torch.where(
         apart.any(1, keepdim=True), apart, ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     )
     count = allowed.sum(1)
     place = torch.minimum((choice * count).long(), (count - 1).clamp(min=0))
-    index = (allowed.cumsum(1) <= place[:, None]).sum(1)  # candidates before the wanted one, and all that is none
+    # Its index is the number of samples at which the running count of candidates is still at most `place`.
+    index = (allowed.cumsum(1) <= place[:, None]).sum(1)
     return index.clamp(max=len(labels) - 1), count > 0

@@ -3,8 +3,8 @@
     L_disp = log mean over i, j of exp(- d_ij / tau),    d_ij = |z_i - z_j|^2 / (T D),    z = f_k flattened
 
 The mean runs over the whole B x B matrix with its diagonal of zeros, so -log B <= L_disp <= 0. B is what one process
-holds in one micro-batch, as the authors have it: 16 in the paper's runs, 32 in their PyTorch code. Changing processes or
-accumulation changes the loss.
+holds in one micro-batch, as in the authors' code: 16 in the paper's runs, 32 in their PyTorch code. Another number of
+processes or accumulation steps changes the loss.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, BuildContext, Context
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, not_none
 from models import ModelSpec
 from models.backbone import block_number
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import require
 from runtime.options import option
 
+# The authors' training does not clip gradients and computes in float32 with TF32 products.
 TRAIN = {"max_grad_norm": 0.0, "mixed_precision": "no", "tf32": True}
-"""What the authors' training differs in from this project's: no clipping, float32 with TF32 products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +33,17 @@ class DispersiveOptions(AlignOptions):
 
     depth: int | None = option(None, help="block (default: a quarter of the depth)")
     temperature: float = option(0.5, help="tau")
+    # Set by presets: the block as a share of the depth, used if `depth` is not given; and the samples of a micro-batch
+    # in the published runs, for a warning.
     share: float = 1 / 4
-    """The block as a share of the depth, where `depth` does not say it; set by presets."""
     published_batch: int = 16
-    """Samples of a micro-batch in the published runs, for a warning; set by presets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature > 0, f"--dispersive-temperature {self.temperature} must be positive")
 
 
-class Dispersive(Alignment):
+class Dispersive(Alignment[DispersiveOptions]):
     """Log of the mean similarity between the samples of a batch, a scalar."""
 
     name = "dispersive"
@@ -65,10 +65,10 @@ class Dispersive(Alignment):
     def resolve(cls, options: DispersiveOptions, student: ModelSpec, batch_size: int = 256) -> DispersiveOptions:
         return replace(options, depth=block_number(student.depth, options.share, options.depth, "--dispersive-depth"))
 
-    def __init__(self, options: DispersiveOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        self.taps = (options.depth,)
-        self.micro_batch = setting.micro_batch
+    def __init__(self, options: DispersiveOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        self.taps = (not_none(options.depth),)
+        self.micro_batch = build_context.micro_batch
 
     def notes(self) -> list[str]:
         published = self.options.published_batch
@@ -81,12 +81,9 @@ class Dispersive(Alignment):
             else ""
         )
         return [
-            f"warning: Dispersive Loss couples the {self.micro_batch} samples that a process sees at once; the published runs "
-            f"have {published}{remedy}"
+            f"warning: Dispersive Loss couples the {self.micro_batch} samples that a process sees at once; "
+            f"the published runs have {published}{remedy}"
         ]
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "batch": "of one process and micro-batch"}
 
     def forward(self, context: Context) -> Tensor:
         z = context.features[self.taps[0]].float().flatten(1)
@@ -96,11 +93,12 @@ class Dispersive(Alignment):
 
 
 class SquaredDistances(torch.autograd.Function):
-    """(B, D) rows -> (B, B) squared distances between them, with memory for two more copies of the rows at most.
+    """(B, D) rows -> (B, B) squared distances between them, with memory for at most two more copies of the rows.
 
-    By products, d_ij = |z_i|^2 + |z_j|^2 - 2 z_i z_j, whose terms would cancel: the mean of the rows is taken away first,
-    which leaves numbers of the size of the distances, and the products are exact float32 in both directions.
-    (`torch.pdist` takes differences, of all pairs at once in its backward pass: 51 GB for 256 images of SiT-B/2.)
+    d_ij = |z_i|^2 + |z_j|^2 - 2 z_i z_j, whose terms would cancel far from the origin. So the mean of the rows is
+    subtracted first, which leaves numbers of the size of the distances, and the products are exact float32 in both
+    directions. (`torch.pdist` holds the differences of all pairs in its backward pass: 51 GB for 256 images of
+    SiT-B/2.)
     """
 
     @staticmethod
@@ -117,6 +115,5 @@ class SquaredDistances(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (centred,) = ctx.saved_tensors
         both = (grad + grad.T).fill_diagonal_(0)
-        return 2 * torch.addmm(
-            both.sum(1, keepdim=True) * centred, both, centred, alpha=-1
-        )  # sum over j of 2 (g_ij + g_ji)(z_i - z_j)
+        # sum over j of 2 (g_ij + g_ji)(z_i - z_j)
+        return 2 * torch.addmm(both.sum(1, keepdim=True) * centred, both, centred, alpha=-1)

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment.base import AlignOptions, BuildContext, Context, Frozen
+from alignment.base import AlignOptions, BuildContext, Context, Frozen, not_none
 from models.encoders import DINOV2, Encoded, open_encoder
 from runtime import progress
 from runtime.errors import require
 from runtime.options import option
 
-LIMIT = 8 * 2**30
-"""Bytes of device memory that a cache may take."""
+LIMIT = 8 * 2**30  # bytes of device memory that a cache may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +27,30 @@ class ExternalOptions(AlignOptions):
 
     depth: int | None = option(None, help="student's block whose output is aligned")
     hidden: int = option(2048, help="width of the head's hidden layers")
-    encoder: str = option(DINOV2, help="encoder: a vision transformer of timm, or a folder of one")
+    encoder: str = option(
+        DINOV2, help="encoder: a vision transformer of timm, by its name or REPA's, or a folder of one"
+    )
     encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
     cache: bool = option(False, help="encode the whole set once and keep the patch tokens in memory (small sets)")
 
 
 class External:
-    """A frozen encoder and, if asked for, its output for every row of the data set. Being no Module, it hides both.
+    """A frozen encoder and, with `--align-cache`, its output for every row of the data set.
+
+    It is not an nn.Module, so DDP, optimiser and checkpoint do not see either.
 
     Args:
-        attention: blocks of the encoder whose queries and keys are wanted; negative numbers count from the last.
+        attention: blocks of the encoder whose queries and keys are returned; negative numbers count from the last.
     """
 
-    def __init__(self, options: ExternalOptions, setting: BuildContext, attention: Collection[int] = ()) -> None:
-        student = setting.student
+    def __init__(self, options: ExternalOptions, build_context: BuildContext, attention: Collection[int] = ()) -> None:
         self.encoder = open_encoder(
             options.encoder,
-            grid=math.isqrt(student.tokens),
+            grid=math.isqrt(build_context.student.tokens),
             weights=options.encoder_weights,
-            pretrained=not setting.dry,
+            pretrained=not build_context.dry,
         )
-        self.digest = None if setting.dry else self.encoder.digest()
+        self.digest = None if build_context.dry else self.encoder.digest()
         depth = len(self.encoder.blocks)
         self.attention = tuple(number if number > 0 else depth + 1 + number for number in attention)
         for number in self.attention:
@@ -56,10 +58,9 @@ class External:
                 1 <= number <= depth,
                 f"block {number} does not exist: encoder {options.encoder} has blocks 1 to {depth}",
             )
-        self._frozen = Frozen(self.encoder, setting.device, setting.dtype)
-        self._dtype = setting.dtype or torch.float32
-        self.columns = ("row",) if options.cache and not setting.dry else ("image",)
-        self._cache = self._encode_all(setting) if self.columns == ("row",) else None
+        self._frozen = Frozen(self.encoder, build_context.device, build_context.dtype)
+        self.columns = ("row",) if options.cache and not build_context.dry else ("image",)
+        self._cache = self._encode_all(build_context) if self.columns == ("row",) else None
 
     def __call__(self, context: Context) -> Encoded:
         """The encoder's view of the clean images of the context."""
@@ -71,10 +72,10 @@ class External:
     def describe(self) -> dict[str, Any]:
         return {"encoder": self.encoder.name, "encoder_digest": self.digest, "encoder_pixels": self.encoder.side}
 
-    def _encode_all(self, setting: BuildContext, batch: int = 64) -> Encoded:
+    def _encode_all(self, build_context: BuildContext, batch: int = 64) -> Encoded:
         """Every row of the data set, encoded in order; a row is item x views + view."""
-        data, device = setting.data, setting.device
-        mixed = nullcontext() if setting.dtype is None else torch.autocast(device.type, setting.dtype)
+        data, device, dtype = not_none(build_context.data), build_context.device, build_context.dtype
+        mixed = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
         rows = np.arange(len(data) * data.views)
         parts: list[tuple[Tensor, ...]] = []
         bar = progress.bar(
@@ -84,8 +85,11 @@ class External:
             item, view = np.divmod(rows[start : start + batch], data.views)
             with mixed:
                 encoded = self._frozen(torch.from_numpy(data.images(item, view)).to(device), self.attention)
-            parts.append(tuple(value.to(self._dtype) for value in (encoded.tokens, *encoded.attention.values())))
+            parts.append(
+                tuple(value.to(dtype or torch.float32) for value in (encoded.tokens, *encoded.attention.values()))
+            )
             if start == 0:
+                # The first batch shows the size of a row: refuse a cache that would not fit before encoding the rest.
                 needed = sum(value.nbytes for value in parts[0]) / len(item) * len(rows)
                 require(
                     needed <= LIMIT,

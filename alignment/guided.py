@@ -6,8 +6,9 @@ extrapolated far beyond the conditional ones, and a head on the student's guided
     f_g     = f_u + omega (f_c - f_u)
     L_guide = mean (MLP(f_n) - f_g)^2
 
-The loss ends after 20 epochs for base models and 10 for larger ones (section 4.1). Both passes of the teacher are one
-doubled batch, cut after the guiding block; blocks beyond it are not loaded.
+The loss ends after 20 epochs for base models and 10 for larger ones (section 4.1). omega is the student's
+`Backbone.guide_scale`. Both passes of the teacher are one doubled batch, cut after the guiding block; blocks beyond it
+are not loaded.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, Frozen, squared_error
-from models import Backbone, ModelSpec
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, Frozen, not_none, squared_error
+from models import ARCHITECTURES, ModelSpec, architecture
 from models.backbone import block_number
 from models.heads import mlp
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
-OMEGA = {"sit": 30.0, "lightningdit": 10.0}
-"""The paper's guidance scale by backbone (section 4.1)."""
-EPOCHS = 40
-"""The age of the paper's teacher (section 4.1)."""
+PUBLISHED = ", ".join(
+    f"{kind.guide_scale:g} for {kind.__name__}" for kind in ARCHITECTURES.values() if kind.guide_scale is not None
+)
+EPOCHS = 40  # the age of the paper's teacher (section 4.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,7 @@ class GuidedOptions(AlignOptions):
     )
     guiding_depth: int | None = option(None, help="teacher's block (default: 2/3 of its depth)", flag="guiding-depth")
     guided_depth: int | None = option(None, help="student's block (default: half its depth)", flag="guided-depth")
-    guide_scale: float | None = option(
-        None, help="omega (default: 30 for SiT, 10 for LightningDiT)", flag="guide-scale"
-    )
+    guide_scale: float | None = option(None, help=f"omega (default: {PUBLISHED})", flag="guide-scale")
     hidden: int = option(2048, help="width of the head's hidden layers")
 
     def __post_init__(self) -> None:
@@ -71,7 +70,7 @@ class GuidedOptions(AlignOptions):
         )
 
 
-class Guided(Alignment):
+class Guided(Alignment[GuidedOptions]):
     """Mean squared error between a head on the guided block and the guided feature, one value per sample."""
 
     name = "guided"
@@ -88,27 +87,30 @@ class Guided(Alignment):
 
     @classmethod
     def resolve(cls, options: GuidedOptions, student: ModelSpec, batch_size: int = 256) -> GuidedOptions:
-        never_said = options.stop_steps is None and options.stop_epochs is None
+        scale = architecture(student).guide_scale if options.guide_scale is None else options.guide_scale
+        require(scale is not None, f"no guide scale is published for {student.name} ({PUBLISHED}): give --guide-scale")
+        stop_given = options.stop_steps is not None or options.stop_epochs is not None
         return replace(
             options,
             guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
-            guide_scale=OMEGA[student.architecture] if options.guide_scale is None else options.guide_scale,
-            stop_epochs=(20 if student.hidden_size <= 768 else 10) if never_said else options.stop_epochs,
+            guide_scale=scale,
+            stop_epochs=options.stop_epochs if stop_given else 20 if student.hidden_size <= 768 else 10,
         )
 
-    def __init__(self, options: GuidedOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        checkpoint = setting.load(options.guiding_ckpt)
-        teacher, student = checkpoint.spec, setting.student
-        _require_compatible(checkpoint, setting, options)
-        self.taps = (options.guided_depth,)
+    def __init__(self, options: GuidedOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        checkpoint = build_context.load(options.guiding_ckpt)
+        teacher, student = checkpoint.spec, build_context.student
+        _require_compatible(checkpoint, build_context, options)
+        self.taps = (not_none(options.guided_depth),)
         self.guiding = block_number(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
         self.null = teacher.num_classes
-        self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, Stream(setting.seed, "init/guided"))
+        stream = Stream(build_context.seed, "init/guided")
+        self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, stream)
         self.teacher = Frozen(
             checkpoint.network(options.guiding_weights, depth=self.guiding),
-            setting.device,
-            setting.dtype if options.guiding_precision == "run" else None,
+            build_context.device,
+            build_context.dtype if options.guiding_precision == "run" else None,
         )
         self.origin = {
             "path": str(checkpoint.path),
@@ -118,7 +120,7 @@ class Guided(Alignment):
             "weights": options.guiding_weights,
             "epochs": checkpoint.epochs,
         }
-        self.doubt = checkpoint.space.unverified_match(setting.space)
+        self.unverified = checkpoint.space.unverified_match(build_context.space)
 
     def forward(self, context: Context) -> Tensor:
         loss = squared_error(self.head(context.features[self.taps[0]]), self.target(context))
@@ -140,50 +142,53 @@ class Guided(Alignment):
                 exit_early=True,
             )
         unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
-        return interpolant.guide(unconditional, conditional, self.options.guide_scale)
+        # For mypy: `resolve` has filled in the scale.
+        return interpolant.guide(unconditional, conditional, self.options.guide_scale)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "guiding_depth": self.guiding, "teacher": self.origin}
 
     def notes(self) -> list[str]:
-        """The teacher's identity, and a warning where it is not the one of the paper's schedule."""
+        """The teacher's identity, and a warning if it was not trained for as long as the paper's."""
         step, epochs = self.origin["step"], self.origin["epochs"]
         age = f"step {step}" + ("" if epochs is None else f" = {epochs:g} epochs")
         lines = [
-            f"teacher: {self.origin['path']} at {age}, {self.origin['model']}, {self.origin['weights']} weights, block {self.guiding}"
+            f"teacher: {self.origin['path']} at {age}, {self.origin['model']}, {self.origin['weights']} weights, "
+            f"block {self.guiding}"
         ]
         if epochs is not None and abs(epochs - EPOCHS) > 0.5:
             lines.append(
-                f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its checkpoint "
-                f"with --guiding-ckpt RUN@STEP"
+                f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its "
+                f"checkpoint with --guiding-ckpt RUN@STEP"
             )
-        return lines + ([f"warning: the teacher {self.origin['path']}: {self.doubt}"] if self.doubt else [])
+        return lines + ([f"warning: the teacher {self.origin['path']}: {self.unverified}"] if self.unverified else [])
 
     @property
-    def frozen(self) -> list[Backbone]:
+    def frozen(self) -> list[nn.Module]:
         return [self.teacher.network]
 
 
-def _require_compatible(checkpoint: Any, setting: BuildContext, options: GuidedOptions) -> None:
+def _require_compatible(checkpoint: Any, build_context: BuildContext, options: GuidedOptions) -> None:
     """Refuse a teacher whose inputs or tokens differ; another width or depth is allowed."""
-    teacher, student, source = checkpoint.spec, setting.student, options.guiding_ckpt
+    teacher, student, source = checkpoint.spec, build_context.student, options.guiding_ckpt
+    space = build_context.space
     grids = [spec.input_size // spec.patch_size for spec in (teacher, student)]
     require(
         grids[0] == grids[1],
         f"the teacher {source} has {grids[0]}x{grids[0]} tokens, the student {grids[1]}x{grids[1]}: "
         f"use a teacher with the student's patch and latent size",
     )
-    difference = checkpoint.space.difference(setting.space)
+    difference = checkpoint.space.difference(space)
     require(
         teacher.input_size == student.input_size and difference is None,
-        f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of {checkpoint.space.name}, "
-        f"the data is {student.input_size}x{student.input_size} of {setting.space.name}"
+        f"the teacher {source} was trained on {teacher.input_size}x{teacher.input_size} latents of "
+        f"{checkpoint.space.name}, the data is {student.input_size}x{student.input_size} of {space.name}"
         f"{f' ({difference})' if difference else ''}: they must agree",
     )
     require(
         checkpoint.has_null or options.guide_scale == 1,
-        f"the teacher {source} was trained without label dropout (--cfg-prob 0), so it has no null class for --guide-scale "
-        f"{options.guide_scale:g}: use another teacher, or scale 1",
+        f"the teacher {source} was trained without label dropout (--cfg-prob 0), so it has no null class for "
+        f"--guide-scale {options.guide_scale:g}: use another teacher, or scale 1",
     )
     require(
         teacher.num_classes == student.num_classes,

@@ -6,7 +6,8 @@
     P_S = the same of the student's first heads, as many as the encoder has (12 of SiT-XL's 16)
 
 Published, for SiT: weight 0.5 on each term, features at block 8, student blocks 5-8 against DINOv2-B's 9-12, until step
-100,000 (SiT-B) or 250,000 (SiT-L, SiT-XL) of 256 images; kept here as images, so that another batch stops after as many.
+100,000 (SiT-B) or 250,000 (SiT-L, SiT-XL) of 256 images. The stop is stored as images, so that it comes after as many
+images at another batch size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignment.base import Alignment, BuildContext, Context, cosine, first_not_none
+from alignment.base import Alignment, BuildContext, Context, cosine, not_none
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
 from models.backbone import block_number
@@ -26,10 +27,9 @@ from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
+# By the student's depth: the block of the features, and the images after which the loss stops
 BLOCKS = {12: 8, 24: 8, 28: 8}
-"""The block of the features, by the student's depth."""
 IMAGES = {12: 25_600_000, 24: 64_000_000, 28: 64_000_000}
-"""Images after which it stops, by the student's depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class HasteOptions(ExternalOptions):
     encoder_depths: tuple[int, ...] | None = option(None, help="encoder's blocks (default: its last, as many)")
 
 
-class Haste(Alignment):
+class Haste(Alignment[HasteOptions]):
     """Negative cosine to the patch tokens plus cross-entropy of the attention maps, one value per sample."""
 
     name = "haste"
@@ -52,39 +52,36 @@ class Haste(Alignment):
 
     @classmethod
     def resolve(cls, options: HasteOptions, student: ModelSpec, batch_size: int = 256) -> HasteOptions:
-        depth = block_number(
-            student.depth, 2 / 3, first_not_none(options.depth, BLOCKS.get(student.depth)), "--haste-depth"
-        )
+        depth = block_number(student.depth, 2 / 3, options.depth, "--haste-depth", BLOCKS.get(student.depth))
         student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
         encoder_blocks = options.encoder_depths or tuple(range(-len(student_blocks), 0))
         require(
             len(student_blocks) == len(encoder_blocks),
-            f"--haste-attention-depths names {len(student_blocks)} blocks and --haste-encoder-depths {len(encoder_blocks)}: they "
-            f"are compared in pairs",
+            f"--haste-attention-depths names {len(student_blocks)} blocks and --haste-encoder-depths "
+            f"{len(encoder_blocks)}, which are compared in pairs: name as many of each",
         )
         for number in student_blocks:
             block_number(student.depth, 1, number, "--haste-attention-depths")
-        never_said = options.stop_steps is None and options.stop_epochs is None
+        stop_given = options.stop_steps is not None or options.stop_epochs is not None
         stop = max(1, round(IMAGES.get(student.depth, IMAGES[12] if student.depth < 12 else IMAGES[28]) / batch_size))
         return replace(
             options,
             depth=depth,
             attention_depths=student_blocks,
             encoder_depths=encoder_blocks,
-            stop_steps=stop if never_said else options.stop_steps,
+            stop_steps=options.stop_steps if stop_given else stop,
         )
 
-    def __init__(self, options: HasteOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        self.student = setting.student
-        self.external = External(options, setting, options.encoder_depths)
+    def __init__(self, options: HasteOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        self.student = build_context.student
+        self.external = External(options, build_context, not_none(options.encoder_depths))
         self.columns = self.external.columns
-        self.pairs = tuple(zip(options.attention_depths, self.external.attention, strict=True))
-        self.taps = (options.depth, *(QK(block) for block, _ in self.pairs))
-        self.heads = min(setting.student.num_heads, self.external.encoder.heads)
-        self.head = mlp(
-            setting.student.hidden_size, options.hidden, self.external.encoder.width, Stream(setting.seed, "init/haste")
-        )
+        self.pairs = tuple(zip(not_none(options.attention_depths), self.external.attention, strict=True))
+        self.taps = (not_none(options.depth), *(QK(block) for block, _ in self.pairs))
+        self.heads = min(self.student.num_heads, self.external.encoder.heads)
+        stream = Stream(build_context.seed, "init/haste")
+        self.head = mlp(self.student.hidden_size, options.hidden, self.external.encoder.width, stream)
 
     def forward(self, context: Context) -> Tensor:
         target = self.external(context)
@@ -107,7 +104,8 @@ class Haste(Alignment):
         if self.student.architecture == "sit" and self.student.depth in BLOCKS:
             return []
         return [
-            f"note: HASTE is published for SiT-B, L and XL; its blocks and its stop for {self.student.name} are ours, by depth"
+            f"note: HASTE is published for SiT-B, L and XL; its blocks and its stop for {self.student.name} are our "
+            f"choice, by depth"
         ]
 
     @property

@@ -1,14 +1,14 @@
 """The interval of times: which samples an alignment sees, and the mean that goes with them.
 
-With `--align-interval a b` an alignment is kept to the times a <= t <= b, in one of two ways (`--align-mask`):
+With `--align-interval a b` an alignment acts at the times a <= t <= b, in one of two ways (`--align-mask`):
 
-    select     the samples in range alone; their sum is divided by the full micro-batch, so that the rest counts as zero:
+    select     only the samples in range; their sum is divided by the full micro-batch, so that the rest counts as zero:
                L = (1 / N) sum over i in range of l_i. Teacher and head run on the samples in range only.
     upstream   all samples, the mean weighted by the global batch's share in range (the authors' code):
                L = share x (1 / N) sum over all i of l_i
 
-Without an interval L is the plain mean. Which samples are in range is known on the host, where times are drawn, so no
-step waits for the device.
+Without an interval L is the plain mean. The host draws the times, so it knows which samples are in range, and no step
+waits for the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MASKS = ("select", "upstream")
 
 
 def check(interval: Interval | None, mask: str) -> None:
-    """Raise UserError for an interval outside [0, 1] or upside down, and for a mask that has none to act on."""
+    """Raise UserError for an interval outside [0, 1] or upside down, and for a mask without an interval."""
     require(
         interval is not None or mask == "select", "--align-mask upstream weighs by an interval: add --align-interval"
     )
@@ -41,14 +41,14 @@ def check(interval: Interval | None, mask: str) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the interval of one alignment makes of one micro-batch of N samples."""
+    """The part that one alignment's interval selects of one micro-batch of N samples."""
 
+    # (m,) int64, of which the first `count` are the samples in range; None for all N
     index: Tensor | None = None
-    """(m,) int64, the samples in range, the first `count` of them meant; None for all N."""
+    # factor on the mean: count / N with an `index`, the share in range for mask `upstream`
     factor: float = 1.0
-    """On the mean: count / N where `index` is given, the share in range for mask `upstream`."""
+    # samples in range, with an `index`
     count: int = 0
-    """Samples in range, where `index` is given."""
 
     @classmethod
     def of(
@@ -62,8 +62,8 @@ class Selection:
     ) -> Selection:
         """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host.
 
-        With `few_sizes` the index is filled up to a multiple of N / 16 by samples whose loss is then left out: on a GPU
-        compiled code, its choice of kernels and the allocator meet the same few shapes again and again.
+        With `few_sizes` the index is padded to a multiple of N / 16 with samples whose loss is then left out: on a GPU,
+        compiled code, its choice of kernels and the allocator then see only a few shapes.
         """
         if interval is None:
             return cls()
@@ -78,9 +78,10 @@ class Selection:
         return cls(to_device(torch.from_numpy(index), device), count / size, count)
 
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
-        """The mean of `loss(context)` over the micro-batch, a scalar. `context.take(index)` is that of some samples.
+        """The mean of `loss(context)` over the micro-batch, a scalar.
 
-        `loss` returns one value per sample, or a scalar where it is `coupled`.
+        `context.take(index)` is the context of some samples. `loss` returns one value per sample, or a scalar if it
+        is `coupled`.
         """
         if self.index is None:
             return loss(context).mean() * self.factor
@@ -94,7 +95,7 @@ ALL = Selection()
 
 
 def expected_share(interval: Interval | None, mask: str, time_sampling: str) -> float:
-    """The share of the samples that an alignment works on, expected over the distribution of t (uniform or logit-normal)."""
+    """The expected share of the samples that an alignment works on, for uniform or logit-normal t."""
     if interval is None or mask != "select":
         return 1.0
     low, high = interval

@@ -2,13 +2,13 @@
 
     L_align = mean (MLP(f_n) - z)^2
 
-z is the clean scaled latent in token layout. The paper says "shallow" and gives neither n nor the weight for this stage;
-preset `paper` takes n = depth/6, the authors' released block for SiT-B, and 0.5. (SRA 2, arXiv 2601.17830, reports for the
-same loss on SiT-B/2, by a third party's note of its ablation: block 2 28.89, block 6 32.44, block 8 36.20, plain 33.02; the
-paper's own stage 1 is at 29.04.) Preset `upstream` follows the authors' code: the velocity as target on the latent grid, a
-head that ends in LayerNorm and a linear layer, QK-norm, and the interval 0.4-0.7 as a weight; `efficient` is the same
-without QK-norm, the interval selecting samples. Preset `sra2` is SRA 2: smooth-L1, weight 1, a head of five layers, and the
-blocks 2, 8, 8 of SiT-B, L and XL.
+z is the clean scaled latent in token layout. The paper says "shallow" and gives neither n nor the weight for this
+stage; preset `paper` uses n = depth/6, the authors' released block for SiT-B, and 0.5. (SRA 2, arXiv 2601.17830,
+reports for the same loss on SiT-B/2, by a third party's note of its ablation: block 2 28.89, block 6 32.44, block 8
+36.20, plain 33.02; the paper's own stage 1 is at 29.04.) Preset `upstream` follows the authors' code: the velocity as
+target on the latent grid, a head that ends in LayerNorm and a linear layer, QK-norm, and the interval 0.4-0.7 as a
+weight. Preset `efficient` is the same without QK-norm, and its interval selects samples. Preset `sra2` is SRA 2:
+smooth-L1, weight 1, a head of five layers, and the blocks 2, 8, 8 of SiT-B, L and XL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, first_not_none, smooth_l1, squared_error
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, not_none, smooth_l1, squared_error
 from models import ModelSpec, patchify
 from models.backbone import block_number
 from models.heads import VelocityHead
@@ -27,10 +27,10 @@ from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
+# The authors' code in this stage
 AUTHORS = {"target": "velocity", "head": "mlp-norm-linear", "interval": (0.4, 0.7)}
-"""What the authors' code does in this stage."""
+# SRA 2's settings; its blocks are a sixth of SiT-B's depth and a third of SiT-L's and XL's
 SRA2 = {"distance": "smooth-l1", "weight": 1.0, "layers": 5, "blocks": ((12, 2), (24, 8), (28, 8))}
-"""SRA 2's settings; its blocks are a sixth of SiT-B and a third of SiT-L and XL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class LatentOptions(AlignOptions):
     head: str = option("mlp", choices=("mlp", "mlp-norm-linear"), help="the paper's MLP, or the authors' longer head")
     layers: int = option(3, help="linear layers of the MLP (SRA 2: 5)")
     hidden: int = option(2048, help="width of the head's hidden layers")
+    # Set by presets, used if `depth` is not given: (depth, n) of networks whose block is published, and n as a share of
+    # any other depth.
     share: float = 1 / 6
-    """n as a share of the depth, where `depth` does not say it; set by presets."""
     blocks: tuple[tuple[int, int], ...] = ()
-    """(depth, n) of networks whose block is published; set by presets."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.layers >= 2, f"--align-layers {self.layers} must be at least 2")
 
 
-class Latent(Alignment):
+class Latent(Alignment[LatentOptions]):
     """Distance between a head on block n and the clean latent, one value per sample."""
 
     name = "latent"
@@ -69,18 +69,19 @@ class Latent(Alignment):
 
     @classmethod
     def resolve(cls, options: LatentOptions, student: ModelSpec, batch_size: int = 256) -> LatentOptions:
-        chosen = first_not_none(options.depth, dict(options.blocks).get(student.depth))
-        return replace(options, depth=block_number(student.depth, options.share, chosen, "--latent-depth"))
+        published = dict(options.blocks).get(student.depth)
+        depth = block_number(student.depth, options.share, options.depth, "--latent-depth", published)
+        return replace(options, depth=depth)
 
-    def __init__(self, options: LatentOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        self.patch = setting.student.patch_size
-        self.taps = (options.depth,)
-        low, high = options.trained_times
+    def __init__(self, options: LatentOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        self.patch = build_context.student.patch_size
+        block, (low, high) = not_none(options.depth), options.trained_times
+        self.taps = (block,)
         head = VelocityHead(
-            kind=options.head, block=options.depth, hidden=options.hidden, layers=options.layers, low=low, high=high
+            kind=options.head, block=block, hidden=options.hidden, layers=options.layers, low=low, high=high
         )
-        self.head = head.build(setting.student, Stream(setting.seed, "init/latent"))
+        self.head = head.build(build_context.student, Stream(build_context.seed, "init/latent"))
         self.velocity_head = head if options.target == "velocity" else None
 
     def forward(self, context: Context) -> Tensor:

@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, first_not_none
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, not_none
 from models import ModelSpec
 from models.backbone import block_number
 from runtime.errors import require
 from runtime.options import option
 
-# Follower and followed, by depth: published for SiT-L (24) and XL (28). The pair of SiT-B is not published where we could
-# read it: 4 <- 8 is ours, by the stated rules (a real gap, the student not among the earliest blocks, the target not in the
-# last fifth).
+# (k, m) by depth. Those of SiT-L (24) and XL (28) are published. We found no published pair for SiT-B: 4 and 8 are
+# ours, by the authors' rules (a real gap, the student not among the earliest blocks, the target not in the last fifth).
 BLOCKS = {12: (4, 8), 24: (8, 18), 28: (8, 16)}
 
 
@@ -33,7 +32,7 @@ class LayerSyncOptions(AlignOptions):
     target_depth: int | None = option(None, help="block m that is followed")
 
 
-class LayerSync(Alignment):
+class LayerSync(Alignment[LayerSyncOptions]):
     """Negative cosine between block k and the detached block m, one value per sample in [-1, 1]."""
 
     name = "layersync"
@@ -44,17 +43,15 @@ class LayerSync(Alignment):
 
     @classmethod
     def resolve(cls, options: LayerSyncOptions, student: ModelSpec, batch_size: int = 256) -> LayerSyncOptions:
-        known = BLOCKS.get(student.depth, (None, None))
-        depth = block_number(student.depth, 1 / 3, first_not_none(options.depth, known[0]), "--layersync-depth")
-        target = block_number(
-            student.depth, 2 / 3, first_not_none(options.target_depth, known[1]), "--layersync-target-depth"
-        )
+        published = BLOCKS.get(student.depth, (None, None))
+        depth = block_number(student.depth, 1 / 3, options.depth, "--layersync-depth", published[0])
+        target = block_number(student.depth, 2 / 3, options.target_depth, "--layersync-target-depth", published[1])
         require(depth < target, f"--layersync-depth {depth} must come before --layersync-target-depth {target}")
         return replace(options, depth=depth, target_depth=target)
 
-    def __init__(self, options: LayerSyncOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        self.taps = (options.depth, options.target_depth)
+    def __init__(self, options: LayerSyncOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        self.taps = (not_none(options.depth), not_none(options.target_depth))
 
     def forward(self, context: Context) -> Tensor:
         follower, followed = (context.features[tap] for tap in self.taps)

@@ -5,8 +5,8 @@
 The encoder sees the clean image: DINOv2 ViT-B/14 in the paper, 224 pixels for images of 256, class token dropped. The
 cosine is taken over channels, token by token. Weight 0.5, all times, to the end of training.
 
-Preset `irepa` is iREPA (arXiv 2512.10794): h is a 3x3 convolution over the grid of tokens, and the encoder's tokens are standardised
-over space, channel by channel: (z - a mean) / (std + 1e-6), with a = 0.6 in its authors' training script.
+Preset `irepa` is iREPA (arXiv 2512.10794): h is a 3x3 convolution over the grid of tokens, and the encoder's tokens are
+standardised over space, channel by channel: (z - a mean) / (std + 1e-6), with a = 0.6 in its authors' training script.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from alignment.base import Alignment, BuildContext, Context, cosine, first_not_none
+from alignment.base import Alignment, BuildContext, Context, cosine, not_none
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
 from models.backbone import block_number
@@ -37,11 +37,11 @@ class RepaOptions(ExternalOptions):
         "mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution"
     )
     spatial_norm: float | None = option(
-        None, help="standardise the encoder's tokens over space, less this share of their mean"
+        None, help="standardise the encoder's tokens over space after subtracting this share of their mean"
     )
 
 
-class Repa(Alignment):
+class Repa(Alignment[RepaOptions]):
     """Negative cosine between a head on block k and the encoder's patch tokens, one value per sample in [-1, 1]."""
 
     name = "repa"
@@ -54,16 +54,17 @@ class Repa(Alignment):
 
     @classmethod
     def resolve(cls, options: RepaOptions, student: ModelSpec, batch_size: int = 256) -> RepaOptions:
-        chosen = first_not_none(options.depth, BLOCKS.get(student.depth))
-        return replace(options, depth=block_number(student.depth, 1 / 3, chosen, "--repa-depth"))
+        published = BLOCKS.get(student.depth)
+        return replace(options, depth=block_number(student.depth, 1 / 3, options.depth, "--repa-depth", published))
 
-    def __init__(self, options: RepaOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        self.external = External(options, setting)
+    def __init__(self, options: RepaOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        self.external = External(options, build_context)
         self.columns = self.external.columns
-        self.taps = (options.depth,)
+        self.taps = (not_none(options.depth),)
         self.spatial_norm = options.spatial_norm
-        width, out, stream = setting.student.hidden_size, self.external.encoder.width, Stream(setting.seed, "init/repa")
+        width, out = build_context.student.hidden_size, self.external.encoder.width
+        stream = Stream(build_context.seed, "init/repa")
         self.head = (
             Convolution(width, out, stream) if options.projector == "conv" else mlp(width, options.hidden, out, stream)
         )
@@ -83,6 +84,6 @@ class Repa(Alignment):
 
 
 def standardised(tokens: Tensor, share: float) -> Tensor:
-    """(N, T, D) tokens less `share` of their mean over space, over their standard deviation there, channel by channel, in float32."""
+    """(z - share mean) / (std + 1e-6) of tokens (N, T, D), mean and std over space by channel, in float32."""
     tokens = tokens.float()
     return (tokens - share * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)

@@ -3,10 +3,10 @@
     t'    = max(t - 0.2 u, 0),  u ~ U(0, 1) per sample; x_t' from the same latent and the same noise
     L_sra = mean over tokens and channels of smooth-L1(j(f_k(x_t, t, y)), sg f_m^EMA(x_t', t', y); beta 0.05)
 
-j is Linear(D, 2D), SiLU, Linear(2D, D). The teacher sees the labels after the student's dropout. The weight is 0.2 up to
-epoch 149, then 0.2 x 10^(-(epoch - 149) / 1000), epochs from 0. Later code of the authors takes 1 - cosine with the
-constant weight 0.5, and the cosine runs along the tokens, channel by channel: `token-cosine` here. `cosine` is over the
-channels, as everyone else means it.
+j is Linear(D, 2D), SiLU, Linear(2D, D). The teacher sees the labels after the student's dropout. The weight is 0.2 up
+to epoch 149, then 0.2 x 10^(-(epoch - 149) / 1000), epochs from 0. The authors' later code uses 1 - cosine with the
+constant weight 0.5, where the cosine runs along the tokens, channel by channel: `token-cosine` here. `cosine` is the
+usual cosine over the channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, first_not_none, smooth_l1
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, not_none, smooth_l1
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import linear
@@ -27,8 +27,7 @@ from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
-BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}
-"""Student's and teacher's block, by depth."""
+BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}  # student's and teacher's block, by depth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class SraOptions(AlignOptions):
         return weight * 10 ** (-max(0, step // epoch_steps - self.tail_epoch) / self.tail_length)
 
 
-class Sra(Alignment):
+class Sra(Alignment[SraOptions]):
     """Distance between a head on block k and block m of the EMA network at an earlier time, one value per sample."""
 
     name = "sra"
@@ -77,19 +76,17 @@ class Sra(Alignment):
 
     @classmethod
     def resolve(cls, options: SraOptions, student: ModelSpec, batch_size: int = 256) -> SraOptions:
-        known = BLOCKS.get(student.depth, (None, None))
+        own, followed = BLOCKS.get(student.depth, (None, None))
         return replace(
             options,
-            depth=block_number(student.depth, 1 / 4, first_not_none(options.depth, known[0]), "--sra-depth"),
-            target_depth=block_number(
-                student.depth, 2 / 3, first_not_none(options.target_depth, known[1]), "--sra-target-depth"
-            ),
+            depth=block_number(student.depth, 1 / 4, options.depth, "--sra-depth", own),
+            target_depth=block_number(student.depth, 2 / 3, options.target_depth, "--sra-target-depth", followed),
         )
 
-    def __init__(self, options: SraOptions, setting: BuildContext) -> None:
-        super().__init__(options, setting)
-        self.taps = (options.depth,)
-        width, stream = setting.student.hidden_size, Stream(setting.seed, "init/sra")
+    def __init__(self, options: SraOptions, build_context: BuildContext) -> None:
+        super().__init__(options, build_context)
+        self.taps = (not_none(options.depth),)
+        width, stream = build_context.student.hidden_size, Stream(build_context.seed, "init/sra")
         self.head = nn.Sequential(linear(width, 2 * width, stream), nn.SiLU(), linear(2 * width, width, stream))
 
     def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
@@ -105,5 +102,5 @@ class Sra(Alignment):
     def target(self, context: Context) -> Tensor:
         """(N, T, D) raw output of the EMA network's block m at time t'."""
         earlier = (context.t - context.draws["offset"]).clamp(0, 1)
-        xt, block = interpolant.corrupt(context.x0, context.eps, earlier), self.options.target_depth
-        return context.ema(xt, earlier, context.y, taps=(block,), exit_early=True).features[block]
+        xt, block = interpolant.corrupt(context.x0, context.eps, earlier), not_none(self.options.target_depth)
+        return not_none(context.ema)(xt, earlier, context.y, taps=(block,), exit_early=True).features[block]

@@ -1,7 +1,8 @@
-"""What the benchmarks share: generated data, rates in alternating order, counts of launches, and results that grow row by row.
+"""What the benchmarks share: their command, generated data, rates in turns, counts of launches, results row by row.
 
-Rates are medians over repetitions with their range. What is compared is measured in turns (A B A B), so that a machine that
-gets slower, or busier, does so for both. On a CPU the rate is per second of processor time: others may use the machine.
+Rates are medians over repetitions with their range. Calls that are compared run in turns (A B A B), so that a machine
+that becomes slower or busier does so for both. On a CPU the rate is per second of processor time, because others may
+use the machine.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import datetime
 import io
 import platform
+import shlex
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,50 @@ import torch
 from models.latents import LatentSpace
 from preprocessing import shards
 from runtime import files, launch
+from runtime.options import as_dict, read
 from runtime.streams import Stream
 from runtime.text import aligned
 
+ASIDE = ("rows", "ablation", "peer", "chrome", "out")
+"""Options that choose rows and files, and change no row."""
 PEAKS = {"H100": 990e12, "H200": 990e12, "H800": 990e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 operations a second, as the vendor states them; MFU is in these units whatever the precision."""
 
 Call = Callable[[], Any]
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""Rows with their names, as they are measured."""
+
+
+def run(
+    name: str,
+    schema: type,
+    argv: Sequence[str] | None,
+    description: str | None,
+    rows: Callable[[Any, Path, Mapping[str, Any]], Rows],
+    report: Callable[[Mapping[str, Any]], str],
+) -> dict[str, Any]:
+    """Run a benchmark's command: measure what --out lacks, print the table, return the result.
+
+    Args:
+        schema: its options. A result is continued if all but those in `ASIDE` are the same.
+        rows: measures rows, given the options, a temporary folder and the rows of --out.
+        report: the table of the rows.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = read(schema, words, prog=f"python -m benchmarks.{name}", description=description)
+    settings = {key: value for key, value in as_dict(config).items() if key not in ASIDE}
+    results = Results(config.out, f"python -m benchmarks.{name} {shlex.join(words)}", settings)
+    with tempfile.TemporaryDirectory() as folder:
+        for key, row in rows(config, Path(folder), results.rows):
+            results.add(key, row)
+            if "images_per_second" in row:
+                print(f"{key}: {row['images_per_second']['median']:g} images/s", flush=True)
+    print(report(results.rows))
+    return results.result()
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What a result depends on besides its row."""
+    """The circumstances of a result."""
     return {
         "date": datetime.date.today().isoformat(),
         "command": command,
@@ -44,7 +81,7 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The GPU, or the processor."""
+    """Name of the GPU, or of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -52,12 +89,12 @@ def device_name() -> str:
 
 
 def load() -> float:
-    """Processes that ran in the last minute, on average: above the number of threads, others were busy too."""
+    """Mean number of running processes in the last minute. Above the number of threads, others were busy too."""
     return float(Path("/proc/loadavg").read_text().split()[0])
 
 
 class Results:
-    """A JSON file of rows, written after each: a run that is cut off keeps what it has, and its repetition goes on from there.
+    """A JSON file of rows, written after each row, so that a command that is cut off continues after its last one.
 
     Rows measured under other settings are dropped.
     """
@@ -69,13 +106,13 @@ class Results:
         self._head = {**environment(command), "settings": settings}
 
     def add(self, name: str, row: dict[str, Any]) -> None:
-        """Keep a row, in the file too."""
+        """Add a row, also to the file."""
         self.rows[name] = row
         if self.out:
             files.write_json(self.out, self.result())
 
     def result(self) -> dict[str, Any]:
-        """All there is, as it is written."""
+        """The content of the file."""
         return {**self._head, "rows": self.rows}
 
 
@@ -90,7 +127,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def alternate(
     calls: Mapping[str, Call], images: int, device: torch.device, *, steps: int, warmup: int, repetitions: int
 ) -> dict[str, dict[str, Any]]:
-    """Images per second of each call, which makes `images` of them: `repetitions` rounds of `steps` calls each, in turns."""
+    """Images per second of each call, which makes `images` of them; `repetitions` rounds of `steps` calls, in turns.
+
+    The row of every call but the first also says how many times faster the first is.
+    """
     cuda = device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
 
@@ -108,15 +148,15 @@ def alternate(
         for _ in range(warmup):
             call()
     rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(repetitions)]
-    rows = {name: {"images_per_second": spread([steps * images / one[name] for one in rounds])} for name in calls}
+    rows = {name: {"images_per_second": spread([steps * images / times[name] for times in rounds])} for name in calls}
     first = next(iter(calls))
     for name in list(calls)[1:]:
-        rows[name][f"{first}, times faster"] = spread([one[name] / one[first] for one in rounds])
+        rows[name][f"{first}, times faster"] = spread([times[name] / times[first] for times in rounds])
     return rows
 
 
 def counts(call: Call, device: torch.device) -> dict[str, float]:
-    """Of one call: operators, kernel launches and microseconds of the host until it returns (CUDA)."""
+    """Operators of one call; on CUDA also kernel launches, and microseconds of the host until the call returns."""
     times = 3 if device.type == "cuda" else 1
     activities = [torch.profiler.ProfilerActivity.CPU] + (
         [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
@@ -125,21 +165,21 @@ def counts(call: Call, device: torch.device) -> dict[str, float]:
         for _ in range(times):
             call()
     events = profile.key_averages()
-    found = {"operators": sum(event.count for event in events if event.key.startswith("aten::")) / times}
+    row = {"operators": sum(event.count for event in events if event.key.startswith("aten::")) / times}
     if device.type == "cuda":
-        found["launches"] = sum(event.count for event in events if "LaunchKernel" in event.key) / times
+        row["launches"] = sum(event.count for event in events if "LaunchKernel" in event.key) / times
         host = []
         for _ in range(times):
             torch.cuda.synchronize(device)
             started = time.perf_counter()
             call()
             host.append((time.perf_counter() - started) * 1e6)
-        found["host_microseconds"] = round(min(host), 1)
-    return found
+        row["host_microseconds"] = round(min(host), 1)
+    return row
 
 
 def peak_memory(call: Call, device: torch.device) -> float | None:
-    """GiB at the peak of one call, None on a CPU."""
+    """GiB at the peak of one call; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -149,19 +189,20 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
 
 
 def mfu(images_per_second: float, flops_per_image: float) -> float | None:
-    """Share of the device's stated peak that the network's own products reach; None where no peak is known."""
+    """Share of the device's stated peak that the network's own products reach; None if the peak is unknown."""
     peak = next((value for name, value in PEAKS.items() if name in device_name()), None)
     return None if peak is None else round(images_per_second * flops_per_image / peak, 4)
 
 
 def latent_set(folder: Path, *, channels: int, side: int, classes: int, items: int, images: bool = False) -> Path:
-    """A latent set of standard normal means with small deviations, as VAE latents have; `images` of noise, where asked for."""
+    """A latent set of standard normal means with small deviations, like VAE latents; with pictures if `images`."""
     values = Stream(0, "benchmark/latents").host.standard_normal((items, 1, 2, channels, side, side), dtype=np.float32)
     values[:, :, 1] = 0.1
     labels = Stream(0, "benchmark/labels").integers(classes, items)
     stride = 16 if channels > 4 else 8
     pictures = None
-    if images:  # few different ones: each is decoded every time it is met
+    if images:
+        # a few pictures serve all items: a picture is decoded anew every time
         some = [png(stride * side, number) for number in range(min(items, 64))]
         pictures = [some[item % len(some)] for item in range(items)]
     entry = shards.write_shard(folder, 0, values.astype(np.float16), labels, images=pictures)
@@ -184,7 +225,7 @@ def latent_set(folder: Path, *, channels: int, side: int, classes: int, items: i
 
 
 def png(side: int, seed: int) -> bytes:
-    """A smooth random picture, which compresses about as a photograph does: some 1.4 bytes a pixel."""
+    """A smooth random picture, which compresses about like a photograph: 1.4 bytes per pixel."""
     from PIL import Image
 
     coarse = np.random.default_rng(seed).integers(256, size=(side // 4, side // 4, 3), dtype=np.uint8)
@@ -201,7 +242,7 @@ RATE: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
-    """Aligned text: one line a row, a cell for each column (a blank where the row lacks it)."""
+    """Aligned text: a line per row, a cell per column, which is blank if the row lacks its value."""
 
     def cell(column: Callable[[Mapping[str, Any]], str], row: Mapping[str, Any]) -> str:
         try:

@@ -3,9 +3,9 @@
     git clone https://github.com/sihyun-yu/REPA ../REPA
     python -m benchmarks.train_step --rows plain --peer ../REPA
 
-Nothing of it is kept here: files are loaded from the checkout under names of their own, and the loop's body is taken out of
-its `train.py` as it stands, saving and previews left out. Encoders and projectors are left out too, so that the loss is the
-plain one; so is its data loader, whose batches lie ready in memory.
+No code of REPA is copied here. Its files are loaded from the checkout under new names, and the body of the loop comes
+from its `train.py` as it stands there, without saving and previews. Encoders and projectors are left out, so that the
+loss is the plain one; so is its data loader: the batches are ready in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEFT_OUT = ("checkpointing_steps", "sampling_steps", "max_train_steps")
 
 
 def load(folder: Path, file: str) -> ModuleType:
-    """One file of the checkout as a module. Raises UserError where it is not there."""
+    """One file of the checkout as a module. Raises UserError if it is missing."""
     path = folder / file
     require(
         path.is_file(), f"--peer {folder} has no {file}; it must be a checkout of https://github.com/sihyun-yu/REPA"
@@ -39,10 +39,11 @@ def load(folder: Path, file: str) -> ModuleType:
 
 
 def network(folder: Path, name: str, side: int, classes: int, device: torch.device) -> nn.Module:
-    """Its network `name` without projectors."""
+    """REPA's network `name` without projectors."""
     sizes = load(folder, "models/sit.py").SiT_models
-    require(name in sizes, f"--peer knows no {name}; it has {', '.join(sizes)}")
-    width = {"decoder_hidden_size": 384} if name.startswith("SiT-S/") else {}  # left at the width of SiT-B there
+    require(name in sizes, f"--peer has no network {name}; choose one of {', '.join(sizes)}")
+    # REPA leaves this at the width of SiT-B, which SiT-S does not have
+    width = {"decoder_hidden_size": 384} if name.startswith("SiT-S/") else {}
     return sizes[name](
         input_size=side,
         num_classes=classes,
@@ -56,7 +57,7 @@ def network(folder: Path, name: str, side: int, classes: int, device: torch.devi
 
 
 def functions(folder: Path) -> tuple[list[ast.stmt], list[ast.stmt]]:
-    """Of its `train.py`: the functions above `main`, and the body of the innermost loop over the data."""
+    """Two functions of its `train.py`, and the body of its innermost loop over the data."""
     require((folder / "train.py").is_file(), f"--peer {folder} has no train.py")
     tree = ast.parse((folder / "train.py").read_text(encoding="utf-8"))
     wanted = [
@@ -77,7 +78,7 @@ def functions(folder: Path) -> tuple[list[ast.stmt], list[ast.stmt]]:
 
 
 class TrainingStep:
-    """Its step on batches of moments (N, 8, H, W) that lie in host memory, through an Accelerator of its own."""
+    """REPA's step on batches of moments (N, 8, H, W) in host memory, through an Accelerator of its own."""
 
     def __init__(
         self,
@@ -92,16 +93,16 @@ class TrainingStep:
         from accelerate.state import AcceleratorState
         from tqdm import tqdm
 
-        AcceleratorState._reset_state()  # ours was made with another precision, and is not asked for it again
+        # our Accelerator, with another precision, would be shared otherwise
+        AcceleratorState._reset_state()
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
         trained = network(folder, model, batches[0][0].shape[-1], classes, device)
         ema = copy.deepcopy(trained).requires_grad_(False).eval()
         plain = load(folder, "loss.py").SILoss(encoders=[], accelerator=accelerator)
 
         def loss(model: nn.Module, x: Tensor, words: dict[str, Tensor], zs: list[Tensor]) -> tuple[Tensor, Tensor]:
-            return plain(model, x, words, zs=[x])[0], x.new_zeros(
-                ()
-            )  # it asks the first of the targets for the batch size
+            # the loss reads the batch size off the first of the targets
+            return plain(model, x, words, zs=[x])[0], x.new_zeros(())
 
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4)
         trained, optimizer = accelerator.prepare(trained.train(), optimizer)
@@ -140,7 +141,7 @@ class TrainingStep:
 
 
 class SamplingCall:
-    """Its SDE sampler: latents (N, 4, H, W) under guidance, in float32 weights as its `generate.py` has them."""
+    """REPA's SDE sampler: guided latents (N, 4, H, W), with float32 weights as in its `generate.py`."""
 
     def __init__(
         self, folder: Path, model: str, images: int, side: int, classes: int, device: torch.device, settings: Any

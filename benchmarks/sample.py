@@ -1,20 +1,17 @@
-"""Images per second of sampling as users do it: guided SDE, with and without the decoder, from a network of random weights.
+"""Images per second of sampling as users do it: guided SDE, with and without the decoder, from a random network.
 
     python -m benchmarks.sample --model SiT-XL/2 --out benchmarks/results/sample-SiT-XL-2.json
     python -m benchmarks.sample --model SiT-XL/2 --peer ../REPA
 
-Rows: latents alone, images (latents, decoder, pixels on the host, one batch behind the other as `generate.py` has it), and
-with --peer REPA's own sampler and network in turns with ours. A decoder of the SD-VAE's shape with random weights costs what the
-published one does. Guidance is on below t 0.7, as in REPA's protocol: 250 steps are 422 evaluations.
+Rows: latents alone; images (latents, decoder, pixels on the host, with batches overlapped as in `generate.py`); and
+with --peer REPA's own sampler and network in turns with ours. A decoder of the SD-VAE's shape with random weights costs
+as much as the published one. Guidance is on below t 0.7, as in REPA's protocol: 250 steps are 422 evaluations.
 """
 
 from __future__ import annotations
 
-import shlex
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from models.layers import cast_block_linears
 from models.vae import open_codec
 from runtime import errors, launch
 from runtime.errors import require
-from runtime.options import option, read
+from runtime.options import option
 from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
 
@@ -43,8 +40,6 @@ TINY_VAE = {"block_out_channels": (8, 8, 8, 16), "layers_per_block": 1, "latent_
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Options of the benchmark."""
-
     model: str = option("SiT-XL/2", help="network")
     batch_size: int = option(64, help="samples per network call")
     num_steps: int = option(250, help="steps of the SDE")
@@ -60,30 +55,19 @@ class SampleConfig:
     out: str | None = option(None, help="result file")
 
     def __post_init__(self) -> None:
-        require(
-            self.peer is None or self.classes == 1000, "REPA's sampler knows 1000 classes alone: leave out --classes"
-        )
+        right = self.peer is None or self.classes == 1000
+        require(right, f"--classes {self.classes}: REPA's sampler has 1000 classes; leave out --classes")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns the result that is written to --out."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    config = read(SampleConfig, words, prog="python -m benchmarks.sample", description=__doc__)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("peer", "out")}
-    results = measure.Results(config.out, f"python -m benchmarks.sample {shlex.join(words)}", settings)
-    device = launch.accelerator().device
-    with tempfile.TemporaryDirectory() as folder:
-        for name, row in rows(config, device, Path(folder), results.rows):
-            results.add(name, row)
-            print(f"{name}: {row['images_per_second']['median']:g} images/s", flush=True)
-    print(report(results.rows))
-    return results.result()
+    return measure.run("sample", SampleConfig, argv, __doc__, rows, report)
 
 
-def report(found: dict[str, dict[str, Any]]) -> str:
+def report(rows: Mapping[str, Any]) -> str:
     """The table of a result."""
     return measure.table(
-        found,
+        rows,
         {
             **measure.RATE,
             "evaluations": lambda row: f"{row['evaluations']}",
@@ -93,35 +77,34 @@ def report(found: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def rows(
-    config: SampleConfig, device: torch.device, folder: Path, known: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows that are not known yet, each with its name."""
+def rows(config: SampleConfig, folder: Path, known: Mapping[str, Any]) -> measure.Rows:
+    """The rows that are not known yet."""
+    device = launch.accelerator().device
     sampler = open_sampler(config, device, folder)
     batch = config.batch_size
 
-    def measured(calls: dict[str, measure.Call], images: int) -> dict[str, dict[str, Any]]:
-        found = measure.alternate(calls, images, device, steps=1, warmup=1, repetitions=config.repetitions)
-        return {name: {**row, "evaluations": sampler.evaluations} for name, row in found.items()}
+    def rates(calls: dict[str, measure.Call], images: int) -> dict[str, dict[str, Any]]:
+        measured = measure.alternate(calls, images, device, steps=1, warmup=1, repetitions=config.repetitions)
+        return {name: {**row, "evaluations": sampler.settings.evaluations} for name, row in measured.items()}
 
     latents = lambda: sampler.latents(range(batch))  # noqa: E731
     if "latents" not in known:
-        row = measured({"latents": latents}, batch)["latents"]
+        row = rates({"latents": latents}, batch)["latents"]
         peak = measure.peak_memory(latents, device)
         yield "latents", row if peak is None else {**row, "peak_gib": peak}
     if "images" not in known:
-        yield "images", measured({"images": images_of(sampler, batch, 2)}, 2 * batch)["images"]
+        yield "images", rates({"images": images_of(sampler, batch, 2)}, 2 * batch)["images"]
     if config.peer and "REPA's sampler" not in known:
-        theirs = peer.SamplingCall(
+        call = peer.SamplingCall(
             Path(config.peer), config.model, batch, config.latent_size, config.classes, device, sampler.settings
         )
-        found = measured({"latents": latents, "REPA's sampler": theirs}, batch)
-        yield "latents, beside REPA's sampler", found["latents"]
-        yield "REPA's sampler", found["REPA's sampler"]
+        pair = rates({"latents": latents, "REPA's sampler": call}, batch)
+        yield "latents, beside REPA's sampler", pair["latents"]
+        yield "REPA's sampler", pair["REPA's sampler"]
 
 
 def images_of(sampler: Sampler, batch: int, batches: int) -> Callable[[], None]:
-    """Images of so many batches, one behind the other."""
+    """A call that draws `batches` batches of images as one stream."""
 
     def call() -> None:
         for _ in sampler.stream(range(start * batch, (start + 1) * batch) for start in range(batches)):
@@ -131,7 +114,7 @@ def images_of(sampler: Sampler, batch: int, batches: int) -> Callable[[], None]:
 
 
 def open_sampler(config: SampleConfig, device: torch.device, folder: Path) -> Sampler:
-    """A sampler as `generate.py` has it, of a network and a decoder with random weights."""
+    """A sampler as in `generate.py`, from a network and a decoder with random weights."""
     spec = models.spec(config.model, in_channels=4, input_size=config.latent_size, num_classes=config.classes)
     network: Backbone = models.build(spec).to(device).eval().requires_grad_(False)
     dtype = launch.precision(config.mixed_precision, device)
@@ -150,7 +133,7 @@ def open_sampler(config: SampleConfig, device: torch.device, folder: Path) -> Sa
 
 
 def decoder(folder: Path, shape: str) -> str:
-    """A VAE of the SD-VAE's shape, or a tiny one of its stride, with random weights."""
+    """Folder of a VAE with random weights, of the SD-VAE's shape, or tiny with the same stride."""
     from diffusers import AutoencoderKL
 
     options = SD_VAE if shape == "sd-vae" else TINY_VAE

@@ -4,19 +4,17 @@
     python -m benchmarks.train_step --rows plain --ablation
     python -m benchmarks.train_step --rows plain --peer ../REPA
 
-The real loop's step is timed: data, draws, forward, backward, clipping, AdamW, EMA, loss sums; LightningDiT networks come with
-their recipe (loss, optimiser) and their latents. The teacher has random weights, which cost the same; so has the encoder
-of `repa` and `haste`, whose images are decoded as in training. Rows are kept in --out as they are measured; the same command
-goes on after the last. MFU counts the student's products alone, three times its forward pass, never teachers or recomputation.
+It times the real loop's step: data, draws, forward, backward, clipping, AdamW, EMA, loss sums. The rows "batches" time
+the data and draws alone: what the loader can deliver. LightningDiT networks come with their recipe (loss, optimiser)
+and their latents. The teacher has random weights, which cost the same; so has the encoder of `repa` and `haste`, whose
+images are decoded as in training. Rows are written to --out one by one; the same command continues after the last. MFU
+counts only the student's products, three times its forward pass, not those of teachers or of recomputation.
 """
 
 from __future__ import annotations
 
-import shlex
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ import torch
 from benchmarks import measure, peer
 from runtime import errors
 from runtime.errors import require
-from runtime.options import option, read
-from training import command, cost, loop
+from runtime.options import option
+from training import command, cost, loop, saving
 from training.log import Meter
 from training.run import Run
 
@@ -40,6 +38,8 @@ ROWS = {
     "dispersive": "--align dispersive",
     "layersync": "--align layersync",
     "sra": "--align sra",
+    "batches": "",
+    "batches, images": "--align repa --align-encoder {encoder}",
 }
 ABLATION = {
     "without compilation": "--compile off",
@@ -57,8 +57,6 @@ ENDLESS = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStepConfig:
-    """Options of the benchmark."""
-
     model: str = option("SiT-B/2", help="network")
     rows: tuple[str, ...] = option(tuple(ROWS), help="what to measure: " + ", ".join(ROWS))
     ablation: bool = option(False, help="plain training with one switch changed at a time")
@@ -90,22 +88,14 @@ class TrainStepConfig:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns the result that is written to --out."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    config = read(TrainStepConfig, words, prog="python -m benchmarks.train_step", description=__doc__)
-    settings = {
-        name: value for name, value in asdict(config).items() if name not in ("rows", "ablation", "peer", "out")
-    }
-    results = measure.Results(config.out, f"python -m benchmarks.train_step {shlex.join(words)}", settings)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(config, Path(folder))
-        for name, row in bench.rows(results.rows):
-            results.add(name, row)
-            print(f"{name}: {row['images_per_second']['median']:g} images/s", flush=True)
-    print(report(results.rows))
-    return results.result()
+    return measure.run("train_step", TrainStepConfig, argv, __doc__, _rows, report)
 
 
-def report(rows: dict[str, dict[str, Any]]) -> str:
+def _rows(config: TrainStepConfig, folder: Path, known: Mapping[str, Any]) -> measure.Rows:
+    return Bench(config, folder).rows(known)
+
+
+def report(rows: Mapping[str, Any]) -> str:
     """The table of a result."""
     plain = rows.get("plain", {}).get("images_per_second", {}).get("median")
     return measure.table(
@@ -129,8 +119,8 @@ class Bench:
     def __init__(self, config: TrainStepConfig, folder: Path) -> None:
         self.config, self.folder, self.made = config, folder, 0
 
-    def rows(self, known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows that are not known yet, each with its name."""
+    def rows(self, known: Mapping[str, Any]) -> measure.Rows:
+        """The rows that are not known yet."""
         wanted = {name: ROWS[name] for name in self.config.rows if name in ROWS}
         if self.config.ablation:
             wanted |= ABLATION
@@ -142,42 +132,37 @@ class Bench:
 
     def row(self, name: str, words: str) -> dict[str, Any]:
         """Rate, MFU, launches, host time and peak memory of one kind of run."""
-        config, run = self.config, self.run(words, guided=name.startswith("stage 2"))
+        run = self.run(words, guided=name.startswith("stage 2"))
+        if name.startswith("batches"):
+            source = run.batches(ENDLESS)
+            return self.rates({name: lambda: next(source)}, run)[name]
         step = training_step(run)
-        row = measure.alternate(
-            {name: step},
-            config.batch_size,
-            run.device,
-            steps=config.steps,
-            warmup=config.warmup,
-            repetitions=config.repetitions,
-        )[name]
+        row = self.rates({name: step}, run)[name]
         if run.device.type == "cuda":
             row["mfu"] = measure.mfu(row["images_per_second"]["median"], cost.estimate(run.config, {}).plain)
+            row["attention"] = run.attention_note
         row |= {"peak_gib": measure.peak_memory(step, run.device), **measure.counts(step, run.device)}
         return {key: value for key, value in row.items() if value is not None}
 
+    def rates(self, calls: dict[str, measure.Call], run: Run) -> dict[str, dict[str, Any]]:
+        config = self.config
+        rounds = {"steps": config.steps, "warmup": config.warmup, "repetitions": config.repetitions}
+        return measure.alternate(calls, config.batch_size, run.device, **rounds)
+
     def beside_peer(self) -> dict[str, dict[str, Any]]:
-        """Plain training and REPA's loop, in turns, in one precision."""
+        """Plain training and REPA's loop, in turns and in one precision."""
         config = self.config
         run = self.run("")
         ours = training_step(run)
-        ours()  # the learner is wrapped before another Accelerator comes into being
+        # wraps the learner, before the peer makes another Accelerator
+        ours()
         batches = []
         for start in range(0, 4 * config.batch_size, config.batch_size):
             moments, labels = run.data.read(torch.arange(start, start + config.batch_size).numpy() % len(run.data))
             batches.append((torch.from_numpy(moments).flatten(1, 2)[:, None], torch.from_numpy(labels)))
-        theirs = peer.TrainingStep(
-            Path(config.peer), config.model, batches, config.classes, run.device, "bf16" if run.dtype else "no"
-        )
-        rows = measure.alternate(
-            {"plain": ours, "REPA's loop": theirs},
-            config.batch_size,
-            run.device,
-            steps=config.steps,
-            warmup=config.warmup,
-            repetitions=config.repetitions,
-        )
+        precision = "bf16" if run.dtype else "no"
+        step = peer.TrainingStep(Path(config.peer), config.model, batches, config.classes, run.device, precision)
+        rows = self.rates({"plain": ours, "REPA's loop": step}, run)
         return {"plain, beside REPA's loop": rows["plain"], "REPA's loop": rows["REPA's loop"]}
 
     def run(self, words: str, guided: bool = False) -> Run:
@@ -196,7 +181,7 @@ class Bench:
         return Run(*command.resolve(argv, "benchmarks.train_step", None, ("guided",) if guided else ()))
 
     def common(self, images: bool) -> list[str]:
-        """Words of every run; the latents are generated at the first call."""
+        """Options of every run. Generates the latents at the first call."""
         config, data = self.config, self.folder / ("images" if images else "latents")
         if not data.exists():
             measure.latent_set(
@@ -223,14 +208,13 @@ class Bench:
         ]
 
     def teacher(self) -> Path:
-        """A checkpoint of the network: as a teacher it costs the same whatever it has learnt."""
+        """A checkpoint of the untrained network, which costs as much as a trained teacher."""
         folder = self.folder / "exps" / "teacher"
         if not folder.exists():
-            run = Run(
-                *command.resolve([*self.common(False), "--exp-name", "teacher"], "benchmarks.train_step", None, ())
-            )
+            argv = [*self.common(images=False), "--exp-name", "teacher"]
+            run = Run(*command.resolve(argv, "benchmarks.train_step", None))
             run.step = 1
-            run.save()
+            saving.save(run)
         return folder
 
     def encoder(self) -> str:

@@ -108,10 +108,12 @@ PROTOCOL = (
 def protocol(score: ScoreFile) -> dict[str, Any]:
     """All that two numbers must share to stand in one column or figure."""
     settings = score["samples"]["settings"]
+    # a scale of 1 does not guide: it is no part of the protocol, as in records without the option
+    guides = settings.get("internal_scale", 1) != 1
+    internal = {str(name): settings[name] for name in ("internal_scale", "internal") if guides and name in settings}
     return {
         **{name: settings.get(name) for name in PROTOCOL},
-        # Present only with internal guidance, so that the protocols of other samples stay what they were.
-        **{str(name): settings[name] for name in ("internal_scale", "internal") if name in settings},
+        **internal,
         "features": score["features"],
         "reference": score["reference"]["sha256"],
         "precision_recall": score["precision_recall"],

@@ -18,7 +18,7 @@ from models.latents import Codec
 from models.vae import open_codec
 from runtime import launch
 from sampling import presets, preview
-from sampling.classes import spoken
+from sampling.classes import readable
 from sampling.sampler import Sampler, image_shape
 
 BATCH = 64  # samples per network call in each process
@@ -41,7 +41,7 @@ def watch(
     if config.eval_steps:
         watched.append(Scores(config, codec, accelerator, (spec.in_channels, spec.input_size, spec.input_size)))
     if config.sampling_steps:
-        watched.append(Previews(config, codec, accelerator, folder / "samples", spoken(data.manifest["class_names"])))
+        watched.append(Previews(config, codec, accelerator, folder / "samples", readable(data.manifest["class_names"])))
     return watched
 
 

@@ -153,6 +153,6 @@ def add_drawn(scorer: Scorer, sampler: Sampler, count: int, batch_size: int, tit
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     start, stop = count * rank // processes, count * (rank + 1) // processes
     with progress.bar(total=stop - start, desc=f"{title} {count}", unit="image", main=rank == 0, leave=False) as bar:
-        for indices, images in sampler.stream(slices(range(start, stop), batch_size)):
-            scorer.add(images, sampler.labels(indices), np.array(indices))
+        for indices, labels, images in sampler.stream(slices(range(start, stop), batch_size)):
+            scorer.add(images, labels, np.array(indices))
             bar.update(len(indices))

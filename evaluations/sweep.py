@@ -255,7 +255,7 @@ def sweep(config: SweepConfig) -> Path:
 
 def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int) -> str:
     """The cost of the points to do, as a sentence."""
-    each = [source.sampler(config.at(point), config.num_fid_samples).evaluations for point in todo]
+    each = [config.at(point).evaluations for point in todo]
     network = "an adaptive number of" if None in each else f"{sum(filter(None, each)) * config.num_fid_samples:,}"
     images = len(todo) * config.num_fid_samples
     return (
@@ -266,7 +266,7 @@ def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int)
 
 def remaining(config: SweepConfig, source: Source, todo: Sequence[Point], seconds: float) -> str:
     """How long the points after the first will take, by network evaluations; the first took `seconds`."""
-    each = [source.sampler(config.at(point), config.num_fid_samples).evaluations or 1 for point in todo]
+    each = [config.at(point).evaluations or 1 for point in todo]
     left = seconds * sum(each[1:]) / each[0]
     return f"the first point took {seconds / 60:.1f} minutes, the other {len(todo) - 1} take about {left / 60:.1f}"
 

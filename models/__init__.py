@@ -1,8 +1,10 @@
-"""The networks: a registry of sizes, and `build`, the one way to make one.
+"""The networks: a registry of sizes, and `build`, the one way to make a network.
 
 spec = models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000)
 network = models.build(spec, seed=0)
 velocity, features = network(x, t, y, taps=[8])
+
+To add an architecture, write a file with a subclass of `Backbone`, which registers itself, and import the file below.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models import lightningdit, sit
+from models import sit, lightningdit  # noqa: F401 - the import registers them; SiT comes first  # isort: skip
 from models.backbone import (
+    ARCHITECTURES,
     CONDITION,
     QK,
     VELOCITY,
@@ -30,6 +33,7 @@ from models.layers import patchify, unpatchify
 from runtime.errors import UserError, nearest
 
 __all__ = [
+    "ARCHITECTURES",
     "CONDITION",
     "QK",
     "VELOCITY",
@@ -37,26 +41,22 @@ __all__ = [
     "ModelSpec",
     "Output",
     "Tap",
+    "architecture",
     "build",
     "check_weights",
     "names",
     "outline",
     "parameter_count",
-    "parameter_names",
     "patchify",
-    "require_architecture",
     "require_finite",
     "spec",
     "unpatchify",
 ]
 
-ARCHITECTURES: dict[str, type[Backbone]] = {"sit": sit.SiT, "lightningdit": lightningdit.LightningDiT}
-SIZES = {"sit": sit.SIZES, "lightningdit": lightningdit.SIZES}
-
 
 def names() -> list[str]:
     """Every registered model."""
-    return [name for sizes in SIZES.values() for name in sizes]
+    return [name for kind in ARCHITECTURES.values() for name in kind.sizes]
 
 
 def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_norm: bool = False) -> ModelSpec:
@@ -65,12 +65,12 @@ def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_n
     Raises:
         UserError: no such model, or a latent that its patches do not tile.
     """
-    for architecture, sizes in SIZES.items():
-        if name in sizes:
-            depth, hidden_size, num_heads, patch_size = sizes[name]
+    for kind in ARCHITECTURES.values():
+        if name in kind.sizes:
+            depth, hidden_size, num_heads, patch_size = kind.sizes[name]
             return ModelSpec(
                 name=name,
-                architecture=architecture,
+                architecture=kind.architecture,
                 depth=depth,
                 hidden_size=hidden_size,
                 num_heads=num_heads,
@@ -83,20 +83,20 @@ def spec(name: str, *, in_channels: int, input_size: int, num_classes: int, qk_n
     raise UserError(f"no model is called {name}{nearest(name, names())}; there are {', '.join(names())}")
 
 
-def outline(spec: ModelSpec, *, depth: int | None = None) -> Backbone:
-    """The network on the meta device: names and shapes, no weights."""
-    require_architecture(spec)
-    with torch.device("meta"):
-        return ARCHITECTURES[spec.architecture](spec, depth)
-
-
-def require_architecture(spec: ModelSpec) -> None:
-    """Raise UserError unless the architecture of `spec` is one that there is."""
+def architecture(spec: ModelSpec) -> type[Backbone]:
+    """The class of the network that `spec` describes. Raises UserError if its architecture is not registered."""
     if spec.architecture not in ARCHITECTURES:
         raise UserError(
             f"no architecture is called {spec.architecture}{nearest(spec.architecture, ARCHITECTURES)}; there are "
             f"{', '.join(ARCHITECTURES)}"
         )
+    return ARCHITECTURES[spec.architecture]
+
+
+def outline(spec: ModelSpec, *, depth: int | None = None) -> Backbone:
+    """The network on the meta device: names and shapes, no weights."""
+    with torch.device("meta"):
+        return architecture(spec)(spec, depth)
 
 
 def build(
@@ -105,7 +105,7 @@ def build(
     """A float32 network on the CPU, with `weights` or, without them, freshly initialised from `seed`.
 
     The global random generator is neither read nor moved. With `depth`, only the first blocks and no final layer are
-    built (a teacher read at a block); `weights` then holds `parameter_names(spec, depth=depth)` and nothing else.
+    built (a teacher read at a block); `weights` then has the names of `outline(spec, depth=depth)` and no others.
 
     Raises:
         UserError: `depth` beyond the network, or weights that do not fit exactly.
@@ -118,15 +118,8 @@ def build(
     return network
 
 
-def parameter_names(spec: ModelSpec, *, depth: int | None = None) -> list[str]:
-    """The state-dict keys of the network, or of its first `depth` blocks: what to read from a checkpoint."""
-    return list(outline(spec, depth=depth).state_dict())
-
-
 def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
-    """Raise UserError where a weight is not a finite number; names the first such tensor."""
-    bad = next(
-        (name for name, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()), None
-    )
-    if bad is not None:
-        raise UserError(f"{where} holds numbers that are not finite, first in {bad}; use another checkpoint")
+    """Raise UserError, naming the tensor, if a weight is infinite or not a number."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{where} holds numbers that are not finite, first in {name}; use another checkpoint")

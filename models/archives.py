@@ -1,8 +1,9 @@
-"""Published weight files (.pt, .pth, .ckpt, .bin, .safetensors), read without running code from them."""
+"""Read published weight files (.pt, .pth, .ckpt, .bin, .safetensors) without running code from them."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import re
 import zipfile
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 
 from runtime import files
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 
 
 def read_archive(path: Path | str) -> Any:
-    """What a weight file holds: tensors by name, or whatever nest of plain values its trainer saved.
+    """The content of a weight file: tensors by name, or whatever nested plain values its trainer saved.
 
-    Pickles are read with torch's restricted unpickler; of classes it knows tensors alone, and the argument lists that
-    trainers leave beside them (`argparse.Namespace`, inert).
+    Pickles are read with torch's restricted unpickler. The only classes it accepts are tensors and the argument lists
+    that trainers save beside them (`argparse.Namespace`, inert).
 
     Raises:
         UserError: the file is missing, damaged, or asks to run code.
@@ -41,12 +42,12 @@ def read_archive(path: Path | str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is None:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
             raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
         raise UserError(
-            f"{path} asks to run {asked[1]} from outside torch, which is refused; save its state dict alone, "
-            "as safetensors, where you trust it"
+            f"{path} asks to run {code[1]} from outside torch, which is refused; if you trust the file, save its state "
+            "dict alone, as safetensors"
         ) from error
     except (
         OSError,
@@ -63,9 +64,9 @@ def read_archive(path: Path | str) -> Any:
 
 
 def _require_sound(path: Path) -> None:
-    """Raise UserError unless a ZIP archive is what torch writes: nothing compressed or overlapping, every CRC as recorded.
+    """Raise UserError unless a ZIP archive is what torch writes: not compressed, no overlaps, every CRC as recorded.
 
-    Looked at before anything in it is interpreted; torch itself maps the file and looks at none of it.
+    This runs before anything in the file is interpreted; torch itself maps the file and checks none of it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -76,12 +77,11 @@ def _require_sound(path: Path) -> None:
             damaged = archive.testzip() if sound and packed is None else None
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
-    if packed is not None or not sound:
-        raise UserError(
-            f"{path} is not an archive as torch writes them ({packed or 'its entries overlap'}); save the state dict anew"
-        )
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: the checksum of {damaged} in it does not fit; restore it from a copy")
+    require(
+        packed is None and sound,
+        f"{path} is not an archive as torch writes it ({packed or 'its entries overlap'}); save the state dict anew",
+    )
+    require(damaged is None, f"{path} is damaged: its checksum of {damaged} does not fit; restore it from a copy")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -91,18 +91,23 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         UserError: as `read_archive`, or the file holds more than tensors by name.
     """
     tensors = tensors_of(read_archive(path))
-    if not tensors:
-        raise UserError(f"{path} holds no plain table of tensors by name; save the state dict alone")
+    require(bool(tensors), f"{path} is not a plain table of tensors by name; save the state dict alone")
     return tensors
 
 
 def tensors_of(value: Any) -> dict[str, Tensor]:
     """The entries of `value` if it maps names to tensors and to nothing else; otherwise empty."""
-    if isinstance(value, Mapping) and value and all(isinstance(k, str) and _is_plain(v) for k, v in value.items()):
-        return dict(value)
-    return {}
+    plain = isinstance(value, Mapping) and all(
+        # dense, with data
+        isinstance(name, str) and isinstance(item, Tensor) and item.layout == torch.strided and not item.is_meta
+        for name, item in value.items()
+    )
+    return dict(value) if plain else {}
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether `value` is a dense tensor whose numbers are there."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, in the order of the names."""
+    state = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        state.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()

@@ -5,8 +5,9 @@
     f_n      = Block_n(f_{n-1}, c)                          (blocks count from 1; f_0 = tokens)
     velocity = FinalLayer(f_depth, c), back on the latent grid
 
-Conditioning is adaLN-Zero (DiT, arXiv 2212.09748). An architecture is a subclass that names its norm, its
-normalisation of queries and keys, its MLP and, if it has one, its rotation: `sit.py` is the plain one.
+Conditioning is adaLN-Zero (DiT, arXiv 2212.09748). An architecture is a subclass that states its name, sizes and guide
+scale, its norm, its normalisation of queries and keys, its MLP and, if it has one, its rotation: `sit.py` is the plain
+one.
 Times run from data (t = 0) to noise (t = 1); the velocity is noise minus data.
 """
 
@@ -26,20 +27,17 @@ from runtime import schema
 from runtime.errors import UserError, require
 from runtime.streams import Stream
 
-_MOST = {
-    "depth": 1000,
-    "hidden_size": 65_536,
-    "input_size": 4096,
-    "in_channels": 65_536,
-}  # beyond: a damaged description
+# Larger values in a model's description mean that it is damaged.
+_LIMITS = {"depth": 1000, "hidden_size": 65_536, "input_size": 4096, "in_channels": 65_536}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """All that rebuilds a network; a checkpoint stores it as JSON. The null label is `num_classes`."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     name: str  # a registered name, or "custom"
-    architecture: str  # "sit" or "lightningdit"
+    architecture: str  # a key of ARCHITECTURES
     depth: int
     hidden_size: int
     num_heads: int
@@ -48,26 +46,20 @@ class ModelSpec:
     input_size: int  # side of the latent
     num_classes: int
     qk_norm: bool = False
-    position_span: int | None = (
-        None  # side of the token grid whose positions are stretched over this one; None: its own
-    )
+    # side of the token grid whose positions are stretched over this one; None: its own
+    position_span: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "input_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model {self.name}: {name} must be at least 1, not {getattr(self, name)}")
-            if getattr(self, name) > _MOST.get(name, 1_000_000):
-                raise UserError(
-                    f"model {self.name}: {name} {getattr(self, name)} must be at most {_MOST.get(name, 1_000_000)}"
-                )
+            value, limit = getattr(self, name), _LIMITS.get(name, 1_000_000)
+            require(1 <= value <= limit, f"model {self.name}: {name} {value} must lie between 1 and {limit}")
         for whole, part in (("hidden_size", "num_heads"), ("input_size", "patch_size")):
-            if getattr(self, whole) % getattr(self, part):
-                raise UserError(
-                    f"model {self.name}: {whole} {getattr(self, whole)} is not a multiple of {part} "
-                    f"{getattr(self, part)}; choose one that divides it"
-                )
-        if self.hidden_size % 4:
-            raise UserError(f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
+            value, divisor = getattr(self, whole), getattr(self, part)
+            require(
+                value % divisor == 0,
+                f"model {self.name}: {whole} {value} is not a multiple of {part} {divisor}; choose one that divides it",
+            )
+        require(self.hidden_size % 4 == 0, f"model {self.name}: hidden_size {self.hidden_size} is not a multiple of 4")
 
     @property
     def side(self) -> int:
@@ -89,25 +81,20 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelSpec:
-        """Raises UserError where a field is missing or unknown."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        required = known - {"qk_norm", "position_span"}
-        if not required <= set(value) <= known:
-            wrong = sorted((required - set(value)) | (set(value) - known))
-            raise UserError(f"the model's description is damaged or from another version: {', '.join(wrong)}")
+        """Raises UserError if a field is missing, unknown or of another type."""
         return schema.checked(cls, dict(value), "the model's description")
 
 
 class QK(NamedTuple):
-    """A tap on the attention of a block: its queries and keys as they enter the dot product, (N, 2, heads, T, head_dim)."""
+    """A tap on a block's attention: queries and keys as they enter the dot product, (N, 2, heads, T, head_dim)."""
 
     block: int
 
 
+# What a forward pass can return beside the velocity: n is f_n, the raw output of block n, (N, T, D); CONDITION is c,
+# (N, D), and VELOCITY the velocity itself, (N, C, H, W).
 CONDITION, VELOCITY = "condition", "velocity"
 Tap = int | QK | str
-"""What a forward pass can return beside the velocity: n is f_n, the raw output of block n, (N, T, D); CONDITION is c, (N, D), and
-VELOCITY the velocity itself, (N, C, H, W)."""
 
 
 class Output(NamedTuple):
@@ -120,10 +107,10 @@ class Output(NamedTuple):
 class Block(nn.Module):
     """One transformer block with adaLN-Zero: tokens (N, T, D) and condition (N, D) -> tokens (N, T, D).
 
-    With `tapped`, its queries and keys too, (N, 2, heads, T, head_dim): fused attention would not give them away.
+    With `tapped`, also its queries and keys, (N, 2, heads, T, head_dim), which fused attention does not return.
     """
 
-    def __init__(self, width: int, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, width: int, norm1: nn.Module, attn: Attention, norm2: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.norm1 = norm1
         self.attn = attn
@@ -155,11 +142,30 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+ARCHITECTURES: dict[str, type[Backbone]] = {}
+
+
 class Backbone(nn.Module):
     """A diffusion transformer. With `depth`, only its first blocks and no final layer: a teacher read at a block.
 
-    Construct through `models.build`, which fills in the weights.
+    Construct through `models.build`, which fills in the weights. A subclass that has an `architecture` is registered.
     """
+
+    architecture: ClassVar[str]
+    # name: (depth, hidden_size, num_heads, patch_size)
+    sizes: ClassVar[dict[str, tuple[int, int, int, int]]] = {}
+    # omega of the paper (section 4.1); None: nothing is published, so that --guide-scale must be given
+    guide_scale: ClassVar[float | None] = None
+    # Weights of a block that stack several matrices, and how many: q, k, v; shifts, scales and gates
+    PARTS: ClassVar[dict[str, int]] = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
+
+    pos_embed: Tensor
+    final_layer: FinalLayer  # None with `depth`
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "architecture" in cls.__dict__:
+            ARCHITECTURES[cls.architecture] = cls
 
     def __init__(self, spec: ModelSpec, depth: int | None = None) -> None:
         super().__init__()
@@ -186,10 +192,7 @@ class Backbone(nn.Module):
             for _ in range(spec.depth if depth is None else depth)
         )
         out = spec.patch_size**2 * spec.in_channels
-        self.final_layer = FinalLayer(width, out, self.norm(width)) if depth is None else None
-
-    PARTS: ClassVar[dict[str, int]] = {"attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
-    """Weights of a block that hold several matrices, one below the other, and how many: q, k, v; shifts, scales and gates."""
+        self.register_module("final_layer", FinalLayer(width, out, self.norm(width)) if depth is None else None)
 
     def matrices(self) -> dict[str, int]:
         """The blocks' weight matrices by name, and how many each of them holds."""
@@ -229,7 +232,7 @@ class Backbone(nn.Module):
             x: (N, C, H, W) noisy latents.
             t: (N,) times in [0, 1], 1 is noise.
             y: (N,) int64 labels, the null label where the class was dropped.
-            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned, QK(n) for queries and keys, CONDITION, VELOCITY.
+            taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned; QK(n), CONDITION, VELOCITY.
             exit_early: stop after the last tap; the velocity is then None.
 
         Raises:
@@ -254,16 +257,21 @@ class Backbone(nn.Module):
             if number in taps:
                 features[number] = tokens
         velocity = None if exit_early else unpatchify(self.final_layer(tokens, c), self.spec.patch_size)
-        return Output(velocity, features | {VELOCITY: velocity} if VELOCITY in taps else features)
+        # For mypy: VELOCITY is tapped only by passes that do not exit early.
+        return Output(
+            velocity,
+            features | {VELOCITY: velocity} if VELOCITY in taps else features,  # type: ignore[arg-type]
+        )
 
 
-def block_number(depth: int, share: float, chosen: int | None, what: str) -> int:
-    """The number of a block: `chosen`, else `share` of the depth rounded to the nearest (halves up), at least 1.
+def block_number(depth: int, share: float, chosen: int | None, flag: str, published: int | None = None) -> int:
+    """The number of a block: `chosen`, else `published`, else `share` of the depth, rounded (halves up), at least 1.
 
-    Raises UserError, naming the option `what`, where it lies beyond the depth.
+    Raises UserError, naming the option `flag`, if it lies beyond the depth.
     """
-    number = chosen if chosen is not None else max(1, math.floor(depth * share + 0.5))
-    require(1 <= number <= depth, f"{what} {number} is beyond the network's depth: blocks count from 1 to {depth}")
+    rounded = max(1, math.floor(depth * share + 0.5))
+    number = next(value for value in (chosen, published, rounded) if value is not None)
+    require(1 <= number <= depth, f"{flag} {number} is beyond the network's depth: blocks count from 1 to {depth}")
     return number
 
 
@@ -290,19 +298,18 @@ def _initial(name: str, shape: torch.Size, stream: Stream) -> Tensor:
     return torch.from_numpy(stream.uniform(math.prod(shape))).reshape(shape).mul_(2 * bound).sub_(bound)
 
 
-def check_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
-    """Raise UserError, saying where, unless `weights` has exactly the names and shapes of `network`."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    faults = [f"{name} is missing" for name in wanted if name not in weights]
-    faults += [f"{name} is unexpected" for name in weights if name not in wanted]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)} where {shape} is needed"
-        for name, shape in wanted.items()
-        if name in weights and tuple(weights[name].shape) != shape
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError, naming the tensors, unless `weights` has the names and shapes of `module`, which is `what`."""
+    needed = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    problems = [
+        f"{name} is {given.get(name, 'missing')} where {needed.get(name, 'nothing')} is needed"
+        for name in needed | given
+        if needed.get(name) != given.get(name)
     ]
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"the weights do not fit {network.spec.name}: {', '.join(faults[:3])}{more}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"the weights do not fit {what}: {', '.join(problems[:3])}{more}")
 
 
 def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
@@ -311,7 +318,7 @@ def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: names or shapes differ; says which.
     """
-    check_weights(network, weights)
+    check_weights(network, weights, network.spec.name)
     network.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
 
 

@@ -1,21 +1,22 @@
 """Checkpoints that describe themselves: a folder of plain tensors and one readable JSON.
 
     0200000/
-      config.json             model, latent space, data, options, step, teacher, versions, digest of every file, and a seal
-                              over its own content
+      config.json             model, latent space, data, options, step, teacher, versions, the digest of every file,
+                              and a seal over its own content
       network.safetensors     the trained network, published parameter names
       ema.safetensors         its exponential moving average; ema-0.9995.safetensors, ...: further averages
-      heads.safetensors       the alignments' heads, apart; NAME-head-ema.safetensors: average of one that predicts the velocity
+      heads.safetensors       the alignments' heads; NAME-head-ema.safetensors: average of a head that predicts the
+                              velocity
       optimizer.safetensors   optimiser state by parameter name, name[part] for Muon's; optimizer.json holds its groups
 
-`Checkpoint.open` accepts such a folder, a run that holds some (its latest) or RUN@STEP, and needs nothing else to rebuild
+`Checkpoint.open` accepts such a folder, a run (its latest checkpoint) or RUN@STEP, and needs nothing else to rebuild
 the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,11 +31,10 @@ from runtime import files, schema
 from runtime.errors import UserError, require
 
 FORMAT = 2
-"""2 seals config.json (`runtime.files.seal`); 1 had no seal, and is read with a note."""
 
 
 class Config(TypedDict):
-    """What every config.json holds; a run's own adds its data, options and resolved choices."""
+    """What every config.json holds; that of a run adds its data, options and resolved choices."""
 
     format: int
     kind: str
@@ -47,11 +47,10 @@ class Config(TypedDict):
     resolved: NotRequired[dict[str, dict[str, Any]]]
     data: NotRequired[dict[str, Any]]
     precision: NotRequired[str]
-    kept: NotRequired[bool]
 
 
 class Checkpoint:
-    """A checkpoint on disk, read lazily: opening it reads the JSON alone."""
+    """A checkpoint on disk, read lazily: opening it reads only the JSON."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
@@ -72,23 +71,20 @@ class Checkpoint:
         folder = locate(path)
         file = folder / "config.json"
         config = files.read_json(file)
-        if (
-            not isinstance(config, dict)
-            or config.get("kind") != "checkpoint"
-            or config.get("format") not in (1, FORMAT)
-        ):
-            raise UserError(
-                f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint"
-            )
-        files.require_sealed_since_2(file, config)
+        require(
+            isinstance(config, dict) and config.get("kind") == "checkpoint" and config.get("format") == FORMAT,
+            f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint",
+        )
+        files.require_sealed(file, config)
         schema.checked(Config, config, file, "use another checkpoint")
         require(
             folder.parent.name != "checkpoints" or not folder.name.isdigit() or int(folder.name) == config["step"],
-            f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another checkpoint",
+            f"{folder} says it is step {config['step']}: the folder was renamed or copied over another; use another "
+            f"checkpoint",
         )
         try:
             opened = cls(folder, config)
-            models.require_architecture(opened.spec)
+            models.architecture(opened.spec)
             require(
                 opened.space.channels == opened.spec.in_channels,
                 f"its network reads {opened.spec.in_channels} channels, its latent space has {opened.space.channels}",
@@ -103,29 +99,31 @@ class Checkpoint:
             self.require_intact(name)
 
     def require_intact(self, name: str) -> None:
-        """Raise UserError unless the file `name` has the recorded digest; looked at once."""
+        """Raise UserError unless the file `name` has the recorded digest; checked once."""
         file = self.path / name
         if name in self._intact:
             return
-        if Path(name).name != name:
-            raise UserError(
-                f"{self.path / 'config.json'} is damaged: it names the file {name} outside its folder; use another checkpoint"
-            )
-        if not file.is_file():
-            raise UserError(f"{file} is missing; the checkpoint is incomplete, use another one")
-        if files.digest(file) != self.files[name]:
-            raise UserError(f"{file} is damaged: its digest differs from config.json; use another checkpoint")
+        require(
+            Path(name).name == name,
+            f"{self.path / 'config.json'} is damaged: it names the file {name} outside its folder; use another "
+            f"checkpoint",
+        )
+        require(file.is_file(), f"{file} is missing; the checkpoint is incomplete, use another one")
+        require(
+            files.digest(file) == self.files[name],
+            f"{file} is damaged: its digest differs from config.json; use another checkpoint",
+        )
         self._intact.add(name)
 
     @property
     def has_null(self) -> bool:
-        """Whether the null label was trained: label dropout made it. Of imported weights it is taken for granted."""
+        """Whether the null label was trained, by label dropout. Imported weights are assumed to have it."""
         train = self.config.get("train")
         return train is None or train["cfg_prob"] > 0
 
     @property
     def epochs(self) -> float | None:
-        """Passes over the data set that it was trained for; None of imported weights."""
+        """Passes over the data set that it was trained for; None for imported weights."""
         train, data = self.config.get("train"), self.config.get("data")
         if not train or not data:
             return None
@@ -138,24 +136,25 @@ class Checkpoint:
 
     @property
     def weights(self) -> list[str]:
-        """What `network` can be asked for: raw, ema, ema-DECAY."""
+        """The weights that `network` can load: raw, ema, ema-DECAY."""
         names = [name.removesuffix(".safetensors") for name in self.files]
         return [*(["raw"] if "network" in names else []), *(name for name in names if name.split("-")[0] == "ema")]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file (`raw`, `ema`, `ema-DECAY`, `heads`, `optimizer`), verified against the recorded digest."""
+        """The tensors of one file (`raw`, `ema`, `ema-DECAY`, `heads`, `optimizer`), after a check of its digest."""
         file = self.path / f"{'network' if name == 'raw' else name}.safetensors"
-        recorded = self.files.get(file.name)
-        if recorded is None:
-            raise UserError(
-                f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)}: choose one (--weights and "
-                f"its like)"
-            )
+        require(
+            file.name in self.files,
+            f"{self.path} has no {file.name}; its weights are {' and '.join(self.weights)}: choose one with --weights, "
+            f"--guiding-weights or the like",
+        )
         self.require_intact(file.name)
         return files.load_tensors(file)
 
     def network(self, weights: str = "ema", depth: int | None = None) -> Backbone:
-        """The network on the CPU in eval mode. `weights` is `ema`, `raw` or `ema-DECAY`; `depth` keeps the first blocks alone.
+        """The network on the CPU in eval mode, with the weights `ema`, `raw` or `ema-DECAY`.
+
+        With `depth`, only its first blocks.
 
         Raises:
             UserError: weights that the checkpoint lacks, or that do not fit the recorded architecture.
@@ -163,8 +162,8 @@ class Checkpoint:
         tensors = self.tensors(weights)
         models.require_finite(tensors, f"{self.path} ({weights} weights)")
         if depth is not None:
-            wanted = models.parameter_names(self.spec, depth=depth)
-            tensors = {name: tensors[name] for name in wanted if name in tensors}
+            needed = models.outline(self.spec, depth=depth).state_dict()
+            tensors = {name: tensors[name] for name in needed if name in tensors}
         return models.build(self.spec, depth=depth, weights=tensors).eval().requires_grad_(False)
 
 
@@ -172,24 +171,23 @@ def locate(name: Path | str) -> Path:
     """The checkpoint folder that `name` stands for: a checkpoint folder, a run (its latest), RUN@STEP or hub:user/name.
 
     Raises:
-        UserError: there is none; says which steps a run has.
+        UserError: no such checkpoint; lists the steps of a run.
     """
     if str(name).startswith(hub_client.PREFIX):
         return hub_client.fetch(str(name))
     folder = Path(name)
     if (folder / "config.json").is_file():
         return folder
-    if folder.is_file():
-        raise UserError(
-            f"{name} is a file, not a checkpoint: python -m models.convert {name} --out ckpts/{folder.stem} makes one of "
-            f"published weights"
-        )
+    require(
+        not folder.is_file(),
+        f"{name} is a file, not a checkpoint: python -m models.convert {name} --out ckpts/{folder.stem} makes a "
+        f"checkpoint of published weights",
+    )
     run, at, step = str(name).rpartition("@")
     if at and step.isdigit() and not folder.exists():
         steps = {int(path.name): path for path in reversed(saved(run))}
-        if int(step) not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{name}: run {run} has no checkpoint of step {int(step)}; its steps are {known}")
+        known = ", ".join(map(str, steps)) or "none"
+        require(int(step) in steps, f"{name}: run {run} has no checkpoint of step {int(step)}; its steps are {known}")
         return steps[int(step)]
     newest = latest(folder)
     if newest is None:
@@ -207,7 +205,7 @@ def saved(run: Path | str) -> list[Path]:
 
 
 def latest(run: Path | str) -> Path | None:
-    """The newest checkpoint of `run`, None where there is none. Raises UserError where it has lost its config.json."""
+    """The newest checkpoint of `run`, or None. Raises UserError if it has lost its config.json."""
     newest = next(iter(saved(run)), None)
     require(
         newest is None or (newest / "config.json").is_file(),
@@ -217,40 +215,40 @@ def latest(run: Path | str) -> Path | None:
 
 
 def newest_whole(run: Path | str) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint of `run` whose files are all as they were written, and what is wrong with each newer one."""
-    faults: dict[Path, str] = {}
+    """The newest checkpoint of `run` whose files are all intact, and what is wrong with each newer checkpoint."""
+    problems: dict[Path, str] = {}
     for folder in saved(run):
         try:
             require((folder / "config.json").is_file(), f"{folder} has no config.json")
             Checkpoint.open(folder).require_whole()
-            return folder, faults
+            return folder, problems
         except UserError as error:
-            faults[folder] = str(error)
-    return None, faults
+            problems[folder] = str(error)
+    return None, problems
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in config.json in the folder `path`, as it is; empty if there is no such object."""
+    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
+    return config if isinstance(config, dict) else {}
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a folder whose config.json says checkpoint."""
-    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
-    return isinstance(config, dict) and config.get("kind") == "checkpoint"
+    return read_config(path).get("kind") == "checkpoint"
 
 
-def is_converted(path: Path, insisted: bool = False) -> bool:
-    """Whether `path` is a checkpoint or VAE that `models.convert` wrote, or if `insisted` any, with nothing else beside it."""
-    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
-    if not isinstance(config, dict):
-        return False
+def is_converted(path: Path, any_origin: bool = False) -> bool:
+    """Whether `path` holds a checkpoint or VAE that `models.convert` wrote, or `any_origin`, and no other files."""
+    config = read_config(path)
     if config.get("kind") == "checkpoint" and isinstance(config.get("files"), dict):
-        return ("source" in config or insisted) and {file.name for file in path.iterdir()} <= {
-            "config.json",
-            *config["files"],
-        }
-    names = {"config.json", "diffusion_pytorch_model.safetensors", "source.json"}
-    return (
-        config.get("_class_name") == "AutoencoderKL"
-        and {file.name for file in path.iterdir()} <= names
-        and ((path / "source.json").is_file() or insisted)
-    )
+        names, converted = {"config.json", *config["files"]}, "source" in config
+    elif config.get("_class_name") == "AutoencoderKL":
+        names = {"config.json", "diffusion_pytorch_model.safetensors", "source.json"}
+        converted = (path / "source.json").is_file()
+    else:
+        return False
+    return (converted or any_origin) and {file.name for file in path.iterdir()} <= names
 
 
 def write(
@@ -267,10 +265,10 @@ def write(
     ours: Callable[[Path], bool] = is_checkpoint,
     **meta: Any,
 ) -> None:
-    """Write a checkpoint folder in one step: it is whole or absent. `meta` joins config.json as it is.
+    """Write a checkpoint folder atomically: it is whole or absent. `meta` is added to config.json as it is.
 
-    `averages` are further moving averages by name (`ema-0.9995`); `ours` says what may be replaced; `optimizer` is (state
-    tensors by 'parameter/slot', groups as JSON values).
+    `averages` are further moving averages by name (`ema-0.9995`); `ours` decides what may be replaced; `optimizer` is
+    (state tensors by 'parameter/slot', groups as JSON values).
     """
     parts = {
         "network": network,
@@ -304,10 +302,4 @@ def write(
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that numbers depend on."""
-    versions = {}
-    for name in ("torch", "numpy", "accelerate", "diffusers", "safetensors"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return {name: version(name) for name in ("torch", "numpy", "accelerate", "diffusers", "safetensors")}

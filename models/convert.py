@@ -4,12 +4,13 @@
     python -m models.convert lightningdit-xl.pt --out checkpoints/lightningdit-xl --statistics latents_stats.pt
     python -m models.convert vavae-imagenet256-f16d32-dinov2.pt --out vaes/va-vae --statistics latents_stats.pt
 
-The layout is recognised by its keys (`layouts`): SiT, REPA (legacy names too), SRA, Dispersive Loss, LayerSync, both stages of
-Self-Transcendence's authors, LightningDiT, Internal Guidance on SiT or LightningDiT, and VA-VAE, which becomes a diffusers folder.
-Nothing in the file is run. What a sampler has no use for is left out and named; whatever else does not fit is refused. (DiT's own files
-carry SiT's keys but predict noise at t in 0..999: nothing in them tells, so do not give them to this command.)
+The keys show the layout (`layouts`): SiT, REPA (legacy names too), SRA, Dispersive Loss, LayerSync, both stages of
+Self-Transcendence's authors, LightningDiT, Internal Guidance on SiT or LightningDiT, and VA-VAE, which becomes a
+diffusers folder. No code in the file is run. Tensors that sampling does not need are left out and listed; any other
+tensor that does not fit is refused. (DiT's own files have SiT's keys but predict noise at t in 0..999. Their keys do
+not show this, so do not give them to this command.)
 
-Internal Guidance's second final layer comes along as a velocity head, and `generate.py --internal-scale` guides with it.
+Internal Guidance's second final layer becomes a velocity head, and `generate.py --internal-scale` guides with it.
 """
 
 from __future__ import annotations
@@ -46,19 +47,17 @@ class Options:
     )
     out: str = option(help="checkpoint folder to write (a diffusers folder for a VAE)")
     overwrite: bool = option(
-        False, help="replace any checkpoint or VAE at --out, not only what this command wrote there"
+        False, help="replace any checkpoint or VAE at --out, not only those that this command wrote"
     )
-    num_heads: int | None = option(
-        None, help="attention heads, where the size is not a published one", heading="network"
-    )
-    noise_at: int | None = option(
+    num_heads: int | None = option(None, help="attention heads, if the size is not a published one", heading="network")
+    noise_at: str | None = option(
         None,
-        choices=(0, 1),
-        help="time at which the file's network sees noise, where its "
-        "family is not known by its keys (SiT, LightningDiT: 0; REPA and what derives from it: 1)",
+        choices=("0", "1"),
+        help="time at which the file's network sees noise, if its keys do not show its family (SiT, LightningDiT: 0; "
+        "REPA and its descendants: 1)",
     )
     internal_block: int | None = option(
-        None, help="block that Internal Guidance's second final layer reads (default: 8, as its authors')"
+        None, help="block that Internal Guidance's second final layer reads (default: 8, its authors' block)"
     )
     vae: str | None = option(
         None,
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         first="source",
     )
     source = Path(options.source)
-    ours = functools.partial(checkpoint.is_converted, insisted=options.overwrite)
+    ours = functools.partial(checkpoint.is_converted, any_origin=options.overwrite)
     files.require_replaceable(
         options.out, ours, "choose another place, or add --overwrite to replace a checkpoint or VAE"
     )
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             weights,
             options.source,
             num_heads=options.num_heads,
-            noise_at=options.noise_at,
+            noise_at=None if options.noise_at is None else int(options.noise_at),
             internal_block=options.internal_block,
         )
         for name, weights in sets.items()
@@ -126,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def velocity_head(converted: Mapping[str, Converted]) -> dict[str, Any]:
-    """A second final layer as training keeps a head: described, averaged in a file of its own, raw among the heads."""
+    """A second final layer as arguments of `checkpoint.write`: its description, its average, and its raw weights."""
     first = next(iter(converted.values()))
     if first.velocity_head is None:
         return {}
@@ -145,24 +144,23 @@ def _done(out: str, ignored: list[str]) -> Path:
 
 
 def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The state dicts in an archive ("ema", and "model" where both were saved), and the names of all else in it.
+    """The state dicts in an archive ("ema", and "model" if both were saved), and the names of everything else in it.
 
-    A file that holds one state dict is taken for the averaged weights: that is what is published.
+    A single state dict is assumed to be the averaged weights, which are what authors publish.
     """
     if flat := tensors_of(archive):
         return {"ema": _unwrapped(flat)}, []
-    if not isinstance(archive, Mapping):
-        raise UserError(f"{source} holds a {type(archive).__name__}, not weights by name")
+    require(isinstance(archive, Mapping), f"{source} holds a {type(archive).__name__}, not weights by name")
     state_dicts = {
         name: _unwrapped(tensors)
         for name in ("ema", "model", "state_dict")
         if (tensors := tensors_of(archive.get(name)))
     }
-    if not state_dicts:
-        raise UserError(
-            f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; found "
-            f"{', '.join(map(str, list(archive)[:5])) or 'nothing'}"
-        )
+    require(
+        bool(state_dicts),
+        f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; its entries are "
+        f"{', '.join(map(str, list(archive)[:5])) or 'none'}",
+    )
     first = next(iter(state_dicts))
     used = {first, "model"} if first == "ema" else {first}
     sets = {"ema" if name == first else name: weights for name, weights in state_dicts.items() if name in used}
@@ -170,22 +168,22 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DDP and torch.compile put into them."""
+    """`weights` without the prefixes that DDP and torch.compile add to names."""
     return {re.sub(r"\b(module|_orig_mod)\.", "", name): value for name, value in weights.items()}
 
 
 def step_of(archive: Any, source: Path) -> int:
-    """The optimiser step: as saved, else the number that is the file's name, else 0."""
+    """The optimiser step: the saved one, else a file name that is a number, else 0."""
     if isinstance(archive, Mapping) and isinstance(archive.get("steps"), int):
         return archive["steps"]
     return int(source.stem) if source.stem.isdigit() else 0
 
 
 def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
-    """The space a network was trained in: --vae, --statistics, or SD-VAE where four channels leave no doubt.
+    """The space in which a network was trained: from --vae or --statistics, else SD-VAE for a SiT of four channels.
 
     Raises:
-        UserError: it cannot be told, or has other channels than the network.
+        UserError: the space is unknown, or has other channels than the network.
     """
     if options.vae == PIXELS:
         require(
@@ -205,28 +203,33 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
             f"{options.source} works on latents of {spec.in_channels} channels, whose VAE and statistics are "
             "not in the weights: add --vae (the converted VA-VAE, pixels, ...) or --statistics latents_stats.pt"
         )
-    if space.channels != spec.in_channels:
-        raise UserError(
-            f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has "
-            f"{space.channels}"
-        )
+    require(
+        space.channels == spec.in_channels,
+        f"the network works on {spec.in_channels} channels, {options.vae or options.statistics} has {space.channels}",
+    )
     return space
 
 
 def convert_vae(
     sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: dict[str, Any], options: Options
 ) -> Path:
-    """VA-VAE's LDM layout -> a diffusers folder, with the latents' statistics in its config where they are given."""
-    if any(given is not None for given in (options.num_heads, options.noise_at, options.internal_block, options.vae)):
-        raise UserError(f"{options.source} is a VAE: of the options, only --out and --statistics apply to it")
+    """VA-VAE's LDM layout -> a diffusers folder, with the latents' statistics in its config if they are given."""
+    inapplicable = (options.num_heads, options.noise_at, options.internal_block, options.vae)
+    require(
+        all(value is None for value in inapplicable),
+        f"{options.source} is a VAE: of the options, only --out and --statistics apply to it",
+    )
     statistics = read_statistics(options.statistics) if options.statistics else None
     model, left_out = vavae.build(sets["ema"], options.source, statistics)
-    with files.replacing(options.out, functools.partial(checkpoint.is_converted, insisted=options.overwrite)) as folder:
+    with files.replacing(
+        options.out, functools.partial(checkpoint.is_converted, any_origin=options.overwrite)
+    ) as folder:
         model.save_pretrained(folder)
         files.write_json(folder / "source.json", {**origin, "ignored": ignored + left_out})
+    stride = 2 ** (len(model.config["block_out_channels"]) - 1)
     print(
-        f"{Path(options.source).name}: VA-VAE, {model.config.latent_channels} channels, stride "
-        f"{2 ** (len(model.config.block_out_channels) - 1)}, {'with' if statistics else 'without'} latent statistics"
+        f"{Path(options.source).name}: VA-VAE, {model.config['latent_channels']} channels, stride {stride}, "
+        f"{'with' if statistics else 'without'} latent statistics"
     )
     return _done(options.out, ignored + left_out)
 

@@ -1,63 +1,74 @@
 """Frozen external encoders: vision transformers of timm that own their preprocessing.
 
-An encoder takes images as they are stored and returns patch tokens on the student's token grid: pixels are scaled and
-normalised as the encoder was trained (ImageNet's mean and std for DINOv2), resized bicubically to grid x patch
-pixels (16 x 14 = 224 for images of 256 pixels and DINOv2), and the absolute positions are resampled to that grid, all in
-REPA's order.
+An encoder maps images as they are stored to patch tokens on the student's token grid. It scales and normalises pixels
+as in the encoder's training (ImageNet's mean and std for DINOv2), resizes them bicubically to grid x patch pixels (16 x
+14 = 224 for images of 256 pixels and DINOv2), and resamples the absolute positions to that grid, all in REPA's order.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.archives import read_weights
+from models.archives import digest, read_weights
 from runtime.errors import UserError, nearest, require
 
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
+# REPA's --enc-type -> timm's name of the same weights; CLIP's are OpenAI's, which use QuickGELU.
+ALIASES = {
+    **{f"dinov2-vit-{size[0]}": f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large", "giant")},
+    **{
+        f"dinov2reg-vit-{size[0]}": f"vit_{size}_patch14_reg4_dinov2.lvd142m"
+        for size in ("small", "base", "large", "giant")
+    },
+    "dinov1-vit-b": "vit_base_patch16_224.dino",
+    "clip-vit-L": "vit_large_patch14_clip_quickgelu_224.openai",
+    "mae-vit-l": "vit_large_patch16_224.mae",
+    "jepa-vit-h": "vit_huge_patch14_gap_224.in1k_ijepa",
+}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder says of N images; every tensor has one row per image."""
+    """An encoder's view of N images; every tensor has one row per image."""
 
+    # (N, T, D) patch tokens after the final norm, without class and register tokens
     tokens: Tensor
-    """(N, T, D) patch tokens after the final norm, class and register tokens left out."""
+    # block, from 1 -> (N, 2, heads, T, head_dim), the patch tokens' queries and keys as they enter the dot product
     attention: dict[int, Tensor]
-    """Block, from 1 -> (N, 2, heads, T, head_dim), the patch tokens' queries and keys as they enter the dot product."""
 
 
 class Encoder(nn.Module):
     """A timm vision transformer as a function from images to patch tokens. Use `open_encoder`."""
 
-    def __init__(self, model: nn.Module, name: str, grid: int) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: VisionTransformer, name: str, grid: int) -> None:
         super().__init__()
         self.model = model
         self.name = name
-        self.grid = grid
         self.side = grid * model.patch_embed.patch_size[0]
         self.channels: int = model.patch_embed.proj.in_channels
         self.width: int = model.embed_dim
+        self.blocks = model.blocks
+        self.heads: int = self._attention(1).num_heads
         for key, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            values = (model.pretrained_cfg or {}).get(key) or default
+            values = (getattr(model, "pretrained_cfg", None) or {}).get(key) or default
             self.register_buffer(key, torch.tensor(values[: self.channels]).view(1, -1, 1, 1), persistent=False)
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.blocks
-
-    @property
-    def heads(self) -> int:
-        return self.blocks[0].attn.num_heads
-
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 (N, R, R, channels) -> float32 (N, channels, side, side) as the encoder was trained; grey repeats."""
+        """uint8 (N, R, R, channels) -> float32 (N, channels, side, side) as in the encoder's training; grey repeats."""
         x = images.permute(0, 3, 1, 2).float() / 255
         require(
             x.shape[1] in (1, self.channels),
@@ -67,55 +78,50 @@ class Encoder(nn.Module):
         return x if x.shape[-1] == self.side else F.interpolate(x, (self.side, self.side), mode="bicubic")
 
     def forward(self, images: Tensor, attention: Collection[int] = ()) -> Encoded:
-        """Encode uint8 images (N, R, R, channels); `attention` names the blocks whose queries and keys are wanted."""
-        kept: dict[int, Tensor] = {}
+        """Encode uint8 images (N, R, R, channels), with the queries and keys of the blocks `attention`."""
+        recorded: dict[int, Tensor] = {}
+        # timm's fused attention does not return q and k, so hooks read them from the layer that computes them.
         hooks = [
-            self.blocks[number - 1].attn.qkv.register_forward_hook(self._keeper(kept, number)) for number in attention
+            self._attention(number).qkv.register_forward_hook(functools.partial(self._record, recorded, number))
+            for number in attention
         ]
         try:
             tokens = self.model.forward_features(self.prepare(images))
         finally:
             for hook in hooks:
                 hook.remove()
-        if isinstance(self.model.norm, nn.Identity):  # timm norms pooled tokens instead; here they are not pooled
+        if isinstance(self.model.norm, nn.Identity):  # then timm would norm pooled tokens; these are not pooled
             tokens = self.model.fc_norm(tokens)
-        return Encoded(tokens[:, self.model.num_prefix_tokens :], kept)
+        return Encoded(tokens[:, self.model.num_prefix_tokens :], recorded)
 
-    def _keeper(self, kept: dict[int, Tensor], number: int):
-        attn = self.blocks[number - 1].attn
+    def _attention(self, number: int) -> Any:
+        return self.blocks[number - 1].attn
 
-        def keep(_module: nn.Module, _inputs: tuple, qkv: Tensor) -> None:
-            patches = qkv[:, self.model.num_prefix_tokens :]
-            q, k, _ = patches.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            kept[number] = torch.stack([attn.q_norm(q), attn.k_norm(k)], dim=1)
-
-        return keep
+    def _record(self, recorded: dict[int, Tensor], number: int, _layer: nn.Module, _inputs: Any, qkv: Tensor) -> None:
+        """Forward hook of block `number`'s qkv layer."""
+        attn = self._attention(number)
+        patches = qkv[:, self.model.num_prefix_tokens :]
+        q, k, _ = patches.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        recorded[number] = torch.stack([attn.q_norm(q), attn.k_norm(k)], dim=1)
 
     def digest(self) -> str:
         """SHA-256 over the weights."""
-        state = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            state.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return state.hexdigest()
+        return digest(self.model.state_dict())
 
 
 def open_folder(folder: Path, pretrained: bool = True) -> nn.Module:
-    """The network, without its classifier, in a folder that timm's `save_for_hf` wrote. Raises UserError where it is none, or damaged."""
+    """The network, without its classifier, in a folder that timm's `save_for_hf` wrote.
+
+    Raises UserError if the folder is not one, or is damaged.
+    """
     import timm
     from safetensors import SafetensorError
 
     try:
         return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, num_classes=0)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        SafetensorError,
-    ) as error:  # whatever the folder holds
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} is damaged, or no folder that timm's save_for_hf wrote ({type(error).__name__}: "
+            f"{folder} is damaged, or not a folder that timm's save_for_hf wrote ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); restore it from a copy, or give another"
         ) from error
 
@@ -124,55 +130,70 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
     """The encoder called `name`, in float32 on the CPU, its patch grid set to `grid` x `grid`.
 
     Args:
-        name: a timm model, e.g. `vit_base_patch14_dinov2.lvd142m`, or a folder that timm's `save_for_hf` wrote.
-        weights: a local weight file in place of the hub's, timm's or the authors' layout.
-        pretrained: False leaves the weights random, for shapes and costs alone.
+        name: a timm model (`vit_base_patch14_dinov2.lvd142m`), REPA's name of it (`dinov2-vit-b`), or a folder that
+            timm's `save_for_hf` wrote.
+        weights: a local weight file to use instead of the hub's, in timm's or the authors' layout.
+        pretrained: False leaves the weights random, for shapes and costs.
 
     Raises:
-        UserError: no such model, weights absent, damaged or of another network, or no plain vision transformer.
+        UserError: no such model; weights that are missing, damaged or of another network; or not a plain vision
+            transformer.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
+    name = ALIASES.get(name, name)
+    model = _create(name, pretrained=pretrained and weights is None)
+    if not isinstance(model, VisionTransformer):
+        raise UserError(
+            f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model"
+        )
+    if pretrained and weights is not None:
+        _load(model, Path(weights), name)
+    model.set_input_size(img_size=(grid * model.patch_embed.patch_size[0],) * 2)
+    return Encoder(model, name, grid).eval().requires_grad_(False)
+
+
+def _create(name: str, pretrained: bool) -> nn.Module:
+    """The timm model, or the model of a folder, called `name`, with its own weights or random ones."""
     import timm
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     folder = Path(name).expanduser()
-    local = (folder / "config.json").is_file()
-    known = local or name.startswith("hf-hub:") or timm.is_model(name.split(".")[0].removeprefix("timm/"))
+    if (folder / "config.json").is_file():
+        return open_folder(folder, pretrained)
     require(
-        known,
-        f"no encoder is called {name}{nearest(name, timm.list_models('vit*'))}: give a model of timm, or a folder "
-        f"with its config.json and weights",
+        not name.startswith("mocov3-"),
+        f"timm has no weights of MoCo v3 ({name}): give a folder that timm's save_for_hf wrote with them, or another "
+        f"encoder",
+    )
+    require(
+        name.startswith("hf-hub:") or timm.is_model(name.split(".")[0].removeprefix("timm/")),
+        f"no encoder is called {name}{nearest(name, [*ALIASES, *timm.list_models('vit*')])}: give a model of timm, one "
+        f"of REPA's names ({', '.join(ALIASES)}), or a folder with its config.json and weights",
     )
     try:
-        model = (
-            open_folder(folder, pretrained and weights is None)
-            if local
-            else timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
-        )
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         if not pretrained:
             raise
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(
-            f"the weights of encoder {name} are neither local nor available from the hub ({reason}); where there is a "
-            f"network, run: hf download {hub}; or give its file (--align-encoder-weights or, where there is no alignment, "
-            f"--encoder-weights)"
+            f"the weights of encoder {name} are neither local nor available from the hub ({reason}); on a machine with "
+            f"a network, run: hf download {hub}; or give the file with --align-encoder-weights (training) or "
+            f"--encoder-weights (probe)"
         ) from error
-    if not isinstance(model, VisionTransformer):
+
+
+def _load(model: VisionTransformer, file: Path, name: str) -> None:
+    """Load a local weight file, in timm's or the authors' layout, without a classifier."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    require(file.is_file(), f"encoder {name}: {file} is missing; give the file that holds its weights")
+    tensors = checkpoint_filter_fn(read_weights(file), model)
+    try:
+        model.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("head.")})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
         raise UserError(
-            f"encoder {name} is not a plain vision transformer but a {type(model).__name__}; choose a vit_ model"
-        )
-    if pretrained and weights is not None:
-        require(Path(weights).is_file(), f"encoder {name}: {weights} is missing; give the file that holds its weights")
-        tensors = read_weights(weights)
-        state = {
-            key: value for key, value in checkpoint_filter_fn(tensors, model).items() if not key.startswith("head.")
-        }
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(
-                f"encoder {name}: {weights} is of another network ({str(error).splitlines()[1].strip()})"
-            ) from error
-    model.set_input_size(img_size=(grid * model.patch_embed.patch_size[0],) * 2)
-    return Encoder(model, name, grid).eval().requires_grad_(False)
+            f"encoder {name}: {file} is of another network ({reason}); give the file of this one"
+        ) from error

@@ -3,9 +3,10 @@
     python -m models.export exps/stage2 --layout repa --out stage2.pt
     python -m models.export exps/stage2 --layout sit --out stage2.pt
 
-The inverse of `models.convert`, for SiT networks: both hold `ema`, and `model` where the checkpoint has it, with the table
-of positions. REPA's runs in our direction of time; its projectors are not in a checkpoint (load with strict=False). SiT's
-runs the other way, so the reversal is folded into the weights, and its doubled head gets rows of zeros.
+The inverse of `models.convert`, for SiT networks. Both layouts hold `ema`, `model` if the checkpoint has it, and the
+table of positions. REPA's time runs in our direction; a checkpoint does not have its projectors, so load the file with
+strict=False. SiT's time runs the other way, so the reversal is folded into the weights, and its doubled head gets rows
+of zeros.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Options:
     ckpt: str = option(
         help="checkpoint: a folder, a run (its latest), RUN@STEP or hub:user/name (may be given as first word)"
     )
-    layout: str = option(choices=("repa", "sit"), help="whose code is to read it")
+    layout: str = option(choices=("repa", "sit"), help="whose code will read it")
     out: str = option(help="file to write (.pt)")
 
     def __post_init__(self) -> None:
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     source = Checkpoint.open(options.ckpt)
     require(
         source.spec.architecture == "sit" and source.spec.position_span is None,
-        f"{source.path} is a {source.spec.name}{'' if source.spec.position_span is None else ' with stretched positions'}: only SiT "
-        f"networks as published can be read by REPA's and SiT's code",
+        f"{source.path} is a {source.spec.name}{' with stretched positions' if source.spec.position_span else ''}: "
+        f"REPA's and SiT's code reads only SiT networks as published",
     )
     sets = {"ema": source.tensors("ema")} | ({"model": source.tensors("raw")} if "raw" in source.weights else {})
     for name, weights in sets.items():
@@ -67,16 +68,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def layout(weights: Mapping[str, Tensor], spec: ModelSpec, kind: str) -> dict[str, Tensor]:
-    """A network's tensors as `kind`, repa or sit, names and orders them."""
-    tensors = {name: value.clone() for name, value in weights.items()} | {
-        "pos_embed": models.build(spec, weights=weights).pos_embed
-    }
+    """A network's tensors with the names and order of `kind`, repa or sit."""
+    tensors = {name: value.clone() for name, value in weights.items()}
+    tensors["pos_embed"] = models.build(spec, weights=weights).pos_embed
     if kind == "sit":
         reverse_time(tensors)  # its own inverse
-        for name in (
-            "final_layer.linear.weight",
-            "final_layer.linear.bias",
-        ):  # (patch elements, channels, ...) and as many unused channels
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            # (patch elements, channels, ...), then as many unused channels
             rows = tensors[name].unflatten(0, (spec.patch_size**2, spec.in_channels))
             tensors[name] = torch.cat([rows, torch.zeros_like(rows)], dim=1).flatten(0, 1)
     return tensors

@@ -1,6 +1,7 @@
 """Heads: small networks from a block's tokens to what an alignment compares, initialised from a stream of their own.
 
-One that predicts the velocity is described by a `VelocityHead`, which a checkpoint stores: sampling rebuilds it from that alone.
+A `VelocityHead` describes a head that predicts the velocity. A checkpoint stores it, and sampling rebuilds the head
+from it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import ARCHITECTURES, CONDITION, ModelSpec, Tap, unpatchify
+from models import CONDITION, ModelSpec, Tap, architecture, unpatchify
 from models.backbone import FinalLayer
 from runtime import schema
 from runtime.errors import require
@@ -25,7 +26,7 @@ KINDS = ("mlp", "mlp-norm-linear", "final-layer")
 
 @dataclass(frozen=True, kw_only=True)
 class VelocityHead:
-    """A head on a block that predicts patches (N, T, p*p*C), as JSON in a checkpoint. Its kind:
+    """A head on a block that predicts patches (N, T, p*p*C), as JSON in a checkpoint. Kinds:
 
     mlp              the paper's MLP on each token
     mlp-norm-linear  the authors' longer one
@@ -33,18 +34,16 @@ class VelocityHead:
     """
 
     kind: str
-    block: int
-    """Number of the block that it reads, from 1."""
-    hidden: int = 0
-    layers: int = 0
-    """Width and number of the linear layers of an MLP."""
+    block: int  # the block that it reads, from 1
+    hidden: int = 0  # width of an MLP's hidden layers
+    layers: int = 0  # linear layers of an MLP
+    # the times that it was trained on
     low: float = 0.0
     high: float = 1.0
-    """The times that it was trained on."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: object) -> VelocityHead:
-        """Raises UserError where the description is damaged."""
+        """Raises UserError if the description is damaged."""
         head = schema.checked(cls, dict(value), where, "use another checkpoint")
         require(
             head.kind in KINDS,
@@ -58,11 +57,11 @@ class VelocityHead:
         return (self.block, CONDITION) if self.kind == "final-layer" else (self.block,)
 
     def build(self, model: ModelSpec, stream: Stream) -> nn.Module:
-        """The head on the tokens of `model`, MLPs with weights from `stream`; a final layer starts at zero, as the network's own."""
+        """The head on the tokens of `model`: MLPs with weights from `stream`, or a final layer that starts at zero."""
         width, out = model.hidden_size, model.patch_size**2 * model.in_channels
         if self.kind == "final-layer":
             with torch.device("meta"):
-                head = FinalLayer(width, out, ARCHITECTURES[model.architecture].norm(width))
+                head = FinalLayer(width, out, architecture(model).norm(width))
             start = {
                 name: torch.full(value.shape, float(name == "norm_final.weight"))
                 for name, value in head.state_dict().items()
@@ -102,7 +101,10 @@ def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> n
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution over the square grid of tokens, zeros beyond its rim: (N, T, width) -> (N, T, out). Xavier weights."""
+    """A 3x3 convolution over the square grid of tokens with zero padding: (N, T, width) -> (N, T, out).
+
+    Its weights are Xavier-uniform, its biases zero.
+    """
 
     def __init__(self, width: int, out: int, stream: Stream) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
-"""Checkpoints that travel: `hub:user/name` wherever a checkpoint is named, and the command that puts one there.
+"""Share a checkpoint: put it on the Hugging Face hub or into a folder, with a model card.
 
     python -m models.hub exps/stage2@400000 --to hub:user/name --metrics samples/stage2/metrics.json
     python -m models.hub exps/stage2 --to /shared/stage2             # the same files in a folder
     python generate.py --ckpt hub:user/name                          # or hub:user/name@REVISION
 
-What travels: the network, its averages, those of a head that predicts the velocity (sampling may guide with it), `config.json`,
-and a model card. Other heads and the optimiser stay at home.
+The copy holds the network, its averages, those of a head that predicts the velocity (sampling may guide with it),
+`config.json`, and the card. It leaves out other heads and the optimiser. Every command that reads a checkpoint accepts
+`hub:user/name`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 import models
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, read_config
 from models.hub_client import PREFIX, answered
 from runtime import errors, files, schema
 from runtime.errors import require
@@ -36,7 +37,7 @@ class Options:
     ckpt: str = option(help="checkpoint: a folder, a run (its latest) or RUN@STEP (may be given as first word)")
     to: str = option(help="hub:user/name, or a folder")
     metrics: str | None = option(None, help="metrics.json of this checkpoint's samples, for the model card")
-    private: bool = option(False, help="make the hub's repository a private one")
+    private: bool = option(False, help="make the hub's repository private")
 
 
 class _Samples(TypedDict):
@@ -53,7 +54,7 @@ class _Reference(TypedDict):
 
 
 class Metrics(TypedDict):
-    """What is read of a metrics.json."""
+    """The part of a metrics.json that the card shows."""
 
     metrics: dict[str, Number]
     num_samples: int
@@ -63,7 +64,7 @@ class Metrics(TypedDict):
 
 
 def main(argv: Sequence[str] | None = None) -> Path | str:
-    """Run the command; returns where the checkpoint lies now."""
+    """Run the command; returns the new place of the checkpoint."""
     options = read(
         Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt"
     )
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> Path | str:
 
 
 def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) -> str:
-    """Put a checkpoint on the hub; returns its address. Raises UserError where the hub cannot be reached or refuses."""
+    """Put a checkpoint on the hub; returns its address. Raises UserError if the hub cannot be reached or refuses."""
     import tempfile
 
     import huggingface_hub
@@ -98,23 +99,24 @@ def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) ->
 
 
 def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
-    """Raise UserError unless the metrics are of samples of this very checkpoint."""
+    """Raise UserError unless the metrics belong to samples of this checkpoint."""
     settings = result.get("runs", [result])[0].get("samples", {}).get("settings") or {}
     require(
         settings.get("checkpoint") == source.digest,
-        f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew from it",
+        f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew "
+        f"from it",
     )
 
 
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
-    """Write the travelling copy of a checkpoint to the folder `out`, in one step."""
+    """Write the copy of a checkpoint to the folder `out`, atomically."""
     names = [
         name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name
     ]
     with files.replacing(out, is_packed) as folder:
         folder.mkdir()
         for name in names:
-            source.tensors(name.removesuffix(".safetensors"))  # verified
+            source.require_intact(name)
             shutil.copyfile(source.path / name, folder / name)
         files.write_sealed(
             folder / "config.json",
@@ -124,18 +126,17 @@ def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) ->
 
 
 def is_packed(path: Path) -> bool:
-    """Whether `path` is a folder that `pack` wrote, with nothing else in it: a run's own checkpoint is none."""
-    config = files.read_json(path / "config.json") if (path / "config.json").is_file() else None
+    """Whether `path` is a folder that `pack` wrote, with nothing else in it; a run's own checkpoint is not."""
+    config = read_config(path)
     return (
-        isinstance(config, dict)
-        and "packed_from" in config
+        "packed_from" in config
         and isinstance(config.get("files"), dict)
         and {file.name for file in path.iterdir()} <= {"config.json", "README.md", *config["files"]}
     )
 
 
 def card(source: Checkpoint, result: dict[str, Any] | None) -> str:
-    """The model card: method, data, protocol, numbers and digests, as far as the artefacts know them."""
+    """The model card: the method, data, protocol, numbers and digests that the artefacts record."""
     spec, space = source.spec, source.space
     header = [
         "library_name: self-transcendence",
@@ -146,9 +147,10 @@ def card(source: Checkpoint, result: dict[str, Any] | None) -> str:
         "- arxiv:2601.07773",
     ]
     network = [
-        f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width {spec.hidden_size}"
-        f"{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x{spec.input_size} of "
-        f"{space.vae or space.name}; {spec.num_classes} classes; weights: {', '.join(source.weights)}."
+        f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width "
+        f"{spec.hidden_size}{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x"
+        f"{spec.input_size} of {space.vae or space.name}; {spec.num_classes} classes; weights: "
+        f"{', '.join(source.weights)}."
     ]
     digests = [f"- checkpoint: `{source.digest}`", *(f"- {name}: `{digest}`" for name, digest in source.files.items())]
     use = ["```bash", "python generate.py --ckpt hub:USER/NAME --num-fid-samples 64", "```"]
@@ -176,8 +178,8 @@ def _method(config: dict[str, Any], step: int) -> list[str]:
         for name, chosen in (config.get("resolved") or {}).items()
     ]
     return [
-        f"{step:,} steps of {train['batch_size']} samples, learning rate {train['learning_rate']:g}, recipe `{train['recipe']}`, seed "
-        f"{train['seed']}, {config.get('precision')}.",
+        f"{step:,} steps of {train['batch_size']} samples, learning rate {train['learning_rate']:g}, recipe "
+        f"`{train['recipe']}`, seed {train['seed']}, {config.get('precision')}.",
         "",
         *(alignments or ["Plain flow matching, no alignment."]),
     ]
@@ -205,6 +207,7 @@ def _numbers(result: dict[str, Any] | None) -> list[str]:
     ]
 
 
+# The settings of sampling without which a number cannot be compared
 PROTOCOL = (
     "preset",
     "mode",
@@ -220,7 +223,6 @@ PROTOCOL = (
     "seed",
     "precision",
 )
-"""Settings of sampling that a number is read with."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The calls to the Hugging Face hub, and what is said where it does not answer."""
+"""The calls to the Hugging Face hub, and the message if it does not answer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
+# A checkpoint on the hub is hub:user/name or hub:user/name@REVISION.
 PREFIX = "hub:"
-"""What the name of a checkpoint on the hub begins with: hub:user/name, hub:user/name@REVISION."""
-
 FILES = ["config.json", "*.safetensors"]
 
 
 @contextmanager
 def answered(what: str) -> Iterator[None]:
-    """Turn the hub's refusals, and its silence, into one line."""
+    """Turn an error or a missing answer of the hub into one line."""
     import httpx
 
     try:
@@ -29,10 +28,10 @@ def answered(what: str) -> Iterator[None]:
 
 
 def fetch(name: str) -> Path:
-    """The local copy of the checkpoint `name` (hub:user/name[@REVISION]), downloaded where it is not in the hub's cache.
+    """The local copy of the checkpoint `name` (hub:user/name[@REVISION]), downloaded if the hub's cache lacks it.
 
     Raises:
-        UserError: there is no such checkpoint, or no way to it.
+        UserError: the checkpoint does not exist, or the hub cannot be reached.
     """
     import huggingface_hub
 

@@ -1,7 +1,7 @@
 """Latent spaces: what a network sees, and how it is normalised.
 
 A latent set stores raw latents; a network sees x = (raw - shift) * scale, channel by channel. What turns images into
-latents and back is a `Codec`: a VAE (`models/vae.py`), or nothing at all (`models/pixels.py`).
+latents and back is a `Codec`: a VAE (`models/vae.py`), or the identity (`models/pixels.py`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from runtime import schema
-from runtime.errors import UserError
+from runtime.errors import require
 
-MOST = 65_536  # channels, pixels of stride: beyond it lies damage
+# Larger numbers of channels or pixels of stride mean that a description is damaged.
+LIMIT = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class LatentSpace:
     `shift` and `scale` have one value, or one for each channel: x = (raw - shift) * scale.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     name: str  # "pixels", "sd-vae", "va-vae", or the last part of the VAE's name
     channels: int
     stride: int  # pixels along one side of a latent element
@@ -38,19 +40,18 @@ class LatentSpace:
     digest: str | None = None  # SHA-256 of the encoder's weights: decoders tuned on one encoder share its space
 
     def __post_init__(self) -> None:
-        if not (1 <= self.channels <= MOST and 1 <= self.stride <= MOST):
-            raise UserError(
-                f"latent space {self.name}: {self.channels} channels of stride {self.stride}; "
-                f"both must lie between 1 and {MOST}"
-            )
+        require(
+            1 <= self.channels <= LIMIT and 1 <= self.stride <= LIMIT,
+            f"latent space {self.name}: {self.channels} channels of stride {self.stride}; "
+            f"both must lie between 1 and {LIMIT}",
+        )
         for name in ("shift", "scale"):
             values = getattr(self, name)
-            if len(values) not in (1, self.channels) or not all(map(math.isfinite, values)):
-                raise UserError(
-                    f"latent space {self.name}: {name} needs 1 or {self.channels} finite numbers, not {values}"
-                )
-        if not all(self.scale):
-            raise UserError(f"latent space {self.name}: a scale of 0 leaves nothing of a channel")
+            require(
+                len(values) in (1, self.channels) and all(map(math.isfinite, values)),
+                f"latent space {self.name}: {name} needs 1 or {self.channels} finite numbers, not {values}",
+            )
+        require(all(self.scale), f"latent space {self.name}: a scale of 0 makes a channel constant")
 
     def normalise(self, raw: Tensor) -> Tensor:
         """(N, C, H, W) raw latents -> what the network sees."""
@@ -61,7 +62,7 @@ class LatentSpace:
         return x / _channelwise(self.scale, x.dtype, x.device) + _channelwise(self.shift, x.dtype, x.device)
 
     def difference(self, other: LatentSpace) -> str | None:
-        """Why a network of this space cannot read latents of `other`, in a few words; None where it can."""
+        """Why a network of this space cannot read latents of `other`, in a few words; None if it can."""
         for name in ("channels", "stride"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name} {getattr(self, name)} against {getattr(other, name)}"
@@ -77,27 +78,23 @@ class LatentSpace:
         return None
 
     def unverified_match(self, other: LatentSpace) -> str | None:
-        """What speaks against one encoder behind both where no digest can tell: other names. None where nothing does."""
+        """A warning if the names differ and no digest shows that one encoder made both; None if they match."""
         if None not in (self.digest, other.digest) or self.name == other.name:
             return None
-        return f"latents of {self.name} against {other.name}, and no digest tells whether one encoder made both"
+        return f"latents of {self.name} against {other.name}, and no digest shows whether one encoder made both"
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "shift": list(self.shift), "scale": list(self.scale)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LatentSpace:
-        """Raises UserError where a field is missing or unknown."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        wrong = sorted((known - {"vae", "digest"} - set(value)) | (set(value) - known))
-        if wrong:
-            raise UserError(f"the latent space's description is damaged or from another version: {', '.join(wrong)}")
+        """Raises UserError if a field is missing, unknown or of another type."""
         return schema.checked(cls, dict(value), "the latent space's description")
 
 
 @functools.lru_cache(maxsize=16)
 def _channelwise(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(C, 1, 1) constants, made once: a copy to the device in every step would make the host wait for it."""
+    """(C, 1, 1) constants, made once: the host would wait for a copy to the device in every step."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 

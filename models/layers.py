@@ -13,8 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attention import attention
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -33,7 +38,10 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 
 
 def grid_positions(side: int, span: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column (side*side,) of each token; with `span`, positions 0 .. span of another grid stretched over this one."""
+    """Row and column (side*side,) of each token.
+
+    With `span`, positions 0 .. span of another grid are stretched over this one.
+    """
     row, column = np.divmod(np.arange(side * side), side)
     return (row, column) if span is None else (row * (span / side), column * (span / side))
 
@@ -56,9 +64,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def cast_block_linears(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """Keep the weights of the blocks' linear layers in `dtype`: what autocast would make of them at every call."""
+    """Store the weights of the blocks' linear layers in `dtype`, which saves autocast's cast at every call."""
     if dtype is not None:
-        for module in network.blocks.modules():
+        for module in network.get_submodule("blocks").modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
@@ -72,8 +80,8 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A matrix product instead of the convolution: the same sum, and it follows the precision of all other products.
-        # Patches are laid out as the weight is, (channel, row, column), so that its gradient needs no copy.
+        # A matrix product instead of the convolution gives the same sum, in the precision of all other products.
+        # Patches have the layout of the weight, (channel, row, column), so that its gradient needs no copy.
         n, c, h, w = x.shape
         patches = x.reshape(n, c, h // self.patch, self.patch, w // self.patch, self.patch).permute(0, 2, 4, 1, 3, 5)
         return F.linear(patches.reshape(n, -1, c * self.patch**2), self.proj.weight.flatten(1), self.proj.bias)
@@ -82,8 +90,10 @@ class PatchEmbedder(nn.Module):
 class TimeEmbedder(nn.Module):
     """Times (N,) in [0, 1], unscaled, -> (N, D): cosines then sines of 128 frequencies, then an MLP.
 
-    Runs in float32 under autocast too: in bf16 neighbouring times would share their sinusoids.
+    It runs in float32 even under autocast: in bf16, neighbouring times would have the same sinusoids.
     """
+
+    frequencies: Tensor
 
     def __init__(self, width: int, frequencies: int = 128) -> None:
         super().__init__()
@@ -102,11 +112,27 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        # not nn.Embedding(...): its random start, which nothing here uses, takes a second of imports on the meta device
+        # nn.Embedding(...) would draw random values, which nothing uses and which take a second of imports on meta
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Tensor:
+    """(N, heads, T, head_dim) each -> the same shape and dtype as v.
+
+    `kernel` is a name in KERNELS; None leaves the choice to PyTorch. On a CPU it runs in float32, whatever the
+    precision of the products around it: the backward pass of PyTorch's bf16 kernel takes six to thirteen times as long
+    at 16 tokens, and is slower at 256 too (`benchmarks/results`).
+    """
+    if v.device.type == "cpu" and v.dtype != torch.float32:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+    if kernel is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(KERNELS[kernel]):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -133,16 +159,16 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        return self.attend(*self.queries_keys_values(x, rotation))
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The heads' (N, heads, T, head_dim) mixed by attention and projected: (N, T, D)."""
         return self.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each adjacent pair (a, b) of x (..., T, head_dim) into (a cos - b sin, b cos + a sin); tables (T, head_dim)."""
+    """Turn each pair (a, b) of neighbours in x (..., T, head_dim) into (a cos - b sin, b cos + a sin).
+
+    The tables `cos` and `sin` are (T, head_dim).
+    """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 

@@ -1,7 +1,7 @@
 """The layouts of published diffusion transformers: their state dicts in this project's names and conventions.
 
-Networks come out with t = 1 as noise and the velocity as noise - data. Where a file runs the other way, the reversal is folded into its
-weights (`reverse_time`), so that no flag has to remember it.
+A converted network has t = 1 as noise and predicts the velocity noise - data. If a file runs the other way, the
+reversal is folded into its weights (`reverse_time`), so that no flag has to remember it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from models.layers import TimeEmbedder
 from runtime.errors import UserError, require
 from runtime.streams import Stream
 
-# What every layout of these networks has, with its number of dimensions.
+# Tensors that every layout of these networks has, and their numbers of dimensions
 ESSENTIAL = {
     "x_embedder.proj.weight": 4,
     "pos_embed": 3,
@@ -33,12 +33,12 @@ ESSENTIAL = {
     "t_embedder.mlp.0.weight": 2,
 }
 
+# Internal Guidance's second final layer, on the tokens of a shallow block. No file states the block; the authors'
+# commands and configurations, for SiT and LightningDiT, all have 8.
 SECOND = "final_layer_xr."
-"""Internal Guidance's second final layer, on the tokens of a shallow block."""
 SECOND_BLOCK = 8
-"""That block. No file says it; the authors' commands and configurations, for SiT and LightningDiT, all have 8."""
 
-# Training heads that a network does not need, by prefix; the first key that is present names the family.
+# Training heads that a network does not need, by prefix; the first prefix that occurs names the family.
 HEADS = {
     "projectors_final.": "Self-Transcendence, stage 1",
     "projectors.0.weight": "Self-Transcendence, stage 2",
@@ -55,8 +55,8 @@ class Converted:
     layout: str
     weights: dict[str, Tensor]
     ignored: list[str]
+    # a second final layer: its description and its tensors
     velocity_head: VelocityHead | None = None
-    """What a second final layer is here, and its tensors."""
     head: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -72,46 +72,50 @@ def convert_network(
 
     Args:
         source: the file's name, for messages.
-        num_heads, noise_at, internal_block: what is not in the weights, where the family does not tell it (`convert.Options`).
+        num_heads, noise_at, internal_block: facts that are neither in the weights nor known of the family
+            (`convert.Options`).
 
     Raises:
-        UserError: an unknown layout, a number of heads that cannot be told, or tensors left over or missing.
+        UserError: an unknown layout, an unknown number of heads, or tensors left over or missing.
     """
     weights = rename_legacy(weights)
-    for name, dimensions in ESSENTIAL.items():
-        if name not in weights or weights[name].ndim != dimensions:
-            raise UserError(
-                f"{source} is of no known layout (SiT, REPA and what derives from it, LightningDiT, VA-VAE): {name} "
-                f"with {dimensions} dimensions is not in it; its first keys are {', '.join(list(weights)[:3])}"
-            )
+    require_known_layout(weights, source)
     spec = read_spec(weights, source, num_heads)
-    kept, left_out = {}, Counter()
-    for name, value in weights.items():
-        if prefix := next((prefix for prefix in HEADS if name.startswith(prefix)), None):
-            left_out[prefix.split(".")[0]] += 1
-        else:
-            kept[name] = value.float()
-    check_tables(kept, spec, source)
-    channels = kept["final_layer.linear.weight"].shape[0] // spec.patch_size**2
+    heads = {name for name in weights if name.startswith(tuple(HEADS))}
+    tensors = {name: value.float() for name, value in weights.items() if name not in heads}
+    check_tables(tensors, spec, source)
+    channels = tensors["final_layer.linear.weight"].shape[0] // spec.patch_size**2
     doubled = channels == 2 * spec.in_channels
-    if doubled:  # DiT's unused second half: rows are (row, column, channel), channel fastest
-        for name in last_layers(kept):
-            kept[name] = kept[name][torch.arange(len(kept[name])) % channels < spec.in_channels]
+    if doubled:
+        # The second half of DiT's channels is unused. Rows are (row, column, channel), channel fastest.
+        for name in last_layers(tensors):
+            tensors[name] = tensors[name][torch.arange(len(tensors[name])) % channels < spec.in_channels]
     layout, direction = recognise(weights, spec, doubled)
     noise_at = direction if noise_at is None else noise_at
     if noise_at == 0:
-        reverse_time(kept)
-    second = {name.removeprefix(SECOND): kept.pop(name) for name in list(kept) if name.startswith(SECOND)}
-    models.check_weights(models.outline(spec), kept)
-    ignored = [f"{prefix}.* ({count} tensors)" for prefix, count in left_out.items()]
+        reverse_time(tensors)
+    second = {name.removeprefix(SECOND): tensors.pop(name) for name in list(tensors) if name.startswith(SECOND)}
+    models.check_weights(models.outline(spec), tensors, spec.name)
+    counts = Counter(name.split(".")[0] for name in weights if name in heads)
+    ignored = [f"{prefix}.* ({count} tensors)" for prefix, count in counts.items()]
     head = second_velocity(second, spec, source, internal_block)
-    return Converted(spec, f"{layout}, noise at t = {noise_at}", kept, ignored, head, second)
+    return Converted(spec, f"{layout}, noise at t = {noise_at}", tensors, ignored, head, second)
+
+
+def require_known_layout(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError unless `weights` has the tensors that every layout has."""
+    for name, dimensions in ESSENTIAL.items():
+        require(
+            name in weights and weights[name].ndim == dimensions,
+            f"{source} is of no known layout (SiT, REPA and its descendants, LightningDiT, VA-VAE): it has no {name} "
+            f"with {dimensions} dimensions; its first keys are {', '.join(list(weights)[:3])}",
+        )
 
 
 def second_velocity(
     tensors: Mapping[str, Tensor], spec: ModelSpec, source: str, block: int | None
 ) -> VelocityHead | None:
-    """The head that Internal Guidance's second final layer is: its target, the velocity at all t, is the network's own.
+    """The velocity head in Internal Guidance's second final layer, whose target is the network's own at all t.
 
     Raises:
         UserError: a block beyond the depth, one for a file without such a layer, or tensors left over or missing.
@@ -122,22 +126,17 @@ def second_velocity(
     head = VelocityHead(kind="final-layer", block=SECOND_BLOCK if block is None else block)
     require(
         1 <= head.block <= spec.depth,
-        f"{source}: block {head.block} of its second final layer is not among blocks 1 to {spec.depth}: "
-        f"say which it is with --internal-block",
+        f"{source}: block {head.block} of its second final layer is not among blocks 1 to {spec.depth}: give its block "
+        f"with --internal-block",
     )
-    wanted = {name: tuple(value.shape) for name, value in head.build(spec, Stream(0, "shapes")).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    wrong = next((name for name in wanted | found if wanted.get(name) != found.get(name)), None)
-    require(
-        wrong is None,
-        f"{source}: {SECOND}{wrong} is {found.get(wrong, 'missing')} where {wanted.get(wrong, 'nothing')} is needed; "
-        f"it is of no known layout",
+    models.check_weights(
+        head.build(spec, Stream(0, "shapes")), tensors, f"the second final layer ({SECOND}*) of {spec.name}"
     )
     return head
 
 
 def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """REPA's first layout counts the blocks after the aligned one anew, as `decoder_blocks`."""
+    """REPA's first layout counts the blocks after the aligned block from 0 again, as `decoder_blocks`."""
     before = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     return {
         re.sub(r"^decoder_blocks\.(\d+)", lambda match: f"blocks.{int(match[1]) + before}", name): value
@@ -146,18 +145,18 @@ def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_spec(weights: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ModelSpec:
-    """All that the shapes tell; the number of heads from `num_heads`, QK-norms, or the published sizes."""
+    """The description in the shapes; the number of heads from `num_heads`, QK-norms, or the published sizes."""
     hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
     architecture = "lightningdit" if "blocks.0.mlp.w12.weight" in weights else "sit"
-    sizes = models.SIZES[architecture]
+    sizes = models.ARCHITECTURES[architecture].sizes
     head_norm = weights.get("blocks.0.attn.q_norm.weight")
     published = {size[:2]: size[2] for size in sizes.values()}.get((depth, hidden))
     heads = num_heads or (published if head_norm is None else hidden // len(head_norm))
     if heads is None:
         raise UserError(
-            f"{source}: {depth} blocks of width {hidden} are not a published size, and the number of heads is "
-            "not in the weights: add --num-heads"
+            f"{source}: {depth} blocks of width {hidden} are not a published size, and the weights do not show the "
+            "number of heads: add --num-heads"
         )
     return ModelSpec(
         name=next((name for name, size in sizes.items() if size == (depth, hidden, heads, patch)), "custom"),
@@ -182,24 +181,22 @@ def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> 
         return "SiT, Dispersive Loss or LayerSync (doubled head)", 0
     if internal:
         return "Internal Guidance", 1
-    for prefix, family in HEADS.items():
-        if any(name.startswith(prefix) for name in weights):
-            return family, 1
-    return "REPA without projectors", 1
+    families = [family for prefix, family in HEADS.items() if any(name.startswith(prefix) for name in weights)]
+    return next(iter(families), "REPA without projectors"), 1
 
 
-def check_tables(kept: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
-    """Take the fixed tables out of `kept`: they are recomputed, and must be the ones that were stored."""
+def check_tables(tensors: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
+    """Remove the fixed tables from `tensors`: they are recomputed, and must equal the stored ones."""
     network = models.outline(spec)
     tables = {"pos_embed": network.pos_embed}
-    if spec.architecture == "lightningdit":
-        tables |= {"feat_rope.freqs_cos": network.rotary_cos, "feat_rope.freqs_sin": network.rotary_sin}
+    if rotation := network.rotation():
+        tables |= {"feat_rope.freqs_cos": rotation[0], "feat_rope.freqs_sin": rotation[1]}
     for name, table in tables.items():
-        stored = kept.pop(name, None)
+        stored = tensors.pop(name, None)
         if stored is None or stored.shape != table.shape or not torch.allclose(stored, table, rtol=0, atol=5e-3):
             raise UserError(
-                f"{source}: its {name} is not the fixed table of the published networks, so that its positions "
-                "would be misread; check --num-heads, or train such a network here"
+                f"{source}: its {name} is not the fixed table of the published networks, so its positions would be "
+                "misread; check --num-heads, or train such a network here"
             )
 
 
@@ -218,7 +215,7 @@ def reverse_time(weights: dict[str, Tensor]) -> None:
 
 
 def last_layers(weights: Mapping[str, Tensor]) -> list[str]:
-    """The weights and biases from which a velocity comes: of the last layer, and of a second one where there is one."""
+    """The names of the weights and biases that output a velocity: the last layer's, and a second last layer's."""
     return [name for name in weights if name.startswith(("final_layer.linear.", f"{SECOND}linear."))]
 
 

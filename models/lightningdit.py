@@ -1,9 +1,11 @@
-"""LightningDiT (arXiv 2501.01423): what it changes in the plain transformer, and nothing else.
+"""LightningDiT (arXiv 2501.01423): only what it changes in the plain transformer.
 
 RMSNorm with weights, a SwiGLU MLP, and 2-D rotary positions on queries and keys, on top of the absolute ones.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,17 +15,6 @@ from torch import Tensor, nn
 from models.backbone import Backbone, ModelSpec
 from models.layers import grid_positions
 from runtime.errors import UserError
-
-# name: (depth, hidden_size, num_heads, patch_size); L/1 is ours, for latents of stride 16
-SIZES = {
-    "LightningDiT-B/1": (12, 768, 12, 1),
-    "LightningDiT-L/2": (24, 1024, 16, 2),
-    "LightningDiT-L/1": (24, 1024, 16, 1),
-    "LightningDiT-XL/1": (28, 1152, 16, 1),
-    "LightningDiT-1p0B/1": (24, 1536, 24, 1),
-    "LightningDiT-1p6B/1": (28, 1792, 28, 1),
-    "LightningDiT-Tiny/1": (6, 128, 4, 1),
-}
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +46,21 @@ class SwiGLU(nn.Module):
 class LightningDiT(Backbone):
     """RMSNorm everywhere, SwiGLU, rotation of queries and keys."""
 
-    PARTS = {**Backbone.PARTS, "mlp.w12.weight": 2}
+    architecture = "lightningdit"
+    guide_scale = 10.0
+    # L/1 is ours, for latents of stride 16
+    sizes: ClassVar[dict[str, tuple[int, int, int, int]]] = {
+        "LightningDiT-B/1": (12, 768, 12, 1),
+        "LightningDiT-L/2": (24, 1024, 16, 2),
+        "LightningDiT-L/1": (24, 1024, 16, 1),
+        "LightningDiT-XL/1": (28, 1152, 16, 1),
+        "LightningDiT-1p0B/1": (24, 1536, 24, 1),
+        "LightningDiT-1p6B/1": (28, 1792, 28, 1),
+        "LightningDiT-Tiny/1": (6, 128, 4, 1),
+    }
+    PARTS: ClassVar[dict[str, int]] = {**Backbone.PARTS, "mlp.w12.weight": 2}
+    rotary_cos: Tensor
+    rotary_sin: Tensor
 
     def __init__(self, spec: ModelSpec, depth: int | None = None) -> None:
         super().__init__(spec, depth)
@@ -80,8 +85,10 @@ class LightningDiT(Backbone):
 
 
 def rotary_tables(head_dim: int, side: int, span: int | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (side*side, head_dim) of axial 2-D rotation: the first half of a head turns with the row, the
-    second with the column, each adjacent pair at its own frequency 10000^(-2i / (head_dim/2)). `span`: see `layers.grid_positions`.
+    """Cosines and sines (side*side, head_dim) of axial 2-D rotation.
+
+    The first half of a head turns with the row, the second with the column, each adjacent pair at its own frequency
+    10000^(-2i / (head_dim/2)). `span`: see `layers.grid_positions`.
 
     Raises:
         UserError: `head_dim` is not a multiple of 4.

@@ -1,4 +1,4 @@
-"""The manifest of a latent set: what the set says of itself, and whether its shards are what it says."""
+"""The manifest of a latent set: the description of the set, and the check of its shards against it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from runtime.errors import UserError, require
 from runtime.mapped import map_shard
 
 FORMAT = 2
-"""2 seals the manifest (`runtime.files.seal`); 1 had no seal, and is read with a note."""
 MANIFEST = "manifest.json"
 Count = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class Shard(TypedDict):
-    """What the manifest says of a shard."""
+    """A shard in the manifest."""
 
     file: str
     count: Annotated[int, Field(ge=0)]
@@ -46,21 +45,24 @@ class Manifest(TypedDict):
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the set at `path`. Raises UserError where it is missing, of another format or incomplete."""
-    if not path.is_dir():
-        raise UserError(f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)")
-    if not (path / MANIFEST).exists():
-        begun = (
+    """The manifest of the set at `path`. Raises UserError if it is missing, of another format or incomplete."""
+    require(
+        path.is_dir(), f"there is no latent set at {path}; make one with python -m preprocessing.encode (or .digits)"
+    )
+    file = path / MANIFEST
+    if not file.exists():
+        problem = (
             "is unfinished: run its preprocessing command again"
             if any(path.glob("shard-*"))
-            else "is not a latent set: give the folder of one, as python -m preprocessing.encode makes it"
+            else "is not a latent set: give a folder that python -m preprocessing.encode made"
         )
-        raise UserError(f"{path} {begun} ({MANIFEST} is missing)")
-    file = path / MANIFEST
+        raise UserError(f"{path} {problem} ({MANIFEST} is missing)")
     manifest = files.read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
-        raise UserError(f"{file} is not of format {FORMAT}; encode the set again with this version")
-    files.require_sealed_since_2(file, manifest)
+    require(
+        isinstance(manifest, dict) and manifest.get("format") == FORMAT,
+        f"{file} is not of format {FORMAT}; encode the set again with this version",
+    )
+    files.require_sealed(file, manifest)
     schema.checked(Manifest, manifest, file, "encode the set again")
     for shard in manifest["shards"]:
         require(
@@ -79,8 +81,10 @@ def read_space(path: Path, manifest: Mapping[str, Any]) -> LatentSpace:
 
 
 def require_intact(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Raise UserError where the bytes of a shard are not those that its `entry` of the manifest promises."""
+    """Raise UserError if the bytes of a shard differ from the digest in its `entry` of the manifest."""
     file = folder / entry["file"]
-    map_shard(file)  # says 'missing' and 'truncated' in those words
-    if files.digest(file) != entry["sha256"]:
-        raise UserError(f"{file} is damaged: its checksum is not the manifest's; copy or encode it again")
+    map_shard(file)  # has its own messages for a missing and a truncated file
+    require(
+        files.digest(file) == entry["sha256"],
+        f"{file} is damaged: its checksum is not the manifest's; copy or encode it again",
+    )

@@ -1,7 +1,9 @@
-"""What is said to a word of REPA, SiT or LightningDiT that is no option here."""
+"""Replies for flags of REPA, SiT and LightningDiT that do not exist here."""
 
 from __future__ import annotations
 
+# The flag -> what to write instead, or why there is nothing to write. Flags that mean the same there and here are
+# options under their own names, and are never looked up in this table.
 PEERS: dict[str, str] = {
     # data
     "--resolution": "the latent set knows its resolution; it is given to preprocessing.encode",
@@ -13,7 +15,9 @@ PEERS: dict[str, str] = {
     "--legacy": "nothing to set: old layouts are recognised by python -m models.convert",
     "--resume-step": "run the same command again: it continues from its latest checkpoint",
     # method
-    "--enc-type": "write --align repa --align-encoder NAME (dinov2-vit-b is the default); this project's method needs no encoder",
+    "--enc-type": (
+        "write --align repa --align-encoder NAME (default: dinov2-vit-b); this project's method needs no encoder"
+    ),
     "--encoder-depth": "write --align-depth N with --align repa (or latent); a checkpoint knows its own when sampling",
     "--proj-coeff": "write --align-weight W",
     "--projector-embed-dims": "nothing to set: heads are stored separately and never loaded for sampling",
@@ -28,7 +32,7 @@ PEERS: dict[str, str] = {
     "--global-batch-size": "write --batch-size N: it is global here",
     "--allow-tf32": "write --mixed-precision no --tf32; bf16 is the default where the hardware has it",
     "--lr": "write --learning-rate",
-    "--use-8bit-adam": "AdamW in float32 is the only optimiser; 8-bit states are not offered",
+    "--use-8bit-adam": "optimiser states are float32 here (--optimizer adamw or muon); 8-bit states are not offered",
     # run and log
     "--logging-dir": "logs go into the run's folder, OUTPUT_DIR/EXP_NAME/log.jsonl",
     "--results-dir": "write --output-dir",
@@ -47,7 +51,3 @@ PEERS: dict[str, str] = {
     "--num-sampling-steps": "write --num-steps N",
     "--qk-norm": "the checkpoint knows whether its network has QK-norm",
 }
-"""Words of REPA, SiT and LightningDiT that are not options here, and what to write instead or why there is nothing to write.
-
-Words that mean the same there and here are options under their own names, and never looked up in this table.
-"""

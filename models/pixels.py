@@ -1,4 +1,4 @@
-"""The space of pixels: small images that are trained on directly, without a VAE; and what a pixel value is.
+"""The space of pixels, for training on small images directly, without a VAE; and the range of pixel values.
 
 A stored image is uint8 (N, H, W, C); a network and a VAE see (N, C, H, W) in [-1, 1].
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from models.latents import LatentSpace
 
+# The name of the space, which every option for a VAE accepts
 PIXELS = "pixels"
-"""The name of the space, and what is given where a VAE is asked for."""
 
 
 def pixels(channels: int, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)) -> LatentSpace:
@@ -27,7 +27,7 @@ def is_pixels(space: LatentSpace) -> bool:
 
 
 class PixelCodec:
-    """The identity: an image is its own latent, known without spread."""
+    """The identity: an image is its own latent, with standard deviation 0."""
 
     def __init__(self, space: LatentSpace) -> None:
         self.space = space

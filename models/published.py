@@ -1,7 +1,7 @@
-"""Numbers that others have printed, with where they stand and under which protocol: `published.csv`, read as rows.
+"""Published numbers with their source and protocol: the rows of `published.csv`.
 
-`status` is `published` for the rows of the paper's own tables, in the paper's own words, and `reported` for what the
-authors of other methods report of them. Nothing here was measured with this code.
+`status` is `published` for the rows of the paper's tables, in the paper's words, and `reported` for numbers that the
+authors of other methods report of their own method. None of them was measured with this code.
 """
 
 from __future__ import annotations
@@ -17,20 +17,16 @@ from typing import Any
 class Published:
     """One published result on ImageNet."""
 
-    method: str
-    """Name of the alignment (`none` is plain training, `guided` the paper's method), or of another model family."""
+    method: str  # an alignment (`none`: plain training, `guided`: the paper's method), or another model family
     variant: str
     model: str
     epochs: int | None
     resolution: int
-    guidance: str
-    """`none`, or what is said of classifier-free guidance."""
+    guidance: str  # `none`, or a description of classifier-free guidance
     sampler: str
     samples: int
-    flips: bool | None
-    """Whether the authors trained with random flips (a latent set of two views)."""
-    metrics: dict[str, float]
-    """fid, sfid, is, precision, recall: those that were printed."""
+    flips: bool | None  # whether the authors trained with random flips (a latent set of two views)
+    metrics: dict[str, float]  # those of METRICS that were printed
     source: str
     status: str
 
@@ -67,15 +63,14 @@ def rows() -> tuple[Published, ...]:
         )
 
 
-def find(**wanted: Any) -> list[Published]:
-    """The rows whose fields have the `wanted` values."""
-    return [row for row in rows() if all(getattr(row, name) == value for name, value in wanted.items())]
+def find(**fields: Any) -> list[Published]:
+    """The rows whose fields have these values."""
+    return [row for row in rows() if all(getattr(row, name) == value for name, value in fields.items())]
 
 
-def first(**wanted: Any) -> Published | None:
-    """The first such row that its own authors report, else that the paper prints; None where there is none.
+def first(**fields: Any) -> Published | None:
+    """The first row with these values, or None. Rows that a method's own authors report come first.
 
-    Other methods' own numbers come with a protocol, which the paper's tables leave out.
+    Those have a protocol, which the paper's tables leave out.
     """
-    chosen = find(**wanted)
-    return next((row for row in chosen if row.status == "reported"), chosen[0] if chosen else None)
+    return min(find(**fields), key=lambda row: row.status != "reported", default=None)

@@ -1,8 +1,8 @@
-"""Activation checkpointing: what the backward pass computes again in place of keeping it.
+"""Activation checkpointing: what the backward pass computes again instead of storing it.
 
-none        everything that it needs is kept
-selective   outputs of matrix products and attention are kept; norms, modulation and activations are computed again
-full        only the input of each block is kept, and its whole forward pass is repeated: a third more work
+none        everything that it needs is stored
+selective   outputs of matrix products and attention are stored; norms, modulation and activations are computed again
+full        only the input of each block is stored, and its whole forward pass is repeated: a third more work
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def _full(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def recompute(network: nn.Module, mode: str) -> None:
-    """Set how the blocks of `network` meet their backward pass; numbers and names of parameters stay as they are.
+    """Set what the blocks of `network` store for their backward pass; numbers and parameter names do not change.
 
-    It happens inside what is compiled, and all blocks still share one graph: the block is an argument of one function.
-    Blocks draw nothing, so that no generator's state has to be kept and restored.
+    It acts inside the compiled region, and all blocks still share one graph, because the block is an argument of one
+    function. Blocks draw no random numbers, so that no generator state has to be saved and restored.
     """
-    for block in network.blocks:
+    for block in network.get_submodule("blocks").children():
         block.__dict__.pop("forward", None)
         if mode != "none":
             block.forward = types.MethodType(_full if mode == "full" else _selective, block)

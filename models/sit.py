@@ -6,21 +6,24 @@ train this network.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from models.backbone import Backbone
 from models.layers import Mlp
 
-# name: (depth, hidden_size, num_heads, patch_size)
-SIZES = {
-    f"SiT-{size}/{patch}": (*shape, patch)
-    for size, shape in {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items()
-    for patch in (2, 4, 8)
-} | {f"SiT-Tiny/{patch}": (6, 128, 4, patch) for patch in (2, 4)}
-
 
 class SiT(Backbone):
     """LayerNorm without affine, tanh-GELU MLP of ratio 4, absolute positions only."""
+
+    architecture = "sit"
+    guide_scale = 30.0
+    sizes: ClassVar[dict[str, tuple[int, int, int, int]]] = {
+        f"SiT-{size}/{patch}": (*shape, patch)
+        for size, shape in {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items()
+        for patch in (2, 4, 8)
+    } | {f"SiT-Tiny/{patch}": (6, 128, 4, patch) for patch in (2, 4)}
 
     @staticmethod
     def norm(width: int) -> nn.Module:

@@ -1,13 +1,12 @@
-"""VAEs: from the name of one to the codec that encodes and decodes with it.
+"""VAEs: from the name of a VAE to the codec that encodes and decodes with it.
 
-`open_codec` opens the VAE of a latent space: any diffusers `AutoencoderKL` (SD-VAE ft-mse and ft-ema, VA-VAE f16d32 after
-`python -m models.convert`), or the identity for images that are trained on directly.
+`open_codec` opens the VAE of a latent space: any diffusers `AutoencoderKL` (SD-VAE ft-mse and ft-ema, VA-VAE f16d32
+after `python -m models.convert`), or the identity for training on the images themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,24 +16,22 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
-from models.archives import read_weights
+from models.archives import digest, read_weights
 from models.latents import Codec, LatentSpace
 from models.pixels import PIXELS, PixelCodec, is_pixels, pixels
 from runtime import files, schema
 from runtime.errors import UserError, require
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
+# Pixels decoded at once: the widest tensor of SD-VAE's decoder takes 1 KiB per pixel, 2 GiB in all.
 CHUNK = 32 * 256**2
-"""Pixels decoded at once: the widest tensor of SD-VAE's decoder takes 1 KiB for each, 2 GiB in all."""
 
 
 class Config(TypedDict):
-    """What is read of a diffusers `AutoencoderKL`'s config.json."""
+    """The fields that are read of a diffusers `AutoencoderKL`'s config.json."""
 
     latent_channels: Annotated[int, Field(ge=1)]
     block_out_channels: list[int]
@@ -46,9 +43,9 @@ class Config(TypedDict):
 
 
 class VaeCodec:
-    """A diffusers `AutoencoderKL`, frozen; its latents are the unnormalised ones.
+    """A frozen diffusers `AutoencoderKL`; its latents are raw, not normalised.
 
-    With `compile` the decoder is compiled, for one shape: chunks are filled up to it.
+    With `compile` the decoder is compiled for one shape, to which chunks are padded.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class VaeCodec:
         if torch.device(device).type == "cuda":
             nn.Module.to(vae, memory_format=torch.channels_last)  # the layout of its fast convolutions
         self._vae = vae.eval().requires_grad_(False)
-        self._fill = compile
+        self._pad = compile
         if compile:
             self._vae.decoder.compile(dynamic=False)
 
@@ -77,7 +74,7 @@ class VaeCodec:
     def decode(self, x: Tensor) -> Tensor:
         raw = self.space.denormalise(x.float()).to(self._vae.device, self._vae.dtype)
         images = max(1, CHUNK // (x.shape[-1] * x.shape[-2] * self.space.stride**2))
-        if self._fill and (missing := -len(raw) % images):
+        if self._pad and (missing := -len(raw) % images):
             raw = torch.cat([raw, raw[-1:].expand(missing, -1, -1, -1)])
         return torch.cat([self._vae.decode(part, return_dict=False)[0].float() for part in raw.split(images)])[: len(x)]
 
@@ -95,51 +92,55 @@ def open_codec(
 
     Args:
         vae: hub id or folder of a diffusers `AutoencoderKL`; "pixels" for the identity; None for the VAE of `space`.
-        space: the space of existing latents, which the VAE must fit. Without it the VAE's config gives shift and scale.
+        space: the space of existing latents, which the VAE must fit. Without it, shift and scale come from the VAE's
+            config.
         statistics: file of per-channel statistics (`read_statistics`) to use instead of the config's.
         device, dtype: of the VAE; images and latents leave it in float32.
-        compile: whether its decoder is to be compiled (where there is a VAE).
+        compile: whether to compile the decoder of a VAE.
 
     Raises:
-        UserError: the VAE is not there, damaged, or not the one that `space` came from.
+        UserError: the VAE is missing, damaged, or not the one that `space` came from.
     """
     if space is not None and statistics is not None:
         raise ValueError("a space has its own statistics")
     if vae is None:
         vae = space.vae if space is not None and space.vae else PIXELS
     if vae == PIXELS:
-        if space is not None and not is_pixels(space):
-            raise UserError(f"latents of {space.name} need their VAE: pass its hub id or folder with --vae")
-        return PixelCodec(space or pixels(3))
+        space = space or pixels(3)
+        require(is_pixels(space), f"latents of {space.name} need their VAE: pass its hub id or folder with --vae")
+        return PixelCodec(space)
     model = _load(vae)
     recorded = _space_of(vae, model, statistics)
     if space is not None:
         same = recorded.channels == space.channels
         encoder = dataclasses.replace(recorded, shift=space.shift, scale=space.scale) if same else recorded
-        if difference := space.difference(encoder):
-            raise UserError(f"VAE {vae} does not fit these latents ({difference}); pass the one they were made with")
+        difference = space.difference(encoder)
+        require(
+            difference is None,
+            f"VAE {vae} does not fit these latents ({difference}); pass the VAE that they were made with",
+        )
     return VaeCodec(model, space or recorded, device, dtype, compile)
 
 
 def _load(vae: str) -> AutoencoderKL:
-    """The VAE in float32, complete and verified."""
-    from diffusers import AutoencoderKL
+    """The VAE in float32, complete and checked."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.utils import logging
 
     folder = _folder(vae)
     for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote"
-            )
+        require(
+            (folder / name).is_file(),
+            f"VAE {vae}: {folder / name} is missing; give a folder that diffusers' save_pretrained wrote",
+        )
     config = files.read_json(folder / "config.json")
-    if (kind := config.get("_class_name") if isinstance(config, dict) else type(config).__name__) != "AutoencoderKL":
-        raise UserError(f"VAE {vae} is a {kind}; give an AutoencoderKL")
-    files.load_tensors(folder / WEIGHTS)  # a damaged file is named here
+    kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    require(kind == "AutoencoderKL", f"VAE {vae} is a {kind}; give an AutoencoderKL")
+    files.load_tensors(folder / WEIGHTS)  # names a damaged file, which diffusers would not
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        # low_cpu_mem_usage: older releases raise where a tensor is missing, and do not say which file it is
+        # low_cpu_mem_usage=False: with it, older releases raise if a tensor is missing, without naming the file
         model, info = AutoencoderKL.from_pretrained(
             folder,
             use_safetensors=True,
@@ -161,14 +162,13 @@ def _load(vae: str) -> AutoencoderKL:
     ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"VAE {vae}: {folder / 'config.json'} describes no autoencoder that diffusers can build ({reason}); restore it"
+            f"VAE {vae}: diffusers cannot build the autoencoder of {folder / 'config.json'} ({reason}); restore it"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    # diffusers fills a missing tensor with random numbers and drops an unknown one, with no more than a warning
-    faults = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
-    if faults:
-        raise UserError(f"VAE {vae}: {folder / WEIGHTS} does not fit config.json ({', '.join(map(str, faults[:3]))})")
+    # diffusers fills a missing tensor with random numbers and drops an unknown one, with only a warning
+    misfits = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind]]
+    require(not misfits, f"VAE {vae}: {folder / WEIGHTS} does not fit config.json ({', '.join(map(str, misfits[:3]))})")
     return model
 
 
@@ -179,15 +179,14 @@ def _folder(vae: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     for name in ("config.json", WEIGHTS):
-        if isinstance(path := try_to_load_from_cache(vae, name), str):
-            continue
+        cached = try_to_load_from_cache(vae, name)
         try:
-            path = hf_hub_download(vae, name)
+            path = cached if isinstance(cached, str) else hf_hub_download(vae, name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"VAE {vae} is not a folder, and its {name} is neither in the hub's cache nor can it be downloaded "
-                f"({reason}); where there is a network, run: hf download {vae}"
+                f"({reason}); on a machine with a network, run: hf download {vae}"
             ) from error
     return Path(path).parent
 
@@ -197,39 +196,32 @@ def _space_of(vae: str, model: AutoencoderKL, statistics: Path | str | None) -> 
     config = schema.checked(Config, json.loads(model.to_json_string()), f"VAE {vae}: its config.json")
     if statistics is not None:
         shift, scale = read_statistics(statistics)
-    elif config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        require(all(config["latents_std"]), f"VAE {vae}: its config.json has a latents_std of 0")
-        shift = tuple(config["latents_mean"])
-        scale = tuple(config["scaling_factor"] / std for std in config["latents_std"])
+    elif (mean := config.get("latents_mean")) is not None and (std := config.get("latents_std")) is not None:
+        require(all(std), f"VAE {vae}: its config.json has a latents_std of 0")
+        shift, scale = tuple(mean), tuple(config["scaling_factor"] / value for value in std)
     else:
         shift, scale = (config.get("shift_factor") or 0.0,), (config["scaling_factor"],)
     name = Path(vae).name
-    for family in ("sd-vae", "va-vae"):
-        if name.lower().replace("vavae", "va-vae").startswith(family):
-            name = family
+    prefix = name.lower().replace("vavae", "va-vae")[: len("sd-vae")]
+    encoder = {
+        key: value.float() for key, value in model.state_dict().items() if key.startswith(("encoder.", "quant_conv."))
+    }
     return LatentSpace(
-        name=name,
+        name=prefix if prefix in ("sd-vae", "va-vae") else name,
         channels=config["latent_channels"],
         stride=2 ** (len(config["block_out_channels"]) - 1),
         shift=shift,
         scale=scale,
         vae=vae,
-        digest=_encoder_digest(model),
+        digest=digest(encoder),
     )
 
 
-def _encoder_digest(model: AutoencoderKL) -> str:
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            state.update(name.encode())
-            state.update(tensor.float().contiguous().numpy())
-    return state.hexdigest()
-
-
 def read_statistics(path: Path | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(shift, scale) by channel from LightningDiT's `latents_stats.pt` (mean, std) or REPA-E's (latents_bias,
-    latents_scale = 1/std); read without running code from the file. Safetensors files of the same names do too.
+    """(shift, scale) by channel from a file of latent statistics, read without running code from it.
+
+    The file has the names of LightningDiT's `latents_stats.pt` (mean, std) or REPA-E's (latents_bias, latents_scale =
+    1/std), as .pt or safetensors.
 
     Raises:
         UserError: no such file, or it holds neither pair.

@@ -1,7 +1,7 @@
 """VA-VAE (LightningDiT's tokenizer) as a diffusers `AutoencoderKL`: a configuration and a map of names.
 
-The file has the layout of LDM's VQGAN-KL. diffusers' wanted converters misread it (they leave out the attention inside
-the lowest level, silently), hence this map and a strict load. Everything downstream knows `AutoencoderKL` alone.
+The file has the layout of LDM's VQGAN-KL. diffusers' own converters misread it: they silently leave out the attention
+inside the lowest level. Hence this map and a strict load. Everything downstream knows only `AutoencoderKL`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from runtime.errors import UserError
+from models.backbone import check_weights
+from runtime.errors import UserError, require
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
@@ -30,14 +31,15 @@ def recognises(weights: Mapping[str, Tensor]) -> bool:
 def build(
     weights: Mapping[str, Tensor], source: str, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 ) -> tuple[AutoencoderKL, list[str]]:
-    """The autoencoder, and what was left out (the frozen encoder and the losses of its training).
+    """The autoencoder, and the tensors that were left out (the frozen encoder and the losses of its training).
 
-    `statistics` are the (shift, scale) of its latents by channel, kept in the config as `latents_mean`, `latents_std`.
+    `statistics` are the (shift, scale) of its latents by channel, stored in the config as `latents_mean`,
+    `latents_std`.
 
     Raises:
         UserError: tensors missing, left over, or of another shape.
     """
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     left_out = Counter(name.split(".")[0] for name in weights if not name.startswith(PARTS))
     try:
@@ -46,33 +48,28 @@ def build(
         raise UserError(f"{source} is an incomplete VA-VAE: {error.args[0]} is missing") from error
     if statistics is not None:
         shift, scale = statistics
-        if len(shift) != config["latent_channels"]:
-            raise UserError(
-                f"{source} has {config['latent_channels']} latent channels, the statistics have {len(shift)}"
-            )
+        channels = config["latent_channels"]
+        require(len(shift) == channels, f"{source} has {channels} latent channels, the statistics have {len(shift)}")
         config |= {"latents_mean": list(shift), "latents_std": [1 / value for value in scale]}
-    levels = len(config["block_out_channels"])
-    renamed = {rename(name, levels): value.float() for name, value in weights.items() if name.startswith(PARTS)}
     with torch.device("meta"):
         model = AutoencoderKL(**config)
-    wanted = model.state_dict()
-    renamed = {
-        name: value[:, :, 0, 0] if value.ndim == 4 and name in wanted and wanted[name].ndim == 2 else value
-        for name, value in renamed.items()
-    }
-    faults = sorted(wanted.keys() ^ renamed.keys()) or [
-        name for name in wanted if wanted[name].shape != renamed[name].shape
-    ]
-    if faults:
-        raise UserError(
-            f"{source} is not a VA-VAE that diffusers can hold: {len(faults)} tensors do not fit, first {faults[0]}"
-        )
-    model.load_state_dict({name: value.contiguous() for name, value in renamed.items()}, assign=True)
+    tensors = _renamed(weights, len(config["block_out_channels"]))
+    check_weights(model, tensors, f"a VA-VAE, which {source} should be")
+    model.load_state_dict(tensors, assign=True)
     return model.eval(), [f"{name}.* ({count} tensors)" for name, count in left_out.items()]
 
 
+def _renamed(weights: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """The autoencoder's tensors under diffusers' names; 1x1 convolutions of the attention become matrices."""
+    tensors = {rename(name, levels): value.float() for name, value in weights.items() if name.startswith(PARTS)}
+    return {
+        name: value[:, :, 0, 0].contiguous() if value.ndim == 4 and re.search(MATRICES, name) else value.contiguous()
+        for name, value in tensors.items()
+    }
+
+
 def read_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration that the shapes and names tell."""
+    """The configuration, from shapes and names."""
     levels = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.down."))
     attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(levels)]
     layers = len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")})
@@ -92,6 +89,7 @@ def read_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+MATRICES = r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$"
 RULES = [  # LDM -> diffusers
     (r"\bdown\.(\d+)\.block\.", r"down_blocks.\1.resnets."),
     (r"\bdown\.(\d+)\.attn\.", r"down_blocks.\1.attentions."),
@@ -111,7 +109,10 @@ RULES = [  # LDM -> diffusers
 
 
 def rename(name: str, levels: int) -> str:
-    """LDM's name of a tensor -> diffusers'. LDM counts the decoder's levels from the finest, diffusers from the coarsest."""
+    """LDM's name of a tensor -> diffusers'.
+
+    LDM counts the decoder's levels from the finest, diffusers from the coarsest.
+    """
     for pattern, replacement in RULES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r"(?<=up_blocks\.)\d+", lambda match: str(levels - 1 - int(match[0])), name)

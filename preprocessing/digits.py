@@ -31,9 +31,9 @@ class Digits:
     """The digits as an image set: grey pictures of 8 x 8 pixels."""
 
     description = "UCI optical recognition of handwritten digits, doi 10.24432/C50P49"
-    class_names = [str(digit) for digit in range(10)]
 
     def __init__(self) -> None:
+        self.class_names = [str(digit) for digit in range(10)]
         self.images, self.labels = load()
         self.names = [f"digit-{index:04d}" for index in range(len(self.labels))]
         self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
@@ -51,7 +51,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the digits as a latent set; nothing happens where it is there already."""
+    """Write the digits as a latent set, unless it is there already."""
     options = read(
         Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.digits", description=__doc__
     )

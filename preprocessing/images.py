@@ -1,15 +1,15 @@
 """Image sets: folders and ZIP files with labels, decoding, and the centre crop.
 
-Labels come from `dataset.json` at the top of the set if there is one ({"labels": [["a/b.png", 3], ...]}, paths relative to
-it), else from the top-level folders, numbered in the order of their sorted names; a set without folders is one class.
-A top-level folder that holds only folders (`train/`, `val/`) is no class: such a set is refused.
+Labels come from `dataset.json` at the top of the set if there is one ({"labels": [["a/b.png", 3], ...]}, paths relative
+to it), else from the top-level folders, numbered in the order of their sorted names; a set without folders is one
+class. A set whose top-level folder holds only folders (`train/`, `val/`) is refused: that folder is not a class.
 
-What is made of unusual files:
+Unusual files are treated as follows:
 
     palette, CMYK, YCbCr, one bit   converted to RGB (or grey) by Pillow; CMYK without a colour profile
     transparency                    dropped, the colours under it stay
     16 bits per channel             scaled to 8 bits (grey: rounded v / 257; colour: the high byte, as Pillow reads it)
-    floating point, Lab             refused: their range is not known
+    floating point, Lab             refused: their range is unknown
     more than one frame             refused (GIF, APNG, WebP, TIFF pages); an MPO photograph gives its main picture
     EXIF rotation                   ignored, as ADM ignores it: pixels are taken as stored
     smaller than the resolution     scaled up, as ADM does
@@ -39,7 +39,7 @@ from runtime.errors import UserError, require, shown
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 LABELS = "dataset.json"
-LARGEST_LABEL = 1_000_000  # classes; beyond it a number is no label
+LARGEST_LABEL = 1_000_000  # labels are below it
 LARGEST_SCALED = 1 << 28  # pixels of a picture whose shorter side is scaled to the resolution: 0.8 GB
 _DAMAGE = (
     OSError,
@@ -61,8 +61,8 @@ class BadImage(UserError):
 class ImageSet(Protocol):
     """What the commands of this package need of an image set."""
 
-    description: str  # for the manifest
-    summary: str  # for the screen
+    description: str  # goes into the manifest
+    summary: str  # is printed
     names: list[str]  # of the items, in the order of the set
     labels: np.ndarray  # (n,) int64
     class_names: list[str]
@@ -77,8 +77,8 @@ class ImageFiles:
     """A folder or ZIP file of images.
 
     Raises:
-        UserError: the place is missing or holds no image, a class folder is empty, a name occurs twice, or the label file
-            and the images disagree.
+        UserError: the path is missing or holds no image, a class folder is empty, a name occurs twice, or the label
+            file and the images disagree.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -87,8 +87,7 @@ class ImageFiles:
         folders, sizes = self._list_zip() if self.path.is_file() else self._list_folder()
         self.names = sorted(name for name in sizes if _is_image(name))
         self.ignored = sorted(name for name in sizes if not _is_image(name) and name != LABELS)
-        if not self.names:
-            raise UserError(f"{self.path} holds no image ({' '.join(SUFFIXES)}); check the path")
+        require(bool(self.names), f"{self.path} holds no image ({' '.join(SUFFIXES)}); check the path")
         if LABELS in sizes:
             self.labels, self.class_names = _labels_of_file(self.names, self._read(LABELS), self.path / LABELS)
         else:
@@ -96,9 +95,8 @@ class ImageFiles:
         lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
         self.fingerprint = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
         self.description = self.path.resolve().name
-        others = (
-            f"; {len(self.ignored):,} other files left out (first: {shown(self.ignored[0])})" if self.ignored else ""
-        )
+        first = shown("".join(self.ignored[:1]))
+        others = f"; {len(self.ignored):,} other files left out (first: {first})" if self.ignored else ""
         self.summary = f"{self.path}: {len(self.names):,} images, {len(self.class_names):,} classes{others}"
 
     def load(self, index: int) -> Image.Image:
@@ -112,9 +110,10 @@ class ImageFiles:
             raise BadImage(f"{name} cannot be read ({str(error) or type(error).__name__})") from error
 
     def _list_folder(self) -> tuple[set[str], dict[str, int]]:
-        if not self.path.is_dir():
-            raise UserError(f"there is no image folder or ZIP file at {self.path}; check the path")
-        folders, sizes = set(), {}
+        """Names of the top-level folders, and the size of every file by its path in the set."""
+        require(self.path.is_dir(), f"there is no image folder or ZIP file at {self.path}; check the path")
+        folders: set[str] = set()
+        sizes: dict[str, int] = {}
         seen: dict[tuple[int, int], str] = {}
         for folder, below, names in os.walk(self.path, followlinks=True):
             about = os.stat(folder)
@@ -134,22 +133,22 @@ class ImageFiles:
         return folders, sizes
 
     def _list_zip(self) -> tuple[set[str], dict[str, int]]:
+        """`_list_folder` of a ZIP file."""
         try:
             entries = self._zip().infolist()
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"{self.path} is not a folder or a whole ZIP file ({error})") from error
-        sizes = {entry.filename: entry.file_size for entry in entries if not entry.is_dir()}
-        if twice := _first_twice(entry.filename for entry in entries if not entry.is_dir()):
-            raise UserError(f"{self.path} holds {twice} twice; give each file one name")
-        if locked := next((entry.filename for entry in entries if entry.flag_bits & 1), None):
-            raise UserError(f"{self.path} is encrypted (at {locked}); unpack it and give the folder")
+        twice = _first_twice(entry.filename for entry in entries if not entry.is_dir())
+        require(twice is None, f"{self.path} holds {twice} twice; give each file one name")
+        locked = next((entry.filename for entry in entries if entry.flag_bits & 1), None)
+        require(locked is None, f"{self.path} is encrypted (at {locked}); unpack it and give the folder")
         tops = {entry.filename.split("/")[0] for entry in entries if "/" in entry.filename}
+        sizes = {entry.filename: entry.file_size for entry in entries if not entry.is_dir()}
         return {top for top in tops if not _hidden(top)}, sizes
 
     def _zip(self) -> zipfile.ZipFile:
-        if (
-            self._archive is None or self._archive[0] != os.getpid()
-        ):  # a forked worker must not share the file's position
+        # A forked worker opens the file again: it must not share the position with its parent.
+        if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
         return self._archive[1]
 
@@ -161,12 +160,8 @@ class ImageFiles:
 
 
 def _first_twice(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """The first name that occurs more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _hidden(part: str) -> bool:
@@ -179,21 +174,20 @@ def _is_image(name: str) -> bool:
 
 
 def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tuple[np.ndarray, list[str]]:
-    tops = [name.split("/")[0] if "/" in name else None for name in names]
+    """The labels of the images `names`, and the names of the classes: their top-level folders."""
+    tops = [name.split("/")[0] for name in names]
     if empty := folders - set(tops):
         raise UserError(f"class folder {where / min(empty)} holds no image; remove it or fill it")
     if not folders:
         return np.zeros(len(names), np.int64), [where.stem]
-    if None in tops:
-        raise UserError(
-            f"{where / names[tops.index(None)]} lies beside the class folders, without a class; move it into one"
-        )
+    loose = next((name for name in names if "/" not in name), "")
+    require(not loose, f"{where / loose} lies beside the class folders, without a class; move it into one")
     if hollow := folders - {name.split("/")[0] for name in names if name.count("/") == 1}:
         around = Counter(str(PurePosixPath(name).parents[1]) for name in names if name.split("/")[0] in hollow)
         likely = max(sorted(around), key=around.__getitem__)
         raise UserError(
-            f"{where / min(hollow)} holds only folders, and each top-level folder is a class: give the folder of the class "
-            f"folders, probably {where / likely} (or name the labels in {where / LABELS})"
+            f"{where / min(hollow)} holds only folders, and each top-level folder is a class: give the folder of the "
+            f"class folders, probably {where / likely} (or name the labels in {where / LABELS})"
         )
     classes = sorted(folders)
     number = {name: label for label, name in enumerate(classes)}
@@ -201,28 +195,32 @@ def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tupl
 
 
 def _labels_of_file(names: list[str], text: bytes, where: Path) -> tuple[np.ndarray, list[str]]:
+    """The labels of the images `names` by the label file, and the names of the classes: their numbers."""
     labels = match_labels(names, text, where)
     counts = np.bincount(labels)
-    if not counts.all():
-        raise UserError(f"class {np.argmin(counts)} of {where} has no image; number the classes from 0 without gaps")
+    require(
+        bool(counts.all()),
+        f"class {np.argmin(counts)} of {where} has no image; number the classes from 0 without gaps",
+    )
     return labels, [str(label) for label in range(len(counts))]
 
 
 def match_labels(names: list[str], text: bytes, where: Path) -> np.ndarray:
-    """(n,) int64: the labels that the label file `where`, read as `text`, gives to `names`.
+    """(n,) int64: the labels that the label file `where`, with the content `text`, gives to `names`.
 
     Raises:
-        UserError: the file is damaged, or it and the names are not about the same items.
+        UserError: the file is damaged, or its items and the names differ.
     """
     given = _parse_labels(text, where)
     if absent := given.keys() - set(names):
         raise UserError(f"{where} gives a label to {min(absent)}, which is not there; correct one of them")
-    if unlabelled := next((name for name in names if name not in given), None):
-        raise UserError(f"{where} has no label for {unlabelled}; correct one of them")
+    unlabelled = next((name for name in names if name not in given), None)
+    require(unlabelled is None, f"{where} has no label for {unlabelled}; correct one of them")
     return np.array([given[name] for name in names], np.int64)
 
 
 def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
+    """Name -> label of a label file. Raises UserError if it is damaged."""
     try:
         pairs = json.loads(text)["labels"]
         given = dict(pairs)
@@ -230,13 +228,13 @@ def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
         raise UserError(
             f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it'
         ) from error
-    if twice := _first_twice(name for name, _ in pairs):
-        raise UserError(f"{where} lists {twice} twice; give each file one label")
+    twice = _first_twice(name for name, _ in pairs)
+    require(twice is None, f"{where} lists {twice} twice; give each file one label")
     for name, label in given.items():
-        if type(label) is not int or not 0 <= label < LARGEST_LABEL:
-            raise UserError(
-                f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}"
-            )
+        require(
+            type(label) is int and 0 <= label < LARGEST_LABEL,
+            f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}",
+        )
     return given
 
 
@@ -244,7 +242,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     """The picture in `data`, as stored, in a mode that Pillow converts to RGB or grey without loss of range.
 
     Raises:
-        BadImage: the file is empty, has several frames or is of a kind whose range is not known. Pillow's own errors for
+        BadImage: the file is empty, has several frames or is of a kind whose range is unknown. Pillow's own errors for
             damaged files pass through.
     """
     if not data:
@@ -253,14 +251,15 @@ def decode(data: bytes, name: str) -> Image.Image:
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
             raise BadImage(f"{name} has {picture.n_frames} frames; keep one of them")
         picture.load()
-        if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it at 255
+        # 16-bit grey; Pillow's own conversion clips it at 255.
+        if picture.mode.startswith("I"):
             values = np.asarray(picture).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
                 raise BadImage(f"{name} has more than 16 bits per channel; convert it to 8")
             return Image.fromarray(((values + 128) // 257).astype(np.uint8))
         if picture.mode in ("F", "LAB"):
             raise BadImage(
-                f"{name} is an image of kind {picture.mode}, whose range is not known; convert it to 8-bit RGB"
+                f"{name} is an image of kind {picture.mode}, whose range is unknown; convert it to 8-bit RGB"
             )
         return picture.copy()
 
@@ -268,8 +267,8 @@ def decode(data: bytes, name: str) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The square centre of `image`, scaled to `size` pixels (the rule of Dhariwal and Nichol's ADM).
 
-    The image is halved with a box filter while its shorter side is at least twice `size`, scaled with a bicubic filter so
-    that the shorter side is `size`, and cut in the middle, odd remainders going to the right and the bottom.
+    The image is halved with a box filter while its shorter side is at least twice `size`, scaled with a bicubic filter
+    until the shorter side is `size`, and cut in the middle; odd remainders go to the right and the bottom.
     """
     while min(image.size) >= 2 * size:
         image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
@@ -280,21 +279,20 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _resize(image: Image.Image, width: int, height: int, kernel: Image.Resampling) -> Image.Image:
-    # Width first: recent Pillow chooses the order of its two passes by their cost, earlier Pillow always went this way, and
-    # each pass rounds to 8 bits. Two calls give the same bits with all of them.
+    # Width first, in a call of its own. Recent Pillow chooses the order of its two passes by their cost, earlier Pillow
+    # took the width first, and each pass rounds to 8 bits: two calls give the same bits with all of them.
     return image.resize((width, image.height), kernel).resize((width, height), kernel)
 
 
 def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.ndarray:
     """Item `index` of `source` as uint8 (size, size, 3), or (size, size, 1) for `grey`. Raises BadImage."""
     picture = source.load(index).convert("L" if grey else "RGB")
-    longer, shorter = max(picture.size), min(picture.size)
-    if longer * size / shorter * size > LARGEST_SCALED:
+    if max(picture.size) * size / min(picture.size) * size > LARGEST_SCALED:
         raise BadImage(
-            f"{source.names[index]} has {picture.width} x {picture.height} pixels: too narrow to be scaled to {size}; crop it"
+            f"{source.names[index]} has {picture.width} x {picture.height} pixels: too narrow to be scaled to {size}; "
+            f"crop it"
         )
-    picture = center_crop(picture, size)
-    array = np.asarray(picture)
+    array = np.asarray(center_crop(picture, size))
     return array[..., None] if grey else array
 
 

@@ -2,7 +2,7 @@
 
     python -m preprocessing.import_latents DIR --out data/imagenet
 
-The layout of DIR is recognised by what is in it:
+The content of DIR decides which layout it has:
 
     REPA          vae-sd/ (or that folder itself): dataset.json and one .npy per image, (2C, H, W), posterior mean and
                   standard deviation. With --keep-images also the PNGs of images/ beside it, paired by their number.
@@ -20,7 +20,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ from models.latents import LatentSpace
 from models.vae import open_codec, read_statistics
 from preprocessing import shards
 from preprocessing.images import LABELS, LARGEST_LABEL, match_labels
-from preprocessing.job import begin
+from preprocessing.job import Job, begin
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
-from runtime.options import option, read
+from runtime.options import option, read, require_bounds
 
 STATISTICS = "latents_stats.pt"
 
@@ -50,20 +50,21 @@ class Options:
     statistics: str | None = option(None, help=f"LightningDiT's {STATISTICS} (default: the one in the folder)")
     keep_images: bool = option(False, help="import REPA's images too")
     dtype: str = option("float16", help="type of the stored latents", choices=("float16", "float32"))
-    shard_size: int = option(4096, help="items per file (REPA; LightningDiT's files stay as they are)")
-    num_classes: int | None = option(None, help="number of classes (default: the largest label + 1)")
+    shard_size: int = option(
+        4096, within="[1, inf)", help="items per file (REPA; LightningDiT's files stay as they are)"
+    )
+    num_classes: int | None = option(
+        None, within=f"[1, {LARGEST_LABEL}]", help="number of classes (default: the largest label + 1)"
+    )
 
     def __post_init__(self) -> None:
-        require(self.shard_size > 0, f"--shard-size {self.shard_size} must be at least 1")
-        require(
-            self.num_classes is None or 0 < self.num_classes <= LARGEST_LABEL,
-            f"--num-classes {self.num_classes} must be at least 1 and at most {LARGEST_LABEL}",
-        )
+        require_bounds(self)
 
 
 class Layout(Protocol):
-    """One kind of folder: what it holds, and its shards one by one."""
+    """One kind of folder: its content as a whole, and its shards one by one."""
 
+    peer: str  # whose layout it is
     space: LatentSpace
     shape: tuple[int, ...]  # (views, parts, C, H, W)
     labels: np.ndarray  # (n,) int64
@@ -71,39 +72,8 @@ class Layout(Protocol):
     fingerprint: str
 
     def shard(self, number: int) -> dict[str, Any]:
-        """Latents (n, views, parts, C, H, W), and where known names and images, of one shard."""
+        """Latents (n, views, parts, C, H, W) of one shard, with names and images if there are any."""
         ...
-
-
-@dataclass(frozen=True)
-class Import:
-    """An import as a job (`preprocessing.job`)."""
-
-    options: Options
-    layout: Layout
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.options.out)
-
-    @property
-    def shard_numbers(self) -> range:
-        return range(len(self.layout.bounds) - 1)
-
-    def bytes_needed(self, kept: Sequence[int]) -> int:
-        items = sum(self.layout.bounds[s + 1] - self.layout.bounds[s] for s in self.shard_numbers if s not in kept)
-        picture = self.layout.shape[-1] ** 2 * self.layout.space.stride**2 * 2 if self.options.keep_images else 0
-        return items * (int(np.prod(self.layout.shape)) * np.dtype(self.options.dtype).itemsize + picture + 64)
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "format": dataset.FORMAT,
-            "import": self.layout.fingerprint,
-            "space": self.layout.space.to_json(),
-            "dtype": self.options.dtype,
-            "keep_images": self.options.keep_images,
-            "bounds": self.layout.bounds,
-        }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,17 +86,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         first="source",
     )
     layout = recognised(options)
-    print(f"{options.source}: {type(layout).__name__} latents, {len(layout.labels):,} items of {layout.shape}")
+    print(f"{options.source}: {layout.peer} latents, {len(layout.labels):,} items of {layout.shape}")
     classes = int(layout.labels.max()) + 1 if options.num_classes is None else options.num_classes
     require(
         layout.labels.max() < classes,
         f"--num-classes {classes}: {options.source} has the label {layout.labels.max()}, give at least one more",
     )
-    run(Import(options, layout), classes)
+    run(layout, options, classes)
 
 
 def recognised(options: Options) -> Layout:
-    """The layout of `options.source`. Raises UserError where it is neither."""
+    """The layout of `options.source`. Raises UserError if it is not one of the two."""
     source = Path(options.source)
     repa = source / "vae-sd" if (source / "vae-sd").is_dir() else source
     if repa != source or (source / LABELS).exists():
@@ -134,135 +104,127 @@ def recognised(options: Options) -> Layout:
             options.statistics is None,
             f"--statistics scales LightningDiT's latents, {source} holds REPA's: leave it out",
         )
-        return REPA(repa, options)
-    if any(source.glob("*.safetensors")):
-        require(not options.keep_images, "--keep-images: LightningDiT's folders hold no images")
-        return LightningDiT(source, options)
-    raise UserError(
+        return RepaFolder(repa, options)
+    require(
+        any(source.glob("*.safetensors")),
         f"{source} is not a folder of REPA's (vae-sd with {LABELS}) or LightningDiT's (*.safetensors) latents; "
-        f"give one of them"
+        f"give one of them",
     )
+    require(not options.keep_images, "--keep-images: LightningDiT's folders hold no images")
+    return LightningDitFolder(source, options)
 
 
-def run(job: Import, classes: int) -> None:
+def run(layout: Layout, options: Options, classes: int) -> None:
     """Write the shards that are missing, then the manifest."""
-    layout, options = job.layout, job.options
-    views, parts, _, side, _ = layout.shape
+    job = Job(
+        folder=Path(options.out),
+        space=layout.space,
+        shape=layout.shape,
+        dtype=options.dtype,
+        bounds=layout.bounds,
+        image_channels=3 if options.keep_images else 0,
+        settings={
+            "format": dataset.FORMAT,
+            "import": layout.fingerprint,
+            "space": layout.space.to_json(),
+            "dtype": options.dtype,
+            "keep_images": options.keep_images,
+            "bounds": layout.bounds,
+        },
+    )
     with ExitStack() as held:
-        kept = begin(job, held)
-        if kept is None:
+        entries = begin(job, held)
+        if entries is None:
             return
-        entries = []
         with progress.bar(total=len(layout.labels), desc="importing", unit="item") as bar:
             for number in job.shard_numbers:
-                labels = layout.labels[layout.bounds[number] : layout.bounds[number + 1]]
-                if number in kept:
-                    entries.append(shards.entry(job.folder, number, kept[number]))
-                else:
+                items = job.items(number)
+                if number not in entries:
                     columns = layout.shard(number)
-                    with np.errstate(over="ignore"):  # an overflow is named by write_shard
+                    # `write_shard` names a latent that overflows.
+                    with np.errstate(over="ignore"):
                         latents = columns.pop("latents").astype(options.dtype)
-                    entries.append(shards.write_shard(job.folder, number, latents, labels, **columns))
-                bar.update(len(labels))
-        shards.write_manifest(
-            job.folder,
-            space=layout.space,
-            resolution=side * layout.space.stride,
-            latent_size=side,
-            views=views,
-            parts=parts,
-            dtype=options.dtype,
-            crop="adm",
-            class_names=[str(label) for label in range(classes)],
-            images=options.keep_images,
-            shards=entries,
-            source=f"{type(layout).__name__} latents of {Path(options.source).resolve().name}",
-        )
-    print(f"{job.folder}: {len(dataset.LatentSet(job.folder)):,} items in {len(entries)} shards")
+                    labels = layout.labels[items.start : items.stop]
+                    entries[number] = shards.write_shard(job.folder, number, latents, labels, **columns)
+                bar.update(len(items))
+        source = f"{layout.peer} latents of {Path(options.source).resolve().name}"
+        job.conclude(entries, [str(label) for label in range(classes)], source)
 
 
-class REPA:
+class RepaFolder:
     """One .npy per image: posterior mean and standard deviation of SD-VAE, unscaled."""
+
+    peer = "REPA"
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.folder, self.keep = folder, options.keep_images
         self.names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy"))
         require(bool(self.names), f"{folder} holds no .npy file")
-        files.require_plain(folder / LABELS)
-        try:
-            text = (folder / LABELS).read_bytes()
-        except OSError as error:
-            raise UserError(f"{folder / LABELS} is missing: it holds the labels; copy it there") from error
+        text = _content(folder / LABELS, "copy it there: it holds the labels")
         self.labels = match_labels(self.names, text, folder / LABELS)
         self.bounds = [*range(0, len(self.names), options.shard_size), len(self.names)]
         self.fingerprint = hashlib.sha256(text).hexdigest()
         first = self._moments(self.names[0], self._read(self.names[0]))
+        channels = len(first) // 2
         self.space = (
             open_codec(options.vae).space
             if options.vae
             else LatentSpace(
                 name="sd-vae",
-                channels=len(first) // 2,
+                channels=channels,
                 stride=8,
                 shift=(0.0,),
                 scale=(0.18215,),
                 vae="stabilityai/sd-vae-ft-mse",
             )
         )
-        _require_channels(self.space, len(first) // 2, folder)
-        self.shape = (1, 2, len(first) // 2, *first.shape[1:])
+        _require_channels(self.space, channels, folder)
+        self.shape = (1, 2, channels, *first.shape[1:])
 
     def shard(self, number: int) -> dict[str, Any]:
         names = self.names[self.bounds[number] : self.bounds[number + 1]]
         loaded = np.empty((len(names), *self.shape), np.float32)
+        # Threads read the files; one thread parses them, see `_moments`.
         with ThreadPoolExecutor() as readers:
             for place, content in enumerate(readers.map(self._read, names)):
-                moments = self._moments(names[place], content)
-                if moments.size != loaded[place].size or moments.shape[1:] != self.shape[-2:]:
-                    raise UserError(
-                        f"{self.folder / names[place]} has shape {moments.shape}, not that of {self.names[0]}"
-                    )
+                file, moments = self.folder / names[place], self._moments(names[place], content)
+                require(
+                    moments.size == loaded[place].size and moments.shape[1:] == self.shape[-2:],
+                    f"{file} has shape {moments.shape}, not that of {self.names[0]}",
+                )
                 loaded[place] = moments.reshape(self.shape)
-                if (loaded[place, 0, 1] < 0).any():
-                    raise UserError(
-                        f"{self.folder / names[place]} has a negative standard deviation; it is not mean and std"
-                    )
-        return {
-            "latents": loaded,
-            "names": names,
-            "images": [self._image(name) for name in names] if self.keep else None,
-        }
+                require(
+                    not (loaded[place, 0, 1] < 0).any(),
+                    f"{file} has a negative standard deviation; it is not mean and std",
+                )
+        images = [self._image(name) for name in names] if self.keep else None
+        return {"latents": loaded, "names": names, "images": images}
 
     def _read(self, name: str) -> bytes:
-        files.require_plain(self.folder / name)
-        try:
-            return (self.folder / name).read_bytes()
-        except (OSError, MemoryError) as error:
-            raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
+        return _content(self.folder / name, "copy or encode it again")
 
     def _moments(self, name: str, content: bytes) -> np.ndarray:
-        """The array of a file; not for several threads: two that parse a header at once break CPython 3.11.7 (its gh-106905)."""
+        """The array of a file. Call it from one thread: CPython 3.11.7 breaks if two parse headers (gh-106905)."""
         try:
             moments = np.load(io.BytesIO(content))
         except (OSError, ValueError, EOFError, MemoryError) as error:
             raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
-        if moments.ndim != 3 or len(moments) % 2 or moments.dtype.kind != "f":
-            raise UserError(f"{self.folder / name} is {moments.dtype} {moments.shape}, not (2C, H, W) of mean and std")
+        require(
+            moments.ndim == 3 and len(moments) % 2 == 0 and moments.dtype.kind == "f",
+            f"{self.folder / name} is {moments.dtype} {moments.shape}, not (2C, H, W) of mean and std",
+        )
         return moments
 
     def _image(self, name: str) -> bytes:
         number = re.search(r"(\d+)\.npy$", name)
         file = self.folder.parent / "images" / Path(name).parent / f"img{number[1] if number else '?'}.png"
-        try:
-            return file.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{file}, the image of {name}, cannot be read ({error.strerror}); leave out --keep-images, or add it"
-            ) from error
+        return _content(file, f"it is the image of {name}: add it, or leave out --keep-images")
 
 
-class LightningDiT:
+class LightningDitFolder:
     """Safetensors files of fixed samples, of the image and its mirror image, with statistics to scale them."""
+
+    peer = "LightningDiT"
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.files = sorted(folder.glob("*.safetensors"))
@@ -272,27 +234,17 @@ class LightningDiT:
         self.keys = ["latents", "latents_flip"] if "latents_flip" in opened[0] else ["latents"]
         shape = opened[0]["latents"].shape[1:] if "latents" in opened[0] else ()
         for file, arrays in zip(self.files, opened):
-            if absent := {*self.keys, "labels"} - arrays.keys():
-                raise UserError(f"{file} lacks {min(absent)}; it is not one of LightningDiT's latent files")
-            for key in self.keys:
-                if arrays[key].shape != (len(arrays["labels"]), *shape) or len(shape) != 3:
-                    raise UserError(
-                        f"{file}: {key} {arrays[key].shape} "
-                        f"does not fit {len(arrays['labels'])} labels and {shape}; copy it again"
-                    )
-            require(
-                arrays["labels"].ndim == 1 and arrays["labels"].dtype.kind in "iu",
-                f"{file}: labels are {arrays['labels'].dtype} {arrays['labels'].shape}, not whole numbers (n,); write them anew",
-            )
+            _require_arrays(file, arrays, self.keys, shape)
         self.labels = np.concatenate([arrays["labels"] for arrays in opened]).astype(np.int64)
         require(len(self.labels) > 0, f"{folder} holds no latents")
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
         require(
-            int(self.labels.min()) >= 0 and int(self.labels.max()) < LARGEST_LABEL,
-            f"{folder} has labels from {self.labels.min()} to {self.labels.max()}; they count from 0 and end below {LARGEST_LABEL}",
+            lowest >= 0 and highest < LARGEST_LABEL,
+            f"{folder} has labels from {lowest} to {highest}; they count from 0 and end below {LARGEST_LABEL}",
         )
         self.bounds = np.cumsum([0] + [len(arrays["labels"]) for arrays in opened]).tolist()
-        stat = [[file.name, os.path.getsize(file)] for file in self.files]
-        self.fingerprint = hashlib.sha256(json.dumps(stat).encode() + self.labels.tobytes()).hexdigest()
+        sizes = [[file.name, os.path.getsize(file)] for file in self.files]
+        self.fingerprint = hashlib.sha256(json.dumps(sizes).encode() + self.labels.tobytes()).hexdigest()
         if options.vae:
             self.space = open_codec(options.vae, statistics=statistics).space
         else:
@@ -304,6 +256,32 @@ class LightningDiT:
     def shard(self, number: int) -> dict[str, Any]:
         arrays = dataset.map_shard(self.files[number])
         return {"latents": np.stack([arrays[key] for key in self.keys], 1)[:, :, None]}
+
+
+def _require_arrays(file: Path, arrays: Mapping[str, np.ndarray], keys: Sequence[str], shape: tuple[int, ...]) -> None:
+    """Raise UserError unless `file` holds latents (n, *shape) under all `keys`, and n labels."""
+    if absent := {*keys, "labels"} - arrays.keys():
+        raise UserError(f"{file} lacks {min(absent)}; it is not one of LightningDiT's latent files")
+    labels = arrays["labels"]
+    for key in keys:
+        require(
+            arrays[key].shape == (len(labels), *shape) and len(shape) == 3,
+            f"{file}: {key} {arrays[key].shape} does not fit {len(labels)} labels and {shape}; copy it again",
+        )
+    require(
+        labels.ndim == 1 and labels.dtype.kind in "iu",
+        f"{file}: labels are {labels.dtype} {labels.shape}, not whole numbers (n,); write them anew",
+    )
+
+
+def _content(file: Path, remedy: str) -> bytes:
+    """The bytes of a file. Raises UserError with `remedy` if it cannot be read."""
+    files.require_plain(file)
+    try:
+        return file.read_bytes()
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} cannot be read ({reason}); {remedy}") from error
 
 
 def _require_channels(space: LatentSpace, channels: int, folder: Path) -> None:

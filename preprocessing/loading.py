@@ -17,7 +17,7 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Items that were planned together; bad ones are missing from all but `bad`."""
+    """Items that were planned together. Bad images are in `bad` alone."""
 
     indices: list[int]
     images: Tensor  # (n, R, R, C) uint8
@@ -41,13 +41,12 @@ class _Crops(Dataset):
 
 
 def _collate(items: list[tuple[int, np.ndarray | None, bytes | None, str]]) -> Batch:
-    good = [item for item in items if item[1] is not None]
-    images = np.stack([item[1] for item in good]) if good else np.empty((0, 0, 0, 0), np.uint8)
+    images = [image for _, image, _, _ in items if image is not None]
     return Batch(
-        [item[0] for item in good],
-        torch.from_numpy(images),
-        [item[2] for item in good if item[2] is not None],
-        [item[3] for item in items if item[1] is None],
+        indices=[index for index, image, _, _ in items if image is not None],
+        images=torch.from_numpy(np.stack(images) if images else np.empty((0, 0, 0, 0), np.uint8)),
+        pngs=[file for _, _, file, _ in items if file is not None],
+        bad=[message for _, image, _, message in items if image is None],
     )
 
 
@@ -62,7 +61,7 @@ def batches(
     processes: int = 1,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """The crops of the items of `plan`, batch by batch, decoded by `workers` processes (None: the cores, shared out)."""
+    """The crops of the items of `plan`, batch by batch, decoded by `workers` processes (None: this process's cores)."""
     if workers is None:
         workers = max(1, len(os.sched_getaffinity(0)) // processes)
     loader = DataLoader(
@@ -79,6 +78,6 @@ def batches(
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            "a decoding process was killed, perhaps for want of memory; the same command continues, with fewer --workers "
-            "where it happens again"
+            "a decoding process was killed, perhaps because it ran out of memory; the same command continues; if it "
+            "happens again, lower --workers"
         ) from error

@@ -1,7 +1,7 @@
 """Whether an autoencoder suits its images: the PSNR of a few reconstructions and the spread of their latents.
 
-Files can be whole and yet useless: an autoencoder with broken weights encodes everything. SD-VAE reconstructs photographs
-at about 26 dB, and its scaled latents have a standard deviation of about 1.
+Files can be whole and yet useless: an autoencoder with broken weights encodes everything. SD-VAE reconstructs
+photographs at about 26 dB, and its scaled latents have a standard deviation of about 1.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataset import LatentSet
 from models.latents import Codec
 from models.pixels import is_pixels, to_uint8
 from preprocessing.images import ImageSet, cropped
+from runtime.errors import UserError
 
-PSNR = 18.0  # dB; below, the reconstruction is another picture
-SCALE = (0.5, 2.0)  # of the scaled latents' standard deviation
-SAMPLE = 8  # items that are looked at after encoding
+PSNR = 18.0  # dB; a lower one means that the reconstruction shows another picture
+SCALE = (0.5, 2.0)  # usual standard deviations of scaled latents
+SAMPLE = 8  # items to check after encoding
 
 
 def spread(count: int, chosen: int) -> np.ndarray:
@@ -25,7 +26,7 @@ def spread(count: int, chosen: int) -> np.ndarray:
 
 
 def decoded(latents: LatentSet, chosen: np.ndarray, codec: Codec) -> np.ndarray:
-    """The images (n, R, R, channels) uint8 that `codec` makes of the items `chosen`."""
+    """The images (n, R, R, channels) uint8 that `codec` decodes from the items `chosen`."""
     raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
     return to_uint8(torch.cat([codec.decode(latents.space.normalise(latent[None])) for latent in raw])).cpu().numpy()
 
@@ -36,36 +37,53 @@ def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
+def originals_in(source: ImageSet, latents: LatentSet, chosen: np.ndarray) -> np.ndarray:
+    """The images (n, R, R, channels) uint8 in `source` from which the items `chosen` were encoded.
+
+    Raises UserError if the source does not hold one of them.
+    """
+    places: dict[str | None, int] = {name: index for index, name in enumerate(source.names)}
+    grey = is_pixels(latents.space) and latents.channels == 1
+    images = []
+    for index in chosen:
+        place = places.get(latents.source_name(index))
+        if place is None:
+            raise UserError(f"{source.description} does not hold {latents.name(index)}; give the source of the set")
+        images.append(cropped(source, place, latents.manifest["resolution"], grey))
+    return np.stack(images)
+
+
 def of_reconstruction(mean: float | None) -> list[str]:
-    """A warning where reconstructions of `mean` dB are no reconstructions."""
+    """A warning if reconstructions of `mean` dB do not show the images; None: there was nothing to compare."""
     if mean is None or mean >= PSNR:
         return []
     return [
-        f"reconstructions of {mean:.1f} dB do not show the images (SD-VAE: about 26 dB): the autoencoder's weights are broken, or "
-        f"not made for such images; look at the picture of preprocessing.verify"
+        f"reconstructions of {mean:.1f} dB do not show the images (SD-VAE: about 26 dB): the autoencoder's weights are "
+        f"broken, or not made for such images; look at the picture of preprocessing.verify"
     ]
 
 
 def of_scale(std: float) -> list[str]:
-    """A warning where scaled latents of standard deviation `std` are far from what the recipes expect."""
+    """A warning if the standard deviation `std` of the scaled latents is far from what the recipes expect."""
     if SCALE[0] <= std <= SCALE[1]:
         return []
     return [
-        f"scaled latents have a standard deviation of {std:.2f}, and the recipes expect about 1: give the VAE's statistics "
-        f"(--statistics of preprocessing.encode), or check its weights"
+        f"scaled latents have a standard deviation of {std:.2f}, and the recipes expect about 1: give the VAE's "
+        f"statistics (--statistics of preprocessing.encode), or check its weights"
     ]
 
 
 def report(latents: LatentSet, source: ImageSet, codec: Codec) -> list[str]:
-    """What to print of a set that has just been encoded from `source`: figures of a few items, and warnings."""
+    """Lines to print after `source` was encoded: figures of a few items, and warnings."""
     chosen = spread(len(latents), SAMPLE)
     raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
     std = float(latents.space.normalise(raw).std())
     if is_pixels(latents.space):
         return [f"pixels of {len(chosen)} items: standard deviation {std:.2f}"]
-    place = {name: index for index, name in enumerate(source.names)}
-    names = [latents.source_name(index) for index in chosen]
-    originals = np.stack([cropped(source, place[name], latents.manifest["resolution"]) for name in names])
+    originals = originals_in(source, latents, chosen)
     mean = float(psnr(decoded(latents, chosen, codec), originals).mean())
-    figures = f"{len(chosen)} items decoded again: PSNR {mean:.2f} dB; their scaled latents have a standard deviation of {std:.2f}"
+    figures = (
+        f"{len(chosen)} items decoded again: PSNR {mean:.2f} dB; their scaled latents have a standard deviation of "
+        f"{std:.2f}"
+    )
     return [figures, *(f"warning: {warning}" for warning in of_reconstruction(mean) + of_scale(std))]

@@ -2,13 +2,13 @@
 
     python -m preprocessing.scenes --out data/scenes
 
-Each scene sets one or two of the embedded real digits (`preprocessing.digits`) on a coloured paper: ink and paper colours, a
-gradient across the paper, jitter, size and faint strokes as clutter. A class is a digit, or a pair of digits. Every scene is a
-function of (dials, seed, its index), so the set can be made anew anywhere; training can draw scenes without end.
+Each scene sets one or two of the embedded real digits (`preprocessing.digits`) on a coloured paper: ink and paper
+colours, a gradient across the paper, jitter, size and faint strokes as clutter. A class is a digit, or a pair of them.
+Every scene is a function of (dials, seed, its index), so any machine can make the same set again.
 
 The latent set in --out holds pixels. Beside the shards lies `masks.npz`: `masks` uint8 (N, H, W), 1 where ink covers at
-least half of a pixel, and `groups` int64 (N,). The real digits are dealt into five groups, and all digits of a scene come
-from one of them: whoever holds out a group holds out handwriting, not only scenes.
+least half of a pixel, and `groups` int64 (N,). The real digits are dealt into five groups, and all digits of a scene
+come from one of them: to hold out a group is to hold out handwriting, not only scenes.
 """
 
 from __future__ import annotations
@@ -28,29 +28,35 @@ from preprocessing import digits, job
 from preprocessing.encode import encode
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import group, option, read
+from runtime.options import group, option, read, require_bounds
 from runtime.streams import Stream
 
 MASKS = "masks.npz"
-MOST = 10_000_000  # scenes in a set
+MOST = 10_000_000
+"""Scenes in a set, at most."""
 GROUPS = 5
-"""Parts into which the real digits are dealt; the last is held out where something is measured on unseen handwriting."""
+"""Parts into which the real digits are dealt; the last is held out to measure on unseen handwriting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dials:
-    """What makes a scene easy or hard. The defaults were chosen by measurement (`benchmarks/scenes.py`, docs/study.md)."""
+    """What makes a scene easy or hard. The defaults were chosen by measurement (docs/study.md)."""
 
     resolution: int = option(16, help="side of a scene, in pixels", heading="dials")
     digits: int = option(1, help="digits in a scene: 1, or 2 side by side")
     classes: int = option(10, help="classes: digits (at most 10), or pairs of digits (at most 100)")
-    colours: float = option(0.3, help="0: black ink on white paper; 1: any two colours, the ink darker by 0.4 or more")
-    gradient: float = option(0.2, help="the paper's brightness changes by at most half of this across a scene")
+    colours: float = option(
+        0.3, within="[0, 1]", help="0: black ink on white paper; 1: any two colours, the ink darker by 0.4 or more"
+    )
+    gradient: float = option(
+        0.2, within="[0, 1]", help="the paper's brightness changes by at most half of this across a scene"
+    )
     jitter: float = option(0.5, help="how far a digit is moved, in pixels")
-    clutter: int = option(1, help="faint strokes behind the digits")
+    clutter: int = option(1, within="[0, 100]", help="faint strokes behind the digits")
     size: tuple[float, ...] = option((0.95, 1.05), help="smallest and largest size, as a share of a digit's place")
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         require(
             8 <= self.resolution <= 1024 and self.resolution % 2 == 0,
             f"--resolution {self.resolution} must be even, at least 8 and at most 1024",
@@ -59,19 +65,17 @@ class Dials:
         require(
             2 <= self.classes <= 10**self.digits, f"--classes {self.classes} must lie between 2 and {10**self.digits}"
         )
-        require(0 <= self.colours <= 1 and 0 <= self.gradient <= 1, "--colours and --gradient must lie in [0, 1]")
         require(
             0 <= self.jitter <= self.resolution,
             f"--jitter {self.jitter} must lie between 0 and --resolution {self.resolution}",
         )
-        require(0 <= self.clutter <= 100, f"--clutter {self.clutter} must lie between 0 and 100")
         require(
             len(self.size) == 2 and 0.1 <= self.size[0] <= self.size[1] <= 10,
             f"--size {' '.join(map(str, self.size))}: give the smallest and the largest, between 0.1 and 10",
         )
 
     def pair(self, label: int) -> tuple[int, ...]:
-        """The digits of a class, from left to right. From 20 pairs on no digit alone tells the class: each is in two or more of them."""
+        """The digits of a class, from left to right. With 20 pairs or more, each digit is in at least two of them."""
         if self.digits == 1:
             return (label,)
         left, turn = label % 10, label // 10
@@ -83,7 +87,7 @@ class Scenes:
 
     Args:
         dials: what they look like.
-        count: how many there are; labels go round the classes.
+        count: how many scenes; their labels run through the classes again and again.
         seed: of everything drawn.
         groups: groups of handwriting to draw from (0 .. 4); None draws from all.
     """
@@ -93,7 +97,8 @@ class Scenes:
     def __init__(self, dials: Dials, count: int, seed: int = 0, groups: Sequence[int] | None = None) -> None:
         self.dials, self.seed, self._groups = dials, seed, tuple(range(GROUPS) if groups is None else groups)
         ink, labels = digits.load()
-        self._ink = np.pad(ink[..., 0] / np.float32(255), ((0, 0), (1, 1), (1, 1)))  # a pixel of paper all round
+        # A margin of one pixel of paper.
+        self._ink = np.pad(ink[..., 0] / np.float32(255), ((0, 0), (1, 1), (1, 1)))
         dealt = Stream(0, "scenes/groups").permutation(len(labels))
         self._pools = {
             (digit, part): np.sort(dealt[part::GROUPS][labels[dealt[part::GROUPS]] == digit])
@@ -103,8 +108,8 @@ class Scenes:
         self.labels = np.arange(count) % dials.classes
         self.names = [f"scene-{index:06d}" for index in range(count)]
         self.class_names = ["".join(map(str, dials.pair(label))) for label in range(dials.classes)]
-        told = json.dumps([dataclasses.asdict(dials), count, seed, self._groups])
-        self.fingerprint = hashlib.sha256(told.encode() + ink.tobytes()).hexdigest()
+        settings = json.dumps([dataclasses.asdict(dials), count, seed, self._groups])
+        self.fingerprint = hashlib.sha256(settings.encode() + ink.tobytes()).hexdigest()
         self.summary = f"scenes of {dials.digits} digit(s): {count:,} images, {dials.classes} classes"
 
     def load(self, index: int) -> Image.Image:
@@ -116,18 +121,22 @@ class Scenes:
         dials, side = self.dials, self.dials.resolution
         part = self._groups[random.integers(len(self._groups))]
         y, x = np.mgrid[:side, :side].astype(np.float32) + 0.5
+        # The digits, side by side: how much ink covers each pixel.
         coverage = np.zeros((side, side), np.float32)
         chosen = dials.pair(int(self.labels[index]))
         place = side / len(chosen)
         for position, digit in enumerate(chosen):
             pool = self._pools[digit, part]
-            height, width = side * 0.8 * random.uniform(*dials.size, 2) * (1.0, 1.0 if len(chosen) == 1 else 0.65)
+            height, width = (
+                side * 0.8 * random.uniform(dials.size[0], dials.size[1], 2) * (1.0, 1.0 if len(chosen) == 1 else 0.65)
+            )
             down, right = random.uniform(-dials.jitter, dials.jitter, 2)
             middle = (side / 2 + down, place * (position + 0.5) + right)
             ink = self._ink[pool[random.integers(len(pool))]]
             coverage = np.maximum(
                 coverage, _sampled(ink, (y - middle[0]) / height * 8 + 5, (x - middle[1]) / width * 8 + 5)
             )
+        # The paper, with a gradient and strokes, and the ink on it.
         paper, ink_colour = self._colours(random)
         angle = random.uniform(0, 2 * np.pi)
         slope = (
@@ -154,7 +163,7 @@ class Scenes:
 
 
 def _sampled(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """`image` at the points (y, x), bilinear; its pixels have their centres at halves, and nothing lies outside."""
+    """`image` at the points (y, x), bilinear and 0 outside; its pixels have their centres at halves."""
     from scipy.ndimage import map_coordinates
 
     return map_coordinates(image, [y - 0.5, x - 0.5], order=1, mode="constant", cval=0.0, output=np.float32)
@@ -182,7 +191,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write scenes as a latent set, and their masks; nothing happens where both are there already."""
+    """Write scenes as a latent set, and their masks, unless both are there already."""
     options = read(
         Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.scenes", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""Writing latent sets: shard by shard, each whole or absent; the manifest last, so that an unfinished set is never read.
+"""Writing latent sets: shard by shard, each whole or absent, and the manifest last, so that a set with one is whole.
 
 The format is described in `dataset.py`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
 from models.manifest import Shard
 from runtime import files, schema
-from runtime.errors import UserError
+from runtime.errors import UserError, require
 
 
 def shard_name(number: int) -> str:
@@ -34,14 +34,14 @@ def write_shard(
     labels: np.ndarray,
     names: Sequence[str] | None = None,
     images: Sequence[bytes] | None = None,
-) -> dict[str, Any]:
+) -> Shard:
     """Write one shard atomically and return its entry of the manifest.
 
     Args:
         latents: (n, views, parts, C, H, W) float16 or float32, raw.
         labels: (n,) integers.
         names: the n names of the items in their source.
-        images: n PNG files, where images are kept.
+        images: n PNG files, if images are kept.
 
     Raises:
         UserError: a latent is not finite, or the place cannot be written.
@@ -49,7 +49,8 @@ def write_shard(
     file = folder / shard_name(number)
     finite = np.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
     if not finite.all():
-        which = names[np.argmin(finite)] if names else f"item {np.argmin(finite)} of {file}"
+        first = int(np.argmin(finite))
+        which = names[first] if names else f"item {first} of {file}"
         raise UserError(
             f"{which} has a latent that is not finite in {latents.dtype}; if the images are sound, use --dtype float32"
         )
@@ -67,8 +68,8 @@ def write_shard(
     return written
 
 
-def recorded(folder: Path, number: int) -> dict[str, Any] | None:
-    """The entry of a shard as it was when it was written; None where that is not known any more."""
+def recorded(folder: Path, number: int) -> Shard | None:
+    """The entry of a shard, as recorded when it was written; None if the record is missing or damaged."""
     try:
         return schema.read(Shard, _record(folder, number))
     except UserError:
@@ -79,7 +80,7 @@ def _record(folder: Path, number: int) -> Path:
     return folder / f".{shard_name(number)}.json"
 
 
-def entry(folder: Path, number: int, count: int) -> dict[str, Any]:
+def entry(folder: Path, number: int, count: int) -> Shard:
     """The manifest's entry of a shard that is on disk."""
     return {"file": shard_name(number), "count": count, "sha256": files.digest(folder / shard_name(number))}
 
@@ -96,7 +97,7 @@ def write_manifest(
     crop: str,
     class_names: Sequence[str],
     images: bool,
-    shards: Sequence[dict[str, Any]],
+    shards: Sequence[Mapping[str, Any]],
     source: str,
     skipped: Sequence[str] = (),
 ) -> None:
@@ -122,8 +123,9 @@ def write_manifest(
             "skipped": list(skipped),
         },
     )
+    # The manifest now holds what these files recorded.
     for number in range(len(shards)):
-        _record(folder, number).unlink(missing_ok=True)  # the manifest holds them now
+        _record(folder, number).unlink(missing_ok=True)
 
 
 def names(file: Path) -> list[str]:
@@ -134,13 +136,13 @@ def names(file: Path) -> list[str]:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Print the disk needed and free. Raises UserError where there is too little."""
+    """Print the disk space needed and free. Raises UserError if there is too little."""
     free = shutil.disk_usage(folder).free
     print(f"disk: {_gib(needed)} needed, {_gib(free)} free at {folder}")
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out"
-        )
+    require(
+        needed <= free,
+        f"{folder} needs {_gib(needed)} and has {_gib(free)} free; free some space or choose another --out",
+    )
 
 
 def _gib(size: int) -> str:

@@ -1,17 +1,19 @@
-"""From a row to the commands that make its numbers: data, teacher, training, samples and scores, each with what it leaves behind.
+"""From a row to the commands that make its numbers: data, teacher, training, samples and scores, each with its output.
 
-A link is done when what it makes is there, so that a chain that was cut short goes on where it was; what several rows need
+A link is done when its output exists, so that an interrupted chain continues where it was. Whatever several rows need
 (a latent set, a stage-1 run, a plain run) has one name, a digest of its command, and is made once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from recipes.rows import ENCODED, Row
+from recipes.rows import ENCODED, PRESET, Row
 from recipes.scale import Scale
 
 
@@ -23,7 +25,7 @@ class Link:
     words: tuple[str, ...]
     """Without interpreter and launcher: `train.py --data-dir ...` or `-m evaluations.reference ...`."""
     makes: Path
-    """A file or folder that is there when it is done."""
+    """A file that exists once it is done."""
     many: bool
     """Whether the launcher starts it on all devices."""
 
@@ -32,22 +34,16 @@ class Link:
         return self.makes.exists()
 
     def command(self, processes: int = 1, nodes: int = 1) -> str:
-        """What to type."""
-        launcher = ["python"]
+        """What a user types."""
+        launcher = "python"
         if self.many and processes > 1:
-            launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes * nodes)]
+            launcher = f"accelerate launch --multi_gpu --num_processes {processes * nodes}"
             if nodes > 1:
-                launcher += [
-                    "--num_machines",
-                    str(nodes),
-                    "--machine_rank",
-                    "$SLURM_NODEID",
-                    "--main_process_ip",
-                    "$MAIN_ADDRESS",
-                    "--main_process_port",
-                    "29500",
-                ]
-        return " ".join([*launcher, *(word if word.startswith("$") else shlex.quote(word) for word in self.words)])
+                launcher += (
+                    f" --num_machines {nodes} --machine_rank $SLURM_NODEID"
+                    " --main_process_ip $MAIN_ADDRESS --main_process_port 29500"
+                )
+        return f"{launcher} {shlex.join(self.words)}"
 
 
 @dataclass(frozen=True)
@@ -73,92 +69,95 @@ class Chain:
     """The teacher's run and its step."""
 
     def lines(self, processes: int, nodes: int = 1) -> list[str]:
-        """Every link as a comment with its name and the command to type."""
+        """Every link: a comment with its name, then the command to type."""
         return [
             f"# {link.name}{' (done)' if link.done else ''}\n{link.command(processes, nodes)}" for link in self.links
         ]
 
 
+class Training(NamedTuple):
+    """One training command, the folder of its run and its last step."""
+
+    link: Link
+    run: Path
+    step: int
+
+
 def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     """The chain of `row`; everything lies in the folder `work`."""
     data = work / "data" / scale.data(row)
-    links = [Link("latents", scale.data_words(scale.data(row), data), data / "manifest.json", scale.name == "paper")]
+    options = " ".join(scale.extras[extra] for extra in row.extras if extra in scale.extras)
+    encode = scale.fill(f"{scale.encode[row.family]} {options}", row, work)
+    links = [Link("latents", (*encode, "--out", str(data)), data / "manifest.json", scale.processes > 1)]
     if scale.encoder_command and row.encoded:
         encoder = work / "encoder"
-        links.append(Link("encoder", (*scale.encoder_command, "--out", str(encoder)), encoder / "accuracy.json", False))
+        words = (*scale.encoder_command.split(), "--out", str(encoder))
+        links.append(Link("encoder", words, encoder / "accuracy.json", False))
     teacher = None
     if row.teacher is not None:
-        training, run, step = _training(row.of_teacher(), scale, seed, work, data, None)
-        training = replace(training, name=f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)")
-        links.append(training)
-        teacher = (run, step)
-    training, run, step = _training(row, scale, seed, work, data, teacher)
+        training = _training(row.of_teacher(), scale, seed, work)
+        name = f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)"
+        links.append(replace(training.link, name=name))
+        teacher = (training.run, training.step)
+    training = _training(row, scale, seed, work, teacher)
+    link = training.link
     if row.trunk is not None:
-        trunk, trunk_run, _ = _training(
-            replace(row, trunk=None, stop=0, epochs=max(80, row.epochs)), scale, seed, work, data, teacher
-        )
-        links.append(trunk)
-        at = scale.steps(row, row.trunk)
-        training = replace(training, words=(*training.words, "--branch-from", f"{trunk_run}@{at}"))
-    links.append(training)
-    scores = []
-    for epochs in row.at or (row.epochs,):
-        for preset, preset_words in scale.presets(row):
-            point = scale.steps(row, epochs)
-            out = run / "scores" / f"{preset}-{point:07d}"
-            words = (
-                "generate.py",
-                "--ckpt",
-                f"{run}@{point}",
-                *preset_words,
-                *scale.score_words(row, work),
-                "--seed",
-                str(seed),
-                "--out",
-                str(out),
-            )
-            scores.append(
-                Score(
-                    preset,
-                    epochs,
-                    point,
-                    Link(
-                        f"score {preset}" + (f" at step {point}" if row.at else ""), words, out / "metrics.json", True
-                    ),
-                )
-            )
-    return Chain(row, [*links, *(score.link for score in scores)], run, step, scores, teacher)
+        long = replace(row, trunk=None, stop=0, epochs=max(80, row.epochs))
+        trunk = _training(long, scale, seed, work, teacher)
+        links.append(trunk.link)
+        branch = f"{trunk.run}@{scale.steps(row, row.trunk)}"
+        link = replace(link, words=(*link.words, "--branch-from", branch))
+    scores = _scores(row, scale, seed, work, training.run)
+    links += [link, *(score.link for score in scores)]
+    return Chain(row, links, training.run, training.step, scores, teacher)
 
 
-def _training(
-    row: Row, scale: Scale, seed: int, work: Path, data: Path, teacher: tuple[Path, int] | None
-) -> tuple[Link, Path, int]:
-    """The training link of a row, the run's folder, and its last step."""
+def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path, int] | None = None) -> Training:
+    """The training of a row. Rows that differ in length alone share a run, named by a digest of all other options."""
     steps = scale.steps(row, row.epochs)
-    words = [*scale.train_words(row), "--data-dir", str(data), "--seed", str(seed), *scale.row_words(row)]
+    words = scale.fill(f"{scale.train[row.family]} {_by(scale.methods, row.method)}", row, work)
+    words += ["--data-dir", str(work / "data" / scale.data(row)), "--seed", str(seed), *scale.row_words(row)]
     if row.method not in ("none", "guided"):
-        words += ["--align", row.method, *(scale.encoder_words(work) if row.method in ENCODED else ())]
-        words += ["--preset", "paper"] if row.method in ("dispersive", "layersync") else []
+        words += ["--align", row.method]
+    if row.method in ENCODED:
+        words += scale.fill(scale.encoder, row, work)
+    if row.method in PRESET:
+        words += ["--preset", "paper"]
     if teacher is not None:
         words += ["--guiding-ckpt", f"{teacher[0]}@{teacher[1]}"]
-    if row.stop is not None:
-        words += ["--align-stop-steps", str(scale.steps(row, row.stop) if row.stop else 0)]
-    else:
-        words += scale.stop_words(row)
+    stop = row.stop if row.stop is not None or row.method != "guided" else scale.guided_epochs
+    if stop is not None:
+        # beside a second alignment the short flag would name both
+        flag = "--guided-stop-steps" if row.method == "guided" and "--align" in row.words else "--align-stop-steps"
+        words += [flag, str(scale.steps(row, stop) if stop else 0)]
     program = "train_guide.py" if row.method == "guided" else "train.py"
-    # a run is named by all that its first steps depend on, so that rows of other lengths share it
     digest = hashlib.sha256(shlex.join([program, *words, str(row.trunk)]).encode()).hexdigest()[:8]
     name = f"{row.method}-{scale.model(row).replace('/', '-')}-{digest}"
-    exps = work / "exps" / f"seed{seed}"
-    words += [
-        "--output-dir",
-        str(exps),
-        "--exp-name",
-        name,
-        "--max-train-steps",
-        str(steps),
-        "--checkpointing-steps",
-        str(scale.checkpointing_steps(row)),
-    ]
-    run = exps / name
-    return Link("train", (program, *words), run / "checkpoints" / f"{steps:07d}" / "config.json", True), run, steps
+    runs = work / "exps" / f"seed{seed}"
+    words += ["--output-dir", str(runs), "--exp-name", name, "--max-train-steps", str(steps)]
+    words += ["--checkpointing-steps", str(scale.checkpointing_steps[row.family])]
+    last = runs / name / "checkpoints" / f"{steps:07d}" / "config.json"
+    return Training(Link("train", (program, *words), last, True), runs / name, steps)
+
+
+def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Score]:
+    """One score for each combination of epochs, sampling preset and further options of sampling."""
+    scores = []
+    for epochs, preset, more in itertools.product(
+        row.at or (row.epochs,), [scale.preset] if scale.preset else row.presets, row.sampling
+    ):
+        sampler = _by(scale.sample, preset)
+        if more and "--preset" in sampler:  # a preset allows no further options
+            continue
+        name, step = f"{preset} {more}".strip(), scale.steps(row, epochs)
+        out = run / "scores" / f"{name.replace(' --', '-').replace(' ', '-')}-{step:07d}"
+        options = scale.fill(f"{sampler} {more} {scale.score}", row, work, preset)
+        words = ("generate.py", "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
+        title = f"score {name}" + (f" at step {step}" if row.at else "")
+        scores.append(Score(name, epochs, step, Link(title, words, out / "metrics.json", True)))
+    return scores
+
+
+def _by(words: dict[str, str], key: str) -> str:
+    """The words of `key`, or those of all other keys, which are called ""."""
+    return words.get(key, words.get("", ""))

@@ -1,7 +1,7 @@
-"""What the paper says, as differences between rows that a paired test over seeds can decide.
+"""The paper's claims as differences between rows, which a paired test over seeds can decide.
 
-Every comparison pairs runs of one seed, which share initial weights, data order and noise. A claim `holds` or is `reversed`
-where a paired t-test gives p < 0.05 after Holm's correction for the number of claims, else it is `undecided`.
+Every comparison pairs runs of one seed, which share initial weights, data order and noise. A claim `holds` or is
+`reversed` if a paired t-test gives p < 0.05 after Holm's correction for the number of claims; else it is `undecided`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 from recipes import rows
 from recipes.record import newest
 from runtime.errors import require
-from runtime.text import aligned
 
 LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` has the lower Frechet distance: a row of the study and its epochs, against another's."""
+    """One row of the study, at some number of epochs, has a lower Frechet distance than another."""
 
-    said: str
+    statement: str
     better: tuple[str, float]
     worse: tuple[str, float]
 
@@ -54,23 +53,22 @@ CLAIMS = (
 
 def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[tuple[str, float], dict[int, float]]:
     """(row without table and model, epochs) -> seed -> metric, of the study's rows."""
-    found: dict[tuple[str, float], dict[int, float]] = {}
+    scores: dict[tuple[str, float], dict[int, float]] = {}
     for record in study_records(records, scale):
+        key = record["row"].split("/")[-1]
         for score in record["scores"]:
             if metric in score["metrics"]:
-                found.setdefault((record["row"].split("/")[-1], score["epochs"]), {})[record["seed"]] = score[
-                    "metrics"
-                ][metric]
-    return found
+                scores.setdefault((key, score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
+    return scores
 
 
 def study_records(records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
-    """The study's finished records, one for each row and seed. Raises UserError where their scores are of several protocols."""
+    """The study's finished records, one for each row and seed. Raises UserError if scores are of several protocols."""
     chosen = [record for record in newest(records) if record["table"] == "study" and record["scale"] == scale]
     keys = {score["key"] for record in chosen for score in record["scores"]}
     require(
         len(keys) < 2,
-        f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep the ones of one",
+        f"the study's records are of {len(keys)} protocols, and scores of two are never compared: keep those of one",
     )
     return chosen
 
@@ -81,11 +79,11 @@ class Finding:
 
     claim: Claim
     differences: tuple[float, ...]
-    """Better minus worse, one for each seed that both have."""
+    """Better minus worse, for each seed that both rows have."""
     p: float
     """Of the paired t-test, two-sided, uncorrected; NaN below two seeds."""
     corrected: float
-    """The same after Holm's correction."""
+    """`p` after Holm's correction."""
 
     @property
     def verdict(self) -> str:
@@ -106,7 +104,7 @@ class Finding:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the k-th smallest of m values times m - k + 1, kept from falling, at most 1. NaN stays."""
+    """Holm's step-down correction: the k-th smallest of m values times m - k + 1, monotone, at most 1. NaN stays."""
     known = sorted((value, place) for place, value in enumerate(p) if not math.isnan(value))
     corrected, largest = list(p), 0.0
     for rank, (value, place) in enumerate(known):
@@ -119,36 +117,23 @@ def test(records: Sequence[dict[str, Any]], scale: str = "study", metric: str = 
     """Every claim with its paired differences over the seeds that both rows have."""
     from scipy.stats import ttest_rel
 
-    found, paired = values(records, scale, metric), []
+    scores, differences, p = values(records, scale, metric), [], []
     for claim in CLAIMS:
-        better, worse = found.get(claim.better, {}), found.get(claim.worse, {})
+        better, worse = scores.get(claim.better, {}), scores.get(claim.worse, {})
         seeds = sorted(better.keys() & worse.keys())
-        paired.append(([better[seed] for seed in seeds], [worse[seed] for seed in seeds]))
-    p = [float(ttest_rel(ours, other).pvalue) if len(ours) > 1 else math.nan for ours, other in paired]
-    return [
-        Finding(claim, tuple(a - b for a, b in zip(ours, other, strict=True)), one, all_together)
-        for claim, (ours, other), one, all_together in zip(CLAIMS, paired, p, holm(p), strict=True)
-    ]
+        differences.append(tuple(better[seed] - worse[seed] for seed in seeds))
+        pairs = [better[seed] for seed in seeds], [worse[seed] for seed in seeds]
+        p.append(float(ttest_rel(*pairs).pvalue) if len(seeds) > 1 else math.nan)
+    return [Finding(*facts) for facts in zip(CLAIMS, differences, p, holm(p), strict=True)]
 
 
 def cells(findings: Sequence[Finding]) -> list[list[str]]:
-    """The findings as lines of cells, with a head."""
+    """The findings as lines of cells below their titles."""
     lines = [["claim", "seeds", "difference in Fréchet distance", "p", "p (Holm)", "verdict"]]
-    for one in findings:
-        tested = len(one.differences) > 1
-        lines.append(
-            [
-                one.claim.said,
-                str(len(one.differences)),
-                f"{statistics.mean(one.differences):+.2f} ± {one.interval:.2f}" if tested else "",
-                f"{one.p:.2g}" if tested else "",
-                f"{one.corrected:.2g}" if tested else "",
-                one.verdict,
-            ]
-        )
+    for finding in findings:
+        tested = ["", "", ""]
+        if len(finding.differences) > 1:
+            mean = f"{statistics.mean(finding.differences):+.2f} ± {finding.interval:.2f}"
+            tested = [mean, f"{finding.p:.2g}", f"{finding.corrected:.2g}"]
+        lines.append([finding.claim.statement, str(len(finding.differences)), *tested, finding.verdict])
     return lines
-
-
-def report(findings: Sequence[Finding]) -> str:
-    """The findings as an aligned table."""
-    return aligned(cells(findings))

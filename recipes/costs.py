@@ -1,37 +1,41 @@
-"""What a row costs before any of it exists: FLOPs, hours at a measured rate, disk; from shapes alone."""
+"""What a row costs before anything of it exists: FLOPs, hours at a measured rate, disk; from shapes alone."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 import models
+from dataset import LatentSet
 from models.latents import LatentSpace
 from recipes import chain, rows
 from recipes.rows import Row
-from recipes.scale import Scale
+from recipes.scale import Scale, find
 from runtime import files
 from training import command, cost
 from training.cost import Cost
 
 TERAFLOPS = 396.0
-"""What a GPU is taken to sustain where hours are computed: 40 % of an H100's dense bf16 peak."""
+"""What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak."""
 COUNTED = Path(__file__).with_name("costs.json")
 """FLOPs of every row at the paper's scale; made by `python -m recipes.costs`."""
 IMAGENET = 1_281_167
-DIGITS = 1_797
-SCENES = 8_000
+UNCOUNTED = {
+    "--max-train-steps": "1000000",
+    **dict.fromkeys(("--output-dir", "--exp-name", "--guiding-ckpt", "--branch-from"), "x"),
+}
+"""Options on which no step's FLOPs depend, with the value that stands for any."""
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a latent set says of itself, without the set."""
+    """The facts of a latent set that does not exist yet, as `dataset.LatentSet` has them."""
 
     channels: int
     latent_size: int
@@ -57,23 +61,26 @@ class Sketch:
 
     @property
     def bytes(self) -> int:
-        """On disk, in float16 (float32 for pixels), without kept images."""
+        """On disk, in float16 (float32 for pixels), without the images."""
         return self.count * self.views * int(np.prod(self.shape)) * (4 if self.channels in (1, 3) else 2)
+
+
+DIGITS = Sketch(1, 8, 10, 1_797, 8, 1, 1)
+SKETCHES = {"digits": DIGITS, "tiny": DIGITS, "study": Sketch(3, 16, 10, 8_000, 16, 1, 1)}
+"""By scale; the paper's depend on the row."""
 
 
 def sketch(row: Row, scale: Scale) -> Sketch:
     """The latent set of a row at a scale."""
-    if scale.name == "tiny":
-        return Sketch(1, 8, 10, DIGITS, 8, 1, 1)
-    if scale.name == "study":
-        return Sketch(3, 16, 10, SCENES, 16, 1, 1)
+    if scale.name in SKETCHES:
+        return SKETCHES[scale.name]
     if row.family == "lightningdit":
         return Sketch(32, 16, 1000, IMAGENET, 256, 2, 1)
-    return Sketch(4, row.resolution // 8, 1000, IMAGENET, row.resolution, 2 if "flips" in scale.data(row) else 1, 2)
+    return Sketch(4, row.resolution // 8, 1000, IMAGENET, row.resolution, 2 if "flips" in row.extras else 1, 2)
 
 
 def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
-    """A teacher's checkpoint as far as its shapes go."""
+    """A stand-in for the teacher's checkpoint, of which only shapes are read."""
     return SimpleNamespace(
         spec=spec,
         space=space,
@@ -86,18 +93,24 @@ def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
     )
 
 
-@functools.cache
 def training_cost(row: Row, scale: Scale) -> Cost:
-    """The account of the row's training command, without memory (not of its teacher's)."""
+    """The account of the row's training command, without its teacher's."""
     plan = chain.build(row, scale, 0, Path("work"))
     link = next(link for link in reversed(plan.links) if link.name == "train")
-    guided = link.words[0] == "train_guide.py"
-    words = list(link.words[1:])
-    if "--align-encoder" in words:  # the tiny encoder is made by the chain; its cost is that of a network of its shape
-        place = words.index("--align-encoder")
-        words[place + 1] = "test_vit"
-    config, options = command.resolve(words, link.words[0], None, ("guided",) if guided else ())
-    data = sketch(row, scale)
+    # rows that differ in length and names alone share one count
+    flags = ("", *link.words)
+    words = tuple(UNCOUNTED.get(flag, word) for flag, word in zip(flags, link.words, strict=False))
+    return replace(_cost_of(words, sketch(row, scale)), steps=scale.steps(row, row.epochs))
+
+
+@functools.cache
+def _cost_of(command_line: tuple[str, ...], data: Sketch) -> Cost:
+    """The account of a training command on `data`."""
+    program, *words = command_line
+    guided = program == "train_guide.py"
+    if "--align-encoder" in words:  # the chain makes the encoder; one of its shape costs the same
+        words[words.index("--align-encoder") + 1] = "test_vit"
+    config, options = command.resolve(words, program, None, ("guided",) if guided else ())
     spec = models.spec(
         config.model,
         in_channels=data.channels,
@@ -105,37 +118,52 @@ def training_cost(row: Row, scale: Scale) -> Cost:
         num_classes=data.num_classes,
         qk_norm=config.qk_norm,
     )
-    return cost.estimate(config, options, data=data, load=lambda path: _teacher(spec, data.space))
+    return cost.estimate(config, options, data=cast(LatentSet, data), load=lambda path: _teacher(spec, data.space))
 
 
 def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
-    """FLOPs of the row's training up to `epochs` (default: all), its teacher's counted."""
+    """FLOPs of the row's training up to `epochs` (default: all), its teacher's included."""
     total = training_cost(row, scale).flops(scale.steps(row, row.epochs if epochs is None else epochs))
     return total if row.teacher is None else total + flops(row.of_teacher(), scale)
 
 
+def summary(row: Row, scale: Scale, images_per_second: float | None) -> str:
+    """What a row costs, as two lines of comment."""
+    account, data = training_cost(row, scale), sketch(row, scale)
+    checkpoint = 16 * sum(part.parameters for part in account.parts if part.trained)
+    hours = "hours: unmeasured here; give --images-per-second as printed by such a run"
+    if images_per_second is not None:
+        slow, fast = account.hours(images_per_second)
+        hours = (
+            f"{slow:.1f} hours of training at {images_per_second:g} images per second, "
+            f"or {fast:.1f} if the rate grows as the FLOPs fall"
+        )
+    return (
+        f"# {flops(row, scale):.3g} FLOPs in all, {account.mean_ratio():.3f} of plain training per step"
+        f"{', the teacher counted' if row.teacher else ''}; latents {data.bytes / 2**30:.1f} GiB on disk, "
+        f"each checkpoint {checkpoint / 2**30:.1f} GiB\n# {hours}"
+    )
+
+
 def outstanding(chosen: Sequence[Row], scale: Scale) -> float:
-    """FLOPs of one seed of `chosen`, their teachers' counted, where runs that rows share are counted once, to their longest use."""
+    """FLOPs of one seed of `chosen` with their teachers. A run that rows share counts once, to its longest use."""
     runs: dict[Path, float] = {}
     for row in chosen:
         for training in (row, *([row.of_teacher()] if row.teacher is not None else [])):
             run, account = chain.build(training, scale, 0, Path("work")).run, training_cost(training, scale)
-            shared = (
-                account.flops(scale.steps(training, training.trunk)) if training.trunk else 0.0
-            )  # steps of the run it branches from
+            # the steps before a branch belong to the run that it branches from
+            shared = account.flops(scale.steps(training, training.trunk)) if training.trunk else 0.0
             runs[run] = max(runs.get(run, 0.0), account.flops(scale.steps(training, training.epochs)) - shared)
     return sum(runs.values())
 
 
 def paper_hours() -> dict[str, float]:
-    """Row -> hours of one GPU at `TERAFLOPS` at the paper's scale, its teacher's counted, as they were last counted."""
+    """Row -> hours of one GPU at `TERAFLOPS` at the paper's scale, its teacher's included, from the committed FLOPs."""
     return {row: flops / TERAFLOPS / 1e12 / 3600 for row, flops in files.read_json(COUNTED).items()}
 
 
 def count_all() -> None:
-    """Count every row at the paper's scale into the file beside this one: minutes."""
-    from recipes.scale import find
-
+    """Count every row at the paper's scale and write `COUNTED`; takes minutes."""
     files.write_json(COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items()})
 
 

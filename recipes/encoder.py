@@ -1,9 +1,9 @@
-"""Small vision transformers that know the embedded data: what stands in for DINOv2 where REPA and HASTE run on it.
+"""Small vision transformers that classify the embedded data: they stand in for DINOv2 in REPA and HASTE.
 
     python -m recipes.encoder --out runs/encoder
-    python -m recipes.encoder --data scenes --epochs 24 --out runs/scenes    # the one that scores scenes: evaluations/scenes
+    python -m recipes.encoder --data scenes --epochs 24 --out runs/scenes    # evaluations/scenes, which scores scenes
 
-Each is a classifier that a fifth of the handwriting was kept from; its accuracy on that fifth is written beside it.
+A fifth of the handwriting is held out of training; the accuracy on that fifth is written beside the encoder.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from preprocessing import digits
 from preprocessing.scenes import GROUPS, Dials, Scenes
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import group, option, read
+from runtime.options import group, option, read, require_bounds
 from runtime.streams import Stream
 
 ENCODER = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 PATCHES = 4
 """Patches along a side, as many as the tokens of the networks that learn from it."""
 SCENES = 12_000
-"""Scenes it learns from; a sixth as many are held out, of handwriting that it never saw."""
+"""Scenes it learns from. A sixth as many are held out, drawn with handwriting that it never saw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,11 @@ class EncoderConfig:
 
     out: str = option(help="folder to write, as timm's save_for_hf does")
     data: str = option("digits", choices=("digits", "scenes"), help="what it learns")
-    epochs: int = option(30, help="passes over the data it learns from")
+    epochs: int = option(30, help="passes over the data it learns from", within="[1, inf)")
     scenes: Dials = group(Dials)
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, f"--epochs {self.epochs} must be positive")
+        require_bounds(self)
         require(self.data == "scenes" or self.scenes == Dials(), "the dials belong to scenes: add --data scenes")
 
 
@@ -58,8 +59,6 @@ class Examples(NamedTuple):
 
 def digit_examples() -> Examples:
     """The digits, a random fifth of them held out."""
-    from preprocessing import digits
-
     images, labels = digits.load()
     order = Stream(0, "encoder/split").permutation(len(labels))
     return Examples(images, labels, order[len(labels) // 5 :], order[: len(labels) // 5])
@@ -73,12 +72,8 @@ def scene_examples(dials: Dials) -> Examples:
         for scenes in sets
         for index in progress.bar(range(len(scenes.names)), desc="scenes", unit="image")
     ]
-    return Examples(
-        np.stack(images),
-        np.concatenate([scenes.labels for scenes in sets]),
-        np.arange(SCENES),
-        np.arange(SCENES, len(images)),
-    )
+    labels = np.concatenate([scenes.labels for scenes in sets])
+    return Examples(np.stack(images), labels, np.arange(SCENES), np.arange(SCENES, len(images)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,61 +86,60 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -> float:
-    """Train the classifier of the digits, or of `scenes`, unless it is there; returns its accuracy on what it never saw.
+    """Train the classifier of the digits, or of `scenes`, unless `folder` has it; returns the held-out accuracy.
 
-    The folder is what timm's `save_for_hf` writes, so that any timm user can open it.
+    timm's `save_for_hf` writes the folder, so any timm user can open it.
     """
-    asked = (
-        {"epochs": epochs}
-        if scenes is None
-        else {"epochs": epochs, "scenes": json.loads(json.dumps(dataclasses.asdict(scenes)))}
-    )
-    if (folder / "accuracy.json").is_file():
-        there = files.read_json(folder / "accuracy.json")
+    wanted: dict[str, Any] = {"epochs": epochs}
+    if scenes is not None:
+        wanted["scenes"] = json.loads(json.dumps(dataclasses.asdict(scenes)))
+    report = folder / "accuracy.json"
+    if report.is_file():
+        there = files.read_json(report)
         require(
-            {key: there.get(key) for key in ("epochs", "scenes") if key in there} == asked,
-            f"{folder} holds an encoder of other data or dials, or of {there.get('epochs')} epochs: choose another folder",
+            {key: there[key] for key in ("epochs", "scenes") if key in there} == wanted,
+            f"{folder} holds an encoder of other data or dials, or of {there.get('epochs')} epochs: "
+            f"choose another folder",
         )
         return there["accuracy"]
     import timm
 
-    images, labels, learned, held = digit_examples() if scenes is None else scene_examples(scenes)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    y = torch.from_numpy(labels)
-    train = torch.from_numpy(learned)
+    images, labels, train, held = digit_examples() if scenes is None else scene_examples(scenes)
+    x, y = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(labels)
+    channels, side = x.shape[1:3]
     shape: dict[str, Any] = {
         **ENCODER,
-        "img_size": x.shape[-1],
-        "patch_size": x.shape[-1] // PATCHES,
-        "in_chans": x.shape[1],
+        "num_classes": int(y.max()) + 1,
+        "img_size": side,
+        "patch_size": side // PATCHES,
+        "in_chans": channels,
     }
     with torch.random.fork_rng():  # timm initialises from the global generator
         torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=int(y.max()) + 1, **shape)
+        model = timm.create_model("vit_tiny_patch16_224", **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     for epoch in progress.bar(range(epochs), desc="encoder", unit="epoch"):
-        if scenes is not None:  # down to nothing at the end; the digits' committed numbers are of a constant rate
-            for part in optimizer.param_groups:
-                part["lr"] = 1e-3 * (1 - epoch / epochs)
-        for index in train[torch.from_numpy(Stream(0, "encoder/order", epoch).permutation(len(train)))].split(64):
+        # on scenes the rate falls to zero; the digits' committed numbers are of a constant rate
+        optimizer.param_groups[0]["lr"] = 1e-3 if scenes is None else 1e-3 * (1 - epoch / epochs)
+        order = train[Stream(0, "encoder/order", epoch).permutation(len(train))]
+        for index in torch.from_numpy(order).split(64):
             F.cross_entropy(model(x[index]), y[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
         accuracy = (model(x[held]).argmax(1) == y[held]).float().mean().item()
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        "mean": (0.5,) * x.shape[1],
-        "std": (0.5,) * x.shape[1],
-        "tag": "digits" if scenes is None else "scenes",
-    }
-    told = {"accuracy": accuracy, "held_out": len(held), "trained_on": len(train), **asked}
+    pixels = {"mean": (0.5,) * channels, "std": (0.5,) * channels, "tag": "digits" if scenes is None else "scenes"}
     with files.replacing(folder) as temporary:
         timm.models.save_for_hf(
-            model, temporary, model_args={**shape, "num_classes": int(y.max()) + 1}, safe_serialization=True
+            model,
+            str(temporary),
+            model_config={"pretrained_cfg": pixels},
+            model_args=shape,
+            safe_serialization=True,
         )
-        files.write_json(temporary / "accuracy.json", told)
+        counts = {"held_out": len(held), "trained_on": len(train)}
+        files.write_json(temporary / report.name, {"accuracy": accuracy, **counts, **wanted})
     return accuracy
 
 

@@ -1,7 +1,7 @@
 """What the study's networks know inside: `evaluations.probe` on the same four checkpoints of every seed.
 
-The teacher of stage 2, plain SiT of its age, and plain SiT and stage 2 at the end; scenes have masks, so that both of the
-paper's criteria are numbers: the class from pooled tokens, the ink from single ones.
+They are the teacher of stage 2, plain SiT after as many epochs, and plain SiT and stage 2 at the end. Scenes have
+masks, which turns both of the paper's criteria into numbers: the class from pooled tokens, the ink from single tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from typing_extensions import TypedDict
 
@@ -25,15 +26,14 @@ LOOKED_AT = {
     "plain, 80 epochs": ("plain", 80),
     "stage 2, 80 epochs": ("full", 80),
 }
-"""What it is called -> row of the study and epochs."""
+"""Name in the tables -> row of the study and epochs."""
 WORDS = ("--t", "0.3", "0.7", "--omega", "3", "10", "30", "--items", "1500")
 
 
 def probe(scale: Scale, seed: int, work: Path, results: Path) -> Path:
     """Probe the four checkpoints of one seed, unless that is done; returns the file.
 
-    Raises:
-        UserError: a checkpoint that is not there yet.
+    Raises UserError if a checkpoint is missing.
     """
     from evaluations import probe
 
@@ -41,45 +41,29 @@ def probe(scale: Scale, seed: int, work: Path, results: Path) -> Path:
     if target.is_file():
         return target
     names = {}
-    for said, (key, epochs) in LOOKED_AT.items():
+    for name, (key, epochs) in LOOKED_AT.items():
         row = rows.find(f"study/SiT-B-2/{key}")
-        run = chain.build(row, scale, seed, work).run
-        at = run / "checkpoints" / f"{scale.steps(row, epochs):07d}"
+        run, step = chain.build(row, scale, seed, work).run, scale.steps(row, epochs)
+        at = run / "checkpoints" / f"{step:07d}"
         require(at.is_dir(), f"{at} is missing: python -m recipes run {row.name} --scale {scale.name} --seeds {seed}")
-        names[f"{run}@{scale.steps(row, epochs)}"] = said
-    data, encoder = work / "data" / scale.data(rows.find("study/SiT-B-2/plain")), scale.encoder_words(work)[1:2]
-    probe.main(
-        [
-            "--ckpt",
-            *names,
-            "--data-dir",
-            str(data),
-            "--masks",
-            str(data / "masks.npz"),
-            *(("--encoder", *encoder) if encoder else ()),
-            *WORDS,
-            "--seed",
-            str(seed),
-            "--out",
-            str(work / "probes" / f"seed{seed}"),
-        ]
-    )
-    found = files.read_json(work / "probes" / f"seed{seed}" / "probe.json")
-    named = {name.split("/")[-1]: said for name, said in names.items()}
-    files.write_json(
-        target,
-        {
-            **found,
-            "rows": [{**row, "checkpoint": named.get(row["checkpoint"])} for row in found["rows"]],
-            "checkpoints": {named[name]: about for name, about in found["checkpoints"].items()},
-        },
-    )
+        names[f"{run}@{step}"] = name
+    plain = rows.find("study/SiT-B-2/plain")
+    data, out = work / "data" / scale.data(plain), work / "probes" / f"seed{seed}"
+    words = ["--ckpt", *names, "--data-dir", data, "--masks", data / "masks.npz"]
+    if encoder := scale.fill(scale.encoder, plain, work)[1:2]:
+        words += ["--encoder", *encoder]
+    probe.main([str(word) for word in (*words, *WORDS, "--seed", seed, "--out", out)])
+    probed = files.read_json(out / "probe.json")
+    # the probe calls a checkpoint by its folder; the tables call it by its method and age
+    named = {checkpoint.split("/")[-1]: name for checkpoint, name in names.items()}
+    probed["rows"] = [{**row, "checkpoint": named.get(row["checkpoint"])} for row in probed["rows"]]
+    probed["checkpoints"] = {named[checkpoint]: facts for checkpoint, facts in probed["checkpoints"].items()}
+    files.write_json(target, probed)
     return target
 
 
+# What is read of a seed's file.
 class Probe(TypedDict):
-    """What is read of a row."""
-
     checkpoint: str | None
     features: str
     omega: float | None
@@ -90,39 +74,34 @@ class Probe(TypedDict):
 
 
 class Probes(TypedDict):
-    """What is read of a seed's file."""
-
     rows: list[Probe]
 
 
 def load(results: Path, scale: str = "study") -> list[Probes]:
-    """The probes of every seed. Raises UserError where a file is none."""
+    """The probes of every seed. Raises UserError if a file has another form."""
     return [schema.read(Probes, file) for file in sorted((results / "probes").glob(f"{scale}-s*.json"))]
 
 
 def summary(probes: Sequence[Probes], block: int = 4) -> list[list[str]]:
-    """Lines of cells: each network's features at one block, mean over seeds and times, with the standard deviation over seeds."""
+    """A line of cells for each network's features at one block: means over times, then mean ± deviation over seeds."""
 
-    def of(metric: str, network: str | None, features: str, omega: float | None) -> str:
-        seeds = []
-        for one in probes:
-            values = [
+    def cell(metric: Literal["accuracy", "knn", "miou"], *features: object) -> str:
+        by_seed = [
+            [
                 row[metric]
-                for row in one["rows"]
-                if (row["checkpoint"], row["features"], row["omega"]) == (network, features, omega)
-                and row["block"] in (None, block)
+                for row in probed["rows"]
+                # features without blocks belong to every block
+                if (row["checkpoint"], row["features"], row["omega"]) == features and row["block"] in (None, block)
             ]
-            if values:
-                seeds.append(statistics.mean(values))
-        return spread(seeds, 3)
+            for probed in probes
+        ]
+        return spread([statistics.mean(values) for values in by_seed if values], 3)
 
-    seen = {(row["checkpoint"], row["features"], row["omega"]): None for one in probes for row in one["rows"]}
     lines = [["features", "class, linear probe", "class, nearest neighbours", "mask, mIoU"]]
-    for network, features, omega in seen:
-        said = (
-            features
-            if network is None
-            else f"{network}: f_{features}" + (f", omega {omega:g}" if omega is not None else "")
-        )
-        lines.append([said, *(of(metric, network, features, omega) for metric in ("accuracy", "knn", "miou"))])
+    every = [(row["checkpoint"], row["features"], row["omega"]) for probed in probes for row in probed["rows"]]
+    for network, features, omega in dict.fromkeys(every):
+        name = features if network is None else f"{network}: f_{features}"
+        name += "" if omega is None or network is None else f", omega {omega:g}"
+        key = (network, features, omega)
+        lines.append([name, cell("accuracy", *key), cell("knn", *key), cell("miou", *key)])
     return lines

@@ -1,7 +1,7 @@
 """Tables that pages show, made from the records: README's results and the claims of docs/study.md.
 
-A page marks the place: `<!-- results: NAME -->`, the table, `<!-- end -->`. `python -m recipes publish` rewrites what lies
-between; `python -m recipes check` fails where it is not what the records say.
+A page marks the place: `<!-- results: NAME -->`, the table, `<!-- end -->`. `python -m recipes publish` rewrites the
+table; `python -m recipes check` fails if it differs from the records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runtime.text import spread
 PAGES = ("README.md", "docs/study.md")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
-SAID = {
+TITLES = {
     "plain": "plain SiT",
     "stage1": "stage 1",
     "plain-teacher": "stage 2, plain teacher",
@@ -41,53 +41,38 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *text[1:]]) + "\n"
 
 
-def summary_table(records: Sequence[dict[str, Any]]) -> str:
-    """Table 4 of the paper, as the study has it."""
-    return study_table(records, ("plain", "stage1", "plain-teacher", "full"))
-
-
-def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(SAID)) -> str:
+def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(TITLES)) -> str:
     """Every row of the study at every number of epochs at which it was scored."""
     chosen = claims.study_records(records, "study")
     lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
-        for epochs, at in table.by_epochs(chosen, row.name).items():
-            found = [score for _, score in at]
+        for epochs, scored in table.by_epochs(chosen, row.name).items():
+            scores = [score for _, score in scored]
+            metrics = [score["metrics"] for score in scores]
             lines.append(
                 [
-                    SAID[row.name.split("/")[-1]],
+                    TITLES[row.name.split("/")[-1]],
                     f"{epochs:g}",
-                    spread([table.quality(score) for score in found]),
-                    spread(
-                        [score["metrics"]["class_accuracy"] for score in found if "class_accuracy" in score["metrics"]]
-                    ),
-                    str(len(found)),
-                    f"{statistics.mean(score['flops'] for score in found) / 1e12:.2f}",
+                    spread([table.quality(score) for score in scores]),
+                    spread([values["class_accuracy"] for values in metrics if "class_accuracy" in values]),
+                    str(len(scores)),
+                    f"{statistics.mean(score['flops'] for score in scores) / 1e12:.2f}",
                 ]
             )
     return markdown(lines)
 
 
-def claims_table(records: Sequence[dict[str, Any]]) -> str:
-    """Every claim with its test."""
-    return markdown(claims.cells(claims.test(records)))
-
-
-def inside_table(results: Path) -> str:
-    """What the networks know inside."""
-    return markdown(inside.summary(inside.load(results)))
-
-
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "study": lambda results: study_table(record.load(results)),
-    "summary": lambda results: summary_table(record.load(results)),
-    "claims": lambda results: claims_table(record.load(results)),
-    "inside": inside_table,
+    "summary": lambda results: study_table(record.load(results), ("plain", "stage1", "plain-teacher", "full")),
+    "claims": lambda results: markdown(claims.cells(claims.test(record.load(results)))),
+    "inside": lambda results: markdown(inside.summary(inside.load(results))),
 }
+"""Name of a table -> what makes it from the folder of results. The summary has the rows of the paper's Table 4."""
 
 
 def page(text: str, results: Path) -> str:
-    """A page with its tables as the folder of results has them. Raises UserError for a block of an unknown name."""
+    """A page with its tables made anew from the folder of results. Raises UserError for a block of an unknown name."""
 
     def block(match: re.Match[str]) -> str:
         require(match[2] in BLOCKS, f"no table is called {match[2]}; there are {', '.join(BLOCKS)}")
@@ -107,6 +92,21 @@ def publish(root: Path, results: Path) -> list[Path]:
 
 
 def stale(root: Path, results: Path) -> list[Path]:
-    """The pages whose tables are not what the results say."""
-    found = [root / name for name in PAGES if (root / name).is_file()]
-    return [path for path in found if page(text := path.read_text(encoding="utf-8"), results) != text]
+    """The pages whose tables differ from the results."""
+    pages = [root / name for name in PAGES if (root / name).is_file()]
+    return [path for path in pages if page(text := path.read_text(encoding="utf-8"), results) != text]
+
+
+def require_current(results: Path) -> None:
+    """Raise UserError if the ledger, or a page about these results, differs from the records."""
+    if not record.folders(results):
+        print(f"no record in {results}")
+        return
+    ledger = results / "ledger.csv"
+    require(
+        ledger.is_file() and ledger.read_text(encoding="utf-8") == record.ledger(results),
+        f"{ledger} is not what the records say: run python -m recipes publish --results {results}",
+    )
+    if results.resolve() == Path("results").resolve():
+        pages = ", ".join(map(str, stale(Path(), results)))
+        require(not pages, f"the tables of {pages} are not what the records say: run python -m recipes publish")

@@ -1,13 +1,14 @@
 """A record: one folder for every result, written by the runner alone.
 
     results/records/DATE-ROW-SCALE-sSEED/
-      record.json    row, scale, seed, status, commands, commit, versions, device, digests, steps, hours, rate, digest of each file
+      record.json    row, scale, seed, status, commands, commit, versions, device, digests, steps, hours, rate,
+                     and a digest of each file
       config.json    the run's options and resolved choices, from its checkpoint
-      metrics.json   each score: preset, epochs, metrics, the protocol under which it was made, and what it took: device hours,
-                     and FLOPs of training with stage 1 counted
+      metrics.json   each score: preset, epochs, metrics, the protocol under which it was made, device hours,
+                     and FLOPs of training, stage 1 included
       log.jsonl      the run's log
 
-`results/ledger.csv` is generated from the folders. Two scores belong in one column only if their protocol keys are equal.
+`results/ledger.csv` is generated from the folders. Only scores with equal protocol keys belong in one column.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from training.log import read
 
 RESULTS = Path("results")
 METRICS = ("fid", "fd")
-"""The Frechet distance of a score: the first of these that it has is what a table shows."""
+"""Names of the Frechet distance; a table shows the first of these that a score has."""
 
 
 def key(values: dict[str, Any]) -> str:
@@ -92,20 +93,24 @@ def _free(folder: Path) -> Path:
 
 
 def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[str, Any]:
+    """Write the files of a finished chain into `folder`; returns what its record adds."""
     checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}")
-    told = ("model", "train", "align", "resolved", "precision")
-    files.write_json(folder / "config.json", {name: checkpoint.config[name] for name in told})
+    config = {name: checkpoint.config[name] for name in ("model", "train", "align", "resolved", "precision")}
+    files.write_json(folder / "config.json", config)
     shutil.copy(chain.run / "log.jsonl", folder / "log.jsonl")
-    batch = checkpoint.config["train"]["batch_size"]
-    hours, rate = spent(chain.run, batch, chain.step)
-    stage1 = 0.0
+
+    batch_size, stage1 = config["train"]["batch_size"], 0.0
     if chain.teacher is not None:
         run, step = chain.teacher
         stage1, _ = spent(run, Checkpoint.open(f"{run}@{step}").config["train"]["batch_size"], step)
+
+    def device_hours(step: int) -> dict[str, float]:
+        return {"training": spent(chain.run, batch_size, step)[0] * processes, "stage 1": stage1 * processes}
+
     scores = []
     for score in chain.scores:
         metrics = files.read_json(score.link.makes)
-        about = protocol(metrics)
+        conditions = protocol(metrics)
         scores.append(
             {
                 "preset": score.preset,
@@ -113,12 +118,9 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
                 "step": score.step,
                 "metrics": metrics["metrics"],
                 "num_samples": metrics["num_samples"],
-                "key": key(about),
-                "protocol": about,
-                "device_hours": {
-                    "training": spent(chain.run, batch, score.step)[0] * processes,
-                    "stage 1": stage1 * processes,
-                },
+                "key": key(conditions),
+                "protocol": conditions,
+                "device_hours": device_hours(score.step),
                 "flops": costs.flops(chain.row, size, score.epochs),
             }
         )
@@ -127,20 +129,19 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
         "digests": {
             "data": checkpoint.config["data"]["digest"],
             "checkpoint": checkpoint.digest,
-            "teacher": checkpoint.config["resolved"].get("guided", {}).get("teacher", {}).get("digest"),
+            "teacher": config["resolved"].get("guided", {}).get("teacher", {}).get("digest"),
         },
         "step": chain.step,
-        "device_hours": {"training": hours * processes, "stage 1": stage1 * processes},
-        "images_per_second": rate,
+        "device_hours": device_hours(chain.step),
+        "images_per_second": spent(chain.run, batch_size, chain.step)[1],
     }
 
 
+# What is read of each file, checked when a record is opened.
 DeviceHours = TypedDict("DeviceHours", {"training": Number, "stage 1": Number})
 
 
 class Score(TypedDict):
-    """One entry of metrics.json."""
-
     preset: str
     epochs: Number
     step: int
@@ -153,19 +154,15 @@ class Score(TypedDict):
 
 
 class Scores(TypedDict):
-    """metrics.json."""
-
     scores: list[Score]
 
 
-class _Train(TypedDict):
+class TrainOptions(TypedDict):
     batch_size: int
 
 
 class RecordedConfig(TypedDict):
-    """What is read of config.json."""
-
-    train: _Train
+    train: TrainOptions
 
 
 class Summary(TypedDict):
@@ -182,19 +179,19 @@ class Summary(TypedDict):
 
 
 class Finished(Summary):
-    """... and where it finished."""
+    """What is read beside that of a finished one."""
 
     step: int
     images_per_second: Number
 
 
 def folders(results: Path) -> list[Path]:
-    """Those of all records, in the order of their names."""
+    """The folders of all records, sorted by name."""
     return sorted(path for path in (results / "records").glob("*") if not path.name.startswith("."))
 
 
 def open_record(folder: Path) -> dict[str, Any]:
-    """A record with its folder's name and, where it finished, its scores. Raises UserError where it is none, or damaged."""
+    """A record with its folder's name and, if it finished, its scores. Raises UserError for a damaged record."""
     require(
         (folder / "record.json").is_file(),
         f"{folder} is not a record: it has no record.json; give the folder of one, or remove it",
@@ -219,52 +216,36 @@ def load(results: Path) -> list[dict[str, Any]]:
 
 
 def newest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The finished records, of those of one row, scale, seed and protocol the last: a seed that was run twice is one sample."""
-    last = {
-        (one["row"], one["scale"], one["seed"], *sorted({score["key"] for score in one["scores"]})): one
-        for one in records
-        if one["status"] == "finished"
-    }
+    """The finished records without those that were repeated later, so that a seed that ran twice is one sample."""
+    last = {}
+    for record in finished(records):
+        keys = frozenset(score["key"] for score in record["scores"])
+        last[record["row"], record["scale"], record["seed"], keys] = record
     return list(last.values())
 
 
+def finished(records: Sequence[dict[str, Any]], **wanted: object) -> list[dict[str, Any]]:
+    """The finished records with these values, such as row=... and seed=..."""
+    wanted["status"] = "finished"
+    return [record for record in records if all(record[name] == value for name, value in wanted.items())]
+
+
+RECORD_COLUMNS = ("folder", "row", "scale", "seed", "status")
+SCORE_COLUMNS = ("preset", "epochs", "step", "key", "num_samples")
+
+
 def ledger(results: Path) -> str:
-    """The text of `ledger.csv` from the folders: one line for each score, one for each failure."""
-    columns = (
-        "record",
-        "row",
-        "scale",
-        "seed",
-        "status",
-        "preset",
-        "epochs",
-        "step",
-        "key",
-        "num_samples",
-        "metric",
-        "value",
-    )
+    """The text of `ledger.csv`: one line for each metric of each score, one for each failure."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(columns)
+    lines.writerow(["record", *RECORD_COLUMNS[1:], *SCORE_COLUMNS, "metric", "value"])
     for record in load(results):
-        head = (record["folder"], record["row"], record["scale"], record["seed"], record["status"])
+        head = [record[column] for column in RECORD_COLUMNS]
         if not record["scores"]:
             lines.writerow([*head, *[""] * 7])
         for score in record["scores"]:
             for metric, value in score["metrics"].items():
-                lines.writerow(
-                    [
-                        *head,
-                        score["preset"],
-                        score["epochs"],
-                        score["step"],
-                        score["key"],
-                        score["num_samples"],
-                        metric,
-                        f"{value:.6g}",
-                    ]
-                )
+                lines.writerow([*head, *(score[column] for column in SCORE_COLUMNS), metric, f"{value:.6g}"])
     return text.getvalue()
 
 
@@ -277,50 +258,61 @@ def write_ledger(results: Path) -> None:
 def check(folder: Path) -> list[str]:
     """Recompute what a record says of itself; returns what does not hold, in words.
 
-    Digests of its files, the key of each protocol, the step and FLOPs of each score from row and scale, rate and hours from its log.
-    Hours of stage 1 are not among them: that run's log is in its own record, if anywhere.
+    Digests of its files, the key of each protocol, the step and FLOPs of each score from row and scale, rate and hours
+    from its log. Hours of stage 1 are left out, since that run's log is in another record, if anywhere.
 
-    Raises UserError where it is no record, or damaged.
+    Raises UserError if it is damaged or not a record.
     """
-    summary, faults = open_record(folder), []
+    summary = open_record(folder)
     if summary["row"] not in rows.rows() or summary["scale"] not in scale.SCALES:
         return [f"there is no row {summary['row']} at scale {summary['scale']} any more"]
-    row, size = rows.find(summary["row"]), scale.find(summary["scale"])
-    names = {file.name for file in folder.iterdir()} - {"record.json"}
-    if names != set(summary["files"]):
-        faults.append(f"its files are {sorted(names)}, not {sorted(summary['files'])}")
-    faults += [
-        f"{name} has changed since"
-        for name, digest in summary["files"].items()
-        if name in names and files.digest(folder / name) != digest
-    ]
-    if not folder.name.startswith(
-        f"{summary['date']}-{summary['row'].replace('/', '-')}-{summary['scale']}-s{summary['seed']}"
-    ):
-        faults.append(
-            f"its folder should be called after {summary['date']}, {summary['row']}, {summary['scale']} and {summary['seed']}"
-        )
+    faults = _changed_files(folder, summary)
     if summary["status"] != "finished" or faults:
         return faults
-    train = schema.read(RecordedConfig, folder / "config.json")["train"]
+    batch_size = schema.read(RecordedConfig, folder / "config.json")["train"]["batch_size"]
     for score in summary["scores"]:
-        step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
-        if score["step"] != step or abs(score["flops"] - flops) > 1e-6 * flops:
-            faults.append(
-                f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, not {score['step']} and "
-                f"{score['flops']:.6g}"
-            )
-        if key(score["protocol"]) != score["key"]:
-            faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
-        hours = spent(folder, train["batch_size"], score["step"])[0] * summary["processes"]
-        if abs(hours - score["device_hours"]["training"]) > 1e-6 * hours:
-            faults.append(
-                f"its log gives {hours:.6g} device hours up to step {score['step']}, not {score['device_hours']['training']:.6g}"
-            )
+        faults += _wrong_numbers(score, folder, summary, batch_size)
     log = read(folder / "log.jsonl")
     if not log or max(line["step"] for line in log) < summary["step"]:
         faults.append(f"its log ends before step {summary['step']}")
-    _, rate = spent(folder, train["batch_size"], summary["step"])
-    if abs(rate - summary["images_per_second"]) > 1e-6 * max(rate, 1):
+    _, rate = spent(folder, batch_size, summary["step"])
+    if _differ(summary["images_per_second"], rate):
         faults.append(f"its log gives {rate:.6g} images per second, not {summary['images_per_second']:.6g}")
     return faults
+
+
+def _changed_files(folder: Path, summary: dict[str, Any]) -> list[str]:
+    """How the record's folder differs from what it says of its name and its files."""
+    faults = []
+    names, digests = {file.name for file in folder.iterdir()} - {"record.json"}, summary["files"]
+    if names != set(digests):
+        faults.append(f"its files are {sorted(names)}, not {sorted(digests)}")
+    changed = [name for name in digests if name in names and files.digest(folder / name) != digests[name]]
+    faults += [f"{name} has changed since" for name in changed]
+    date, row, size, seed = (summary[name] for name in ("date", "row", "scale", "seed"))
+    if not folder.name.startswith(f"{date}-{row.replace('/', '-')}-{size}-s{seed}"):
+        faults.append(f"its folder should be called after {date}, {row}, {size} and {seed}")
+    return faults
+
+
+def _wrong_numbers(score: dict[str, Any], folder: Path, summary: dict[str, Any], batch_size: int) -> list[str]:
+    """How a score differs from what its row, its protocol and the record's log give."""
+    faults = []
+    row, size = rows.find(summary["row"]), scale.find(summary["scale"])
+    step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
+    if score["step"] != step or _differ(score["flops"], flops):
+        faults.append(
+            f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, "
+            f"not {score['step']} and {score['flops']:.6g}"
+        )
+    if key(score["protocol"]) != score["key"]:
+        faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
+    hours = spent(folder, batch_size, score["step"])[0] * summary["processes"]
+    recorded = score["device_hours"]["training"]
+    if _differ(recorded, hours):
+        faults.append(f"its log gives {hours:.6g} device hours up to step {score['step']}, not {recorded:.6g}")
+    return faults
+
+
+def _differ(recorded: float, computed: float) -> bool:
+    return abs(recorded - computed) > 1e-6 * abs(computed)

@@ -1,7 +1,8 @@
-"""The experiments of the paper, as rows: what is trained, from which teacher, how it is sampled, and which published number it is.
+"""The experiments as rows: what is trained, from which teacher, how it is sampled, and which published number it has.
 
-Every row of Tables 1 to 5 that can be trained here, and every curve of Figs. 4 and 8, is listed by the functions below,
-not scripted one by one. Epochs are the paper's: 5,000 steps of 256 latents for SiT, 1,250 of 1,024 for LightningDiT.
+The functions below list every row of Tables 1 to 5 that can be trained here, every curve of Figs. 4 and 8, the study
+of the paper's claims on scenes, and the comparison of all methods on the digits. Epochs are the paper's: 5,000 steps of
+256 latents for SiT, 1,250 of 1,024 for LightningDiT. Blocks are those of the paper's network. A scale translates both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from models import published
 from models.published import Published
@@ -16,14 +18,18 @@ from runtime.errors import UserError, nearest
 
 ENCODED = ("repa", "haste")
 """Methods with an external encoder."""
+PRESET = ("dispersive", "layersync")
+"""Methods that run under --preset paper, which sets the precision; their authors train with flipped views."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The guiding model of a stage-2 row: how it was trained, and for how long."""
+    """The guiding model of a stage-2 row: how it is trained, and for how long."""
 
     method: str = "latent"
     epochs: float = 40
+    words: tuple[str, ...] = ()
+    """Further options of its training command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,7 @@ class Row:
     """One experiment."""
 
     name: str
-    """What is typed, e.g. table1/SiT-B-2/guided."""
+    """What the user types, e.g. table1/SiT-B-2/guided-80."""
     table: str
     method: str
     """none, guided (stage 2), or a name of --align."""
@@ -42,13 +48,15 @@ class Row:
     words: tuple[str, ...] = ()
     """Further options of its training command."""
     stop: float | None = None
-    """Epochs after which its alignment ends, where a figure says so; None is the method's own rule."""
+    """Epochs after which its alignment ends; 0 is never, None the method's own rule."""
     trunk: float | None = None
-    """Epochs up to which it is the run without that stop, from which it branches."""
+    """If set, it branches after these epochs from the same run without that stop."""
     presets: tuple[str, ...] = ("table1-sde", "table1-ode")
-    """Sampling presets; each gives one number, in a column of its own."""
+    """Sampling presets; each gives one number under a protocol of its own."""
+    sampling: tuple[str, ...] = ("",)
+    """Further options of sampling, where the scale has no preset; each entry gives one number."""
     at: tuple[float, ...] = ()
-    """Epochs at which a curve is scored; empty for the end alone."""
+    """Epochs at which it is scored; empty for the end alone."""
     variant: str = ""
     """Which of the published rows of this method it is (`models.published`)."""
 
@@ -62,14 +70,20 @@ class Row:
         """Whether it, or its teacher, is trained with an external encoder."""
         return bool({self.method, self.teacher.method if self.teacher else ""} & set(ENCODED))
 
+    @property
+    def extras(self) -> list[str]:
+        """What its latent set holds beside the latents: images for an external encoder, flipped views."""
+        flips = self.method in PRESET and self.family == "sit"  # LightningDiT's sets hold them always
+        return ["images"] * self.encoded + ["flips"] * flips
+
     def of_teacher(self) -> Row:
-        """The training of its guiding model: the same run whatever row asks for it, as far as this one needs it."""
+        """The training of its guiding model. Rows with equal teachers get equal runs."""
         assert self.teacher is not None
         return replace(
             self,
             method=self.teacher.method,
             epochs=self.teacher.epochs,
-            words=(),
+            words=self.teacher.words,
             teacher=None,
             stop=None,
             trunk=None,
@@ -78,7 +92,7 @@ class Row:
 
     @property
     def published(self) -> Published | None:
-        """The paper's own row, None where it prints none."""
+        """The paper's own row; None if the paper prints no number for it."""
         number = self.table.removeprefix("table")
         printed = [
             row
@@ -95,60 +109,48 @@ class Row:
         return printed[0] if printed and self.table.startswith("table") else None
 
 
-def _row(table: str, model: str, method: str, epochs: float, key: str = "", **more) -> Row:
-    name = "/".join([table, model.replace("/", "-"), key or f"{method}-{epochs:g}"])
+def _row(table: str, model: str, method: str, epochs: float, key: str = "", words: str = "", **more: Any) -> Row:
+    """A row of `table`, called after `key` (default: method and epochs). A guided row gets the paper's teacher."""
     return Row(
-        name=name,
+        name="/".join([table, model.replace("/", "-"), key or f"{method}-{epochs:g}"]),
         table=table,
         method=method,
         model=model,
         epochs=epochs,
+        words=tuple(words.split()),
         **{"teacher": Teacher() if method == "guided" else None, **more},
     )
 
 
 def table1() -> Iterator[Row]:
-    """ImageNet 256 without guidance; the sampler is not stated, so each row is sampled both ways."""
-    for model, methods in {
-        "SiT-B/2": (
-            ("none", 120),
-            ("none", 80),
-            ("repa", 80),
-            ("dispersive", 80),
-            ("layersync", 80),
-            ("latent", 80),
-            ("guided", 80),
-        ),
-        "SiT-L/2": (("none", 80), ("repa", 80), ("dispersive", 80), ("layersync", 80), ("latent", 80), ("guided", 80)),
-        "SiT-XL/2": (
-            ("none", 800),
-            ("none", 120),
-            ("none", 80),
-            ("repa", 80),
-            ("dispersive", 200),
-            ("layersync", 200),
-            ("latent", 80),
-            ("guided", 80),
-        ),
-    }.items():
-        yield from (_row("table1", model, method, epochs) for method, epochs in methods)
-    for model, methods in {
-        "LightningDiT-B/1": ("none", "latent", "guided"),
-        "LightningDiT-XL/1": ("none", "repa", "latent", "guided"),
-    }.items():
-        yield from (_row("table1", model, method, 64, presets=("lightningdit-64ep-nocfg",)) for method in methods)
+    """ImageNet 256 without guidance. The paper does not state the sampler, so each row is sampled both ways."""
+    sit = {
+        "SiT-B/2": "none-120 none-80 repa-80 dispersive-80 layersync-80 latent-80 guided-80",
+        "SiT-L/2": "none-80 repa-80 dispersive-80 layersync-80 latent-80 guided-80",
+        "SiT-XL/2": "none-800 none-120 none-80 repa-80 dispersive-200 layersync-200 latent-80 guided-80",
+    }
+    for model, keys in sit.items():
+        for method, epochs in (key.split("-") for key in keys.split()):
+            yield _row("table1", model, method, int(epochs))
+    lightningdit = {"LightningDiT-B/1": "none latent guided", "LightningDiT-XL/1": "none repa latent guided"}
+    for model, methods in lightningdit.items():
+        for method in methods.split():
+            yield _row("table1", model, method, 64, presets=("lightningdit-64ep-nocfg",))
 
 
 def table2() -> Iterator[Row]:
     """ImageNet 256 with guidance, those rows that can be trained here."""
-    yield _row("table2", "SiT-XL/2", "none", 1400, presets=("sit-cfg-sde",))
-    yield _row("table2", "LightningDiT-XL/1", "none", 800, presets=("lightningdit-800ep",))
-    yield _row("table2", "SiT-XL/2", "repa", 800, presets=("repa-cfg",))
-    yield _row("table2", "SiT-XL/2", "dispersive", 1200, presets=("dispersive-cfg",))
-    yield _row("table2", "SiT-XL/2", "sra", 800, presets=("repa-cfg",))
-    yield _row("table2", "SiT-XL/2", "layersync", 800, presets=("sit-cfg-sde",))
-    yield _row("table2", "SiT-XL/2", "guided", 400, presets=("self-transcendence-cfg",))
-    yield _row("table2", "LightningDiT-XL/1", "guided", 400, presets=("lightningdit-800ep",))
+    for model, method, epochs, preset in (
+        ("SiT-XL/2", "none", 1400, "sit-cfg-sde"),
+        ("LightningDiT-XL/1", "none", 800, "lightningdit-800ep"),
+        ("SiT-XL/2", "repa", 800, "repa-cfg"),
+        ("SiT-XL/2", "dispersive", 1200, "dispersive-cfg"),
+        ("SiT-XL/2", "sra", 800, "repa-cfg"),
+        ("SiT-XL/2", "layersync", 800, "sit-cfg-sde"),
+        ("SiT-XL/2", "guided", 400, "self-transcendence-cfg"),
+        ("LightningDiT-XL/1", "guided", 400, "lightningdit-800ep"),
+    ):
+        yield _row("table2", model, method, epochs, presets=(preset,))
 
 
 def table3() -> Iterator[Row]:
@@ -157,100 +159,114 @@ def table3() -> Iterator[Row]:
         yield _row("table3", "SiT-XL/2", method, epochs, resolution=512, presets=("self-transcendence-cfg-512",))
 
 
-_B = {"model": "SiT-B/2", "epochs": 80, "presets": ("fid10k",)}
+def _ablation(table: str, key: str, method: str, words: str = "", epochs: float = 80, **more: Any) -> Row:
+    """A row of SiT-B/2 whose FID is of 10,000 samples."""
+    return _row(table, "SiT-B/2", method, epochs, key, words, presets=("fid10k",), **more)
 
 
 def table4() -> Iterator[Row]:
-    """Ablation of the two stages, FID of 10,000 samples."""
-    yield _row("table4", method="none", key="plain", variant="table 4", **_B)
-    yield _row("table4", method="latent", key="stage1", variant="table 4", **_B)
-    yield _row(
-        "table4",
-        method="guided",
-        key="plain-teacher",
-        variant="table 4: plain teacher",
-        teacher=Teacher(method="none"),
-        **_B,
-    )
-    yield _row("table4", method="guided", key="full", variant="table 4: full", **_B)
+    """Ablation of the two stages."""
+    yield _ablation("table4", "plain", "none", variant="table 4")
+    yield _ablation("table4", "stage1", "latent", variant="table 4")
+    plain = Teacher(method="none")
+    yield _ablation("table4", "plain-teacher", "guided", variant="table 4: plain teacher", teacher=plain)
+    yield _ablation("table4", "full", "guided", variant="table 4: full")
 
 
 def table5() -> Iterator[Row]:
-    """Ablation of stage 2 on SiT-B/2, FID of 10,000 samples."""
+    """Ablation of stage 2."""
 
-    def guided(key: str, *words: object, **teacher: object) -> Row:
-        return _row(
-            "table5",
-            method="guided",
-            key=key.replace(" ", "-"),
-            variant=f"table 5: {key}",
-            words=tuple(map(str, words)),
-            teacher=Teacher(**teacher),
-            **_B,
-        )
+    def guided(key: str, words: str = "", **teacher: Any) -> Row:
+        name, variant = key.replace(" ", "-"), f"table 5: {key}"
+        return _ablation("table5", name, "guided", words, variant=variant, teacher=Teacher(**teacher))
 
     yield guided("default")
     for guiding, student in ((8, 4), (8, 8), (6, 6), (10, 6)):
-        yield guided(f"blocks {guiding} to {student}", "--guiding-depth", guiding, "--guided-depth", student)
-    yield from (guided(f"omega {omega}", "--guide-scale", omega) for omega in (1, 15, 45, 60))
+        yield guided(f"blocks {guiding} to {student}", f"--guiding-depth {guiding} --guided-depth {student}")
+    yield from (guided(f"omega {omega}", f"--guide-scale {omega}") for omega in (1, 15, 45, 60))
     yield from (guided(f"teacher {epochs * 5}K", epochs=epochs) for epochs in (10, 20, 60))
     yield guided("plain teacher", method="none")
     yield guided("REPA teacher", method="repa")
-    yield from (guided(f"lambda {weight}", "--align-weight", weight) for weight in (0.1, 0.3, 0.7, "1.0"))
+    yield from (guided(f"lambda {weight}", f"--align-weight {weight}") for weight in (0.1, 0.3, 0.7, "1.0"))
 
 
 def figure4() -> Iterator[Row]:
     """FID of 10,000 samples along training: plain, stage 1, stage 2."""
-    at = tuple(range(10, 81, 10))
     for method in ("none", "latent", "guided"):
-        yield _row("figure4", method=method, key=method, at=at, **_B)
+        yield _ablation("figure4", method, method, at=tuple(range(10, 81, 10)))
 
 
 def figure8() -> Iterator[Row]:
     """With and without an early stop: the loss is dropped at a step, and training goes on for 20 epochs."""
     for method in ("repa", "guided"):
-        trunk = _row(
-            "figure8",
-            "SiT-XL/2",
-            method,
-            80,
-            key=f"{method}-no-stop",
-            presets=("fid10k",),
-            stop=0,
-            at=tuple(range(30, 81, 10)),
-        )
+        key, at = f"{method}-no-stop", tuple(range(30, 81, 10))
+        trunk = _row("figure8", "SiT-XL/2", method, 80, key, presets=("fid10k",), stop=0, at=at)
         yield trunk
         for stop in (10, 20, 40, 60):
-            yield replace(
-                trunk,
-                name=f"figure8/SiT-XL-2/{method}-stop-{stop * 5}K",
-                epochs=stop + 20,
-                stop=stop,
-                trunk=stop,
-                at=(),
-            )
+            name = f"figure8/SiT-XL-2/{method}-stop-{stop * 5}K"
+            yield replace(trunk, name=name, epochs=stop + 20, stop=stop, trunk=stop, at=())
 
 
 PLAIN_TOTAL, STAGE1_TOTAL = 146, 120
-"""Epochs of the study's plain training and of its stage 1 that cost what 80 epochs of stage 2 do, the teacher's 40 and its passes up
-to the stop counted: a head is large beside six blocks of width 128. (Stage 1 has 5 % more: a multiple of ten epochs.)"""
+"""Epochs of the study's plain training and of its stage 1 that cost as much as 80 epochs of stage 2.
+
+That cost includes the teacher's 40 epochs and its passes up to the stop: a head is large beside six blocks of width
+128. Stage 1 has 5 % more, to end at a multiple of ten epochs.
+"""
 
 
 def study() -> Iterator[Row]:
-    """What `--scale study` has records of: Table 4 at equal steps and equal compute, and one dial of the method at a time."""
-
-    def row(key: str, method: str, *words: object, epochs: float = 80, **more: object) -> Row:
-        return _row("study", "SiT-B/2", method, epochs, key, words=tuple(map(str, words)), presets=("fid10k",), **more)
-
+    """The paper's claims at `--scale study`: Table 4 at equal steps and equal compute, and one setting at a time."""
+    row = functools.partial(_ablation, "study")
     yield row("plain", "none", epochs=PLAIN_TOTAL, at=(40, 80, PLAIN_TOTAL))
     yield row("stage1", "latent", epochs=130, at=(40, 80, STAGE1_TOTAL, 130))
     yield row("plain-teacher", "guided", teacher=Teacher(method="none"))
     yield row("full", "guided", at=(40, 80))
-    yield from (row(f"omega-{omega}", "guided", "--guide-scale", omega) for omega in (1, 10))
+    yield from (row(f"omega-{omega}", "guided", f"--guide-scale {omega}") for omega in (1, 10))
     yield row("young-teacher", "guided", teacher=Teacher(epochs=20))
     yield row("late-stop", "guided", stop=40)
     for share in (3, 2):  # the default is n/6; SiT-B has twelve blocks
-        yield row(f"stage1-block-n-{share}", "latent", "--align-depth", 12 // share)
+        yield row(f"stage1-block-n-{share}", "latent", f"--align-depth {12 // share}")
+
+
+def digits() -> Iterator[Row]:
+    """Every method at `--scale digits`, for equal steps of one optimiser, beside plain training.
+
+    Settings are the published ones. HASTE and stage 2 end after a quarter of the steps; the teacher has half of them.
+    Stage 1 aligns block n/2, since n/6 would be the first block of six.
+    """
+    clip = "--max-grad-norm 1"  # the authors of these methods do not clip; here only the alignment may differ
+    stage1, velocity = "--align-depth 6", "--latent-target velocity"
+    teacher = Teacher(words=tuple(stage1.split()))
+    scales = ("", *(f"--internal-scale {scale}" for scale in (1.2, 1.4, 1.8)))
+    more: dict[str, Any]
+    for key, method, words, more in (
+        ("plain", "none", "", {"epochs": 140, "at": (80, 140)}),  # as long as 80 epochs of Muon take
+        ("muon", "none", "--optimizer muon --learning-rate 3e-3", {}),
+        ("stage1", "latent", stage1, {}),
+        ("guided", "guided", "", {"teacher": teacher}),
+        ("guided-omega-3", "guided", "--guide-scale 3", {"teacher": teacher}),
+        ("repa", "repa", "", {}),
+        ("haste", "haste", "", {"stop": 20}),
+        ("dispersive", "dispersive", clip, {}),
+        # the settings of the authors' PyTorch code
+        ("dispersive-pytorch", "dispersive", f"--align-weight 0.25 --align-temperature 1 --align-depth 12 {clip}", {}),
+        ("dispersive-weak", "dispersive", f"--align-weight 0.05 {clip}", {}),
+        ("layersync", "layersync", clip, {}),
+        ("layersync-weak", "layersync", f"--align-weight 0.02 {clip}", {}),
+        ("sra", "sra", "", {}),
+        ("sra-cosine", "sra", "--preset token-cosine", {}),
+        ("contrastive", "contrastive", "", {}),
+        ("internal", "internal", "", {"sampling": scales}),
+        ("stage1-velocity", "latent", velocity, {"sampling": scales}),
+        (
+            "guided-internal",
+            "guided",
+            "--align internal",
+            {"sampling": scales, "teacher": Teacher(words=tuple(velocity.split()))},
+        ),
+    ):
+        yield _ablation("digits", key, method, words, **more)
 
 
 TABLES = {
@@ -262,6 +278,7 @@ TABLES = {
     "figure4": figure4,
     "figure8": figure8,
     "study": study,
+    "digits": digits,
 }
 
 
@@ -279,7 +296,7 @@ def find(name: str) -> Row:
 
 
 def of_table(name: str) -> list[Row]:
-    """The rows of `table1` ... `figure8`. Raises UserError with the nearest name."""
+    """The rows of `table1` ... `digits`. Raises UserError with the nearest name."""
     if name not in TABLES:
         raise UserError(f"there is no {name}{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
     return [row for row in rows().values() if row.table == name]

@@ -1,7 +1,8 @@
-"""Runs a chain link by link, skipping what is there, and leaves a record whether it went well or not."""
+"""Runs a chain link by link, skipping what is done, and leaves a record of success or failure."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shlex
 import subprocess
@@ -14,11 +15,8 @@ from recipes.chain import Link
 from recipes.rows import Row
 from recipes.scale import Scale
 from runtime import files, signals
-from runtime.errors import UserError
+from runtime.errors import TRY_AGAIN, UserError
 from training.between import ENDED_EARLY
-
-REQUEUE = 75
-"""What a run exits with that was asked to stop and has saved: to be started again."""
 
 
 def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes: int, nodes: int = 1) -> Path:
@@ -33,6 +31,15 @@ def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes:
             folder.mkdir(parents=True, exist_ok=True)
     plan = chain.build(row, scale, seed, work)
     commands = [link.command(processes, nodes) for link in plan.links]
+    write = functools.partial(
+        record.write,
+        plan,
+        size=scale,
+        seed=seed,
+        commands=commands,
+        processes=processes * nodes,
+        results=results,
+    )
     try:
         for link, command in zip(plan.links, commands, strict=True):
             if link.done:
@@ -43,50 +50,39 @@ def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes:
             if not link.done:
                 raise UserError(f"{link.name} ended without {link.makes}; run it by hand to see why: {command}")
     except UserError as error:
-        record.write(
-            plan,
-            size=scale,
-            seed=seed,
-            commands=commands,
-            processes=processes * nodes,
-            results=results,
-            failure=str(error),
-        )
+        write(failure=str(error))
         raise
-    return record.write(plan, size=scale, seed=seed, commands=commands, processes=processes * nodes, results=results)
+    return write()
 
 
 def _start(link: Link, command: str, processes: int, nodes: int) -> None:
-    """One link: here where one process does, else through the launcher, on several nodes one of Slurm's tasks on each.
+    """Run one link: one process in this one, several through the launcher, on several nodes as a Slurm task on each.
 
     Raises:
-        SystemExit: it was asked to end (code 75): a signal to this process is passed on as SIGTERM, which launchers pass on in turn.
+        SystemExit: it was asked to end (code 75).
         UserError: it failed.
     """
     if processes * nodes == 1:
-        words = list(link.words)
-        module = words.pop(0) if words[0] != "-m" else (words.pop(0), words.pop(0))[1]
+        module, *words = link.words[1:] if link.words[0] == "-m" else link.words
         importlib.import_module(module.removesuffix(".py")).main(words)
         return
     words = shlex.split(command)
     if nodes > 1 and link.many:
         words = ["srun", "bash", "-c", f"exec {command}"]  # each node's shell fills in its own $SLURM_NODEID
+    elif words[0] == "accelerate":
+        words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     else:
-        words = [
-            sys.executable,
-            *(["-m", "accelerate.commands.launch", *words[2:]] if words[0] == "accelerate" else words[1:]),
-        ]
+        words = [sys.executable, *words[1:]]
     with signals.noted() as asked, subprocess.Popen(words) as process:
-        told = False
+        passed_on = False
         while process.poll() is None:
-            if asked.by and not told:
-                process.terminate()
-                told = True
+            if asked.by and not passed_on:
+                process.terminate()  # any signal becomes SIGTERM, which launchers pass on to their processes
+                passed_on = True
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-    code = process.returncode
-    # a launcher ends with 1 whatever its processes say; a run that saved and left says so by a file
-    if asked.by or code == REQUEUE or (link.makes.parents[2] / ENDED_EARLY).exists():
-        raise SystemExit(REQUEUE)
-    if code:
-        raise UserError(f"{link.name} ended with exit code {code}: {command}")
+    # a launcher ends with 1 whatever code its processes end with; a run that saved and left writes a file
+    if asked.by or process.returncode == TRY_AGAIN or (link.makes.parents[2] / ENDED_EARLY).exists():
+        raise SystemExit(TRY_AGAIN)
+    if process.returncode:
+        raise UserError(f"{link.name} ended with exit code {process.returncode}: {command}")

@@ -1,35 +1,61 @@
-"""At which size a row is run: as the paper has it; as a study on scenes, an hour of a CPU for each seed; or tiny, in a minute.
+"""At which size a row is run: as the paper has it, or on embedded data on a CPU.
 
 A scale says what the paper's networks, epochs, data and samples become. The chain of commands is the same at each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import models
-from recipes.rows import ENCODED, Row
+from recipes.rows import ENCODED, PRESET, Row
 from runtime.errors import UserError, nearest
 
-OWN_PRECISION = ("dispersive", "layersync")
-"""Methods whose preset says in which precision they run."""
+FAMILIES = ("sit", "lightningdit")
 BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
 """Options that number a block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scale:
-    """The paper's own size. Paths are relative to the folder of all work."""
+    """The words that a size brings to each command of a chain, most of them by family.
+
+    `Scale.fill` replaces {work}, {data} (the folder of the latent set), {model}, {resolution}, {preset} and {adm} (the
+    reference file of ADM's evaluator).
+    """
 
     name: str
     epoch_steps: dict[str, float]
-    """Optimiser steps of one of the paper's epochs, by family."""
-    batch_size: dict[str, int]
-    processes: int
+    """Optimiser steps of one of the paper's epochs."""
+    checkpointing_steps: dict[str, int]
+    """A divisor of every step at which something branches or is scored."""
+    processes: int = 1
     """Of the launcher; 1 is plain python."""
-    encoder_command: tuple[str, ...] = ()
-    """The command that makes the encoder of REPA and HASTE, to which --out is added; empty where there is one."""
+    models: dict[str, str] = field(default_factory=dict)
+    """What is trained in place of the paper's network."""
+    latents: dict[str, str]
+    """The latent set, by name."""
+    encode: dict[str, str]
+    """The command that makes it."""
+    extras: dict[str, str] = field(default_factory=dict)
+    """Options of that command by what a row needs beside the latents (`Row.extras`); empty if the set always has it."""
+    train: dict[str, str]
+    """Options of the training commands."""
+    methods: dict[str, str] = field(default_factory=dict)
+    """Further ones by method; "" is every other method."""
+    encoder: str = ""
+    """Options of a method with an external encoder."""
+    encoder_command: str = ""
+    """The command that makes this encoder, without --out; empty if it exists."""
+    guided_epochs: float | None = None
+    """Epochs after which stage 2's alignment ends; None is its own rule, which counts epochs of the data set."""
+    preset: str = ""
+    """The name of the one way in which every row is sampled; empty if each row has its sampling presets."""
+    sample: dict[str, str]
+    """Options of the sampling command by preset; "" is every other preset."""
+    score: str
+    """What samples are compared with."""
 
     def steps(self, row: Row, epochs: float) -> int:
         """Optimiser steps of so many epochs; at least 1."""
@@ -37,180 +63,114 @@ class Scale:
 
     def model(self, row: Row) -> str:
         """The network that is trained."""
-        return row.model
-
-    def checkpointing_steps(self, row: Row) -> int:
-        """Steps between checkpoints: a divisor of every step at which something branches or is scored."""
-        return 50_000 if row.family == "sit" else 10_000
-
-    def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Sampling presets of a row, each with the words that say so and how many samples to draw."""
-        return tuple((preset, ("--preset", preset)) for preset in row.presets)
+        return self.models.get(row.family, row.model)
 
     def data(self, row: Row) -> str:
-        """The latent set, by name."""
-        images = "-images" if row.encoded else ""
-        flips = "-flips" if row.method in ("dispersive", "layersync") else ""
-        return "vavae256" + images if row.family == "lightningdit" else f"imagenet{row.resolution}{images}{flips}"
+        """The latent set of a row, by name."""
+        name = self.latents[row.family].format(resolution=row.resolution)
+        return "-".join([name, *(extra for extra in row.extras if extra in self.extras)])
 
-    def data_words(self, data: str, folder: Path) -> tuple[str, ...]:
-        """The command that makes the latent set `data`, without the interpreter."""
-        resolution = "512" if "512" in data else "256"
-        kept = ("--keep-images",) if "images" in data else ()
-        if data.startswith("vavae"):
-            how = ("--vae", "vae/vavae", "--no-moments", "--flip")
-        else:
-            how = ("--vae", "stabilityai/sd-vae-ft-mse", *(("--flip",) if "flips" in data else ()))
-        return (
-            "-m",
-            "preprocessing.encode",
-            "--images",
-            "imagenet/train",
-            *how,
-            "--resolution",
-            resolution,
-            *kept,
-            "--out",
-            str(folder),
-        )
+    def row_words(self, row: Row) -> list[str]:
+        """The options that the row itself brings. Blocks keep their share of the depth."""
+        paper, ours = (models.ARCHITECTURES[row.family].sizes[name][0] for name in (row.model, self.model(row)))
+        before = ("", *row.words)
+        return [
+            str(int(word) * ours // paper) if flag in BLOCKS else word
+            for flag, word in zip(before, row.words, strict=False)
+        ]
 
-    def train_words(self, row: Row) -> tuple[str, ...]:
-        """Options that the size brings to a training command."""
-        return ("--recipe", row.family, "--model", row.model)
-
-    def row_words(self, row: Row) -> tuple[str, ...]:
-        """The options that the row itself brings."""
-        return row.words
-
-    def encoder_words(self, work: Path) -> tuple[str, ...]:
-        """Options of a method with an external encoder."""
-        return ()
-
-    def stop_words(self, row: Row) -> tuple[str, ...]:
-        """When the alignment ends, where its own rule does not fit the size."""
-        return ()
-
-    def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
-        """What the samples are compared with."""
-        return (
-            "--reference",
-            f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
-            "--features",
-            "inception",
-        )
+    def fill(self, text: str, row: Row, work: Path, preset: str = "") -> list[str]:
+        """The words of `text` with their fields filled in afterwards, so that a folder may have spaces in its name."""
+        values = {
+            "work": work,
+            "data": work / "data" / self.data(row),
+            "model": self.model(row),
+            "resolution": row.resolution,
+            "preset": preset,
+            "adm": f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
+        }
+        return [word.format(**values) for word in text.split()]
 
 
-class _Small(Scale):
-    """What the two sizes for a CPU share: a network of six blocks, embedded data in pixels."""
-
-    def train_words(self, row: Row) -> tuple[str, ...]:
-        loss = (
-            ("--velocity-loss", "mse+cosine", "--time-sampling", "logit-normal") if row.family == "lightningdit" else ()
-        )
-        return (
-            "--recipe",
-            "digits",
-            "--model",
-            self.model(row),
-            "--batch-size",
-            str(self.batch_size[row.family]),
-            *loss,
-        )
-
-    def row_words(self, row: Row) -> tuple[str, ...]:
-        """Blocks are the same shares of the depth as in the paper's network."""
-        paper, small = (models.SIZES[row.family][name][0] for name in (row.model, self.model(row)))
-        return tuple(
-            str(int(word) * small // paper) if flag in BLOCKS else word
-            for flag, word in zip(("", *row.words), row.words)
-        )
-
-    def stop_words(self, row: Row) -> tuple[str, ...]:
-        return (
-            ("--align-stop-steps", str(self.steps(row, 20))) if row.method == "guided" else ()
-        )  # epochs of small sets are longer
+def _both(value: str) -> dict[str, str]:
+    return dict.fromkeys(FAMILIES, value)
 
 
-class _Study(_Small):
-    """Scenes of 16 x 16 pixels, 16 tokens: see docs/study.md."""
-
-    def model(self, row: Row) -> str:
-        return {"sit": "SiT-Tiny/4", "lightningdit": "LightningDiT-Tiny/1"}[row.family]
-
-    def checkpointing_steps(self, row: Row) -> int:
-        return self.steps(row, 10)
-
-    def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        return (("study", ("--preset", "study", "--batch-size", "250")),)
-
-    def data(self, row: Row) -> str:
-        return "scenes"
-
-    def data_words(self, data: str, folder: Path) -> tuple[str, ...]:
-        return ("-m", "preprocessing.scenes", "--out", str(folder))
-
-    def train_words(self, row: Row) -> tuple[str, ...]:
-        precision = () if row.method in OWN_PRECISION else ("--mixed-precision", "bf16")
-        return (*super().train_words(row), *precision, "--learning-rate", "4e-3", "--log-steps", "50")
-
-    def encoder_words(self, work: Path) -> tuple[str, ...]:
-        return ("--align-encoder", "evaluations/scenes", "--align-cache")
-
-    def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
-        return ("--reference", str(work / "data" / "scenes"), "--features", "scenes")
-
-
-class _Tiny(_Small):
-    """Some steps on the digits: whether the chain of a row runs, not what it gives."""
-
-    def model(self, row: Row) -> str:
-        return {"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"}[row.family]
-
-    def checkpointing_steps(self, row: Row) -> int:
-        return 1
-
-    def presets(self, row: Row) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        same = {"fid10k": "table1-sde"}  # the same settings; its count is not that of this scale
-        return tuple(
-            (preset, ("--preset", same.get(preset, preset), "--num-fid-samples", "4")) for preset in row.presets
-        )
-
-    def data(self, row: Row) -> str:
-        return "digits"
-
-    def data_words(self, data: str, folder: Path) -> tuple[str, ...]:
-        return ("-m", "preprocessing.digits", "--out", str(folder))
-
-    def train_words(self, row: Row) -> tuple[str, ...]:
-        small = ("--align-hidden", "32") if row.method in ("latent", "guided", *ENCODED) else ()
-        return (*super().train_words(row), "--log-steps", "1", *small)
-
-    def encoder_words(self, work: Path) -> tuple[str, ...]:
-        return ("--align-encoder", str(work / "encoder"))
-
-    def score_words(self, row: Row, work: Path) -> tuple[str, ...]:
-        return ("--reference", str(work / "data" / "digits"), "--features", "pixels")
-
+_ENCODE = "-m preprocessing.encode --images imagenet/train --vae"
+_LOSS = " --velocity-loss mse+cosine --time-sampling logit-normal"
+_STUDY = "--learning-rate 4e-3 --log-steps 50"
+_TINY = "--recipe digits --model {model} --batch-size 16"
+_HEUN = "--mode ode --solver heun --num-steps 12 --labels balanced"
 
 SCALES = {
     "paper": Scale(
         name="paper",
         epoch_steps={"sit": 5000, "lightningdit": 1250},
-        batch_size={"sit": 256, "lightningdit": 1024},
+        checkpointing_steps={"sit": 50_000, "lightningdit": 10_000},
         processes=8,
+        latents={"sit": "imagenet{resolution}", "lightningdit": "vavae256"},
+        encode={
+            "sit": f"{_ENCODE} stabilityai/sd-vae-ft-mse --resolution {{resolution}}",
+            "lightningdit": f"{_ENCODE} vae/vavae --no-moments --flip --resolution 256",
+        },
+        extras={"images": "--keep-images", "flips": "--flip"},
+        train={family: f"--recipe {family} --model {{model}}" for family in FAMILIES},
+        sample={"": "--preset {preset}"},
+        score="--reference {adm} --features inception",
     ),
-    "study": _Study(
+    # scenes of 16 x 16 pixels, 16 tokens: docs/study.md
+    "study": Scale(
         name="study",
         epoch_steps={"sit": 12.5, "lightningdit": 12.5},
-        batch_size={"sit": 32, "lightningdit": 32},
-        processes=1,
+        checkpointing_steps={"sit": 125, "lightningdit": 125},
+        models={"sit": "SiT-Tiny/4", "lightningdit": "LightningDiT-Tiny/1"},
+        latents=_both("scenes"),
+        encode=_both("-m preprocessing.scenes"),
+        train={
+            "sit": "--recipe digits --model {model} --batch-size 32",
+            "lightningdit": "--recipe digits --model {model} --batch-size 32" + _LOSS,
+        },
+        methods={"": f"--mixed-precision bf16 {_STUDY}", **dict.fromkeys(PRESET, _STUDY)},
+        encoder="--align-encoder evaluations/scenes --align-cache",
+        guided_epochs=20,
+        preset="study",
+        sample={"": "--preset study --batch-size 250"},
+        score="--reference {data} --features scenes",
     ),
-    "tiny": _Tiny(
+    # 8 x 8 pixels, 800 steps: every method beside plain training, in a minute or two each
+    "digits": Scale(
+        name="digits",
+        epoch_steps={"sit": 10, "lightningdit": 10},
+        checkpointing_steps={"sit": 100, "lightningdit": 100},
+        models={"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"},
+        latents=_both("digits"),
+        encode=_both("-m preprocessing.digits"),
+        train={"sit": "--recipe digits --model {model}", "lightningdit": "--recipe digits --model {model}" + _LOSS},
+        encoder="--align-encoder {work}/encoder --align-cache",
+        encoder_command="-m recipes.encoder",
+        guided_epochs=20,
+        preset="digits",
+        sample={"": f"{_HEUN} --num-fid-samples 1000 --batch-size 250"},
+        score="--reference {data} --features pixels",
+    ),
+    # some steps: whether the chain of a row runs, not what it gives
+    "tiny": Scale(
         name="tiny",
         epoch_steps={"sit": 0.05, "lightningdit": 0.0125},
-        batch_size={"sit": 16, "lightningdit": 16},
-        processes=1,
-        encoder_command=("-m", "recipes.encoder", "--epochs", "1"),
+        checkpointing_steps={"sit": 1, "lightningdit": 1},
+        models={"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"},
+        latents=_both("digits"),
+        encode=_both("-m preprocessing.digits"),
+        train={"sit": f"{_TINY} --log-steps 1", "lightningdit": f"{_TINY}{_LOSS} --log-steps 1"},
+        methods=dict.fromkeys(("latent", "guided", *ENCODED), "--align-hidden 32"),
+        encoder="--align-encoder {work}/encoder",
+        encoder_command="-m recipes.encoder --epochs 1",
+        guided_epochs=20,
+        sample={
+            "": "--preset {preset} --num-fid-samples 4",
+            "fid10k": "--preset table1-sde --num-fid-samples 4",  # the same settings without the count
+        },
+        score="--reference {data} --features pixels",
     ),
 }
 

@@ -8,8 +8,8 @@ import shlex
 def script(row: str, scale: str, seeds: range, nodes: int, gpus: int, hours: float, work: str, results: str) -> str:
     """The text of an sbatch file that runs `row` at a scale under `seeds` as an array.
 
-    The job is asked to stop ten minutes before its time is over (SIGUSR1): the run then saves, leaves with exit code 75, and
-    is queued again; the chain goes on from what is there.
+    Slurm sends SIGUSR1 ten minutes before the time is over. The run then saves and exits with code 75, and the script
+    queues it again; the chain continues from there.
     """
     array, minutes = f"{seeds.start}-{seeds.stop - 1}", round(hours * 60)
     work, results, log = map(shlex.quote, (work, results, f"{work}/slurm-%A_%a.out"))
@@ -34,7 +34,7 @@ python -m recipes run {row} --scale {scale} --seeds "$SLURM_ARRAY_TASK_ID" \\
 chain=$!
 trap 'kill -USR1 $chain' USR1
 wait $chain; code=$?
-[ $code -gt 128 ] && {{ wait $chain; code=$?; }}   # the wait that the signal cut short
+[ $code -gt 128 ] && {{ wait $chain; code=$?; }}   # the signal cut the first wait short
 if [ $code -eq 75 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
     exit 0

@@ -14,9 +14,11 @@ from runtime.text import aligned, spread
 
 SPREAD = 0.013
 """Relative spread of an FID over training seeds (arXiv 2606.20536)."""
+Scored = list[tuple[dict[str, Any], dict[str, Any]]]
+"""Scores, each behind its record."""
 
 
-def verdict(published: float | None, ours: Sequence[float]) -> str:
+def verdict(published: float, ours: Sequence[float]) -> str:
     """What several seeds say of a published number.
 
     `reproduced` (at least three seeds, and their mean at most the larger of 1.3 % and twice the standard error away),
@@ -24,62 +26,61 @@ def verdict(published: float | None, ours: Sequence[float]) -> str:
     """
     if not ours:
         return "not run"
-    if published is None:
-        return ""
     if len(ours) < 3:
         return "inconclusive"
     tolerance = max(SPREAD * published, 2 * statistics.stdev(ours) / math.sqrt(len(ours)))
     return "reproduced" if abs(statistics.mean(ours) - published) <= tolerance else "differs"
 
 
-def by_epochs(
-    records: Sequence[dict[str, Any]], row: str, key: str | None = None
-) -> dict[float, list[tuple[dict[str, Any], dict[str, Any]]]]:
-    """Epochs, in their order -> every score of `row` there, behind its record; of one protocol where its `key` is given."""
-    found: dict[float, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+def by_epochs(records: Sequence[dict[str, Any]], row: str, key: str | None = None) -> dict[float, Scored]:
+    """Epochs, in order -> the scores of `row` there; with `key`, those of one protocol."""
+    at: dict[float, Scored] = {}
     for record in records:
         for score in record["scores"] if record["row"] == row else ():
             if key in (None, score["key"]):
-                found.setdefault(score["epochs"], []).append((record, score))
-    return dict(sorted(found.items()))
+                at.setdefault(score["epochs"], []).append((record, score))
+    return dict(sorted(at.items()))
 
 
 def columns(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Protocol key -> what its column is called; one column for each protocol among the scores of `records`."""
-    named: dict[str, str] = {}
+    """Protocol key -> the title of its block, for each protocol among the scores of `records`."""
+    titles: dict[str, str] = {}
     for record in records:
         for score in record["scores"]:
-            named.setdefault(score["key"], f"{score['preset']} [{score['key']}]")
-    return named
+            titles.setdefault(score["key"], f"{score['preset']} [{score['key']}]")
+    return titles
+
+
+HEAD = (
+    "row",
+    "epochs",
+    "published",
+    "ours",
+    "difference",
+    "verdict",
+    "less the first row's",
+    "class accuracy",
+    "device hours",
+    "with stage 1",
+    "images/s",
+    "PFLOPs",
+)
+OPTIONAL = ("less the first row's", "class accuracy")
+"""Columns that are left out if they are empty."""
 
 
 def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> str:
-    """The table of `rows` at one scale: a block for each protocol, published numbers at the paper's scale alone."""
+    """The table of `rows` at one scale: a block for each protocol, published numbers at the paper's scale alone.
+
+    At other scales each seed is compared with the same seed of the first row, after equal epochs.
+    """
     shown = _of(rows, records, scale)
     blocks = []
     for key, title in columns(shown).items() or {"": "no record yet"}.items():
-        lines = [
-            [
-                "row",
-                "epochs",
-                "published",
-                "ours",
-                "difference",
-                "verdict",
-                "class accuracy",
-                "device hours",
-                "with stage 1",
-                "images/s",
-                "PFLOPs",
-            ]
-        ]
-        lines += [line for row in rows for line in _lines(row, shown, key, scale)]
-        kept = [
-            place
-            for place, column in enumerate(zip(*lines, strict=True))
-            if any(column[1:]) or column[0] != "class accuracy"
-        ]
-        blocks.append(f"{title}\n{aligned([[line[place] for place in kept] for line in lines])}")
+        first = {} if scale == "paper" else by_epochs(shown, rows[0].name, key)
+        lines = [line for row in rows for line in _lines(row, by_epochs(shown, row.name, key), first, scale)]
+        head = [column for column in HEAD if column not in OPTIONAL or any(line.get(column) for line in lines)]
+        blocks.append(f"{title}\n{aligned([head, *([line.get(column, '') for column in head] for line in lines)])}")
     return "\n\n".join(blocks)
 
 
@@ -89,37 +90,41 @@ def _of(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> l
     return [record for row in rows for record in records if record["row"] == row.name]
 
 
-def _lines(row: Row, records: Sequence[dict[str, Any]], key: str, scale: str) -> list[list[str]]:
-    """One line for each number of epochs at which the row is scored; published is what stands at its end."""
-    name = row.name.split("/", 1)[1]
+def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], scale: str) -> list[dict[str, str]]:
+    """A line for each number of epochs at which the row is scored. The published number belongs to its end."""
     published = row.published.metrics["fid"] if row.published and scale == "paper" else None
-    shown = "" if published is None else f"{published:.2f}"
-    scored = by_epochs(records, row.name, key)
+    name = {"row": row.name.split("/", 1)[1]}
+    at_end = {} if published is None else {"published": f"{published:.2f}"}
     if not scored:
         hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
-        return [[name, f"{row.epochs:g}", shown, "", "", verdict(published, []) + hours, *[""] * 5]]
+        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": "not run" + hours}]
     lines = []
-    for epochs, found in scored.items():
-        number = published if epochs == row.epochs else None
-        ours = [quality(score) for _, score in found]
-        classes = [score["metrics"]["class_accuracy"] for _, score in found if "class_accuracy" in score["metrics"]]
-        hours = [score["device_hours"] for _, score in found]
-        lines.append(
-            [
-                name,
-                f"{epochs:g}",
-                "" if number is None else shown,
-                f"{spread(ours)} ({len(ours)})",
-                "" if number is None else f"{statistics.mean(ours) - number:+.2f}",
-                verdict(number, ours),
-                spread(classes),
-                f"{statistics.mean(h['training'] for h in hours):.3g}",
-                f"{statistics.mean(h['training'] + h['stage 1'] for h in hours):.3g}",
-                f"{statistics.mean(record['images_per_second'] for record, _ in found):.3g}",
-                f"{statistics.mean(score['flops'] for _, score in found) / 1e15:.3g}",
-            ]
-        )
+    for epochs, scores in scored.items():
+        ours = [quality(score) for _, score in scores]
+        line = {**name, "epochs": f"{epochs:g}", "ours": f"{spread(ours)} ({len(ours)})", **_costs(scores)}
+        if epochs in first and scores != first[epochs]:
+            base = {record["seed"]: quality(score) for record, score in first[epochs]}
+            line["less the first row's"] = spread(
+                [quality(score) - base[record["seed"]] for record, score in scores if record["seed"] in base]
+            )
+        if published is not None and epochs == row.epochs:
+            line |= {**at_end, "difference": f"{statistics.mean(ours) - published:+.2f}"}
+            line["verdict"] = verdict(published, ours)
+        lines.append(line)
     return lines
+
+
+def _costs(scored: Scored) -> dict[str, str]:
+    """What the scores took, as means over seeds, and their class accuracy."""
+    hours = [score["device_hours"] for _, score in scored]
+    means = {
+        "device hours": statistics.mean(hour["training"] for hour in hours),
+        "with stage 1": statistics.mean(hour["training"] + hour["stage 1"] for hour in hours),
+        "images/s": statistics.mean(record["images_per_second"] for record, _ in scored),
+        "PFLOPs": statistics.mean(score["flops"] for _, score in scored) / 1e15,
+    }
+    accuracy = [score["metrics"]["class_accuracy"] for _, score in scored if "class_accuracy" in score["metrics"]]
+    return {"class accuracy": spread(accuracy), **{name: f"{mean:.3g}" for name, mean in means.items()}}
 
 
 def quality(score: dict[str, Any]) -> float:
@@ -128,7 +133,7 @@ def quality(score: dict[str, Any]) -> float:
 
 
 def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str, target: float) -> str:
-    """For each row that is scored along the way, the first epochs at which its mean is at most `target`, a table for each protocol."""
+    """For each row that is scored along the way, the first epochs with a mean of at most `target`, by protocol."""
     blocks = []
     for key, curves in figure_points(rows, records, scale).items():
         lines = [["row", f"epochs to {target:g}"]]
@@ -147,9 +152,9 @@ def figure_points(
     scored = {key: {row.name: by_epochs(shown, row.name, key) for row in rows} for key in columns(shown)}
     return {
         key: {
-            row: {epochs: [quality(score) for _, score in found] for epochs, found in at.items()}
-            for row, at in of.items()
+            row: {epochs: [quality(score) for _, score in scores] for epochs, scores in at.items()}
+            for row, at in of_row.items()
             if at
         }
-        for key, of in scored.items()
+        for key, of_row in scored.items()
     }

@@ -19,7 +19,7 @@ import types
 import typing
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
@@ -37,7 +37,7 @@ def option(
     default: Any = MISSING,
     *,
     help: str,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     flag: str | None = None,
     heading: str | None = None,
     within: str = "",
@@ -154,9 +154,12 @@ def parse(
     )
     owners = Counter(opt.field.name for section, schema in schemas.items() if section for opt in options_of(schema))
     titled: dict[str | None, Any] = {None: parser}
+    replies = dict(hints or {})
     for section, schema in schemas.items():
         for opt in options_of(schema):
             if opt.field.metadata["rare"]:
+                file = f'{{"train": {{"{opt.field.name}": ...}}}}'
+                replies[f"--{opt.field.name.replace('_', '-')}"] = f"give it in a file: --config FILE with {file}"
                 continue
             title = f"alignment {section}" if section else opt.heading
             if title not in titled:
@@ -165,7 +168,7 @@ def parse(
             _add(titled[title], opt, flags_of(opt.field, section, alone=owners[name] == 1), dest=f"{section}.{name}")
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown[0].split("=")[0], parser, hints or {}))
+        raise UserError(_unknown(unknown[0].split("=")[0], parser, replies))
     given: dict[str, Given] = {section: {} for section in schemas}
     for key, value in vars(known).items():
         section, name = key.split(".")

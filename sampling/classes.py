@@ -1,7 +1,7 @@
-"""Names of classes: a data set's own, or ImageNet's where it speaks of synsets or has nothing but a thousand numbers.
+"""Names of classes: the data set's own, or ImageNet's if the classes are synsets or the labels are a thousand numbers.
 
-`imagenet.tsv` lists the synsets of ImageNet-1k in the order of their labels, each with the first of its WordNet names (as
-timm's ImageNetInfo has them).
+`imagenet.tsv` lists the synsets of ImageNet-1k in the order of their labels, each with the first of its WordNet names
+(as timm's ImageNetInfo has them).
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ def imagenet() -> dict[str, str]:
     return dict(line.split("\t") for line in lines)
 
 
-def spoken(class_names: Sequence[str]) -> list[str]:
-    """What the classes of a data set are called: their own names, those of synsets in words."""
+def readable(class_names: Sequence[str]) -> list[str]:
+    """The names of a data set's classes, with ImageNet's word in place of a synset."""
     return [imagenet().get(name, name) for name in class_names]
 
 
 def names_of(checkpoint: Checkpoint) -> list[str]:
-    """What the classes of a checkpoint are called: one name a label."""
+    """The names of a checkpoint's classes, in the order of their labels."""
     data, count = checkpoint.config.get("data") or {}, checkpoint.spec.num_classes
     if names := data.get("class_names"):
-        return spoken(names)
+        return readable(names)
     return list(imagenet().values()) if count == len(imagenet()) else [str(label) for label in range(count)]
 
 
 def labels_of(words: Sequence[str], names: Sequence[str]) -> list[int]:
-    """The label that each of `words`, a number or a name, stands for.
+    """The label of each of `words`, which is a number or one of `names`.
 
     Raises:
-        UserError: a number beyond the classes, a name that is none or several of `names`.
+        UserError: a number beyond the classes, or a name that no class or several classes have.
     """
     labels = []
     for word in words:
-        named = [label for label, name in enumerate(names) if name.lower() == word.lower()]
-        if word.isdigit() and not named:
+        matching = [label for label, name in enumerate(names) if name.lower() == word.lower()]
+        if word.isdigit() and not matching:
             require(int(word) < len(names), f"--classes {word}: there are {len(names)} classes, 0 to {len(names) - 1}")
-            named = [int(word)]
-        if not named:
+            matching = [int(word)]
+        if not matching:
             raise UserError(f"--classes: no class is called {word}{nearest(word, names)}; give its name or its number")
         require(
-            len(named) == 1,
-            f"--classes: {word} is the name of classes {' and '.join(map(str, named))}: give the number",
+            len(matching) == 1,
+            f"--classes: {word} is the name of classes {' and '.join(map(str, matching))}: give the number",
         )
-        labels += named
+        labels += matching
     return labels

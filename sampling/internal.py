@@ -1,4 +1,4 @@
-"""Internal Guidance (arXiv 2512.24176) while sampling: a shallow block's velocity is what the network's own is guided away from.
+"""Internal Guidance (arXiv 2512.24176) while sampling: the velocity is guided away from that of a shallow block.
 
     v <- v_mid + w (v - v_mid)    while low <= t <= high
 
@@ -9,6 +9,7 @@ classifier-free guidance it acts on the conditional and on the unconditional vel
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +19,27 @@ import models
 from models import Tap
 from models.checkpoint import Checkpoint
 from models.heads import VelocityHead
-from runtime.errors import note, require
+from runtime.errors import require
 from runtime.streams import Stream
 from sampling.config import SamplingConfig
 
 
+@dataclass(frozen=True)
 class Inner:
-    """The velocity of a shallow block: a head, what it reads, and the times low to high at which it guides.
+    """The velocity of a shallow block: a head, what it reads, and the times low to high at which it guides."""
 
-    Args:
-        name: the alignment that trained it.
-    """
+    name: str
+    """The alignment that trained it."""
+    spec: VelocityHead
+    head: nn.Module
+    patch: int
+    low: float
+    high: float
 
-    def __init__(self, name: str, spec: VelocityHead, head: nn.Module, patch: int, low: float, high: float) -> None:
-        self.name, self.spec, self.head, self.patch, self.low, self.high = name, spec, head, patch, low, high
-        self.taps = spec.taps
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What the head reads of a forward pass."""
+        return self.spec.taps
 
     def __call__(self, features: Mapping[Tap, Tensor]) -> Tensor:
         """(N, C, H, W) velocity from the tapped `features`."""
@@ -47,21 +54,21 @@ class Inner:
 
 
 def open_inner(checkpoint: Checkpoint, sampling: SamplingConfig, device: torch.device | str = "cpu") -> Inner:
-    """The velocity head of `checkpoint` with the weights that `sampling` names; of several, the first.
+    """The velocity head of `checkpoint` with the weights that `sampling` names; the first, if there are several.
 
-    It guides at the times that `sampling` says, else at those that it was trained on.
+    It guides at the times that `sampling` gives, else at those that it was trained on.
 
     Raises:
-        UserError: there is none, its weights are missing or damaged, or low is above high.
+        UserError: the checkpoint has no velocity head, its weights are missing or damaged, or low is above high.
     """
-    known: dict[str, Any] = checkpoint.config.get("velocity_heads", {}) or _before(checkpoint)
+    heads: dict[str, Any] = checkpoint.config.get("velocity_heads", {})
     require(
-        bool(known),
+        bool(heads),
         f"{checkpoint.path} has no velocity head to guide internally with (--internal-scale): use one trained with "
         f"--align internal, or with --align latent --latent-target velocity",
     )
-    name = next(iter(known))
-    spec = VelocityHead.from_json(known[name], f"the velocity head of {checkpoint.path}")
+    name = next(iter(heads))
+    spec = VelocityHead.from_json(heads[name], f"the velocity head of {checkpoint.path}")
     low = spec.low if sampling.internal_low is None else sampling.internal_low
     high = spec.high if sampling.internal_high is None else sampling.internal_high
     require(
@@ -72,38 +79,15 @@ def open_inner(checkpoint: Checkpoint, sampling: SamplingConfig, device: torch.d
     return Inner(name, spec, head.to(device).eval().requires_grad_(False), checkpoint.spec.patch_size, low, high)
 
 
-def _before(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The head of a stage 1 with velocity target that is older than descriptions of heads, by its alignment."""
-    saved = checkpoint.config.get("resolved", {}).get("latent", {})
-    if saved.get("target") != "velocity":
-        return {}
-    low, high = saved["interval"] if saved["interval"] and saved["mask"] == "select" else (0.0, 1.0)
-    return {
-        "latent": {
-            "kind": saved["head"],
-            "block": saved["depth"],
-            "hidden": saved["hidden"],
-            "layers": saved.get("layers", 3),
-            "low": low,
-            "high": high,
-        }
-    }
-
-
 def _weights(checkpoint: Checkpoint, name: str, weights: str) -> dict[str, Tensor]:
-    """The tensors of the head of the alignment `name`: averaged as the network's are, else as they were trained."""
-    averaged, prefix = f"{name}-head-{weights}", f"{name}.head."
-    if f"{averaged}.safetensors" in checkpoint.files:
-        tensors = checkpoint.tensors(averaged)
-    else:
-        kept = checkpoint.tensors("heads") if "heads.safetensors" in checkpoint.files else {}
-        tensors = {key.removeprefix(prefix): value for key, value in kept.items() if key.startswith(prefix)}
-        require(
-            bool(tensors),
-            f"{checkpoint.path} has no {weights} weights of the velocity head of {name} (--internal-scale): it had "
-            f"ended there, or stayed where the checkpoint was trained; use an earlier checkpoint, or the run's own",
-        )
-        if weights != "raw":
-            note(f"{checkpoint.path} has no average of its velocity head: its raw weights guide")
+    """The tensors of the head of the alignment `name`: those trained for "raw", else the average called `weights`."""
+    file, prefix = ("heads", f"{name}.head.") if weights == "raw" else (f"{name}-head-{weights}", "")
+    stored = checkpoint.tensors(file) if f"{file}.safetensors" in checkpoint.files else {}
+    tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+    require(
+        bool(tensors),
+        f"{checkpoint.path} has no {weights} weights of the velocity head of {name} (--internal-scale): training ended "
+        f"the head, or it stayed where the checkpoint was trained; use an earlier checkpoint, or the run's own",
+    )
     models.require_finite(tensors, f"{checkpoint.path} ({weights} weights of the velocity head)")
     return tensors

@@ -10,18 +10,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from runtime import files
 
-TILE = 64  # pixels that a sample has at least
+TILE = 64  # a sample is enlarged to at least so many pixels
 FONT = 13
 
 
-def write(path: Path, rows: Sequence[np.ndarray], names: Sequence[str] = (), heads: Sequence[str] = ()) -> None:
-    """Write rows of uint8 images, each (n, H, W, C), as a PNG; `names` stand left of the rows, `heads` above the columns."""
+def write(path: Path, rows: Sequence[np.ndarray], names: Sequence[str] = (), column_titles: Sequence[str] = ()) -> None:
+    """Write `composed` as a PNG."""
+    picture = composed(rows, names, column_titles)
+    with files.replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def composed(rows: Sequence[np.ndarray], names: Sequence[str] = (), column_titles: Sequence[str] = ()) -> Image.Image:
+    """Rows of uint8 images, each (n, H, W, C), on white: `names` left of the rows, titles above the columns."""
     side = rows[0].shape[1]
     scale, gap = max(1, -(-TILE // side)), max(2, side // 16)
     tile = side * scale
     font = ImageFont.load_default(FONT)
     left = gap + max((int(font.getlength(name)) + 2 * gap for name in names), default=0)
-    top = gap + (FONT + gap if heads else 0)
+    top = gap + (FONT + gap if column_titles else 0)
     columns = max(map(len, rows))
     picture = Image.new("RGB", (left + columns * (tile + gap), top + len(rows) * (tile + gap)), "white")
     draw = ImageDraw.Draw(picture)
@@ -34,16 +41,16 @@ def write(path: Path, rows: Sequence[np.ndarray], names: Sequence[str] = (), hea
                 (tile, tile), Image.Resampling.NEAREST
             )
             picture.paste(pixels, (left + column * (tile + gap), y))
-    for column, head in enumerate(heads):
-        while head and font.getlength(head) > tile:  # what does not fit is cut
-            head = head[:-1]
-        draw.text((left + column * (tile + gap), gap // 2), head, "black", font)
-    with files.replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+    for column, title in enumerate(column_titles):
+        # A title wider than its column is cut.
+        while title and font.getlength(title) > tile:
+            title = title[:-1]
+        draw.text((left + column * (tile + gap), gap // 2), title, "black", font)
+    return picture
 
 
 def by_class(labels: np.ndarray, rows: int = 8, columns: int = 8) -> list[tuple[int, np.ndarray]]:
-    """Up to `rows` of the classes among `labels`, spread over them and in their order, with the places of up to `columns` samples."""
+    """Up to `rows` of the classes among `labels`, evenly spread and in order, with up to `columns` places of each."""
     present = np.unique(labels)
     chosen = present[np.linspace(0, len(present) - 1, min(rows, len(present))).round().astype(int)]
     return [(int(label), np.flatnonzero(labels == label)[:columns]) for label in chosen]

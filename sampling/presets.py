@@ -1,7 +1,7 @@
 """Sampling presets, named after the published number or the protocol that they reproduce: `generate.py --preset NAME`.
 
-A preset fixes all that moves FID besides the weights themselves: solver, steps, last step, shift, guidance and its interval
-and channels, which weights, decoder, rounding, labels, precision. Published FIDs are under ADM's evaluator.
+A preset fixes all that moves FID besides the weights themselves: solver, steps, last step, shift, guidance with its
+interval and channels, which weights, decoder, rounding, labels, precision. Published FIDs are by ADM's evaluator.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Preset:
     network: str
     settings: dict[str, Any]
     result: dict[str, Any] = field(default_factory=dict)
-    """Which row of the published numbers (`models.published.find`) this is; empty for a protocol without one number."""
+    """The published row (arguments of `models.published.find`); empty for a protocol without a number of its own."""
     vae: str | None = SD_VAE
-    """Decoder of SD-VAE's latents; None is the one that the checkpoint names (VA-VAE)."""
+    """Decoder of SD-VAE's latents; None: the one that the checkpoint names (VA-VAE)."""
     note: str = ""
     samples: int | None = None
-    """How many samples, where the protocol has another count than 50,000."""
+    """Number of samples if the protocol does not draw 50,000."""
 
     @property
     def published(self) -> float | None:
@@ -65,7 +65,8 @@ def _of(method: str, model: str, epochs: int, guidance: str = "none", **more: An
 
 
 PRESETS: dict[str, Preset] = {
-    # Self-Transcendence. Table 1 has no guidance and does not name its sampler: both ways, and ablations with 10,000 samples.
+    # Self-Transcendence. Table 1 has no guidance and does not name its sampler: both candidates, and the ablations with
+    # 10,000 samples.
     "table1-sde": Preset("Table 1 under REPA's sampler", _REPA, note="sampler of Table 1 not stated"),
     "table1-ode": Preset("Table 1 under LayerSync's sampler", _HEUN, note="sampler of Table 1 not stated"),
     "fid10k": Preset("ablations (Tables 4 and 5, Figs. 4 and 8)", _REPA, samples=10_000, note="sampler not stated"),
@@ -112,7 +113,7 @@ PRESETS: dict[str, Preset] = {
         {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
         _of("dispersive", _XL, 80, "cfg 1.5, 3 channels", variant=""),
     ),
-    # ours: equal counts of every class, so that class accuracy means the same of every run
+    # Ours: equal counts of every class, so that class accuracies of different runs can be compared.
     "study": Preset(
         "rows of recipes --scale study",
         {"mode": "ode", "solver": "heun", "num_steps": 12, "labels": "balanced"},
@@ -146,7 +147,7 @@ PRESETS: dict[str, Preset] = {
         _of("none", "LightningDiT-XL/1", 800, "cfg 6.7, t <= 0.875, 3 channels", status="reported"),
         vae=None,
     ),
-    # Internal Guidance, from the configuration of its weights; SiT's script leaves open at which times it guides
+    # Internal Guidance, from the configuration of its weights; SiT's script does not say at which times it guides.
     "internal-680ep-nocfg": Preset(
         "LightningDiT-XL/1 with Internal Guidance, 680 epochs",
         {**_INTERNAL, "internal_scale": 1.7},
@@ -182,7 +183,7 @@ def settings(name: str, given: Given) -> Given:
     """All settings of the preset `name`, defaults written out, as a layer of options.
 
     Raises:
-        UserError: no such preset, or a given option that the preset fixes.
+        UserError: an unknown preset, or a given option that the preset fixes.
     """
     preset = find(name)
     defaults = {option.name: option.default for option in fields(SamplingConfig) if option.name not in FREE}
@@ -194,7 +195,7 @@ def settings(name: str, given: Given) -> Given:
 
 
 def decoder(name: str | None, space: LatentSpace) -> str | None:
-    """The VAE that the preset decodes latents of `space` with; None for the space's own.
+    """The VAE with which the preset decodes latents of `space`; None for the space's own.
 
     A preset names SD-VAE's decoder; latents of another family have only their own.
     """
@@ -202,13 +203,13 @@ def decoder(name: str | None, space: LatentSpace) -> str | None:
 
 
 def table() -> str:
-    """The presets, aligned."""
+    """The presets as a table: name, published FID, network, settings."""
     lines = [("preset", "published FID", "network", "settings")]
     for name, preset in PRESETS.items():
-        said = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.settings.items())
-        said += f" --num-fid-samples {preset.samples}" if preset.samples else ""
+        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.settings.items())
+        words += f" --num-fid-samples {preset.samples}" if preset.samples else ""
         decoder = f" --vae {preset.vae}" if preset.vae else ""
         note = f"  ({preset.note})" if preset.note else ""
         fid = "" if preset.published is None else f"{preset.published:.2f}"
-        lines.append((name, fid, preset.network, said + " --mixed-precision no --tf32" + decoder + note))
+        lines.append((name, fid, preset.network, words + " --mixed-precision no --tf32" + decoder + note))
     return aligned(lines, left=(0, 2, 3), rule=False)

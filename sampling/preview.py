@@ -15,10 +15,8 @@ from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
 
 SETTINGS = SamplingConfig(mode="ode", solver="heun", num_steps=25)
-
-
 REHEARSAL = SamplingConfig(mode="ode", solver="heun", num_steps=2)
-"""Settings to try, before a run begins, whether samples can be drawn at all."""
+"""Settings to check, before a run begins, that samples can be drawn at all."""
 
 
 def write(
@@ -33,9 +31,9 @@ def write(
 
     `names` are those of all classes, in the order of their labels.
     """
-    rows = min(8, network.spec.num_classes)
-    shown = np.arange(rows) * network.spec.num_classes // rows
+    classes = network.spec.num_classes
+    rows = min(8, classes)
+    shown = [row * classes // rows for row in range(rows)]
     labels = np.repeat(shown, 8)
-    sampler = Sampler(network, codec, settings, len(labels), dtype)
-    images = sampler.images(range(len(labels)), labels)
+    images = Sampler(network, codec, settings, len(labels), dtype).images(range(len(labels)), labels)
     picture.write(path, np.split(images, rows), [names[label] for label in shown])

@@ -6,7 +6,7 @@ the batch size and the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 
@@ -18,12 +18,15 @@ import interpolant
 from models import Backbone
 from models.latents import Codec
 from models.pixels import to_uint8
-from runtime.errors import require
+from runtime.errors import UserError
 from runtime.streams import Stream
 from runtime.transfer import to_device
-from sampling import solvers
 from sampling.config import SamplingConfig
 from sampling.internal import Inner
+from sampling.solvers import SOLVERS, Velocity, euler_maruyama
+
+Drawn = tuple[Sequence[int], np.ndarray, np.ndarray]
+"""Indices (n,), labels (n,) and uint8 images (n, H, W, C) of a batch of samples."""
 
 
 class Sampler:
@@ -36,8 +39,7 @@ class Sampler:
         chosen: (count,) labels, sample by sample, in place of drawn ones.
         inner: the velocity of a shallow block, to guide internally with; needed where `internal_scale` is not 1.
 
-    Raises:
-        UserError: guidance for a network without a null label (a single class has one too; label dropout made it).
+    Guidance needs a network with a null label, which label dropout trains; the caller checks that.
     """
 
     def __init__(
@@ -50,30 +52,15 @@ class Sampler:
         chosen: np.ndarray | None = None,
         inner: Inner | None = None,
     ) -> None:
-        self.chosen, self.inner = chosen, inner if settings.internal_scale != 1 else None
         self.network, self.codec, self.settings, self.count, self.dtype = network, codec, settings, count, dtype
+        self.inner = inner if settings.internal_scale != 1 else None
         self.device = next(network.parameters()).device
         spec = network.spec
         self.shape = (spec.in_channels, spec.input_size, spec.input_size)
-        steps = settings.num_steps - (settings.grid == "points")
-        self.grid = (
-            solvers.sde_grid(steps, settings.last_step)
-            if settings.mode == "sde"
-            else solvers.ode_grid(steps, settings.timestep_shift)
-        )
-        self._balanced = np.arange(count)
-        if settings.labels == "balanced":
-            self._balanced = Stream(settings.seed, "sample/balanced").permutation(count) % spec.num_classes
-
-    @property
-    def evaluations(self) -> int | None:
-        """Network evaluations per sample (a guided one counts twice); None for the adaptive solver."""
-        s = self.settings
-        return (
-            None
-            if s.solver == "dopri5"
-            else solvers.evaluations(s.solver, self.grid, s.cfg_scale, s.guidance_low, s.guidance_high)
-        )
+        self.grid = settings.times()
+        if chosen is None and settings.labels == "balanced":
+            chosen = Stream(settings.seed, "sample/balanced").permutation(count) % spec.num_classes
+        self.chosen = chosen
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -84,26 +71,24 @@ class Sampler:
         """(n,) int64 labels of the samples at `indices`."""
         if self.chosen is not None:
             return self.chosen[list(indices)]
-        if self.settings.labels == "balanced":
-            return self._balanced[list(indices)]
+        streams = (Stream(self.settings.seed, "sample/label", i) for i in indices)
         classes = self.network.spec.num_classes
-        return np.array(
-            [Stream(self.settings.seed, "sample/label", i).integers(classes, 1)[0] for i in indices], dtype=np.int64
-        )
+        return np.array([stream.integers(classes, 1)[0] for stream in streams], dtype=np.int64)
 
     @torch.no_grad()
     def latents(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Tensor:
         """(n, C, H, W) float64 normalised latents of the samples at `indices`; `labels` (n,) replaces their own."""
         y = to_device(torch.from_numpy(self.labels(indices) if labels is None else labels), self.device)
         velocity, sde = self._velocity(y), self.settings.mode == "sde"
-        with closing(self._noise(indices, len(self.grid) - 1 if sde else 1)) as noise:  # an SDE's last step draws none
+        # An SDE draws noise at its start and for every step but the last; an ODE at its start alone.
+        with closing(self._noise(indices, len(self.grid) - 1 if sde else 1)) as noise:
             start = next(noise)
             if sde:
-                return solvers.euler_maruyama(velocity, start, self.grid, lambda _: next(noise))
-            return solvers.SOLVERS[self.settings.solver](velocity, start, self.grid)
+                return euler_maruyama(velocity, start, self.grid, lambda _: next(noise))
+            return SOLVERS[self.settings.solver].integrate(velocity, start, self.grid)
 
-    def _noise(self, indices: Sequence[int], draws: int) -> Iterator[Tensor]:
-        """`draws` times (n, C, H, W) float64 noise, each sample's from its own stream, drawn by a thread one step ahead."""
+    def _noise(self, indices: Sequence[int], draws: int) -> Generator[Tensor, None, None]:
+        """`draws` times (n, C, H, W) float64 noise, a stream for each sample; a thread draws one step ahead."""
         streams = [Stream(self.settings.seed, "sample/noise", i) for i in indices]
 
         def draw() -> Tensor:
@@ -120,77 +105,81 @@ class Sampler:
                 yield values.to(self.device, non_blocking=True).double()
 
     def images(self, indices: Sequence[int], labels: np.ndarray | None = None) -> np.ndarray:
-        """(n, H, W, C) uint8 images of the samples at `indices`."""
+        """(n, H, W, C) uint8 images of the samples at `indices`; `labels` (n,) replaces their own."""
         return self._drawn(indices, labels)()
 
-    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """(indices, images) of one batch after another. While the images of one are on their way to the host and in the hands
-        of the caller, the device works on the next."""
-        waiting: tuple[Sequence[int], Callable[[], np.ndarray]] | None = None
+    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[Drawn]:
+        """The samples of `batches`, one by one. While the caller handles a batch, the device works on the next."""
+        waiting: tuple[Sequence[int], np.ndarray, Callable[[], np.ndarray]] | None = None
         for indices in batches:
-            following = indices, self._drawn(indices)
+            labels = self.labels(indices)
+            following = indices, labels, self._drawn(indices, labels)
             if waiting is not None:
-                yield waiting[0], waiting[1]()
+                yield waiting[0], waiting[1], waiting[2]()
             waiting = following
         if waiting is not None:
-            yield waiting[0], waiting[1]()
+            yield waiting[0], waiting[1], waiting[2]()
 
     def _drawn(self, indices: Sequence[int], labels: np.ndarray | None = None) -> Callable[[], np.ndarray]:
         """Queue the samples at `indices` on the device; the function returned waits for their images."""
         decoded = self.codec.decode(self.latents(indices, labels).float())
         parts = to_uint8(decoded, self.settings.rounding), decoded.isfinite().flatten(1).all(1)
         if decoded.device.type != "cuda":
-            return lambda: _sound(indices, *parts)
+            return lambda: _on_host(indices, *parts)
+        # Copies into pinned memory run beside the kernels of the next batch; the event marks their end.
         host = [
             torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True) for part in parts
         ]
         copied = torch.cuda.Event()
         copied.record()
-        return lambda: (copied.synchronize(), _sound(indices, *host))[1]
 
-    def _velocity(self, y: Tensor) -> solvers.Velocity:
+        def wait() -> np.ndarray:
+            copied.synchronize()
+            return _on_host(indices, *host)
+
+        return wait
+
+    def _velocity(self, y: Tensor) -> Velocity:
+        """The velocity v(x, t) of samples of the labels `y` (n,), under classifier-free guidance where it acts.
+
+        `guidance_channels` "first3" guides three channels, the others stay conditional: SiT's and LightningDiT's
+        published scales mean something under that rule only.
+        """
         null = torch.full_like(y, self.network.spec.num_classes)
 
-        def predict(x: Tensor, t: float, labels: Tensor) -> Tensor:
-            times = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
-            mixed = nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-            guides = self.inner is not None and self.inner.low <= t <= self.inner.high
-            with mixed:
-                output = self.network(x.float(), times, labels, taps=self.inner.taps if guides else ())
-                shallow = self.inner(output.features).double() if guides else None
-            velocity = output.velocity.double()
-            return interpolant.guide(shallow, velocity, self.settings.internal_scale) if guides else velocity
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if not self.settings.guides_at(t):
+                return self._predicted(x, t, y)
+            # One doubled batch, the unconditional half first.
+            unconditional, conditional = self._predicted(torch.cat([x, x]), t, torch.cat([null, y])).chunk(2)
+            guided = interpolant.guide(unconditional, conditional, self.settings.cfg_scale)
+            if self.settings.guidance_channels == "first3":
+                guided = torch.cat([guided[:, :3], conditional[:, 3:]], dim=1)
+            return guided
 
-        def pair(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-            unconditional, conditional = predict(torch.cat([x, x]), t, torch.cat([null, y])).chunk(2)
-            return unconditional, conditional
+        return velocity
 
-        s = self.settings
-        channels = 3 if s.guidance_channels == "first3" else None
-        return solvers.guided(
-            lambda x, t: predict(x, t, y), pair, s.cfg_scale, s.guidance_low, s.guidance_high, channels
+    def _predicted(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
+        """(n, C, H, W) float64 velocity of the network at time t, guided internally where that acts."""
+        times = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
+        inner = self.inner if self.inner is not None and self.inner.low <= t <= self.inner.high else None
+        with nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype):
+            output = self.network(x.float(), times, labels, taps=inner.taps if inner else ())
+            shallow = inner(output.features) if inner else output.velocity
+        velocity = output.velocity.double()
+        return interpolant.guide(shallow.double(), velocity, self.settings.internal_scale) if inner else velocity
+
+
+def _on_host(indices: Sequence[int], images: Tensor, finite: Tensor) -> np.ndarray:
+    """The images (n, H, W, C) as an array. Raises UserError for the first that was not finite before it was rounded."""
+    wrong = [index for index, sound in zip(indices, finite.tolist(), strict=True) if not sound]
+    if wrong:
+        raise UserError(
+            f"sample {wrong[0]} is not finite: use --mixed-precision no, a lower --cfg-scale or other weights"
         )
-
-
-def _sound(indices: Sequence[int], images: Tensor, finite: Tensor) -> np.ndarray:
-    """The images (n, H, W, C) on the host. Raises UserError for the first that was not finite before it was rounded."""
-    good = finite.tolist()
-    require(
-        all(good),
-        f"sample {0 if all(good) else list(indices)[good.index(False)]} is not finite: use --mixed-precision no, a lower "
-        f"--cfg-scale or other weights",
-    )
     return images.numpy()
 
 
 def image_shape(codec: Codec, latent: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
     """(H, W, C) of the images that `codec` makes of latents (C, H, W)."""
     return tuple(to_uint8(codec.decode(torch.zeros(1, *latent, device=device))).shape[1:])
-
-
-def grid_picture(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
-    """(n, H, W, C) uint8 images as one (rows H, columns W, 3) picture, each pixel enlarged `scale` times."""
-    from torchvision.utils import make_grid
-
-    tiles = torch.from_numpy(images).permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(tiles, nrow=columns, padding=max(1, tiles.shape[-1] // 16), pad_value=255).permute(1, 2, 0).numpy()

@@ -1,26 +1,23 @@
 """Solvers of the probability-flow ODE and of the reverse SDE, over a velocity function v(x, t).
 
-A solver knows neither labels nor networks: `guided` turns a pair of predictions into one velocity beforehand. States are
-kept in the dtype of `x` (give float64 for agreement with published code); t is passed as a Python float and falls from
-1 (noise) to 0 (data). A grid of N + 1 times makes N steps.
+A solver knows neither labels nor networks nor guidance. States keep the dtype of `x` (give float64 for agreement with
+published code); t is a Python float and falls from 1 (noise) to 0 (data). A grid of N + 1 times makes N steps.
+
+`SOLVERS` is the one list of the ODE's solvers: the choices of `--solver` and the count of network evaluations follow
+from it. The options import this file, so torch is imported inside the functions that need it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-import interpolant
-
-Velocity = Callable[[Tensor, float], Tensor]
-Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
-Noise = Callable[[int], Tensor]
-
-LAST_STEP = 0.04
-"""Size of the SDE's final, noise-free step (SiT's and REPA's protocol)."""
+Velocity = Callable[["Tensor", float], "Tensor"]
+Noise = Callable[[int], "Tensor"]
 
 
 def ode_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -29,34 +26,18 @@ def ode_grid(steps: int, shift: float = 1.0) -> list[float]:
     A shift below 1 puts more steps near noise (LightningDiT, 0.3; Stable Diffusion 3 writes a).
     """
     a = 1 / shift
-    return [a * t / (1 + (a - 1) * t) for t in torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).tolist()]
+    return [a * t / (1 + (a - 1) * t) for t in _even(1.0, 0.0, steps + 1)]
 
 
-def sde_grid(steps: int, last: float = LAST_STEP) -> list[float]:
+def sde_grid(steps: int, last: float) -> list[float]:
     """steps + 1 times: `steps` of them evenly from 1 to `last`, then 0."""
-    return [*torch.linspace(1.0, last, steps, dtype=torch.float64).tolist(), 0.0]
+    return [*_even(1.0, last, steps), 0.0]
 
 
-def guided(
-    conditional: Velocity, pair: Pair, scale: float, low: float = 0.0, high: float = 1.0, channels: int | None = None
-) -> Velocity:
-    """Velocity under classifier-free guidance while low <= t <= high, conditional elsewhere.
+def _even(start: float, stop: float, count: int) -> list[float]:
+    import torch
 
-    Outside the interval, and at scale 1, the unconditional half is not evaluated. `pair` returns
-    (unconditional, conditional). `channels` guides the first so many alone, the others stay conditional: SiT's and
-    LightningDiT's published scales mean something under that rule only.
-    """
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        if scale == 1 or not low <= t <= high:
-            return conditional(x, t)
-        unconditional, wanted = pair(x, t)
-        if channels is None:
-            return interpolant.guide(unconditional, wanted, scale)
-        first = interpolant.guide(unconditional[:, :channels], wanted[:, :channels], scale)
-        return torch.cat([first, wanted[:, channels:]], dim=1)
-
-    return velocity
+    return torch.linspace(start, stop, count, dtype=torch.float64).tolist()
 
 
 def euler(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
@@ -77,37 +58,41 @@ def heun(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
     return x
 
 
-def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: Noise) -> Tensor:
-    """Euler-Maruyama for the reverse SDE with diffusion w = 2 t; the last step is the drift alone.
-
-    `noise(k)` is the standard normal draw of step k, of x's shape.
-    """
-    for step, (t, after) in enumerate(itertools.pairwise(grid)):
-        drift = interpolant.sde_drift(
-            x, velocity(x, t).to(x.dtype), torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        )
-        mean = x + (after - t) * drift
-        last = step == len(grid) - 2
-        x = mean if last else mean + (2 * t * (t - after)) ** 0.5 * noise(step).to(x)
-    return x
-
-
 def dopri5(velocity: Velocity, x: Tensor, grid: Sequence[float], atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
     """Adaptive Dormand-Prince from the grid's first to its last time (SiT's tolerances), by torchdiffeq."""
     from torchdiffeq import odeint
 
-    ends = torch.tensor([grid[0], grid[-1]], dtype=x.dtype, device=x.device)
+    ends = x.new_tensor([grid[0], grid[-1]])
     return odeint(
         lambda t, state: velocity(state, t.item()).to(x.dtype), x, ends, method="dopri5", atol=atol, rtol=rtol
     )[-1]
 
 
-SOLVERS = {"euler": euler, "heun": heun, "dopri5": dopri5}
+class Solver(NamedTuple):
+    """A solver of the ODE: how it goes through a grid of times, and at which times it evaluates the velocity."""
+
+    integrate: Callable[[Velocity, Tensor, Sequence[float]], Tensor]
+    times: Callable[[Sequence[float]], Sequence[float]] | None
+    """Grid -> every time of an evaluation, repeated where it evaluates twice; None if it chooses the times itself."""
 
 
-def evaluations(solver: str, grid: Sequence[float], scale: float = 1.0, low: float = 0.0, high: float = 1.0) -> int:
-    """Network evaluations per sample; a guided evaluation counts twice."""
-    times = list(grid[:-1])
-    if solver == "heun":
-        times += list(grid[1:-1])
-    return sum(2 if scale != 1 and low <= t <= high else 1 for t in times)
+SOLVERS = {
+    "euler": Solver(euler, lambda grid: grid[:-1]),
+    "heun": Solver(heun, lambda grid: [*grid[:-1], *grid[1:-1]]),
+    "dopri5": Solver(dopri5, None),
+}
+
+
+def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: Noise) -> Tensor:
+    """Euler-Maruyama for the reverse SDE with diffusion w = 2 t; the last step is the drift alone.
+
+    It evaluates where Euler's method does. `noise(k)` is the standard normal draw of step k, of x's shape.
+    """
+    import interpolant
+
+    for step, (t, after) in enumerate(itertools.pairwise(grid)):
+        drift = interpolant.sde_drift(x, velocity(x, t).to(x.dtype), x.new_full((len(x),), t))
+        mean = x + (after - t) * drift
+        last = step == len(grid) - 2
+        x = mean if last else mean + (2 * t * (t - after)) ** 0.5 * noise(step).to(x)
+    return x

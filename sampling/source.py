@@ -40,23 +40,23 @@ class Source:
     decoder: str
     """The VAE's name."""
     inner: Inner | None = None
-    """A shallow block's velocity, where it is to guide."""
+    """The velocity of a shallow block, under internal guidance."""
 
     @classmethod
     def open(cls, options: SourceOptions, sampling: SamplingConfig, preset: str | None = None) -> Source:
-        """Load what `options` names, with the weights that `sampling` asks for and the decoder of a `preset`, where it has one.
+        """Load what `options` names, with the weights that `sampling` asks for and the decoder of `preset`, if any.
 
         Raises:
-            UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class, internal guidance
-                for one without a velocity head.
+            UserError: a checkpoint or VAE that is missing or damaged, guidance for a network without a null class,
+                internal guidance for one without a velocity head.
         """
         accelerator = launch.accelerator()
         device = accelerator.device
         checkpoint = Checkpoint.open(options.ckpt)
         require(
             checkpoint.has_null or sampling.cfg_scale == 1,
-            f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide with: "
-            f"use --cfg-scale 1",
+            f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide "
+            f"with: use --cfg-scale 1",
         )
         dtype = launch.precision(options.mixed_precision, device)
         tf32, note = launch.tf32(options.tf32, dtype, device)
@@ -67,6 +67,7 @@ class Source:
         compiling, _ = launch.compiles(options.compile, device)
         if compiling:
             launch.compile_network(network, [inner.head] if inner else [], options.compile, device)
+        # Autocast would cast these weights at every call, to the same bits.
         cast_block_linears(network, dtype)
         if device.type == "cuda":
             accelerator.print(f"attention: {attention.choose(network, options.batch_size, dtype, backward=False)}")
@@ -86,25 +87,25 @@ class Source:
         )
 
     def sampler(self, sampling: SamplingConfig, count: int, chosen: np.ndarray | None = None) -> Sampler:
-        """A sampler of `count` images, of the labels `chosen` (count,) where they are given."""
+        """A sampler of `count` images, of the labels `chosen` (count,) if they are given."""
         return Sampler(self.network, self.codec, sampling, count, self.dtype, chosen, self.inner)
 
     @property
     def name(self) -> str:
-        """What the checkpoint is called: see `name_of`."""
+        """The checkpoint's name: see `name_of`."""
         return name_of(self.checkpoint)
 
     @property
     def folder(self) -> Path:
-        """Where results go without --out: the run, the checkpoint folder itself, or exps/user--name for one from the hub."""
+        """Where results go without --out: the run, the checkpoint folder, or exps/user--name for one from the hub."""
         if self.options.ckpt.startswith(PREFIX):
             return Path("exps") / self.options.ckpt.removeprefix(PREFIX).replace("/", "--")
         path = self.checkpoint.path
         return path.parent.parent if path.parent.name == "checkpoints" else path
 
     def introduction(self, sampling: SamplingConfig, count: int) -> str:
-        """What is about to be drawn, in one line."""
-        s, each = sampling, self.sampler(sampling, count).evaluations
+        """The samples to come, in one line: network, solver, guidance, decoder, precision."""
+        s, each = sampling, sampling.evaluations
         solver = f"SDE, {s.num_steps} steps" if s.mode == "sde" else f"ODE by {s.solver}"
         guidance = (
             f"guidance {s.cfg_scale:g} for t in {s.guidance_low:g} to {s.guidance_high:g}"
@@ -120,14 +121,13 @@ class Source:
 
     def settings(self, sampling: SamplingConfig, count: int) -> dict[str, Any]:
         """All that `count` samples depend on, as JSON values: the checkpoint and its VAE by digest."""
-        batch = (
-            {"batch_size": self.options.batch_size} if sampling.solver == "dopri5" else {}
-        )  # its steps are the batch's
+        # An adaptive solver chooses its steps for a whole batch.
+        batch = {"batch_size": self.options.batch_size} if sampling.adaptive else {}
         return {
             **as_dict(sampling),
             "num_fid_samples": count,
             "mixed_precision": self.options.mixed_precision,
-            "evaluations": self.sampler(sampling, count).evaluations,
+            "evaluations": sampling.evaluations,
             "precision": self.precision,
             **batch,
             "model": self.checkpoint.spec.name,

@@ -30,9 +30,9 @@ FILES = (SETTINGS, "checks.npy", "labels.npy", "images.npy")
 class Store:
     """The growing set of samples on disk: memory-mapped images, labels and a checksum for each sample.
 
-    All processes write their own rows of one file, which the main process makes before the others look; a restart under
-    the same settings keeps the rows whose checksum fits. `shape` is (H, W, C) of an image. The caller holds `out`
-    (`runtime.locks`).
+    All processes write their own rows of one file, which the main process makes before the others open it; a restart
+    under the same settings keeps the rows whose checksum fits. `shape` is (H, W, C) of an image. The caller holds the
+    lock of `out` (`runtime.locks`).
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Store:
             "images": (np.uint8, (count, *shape)),
         }
         launch.on_main(processes, lambda: self._prepare(overwrite))
-        self._arrays: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, np.memmap] = {}
 
     def _prepare(self, overwrite: bool) -> None:
-        """Keep an earlier attempt under the same settings; drop another one only where that is asked for.
+        """Keep an earlier attempt under the same settings; drop one under other settings only with `overwrite`.
 
-        Raises UserError where something lies there that this class did not write.
+        Raises UserError for settings that differ, and for files that this class did not write.
         """
         mark = self.partial / SETTINGS
         files.remove_leftovers(self.out)
@@ -68,8 +68,8 @@ class Store:
             same = earlier == self.settings
             require(
                 same or earlier is None or overwrite,
-                f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose another "
-                f"--out, or add --overwrite",
+                f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose "
+                f"another --out, or add --overwrite",
             )
             if same and all(self._whole(name) for name in self.layout):
                 self._forget_damaged()
@@ -82,7 +82,7 @@ class Store:
         files.write_json(mark, self.settings)
 
     def _whole(self, name: str) -> bool:
-        """Whether the file of an earlier attempt has the size and layout that it should have."""
+        """Whether the file of an earlier attempt has the type and the shape of this one's."""
         dtype, shape = self.layout[name]
         try:
             array = np.load(self.partial / f"{name}.npy", mmap_mode="r")
@@ -96,26 +96,26 @@ class Store:
         images, labels, checks = (
             np.load(self.partial / f"{name}.npy", mmap_mode="r+") for name in ("images", "labels", "checks")
         )
-        there = np.flatnonzero(checks)
-        bad = [index for index in there if checks[index] != checksum(images[index], labels[index])]
+        drawn = np.flatnonzero(checks)
+        bad = [index for index in drawn if checks[index] != checksum(images[index], labels[index])]
         if bad:
-            note(f"{len(bad)} of {len(there)} unfinished samples in {self.partial} are damaged, and drawn again")
+            note(f"{len(bad)} of {len(drawn)} unfinished samples in {self.partial} are damaged, and drawn again")
             checks[bad] = 0
             checks.flush()
 
-    def _open(self, name: str) -> np.ndarray:
+    def _open(self, name: str) -> np.memmap:
         if name not in self._arrays:
             self._arrays[name] = np.lib.format.open_memmap(self.partial / f"{name}.npy", "r+")
         return self._arrays[name]
 
     def missing(self, rank: int, world: int) -> list[int]:
-        """This process's share of the samples that are not there yet."""
+        """This process's share of the samples that are still to be drawn."""
         left = np.flatnonzero(self._open("checks") == 0)
         self.processes.wait_for_everyone()
         return left[rank * len(left) // world : (rank + 1) * len(left) // world].tolist()
 
     def put(self, indices: Sequence[int], images: np.ndarray, labels: np.ndarray) -> None:
-        """Keep images (n, H, W, C) uint8 and labels (n,) of the samples at `indices`."""
+        """Write images (n, H, W, C) uint8 and labels (n,) of the samples at `indices`."""
         with files.writing(self.partial):
             self._open("images")[indices] = images
             self._open("labels")[indices] = labels
@@ -129,13 +129,16 @@ class Store:
             array.flush()
 
     def finish(self, names: Sequence[str]) -> None:
-        """Write the npz, the JSON and the grid, whose rows are classes with their `names`, and drop the partial files."""
+        """Write the npz, the JSON and the grid, whose rows are classes with their `names`; drop the partial files."""
         images, labels = self._open("images"), self._open("labels")
-        with files.replacing(self.out / "samples.npz") as temporary:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-                for name, array in (("arr_0", images), ("labels", labels)):
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # streamed: no copy in memory
-                        np.lib.format.write_array(member, np.asanyarray(array))
+        with (
+            files.replacing(self.out / "samples.npz") as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            # np.savez would copy the arrays into memory; this streams them.
+            for name, array in (("arr_0", images), ("labels", labels)):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asanyarray(array))
         shown = picture.by_class(np.asarray(labels))
         picture.write(
             self.out / "grid.png",
@@ -153,8 +156,7 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     """Whether `out` holds all samples of these settings, undamaged.
 
     Raises:
-        UserError: it holds samples of other settings, or damaged ones, or a samples.npz of unknown origin, and `overwrite` is
-            not given.
+        UserError: without `overwrite`, for samples of other settings, damaged ones, or a samples.npz of unknown origin.
     """
     archive, record = out / "samples.npz", out / "samples.json"
     if overwrite or not (archive.exists() or record.exists()):
@@ -164,11 +166,12 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     remedy = "choose another --out, or add --overwrite to replace them"
     require(archive.is_file() and record.is_file(), f"{out} has only one of samples.npz and samples.json; {remedy}")
     saved = read_record(record)
-    require(isinstance(saved, dict) and "samples" in saved, f"{record} was not written by generate.py; {remedy}")
+    require("samples" in saved, f"{record} was not written by generate.py; {remedy}")
     then = {name: value for name, value in saved.items() if name != "samples"}
     now = json.loads(json.dumps(settings))
     if then != now and (out / PARTIAL / SETTINGS).is_file():
-        return False  # an --overwrite that was interrupted; `Store` decides
+        # An --overwrite was interrupted: `Store` decides.
+        return False
     require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
     require(
         files.digest(archive) == saved["samples"],
@@ -177,30 +180,25 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     return True
 
 
-def read_record(path: Path) -> Any:
-    """What a samples.json says: settings and digest, without format and seal. Raises UserError where it is damaged.
-
-    One of the first versions has neither; from then on the one demands the other, so that no flip can hide the seal.
-    """
+def read_record(path: Path) -> dict[str, Any]:
+    """The settings and the digest in a samples.json, without format and seal. Raises UserError if it is damaged."""
     value = files.read_json(path)
-    if not isinstance(value, dict):
-        return value
-    if files.SEAL in value or "format" in value:
-        files.require_sealed(path, value)
+    require(isinstance(value, dict), f"{path} was not written by generate.py; restore it from a copy, or remove it")
+    files.require_sealed(path, value)
     return {name: part for name, part in value.items() if name not in ("format", files.SEAL)}
 
 
 def difference(then: Any, now: dict[str, Any]) -> str:
-    """'seed 0, not 1' for the first setting that differs."""
+    """The first setting that differs, as 'seed 0, not 1', else the settings that `then` alone has."""
     then = then if isinstance(then, dict) else {}
     return next(
         (f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
-        f"{', '.join(then.keys() - now.keys())} besides",
+        f"with {', '.join(sorted(then.keys() - now.keys()))}",
     )
 
 
 def require_ours(out: Path) -> None:
-    """Raise UserError where the folder of unfinished samples holds anything that this class did not write."""
+    """Raise UserError if the folder of unfinished samples holds anything that `Store` did not write."""
     partial = out / PARTIAL
     others = [path.name for path in partial.iterdir() if path.name not in FILES] if partial.is_dir() else [PARTIAL]
     require(
@@ -218,12 +216,12 @@ def remove_partial(partial: Path) -> None:
 
 
 def checksum(image: np.ndarray, label: int) -> int:
-    """CRC-32 of one sample, never 0: that stands for a sample that is missing."""
-    return zlib.crc32(np.ascontiguousarray(image), int(label) & 0xFFFFFFFF) or 1
+    """CRC-32 of one sample, never 0, which marks a missing sample."""
+    return zlib.crc32(image.tobytes(), int(label) & 0xFFFFFFFF) or 1
 
 
 def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:
-    """A file of zeros whose space is taken at once: a full disk is an error here, not a crash while it is written."""
+    """A file of zeros whose disk space is reserved, so that a full disk is an error now and not a SIGBUS later."""
     np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
     with open(file, "r+b") as handle:
         os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import interpolant
 import models
+from alignment import Alignment, Context
+from loss import Batch
+from models.latents import LatentSpace
+from runtime.streams import Stream
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -93,6 +99,22 @@ def tiny_vae(folder: Path, channels: int = 4) -> str:
     return str(folder)
 
 
+class SmallCodec:
+    """An autoencoder of one convolution and stride 4: a new process opens it without diffusers, which takes seconds."""
+
+    space = LatentSpace(name="small", channels=4, stride=4, shift=(0.0,), scale=(1.0,))
+
+    def __init__(self) -> None:
+        self.kernel = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(0)) / 12
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = torch.nn.functional.conv2d(images, self.kernel, stride=4, padding=3).chunk(2, dim=1)
+        return mean, std.exp()
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
 @contextmanager
 def held_elsewhere(file: Path) -> Iterator[None]:
     """Another process holds `file` inside the block."""
@@ -103,3 +125,27 @@ def held_elsewhere(file: Path) -> Iterator[None]:
         assert holder.stdout.readline() == "held\n"
         yield
         holder.stdin.close()
+
+
+def micro_batch(alignment: Alignment | None = None, count: int = 6, **more: Any) -> Batch:
+    """Draws for images of the digits' size, with those of `alignment`; `image` has nothing to do with the latents."""
+    generator = torch.Generator().manual_seed(1)
+    x0, eps = (torch.randn(count, 1, 8, 8, generator=generator) for _ in range(2))
+    images = torch.randint(0, 256, (count, 8, 8, 1), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % 10
+    own = alignment.draw(Stream(0, "x"), count) if alignment else {}
+    draws = {alignment.name: {key: torch.from_numpy(value) for key, value in own.items()}} if alignment else {}
+    dropped = torch.where(labels == 2, 10, labels)
+    return Batch(x0, eps, torch.linspace(0.01, 0.95, count), dropped, labels, {"image": images}, draws, **more)
+
+
+def context_of(
+    network: models.Backbone, samples: Batch, taps: Collection[models.Tap], name: str = "", ema: Any = None
+) -> Context:
+    """What the alignment `name` sees of `samples` after a forward pass of `network`."""
+    xt = interpolant.corrupt(samples.x0, samples.eps, samples.t)
+    features = network(xt, samples.t, samples.y, taps=taps).features
+    draws = samples.draws.get(name, {})
+    return Context(
+        samples.x0, samples.eps, xt, samples.t, samples.y, samples.labels, features, samples.columns, draws, ema
+    )

@@ -106,7 +106,7 @@ def test_kept_images_come_back(tmp_path, mode):
 
 
 def test_images_are_decoded_side_by_side_and_come_back_in_order(tmp_path, monkeypatch):
-    """Every thread of the pool waits for all the others: a pool of fewer, or decoding in turn, would never get there."""
+    """Every thread of the pool waits for all the others: fewer threads, or decoding in turn, would never end."""
     monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     pictures = np.arange(30 * 64, dtype=np.uint16).astype(np.uint8).reshape(30, 8, 8)
@@ -231,9 +231,12 @@ def test_a_latent_beyond_float16_is_refused(tmp_path):
 
 
 def test_two_writers_on_one_folder_are_refused(tmp_path):
-    with held_elsewhere(tmp_path / locks.LOCK):
-        with pytest.raises(UserError, match="another process is writing"), locks.locked(tmp_path, "wait"):
-            pass
+    with (
+        held_elsewhere(tmp_path / locks.LOCK),
+        pytest.raises(UserError, match="another process is writing"),
+        locks.locked(tmp_path, "wait"),
+    ):
+        pass
     with locks.locked(tmp_path, "wait"):
         pass
 

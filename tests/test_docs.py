@@ -19,7 +19,7 @@ from alignment import Alignment
 from generate import GenerateConfig
 from models.peers import PEERS
 from recipes import rows
-from recipes.__main__ import COMMANDS, Options
+from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
 from tests.helpers import ROOT
 from training import command
@@ -63,7 +63,9 @@ def after_launcher(words: Sequence[str]) -> list[str]:
 
 def flags(module: str) -> set[str]:
     """Every flag of the command in `module`."""
-    found = importlib.import_module("recipes.__main__" if module == "recipes" else module)
+    found = importlib.import_module(
+        f"{module}.__main__" if module in ("recipes", "tests.torture", "tests.golden") else module
+    )
     schemas = [
         kind
         for kind in vars(found).values()
@@ -87,7 +89,7 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
     elif rest[:2] == ["-m", "recipes"]:
         wanted = [word for word in rest[3:] if "/" in word]
         assert rest[2] in COMMANDS and [rows.find(name).name for name in wanted] == wanted
-        assert set(given) <= {flag for found in options_of(Options) for flag in flags_of(found.field)}
+        assert set(given) <= {flag for found in options_of(COMMANDS[rest[2]].options) for flag in flags_of(found.field)}
     else:
         module = rest[1] if rest[0] == "-m" else rest[0].removesuffix(".py")
         assert set(given) <= flags(module) and "--" not in rest

@@ -14,32 +14,16 @@ import interpolant
 import models
 from alignment import Alignment, BuildContext, Context, find
 from alignment.interval import Selection
-from loss import Batch, Learner, flow_matching
+from loss import Learner, flow_matching
 from models.checkpoint import Checkpoint
 from models.pixels import pixels
 from runtime.errors import UserError
+from tests.helpers import context_of, micro_batch, perturbed
 
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 
 
-def perturbed(spec: models.ModelSpec = SPEC, seed: int = 0) -> models.Backbone:
-    """A network without zero weights, so that every path carries signal."""
-    network = models.build(spec, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
-def batch(count: int = 6, **more: object) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    x0, eps = (torch.randn(count, 1, 8, 8, generator=generator) for _ in range(2))
-    labels = torch.arange(count) % 10
-    return Batch(x0, eps, torch.linspace(0.05, 0.95, count), torch.where(labels == 2, 10, labels), labels, **more)
-
-
-def setting(load: object = Checkpoint.open, **more: object) -> BuildContext:
+def build_context(load: object = Checkpoint.open, **more: object) -> BuildContext:
     return BuildContext(
         **{"student": SPEC, "space": pixels(1), "seed": 0, "device": torch.device("cpu"), "dtype": None, "load": load}
         | more
@@ -48,16 +32,12 @@ def setting(load: object = Checkpoint.open, **more: object) -> BuildContext:
 
 def make(name: str, **options: object) -> Alignment:
     kind = find(name)
-    return kind(kind.resolve(kind.Options(hidden=32, **options), SPEC), setting())
-
-
-def context_of(network: models.Backbone, one: Batch, taps: tuple[int, ...]) -> Context:
-    xt = interpolant.corrupt(one.x0, one.eps, one.t)
-    return Context(one.x0, one.eps, xt, one.t, one.y, one.labels, network(xt, one.t, one.y, taps=taps).features, {}, {})
+    return kind(kind.resolve(kind.Options(hidden=32, **options), SPEC), build_context())
 
 
 def test_flow_matching_against_literal_formulas() -> None:
-    a, b = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)), torch.randn(3, 4, 5, 5)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 4, 5, 5, generator=generator) for _ in range(2))
     expected = torch.stack([((x - y) ** 2).sum() / x.numel() for x, y in zip(a, b)])
     torch.testing.assert_close(flow_matching(a, b), expected)
     for n in range(3):
@@ -67,26 +47,28 @@ def test_flow_matching_against_literal_formulas() -> None:
 
 
 def test_plain_learner_is_the_flow_matching_loss() -> None:
-    network, one = perturbed(), batch()
-    losses = Learner(network)(one)
-    xt = (1 - one.t)[:, None, None, None] * one.x0 + one.t[:, None, None, None] * one.eps
-    prediction = network(xt, one.t, one.y).velocity
+    network, samples = perturbed(SPEC), micro_batch()
+    losses = Learner(network)(samples)
+    xt = (1 - samples.t)[:, None, None, None] * samples.x0 + samples.t[:, None, None, None] * samples.eps
+    prediction = network(xt, samples.t, samples.y).velocity
     assert list(losses) == ["diffusion"]
-    torch.testing.assert_close(losses["diffusion"], ((prediction - (one.eps - one.x0)) ** 2).mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(
+        losses["diffusion"], ((prediction - (samples.eps - samples.x0)) ** 2).mean(dim=(1, 2, 3))
+    )
 
 
 def test_latent_loss_regresses_the_clean_latent_in_token_layout() -> None:
-    network, one, alignment = perturbed(), batch(), make("latent")
-    value = alignment(context_of(network, one, alignment.taps))
-    feature = context_of(network, one, (1,)).features[1]
+    network, samples, alignment = perturbed(SPEC), micro_batch(), make("latent")
+    value = alignment(context_of(network, samples, alignment.taps))
+    feature = context_of(network, samples, (1,)).features[1]
     # preset `paper`: n = depth/6, and the latent of token (row, column) is its 2x2 patch
     assert alignment.taps == (1,) and make("latent", depth=3).taps == (3,)
     head = alignment.head(feature)
-    for n in range(len(one.t)):
+    for n in range(len(samples.t)):
         total = 0.0
         for row in range(4):
             for column in range(4):
-                patch = one.x0[n, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten()
+                patch = samples.x0[n, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten()
                 total = total + ((head[n, 4 * row + column] - patch) ** 2).sum()
         torch.testing.assert_close(value[n], total / (16 * 4))
 
@@ -96,12 +78,12 @@ def test_upstream_preset_of_stage_1() -> None:
     options = kind.resolve(kind.Options(**kind.presets["upstream"]["options"], hidden=32), SPEC)
     assert (options.depth, options.target, options.mask, options.interval) == (1, "velocity", "upstream", (0.4, 0.7))
     assert kind.presets["upstream"]["train"] == {"qk_norm": True}
-    alignment, one = kind(options, setting()), batch()
-    context = context_of(perturbed(), one, alignment.taps)
+    alignment, samples = kind(options, build_context()), micro_batch()
+    context = context_of(perturbed(SPEC), samples, alignment.taps)
     mlp, norm, last = alignment.head
     assert not list(norm.parameters())
     predicted = models.unpatchify(last(F.layer_norm(mlp(context.features[1]), (128,), eps=1e-6)), 2)
-    torch.testing.assert_close(alignment(context), ((predicted - (one.eps - one.x0)) ** 2).mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(alignment(context), ((predicted - (samples.eps - samples.x0)) ** 2).mean(dim=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -121,14 +103,14 @@ def test_layers_of_the_published_sizes(name: str, block: int, thirds: int, sixth
 
 
 def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path) -> None:
-    one = batch()
-    xt = interpolant.corrupt(one.x0, one.eps, one.t)
+    samples = micro_batch()
+    xt = interpolant.corrupt(samples.x0, samples.eps, samples.t)
     full = Checkpoint.open(teacher).network("raw")
     with torch.no_grad():
-        conditional = full(xt, one.t, one.labels, taps=(4,)).features[4]
-        unconditional = full(xt, one.t, torch.full_like(one.labels, 10), taps=(4,)).features[4]
-        dropped = full(xt, one.t, one.y, taps=(4,)).features[4]
-    context = Context(one.x0, one.eps, xt, one.t, one.y, one.labels, {}, {}, {})
+        conditional = full(xt, samples.t, samples.labels, taps=(4,)).features[4]
+        unconditional = full(xt, samples.t, torch.full_like(samples.labels, 10), taps=(4,)).features[4]
+        dropped = full(xt, samples.t, samples.y, taps=(4,)).features[4]
+    context = Context(samples.x0, samples.eps, xt, samples.t, samples.y, samples.labels, {}, {}, {})
 
     def target(**options: object) -> Tensor:
         return make("guided", guiding_ckpt=str(teacher), **options).target(context)
@@ -149,18 +131,18 @@ def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path)
 
 
 def test_guided_loss_against_the_formula(teacher: Path) -> None:
-    network, one = perturbed(), batch()
+    network, samples = perturbed(SPEC), micro_batch()
     alignment = make("guided", guiding_ckpt=str(teacher))
-    context = context_of(network, one, alignment.taps)
+    context = context_of(network, samples, alignment.taps)
     feature, target = alignment.head(context.features[3]), alignment.target(context)
     torch.testing.assert_close(alignment(context), ((feature - target) ** 2).sum(dim=(1, 2)) / (16 * 128))
 
 
 def test_gradients_reach_student_and_head_and_never_the_teacher(teacher: Path) -> None:
-    network, one = perturbed(), batch()
+    network, samples = perturbed(SPEC), micro_batch()
     alignment = make("guided", guiding_ckpt=str(teacher))
     learner = Learner(network, {"guided": alignment})
-    learner(one)["guided"].backward()
+    learner(samples)["guided"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in alignment.head.parameters())
     for number, block in enumerate(network.blocks, start=1):
         reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
@@ -173,19 +155,21 @@ def test_gradients_reach_student_and_head_and_never_the_teacher(teacher: Path) -
 
 @pytest.mark.parametrize("low, high", [(0.4, 0.7), (0.0, 1.0), (0.96, 0.99)])
 def test_interval_masks(low: float, high: float) -> None:
-    """`select` is (1/N) sum m_i l_i, gradients included; `upstream` is mean(m) mean(l); a range without samples is zero."""
-    network, alignment, one = perturbed(), make("latent"), batch()
-    each = alignment(context_of(network, one, alignment.taps))
-    inside = ((one.t >= low) & (one.t <= high)).float()
+    """`select` is (1/N) sum m_i l_i, gradients included; `upstream` is mean(m) mean(l); an empty range gives zero."""
+    network, alignment, samples = perturbed(SPEC), make("latent"), micro_batch()
+    each = alignment(context_of(network, samples, alignment.taps))
+    inside = ((samples.t >= low) & (samples.t <= high)).float()
     learner = Learner(network, {"latent": alignment})
-    expected = torch.autograd.grad((inside * each).sum() / len(one.t), list(alignment.parameters()), retain_graph=True)
-    some = Selection.of((low, high), "select", one.t.numpy(), slice(None), one.t.device)
-    selected = learner(dataclasses.replace(one, selections={"latent": some}))["latent"]
-    torch.testing.assert_close(selected, (inside * each).sum() / len(one.t))
-    for found, wanted in zip(torch.autograd.grad(selected, list(alignment.parameters())), expected):
-        torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-5)  # zeros, not None, where nothing is in range
-    weighed = Selection.of((low, high), "upstream", one.t.numpy(), slice(None), one.t.device)
-    upstream = learner(dataclasses.replace(one, selections={"latent": weighed}))["latent"]
+    expected = torch.autograd.grad(
+        (inside * each).sum() / len(samples.t), list(alignment.parameters()), retain_graph=True
+    )
+    some = Selection.of((low, high), "select", samples.t.numpy(), slice(None), samples.t.device)
+    selected = learner(dataclasses.replace(samples, selections={"latent": some}))["latent"]
+    torch.testing.assert_close(selected, (inside * each).sum() / len(samples.t))
+    for gradient, wanted in zip(torch.autograd.grad(selected, list(alignment.parameters())), expected):
+        torch.testing.assert_close(gradient, wanted, atol=1e-7, rtol=1e-5)  # zeros, not None, where nothing is in range
+    weighed = Selection.of((low, high), "upstream", samples.t.numpy(), slice(None), samples.t.device)
+    upstream = learner(dataclasses.replace(samples, selections={"latent": weighed}))["latent"]
     torch.testing.assert_close(upstream, inside.mean() * each.mean())
 
 
@@ -206,18 +190,18 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher: Path, change: dict, wor
     student = dataclasses.replace(SPEC, **change)
     options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), hidden=8), student)
     with pytest.raises(UserError, match=word):
-        kind(options, setting(student=student))
+        kind(options, build_context(student=student))
 
 
 def test_a_teacher_of_another_scale_is_refused_and_of_another_width_welcome(teacher: Path) -> None:
     kind = find("guided")
     options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), hidden=8), SPEC)
     with pytest.raises(UserError, match="scale"):
-        kind(options, setting(space=pixels(1, scale=(2.0,))))
+        kind(options, build_context(space=pixels(1, scale=(2.0,))))
     student = dataclasses.replace(SPEC, hidden_size=64, depth=4)
     options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), hidden=8), student)
-    alignment = kind(options, setting(student=student))
-    assert alignment(context_of(perturbed(student), batch(), alignment.taps)).shape == (6,)
+    alignment = kind(options, build_context(student=student))
+    assert alignment(context_of(perturbed(student), micro_batch(), alignment.taps)).shape == (6,)
 
 
 def test_layers_beyond_the_depth_are_refused(teacher: Path) -> None:

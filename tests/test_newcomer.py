@@ -1,4 +1,4 @@
-"""The newcomer's path: 300 own JPEGs, an autoencoder, both stages, pictures, a score, and the checkpoint used from another folder."""
+"""The newcomer's path: own JPEGs, an autoencoder, both stages, pictures, a score, and the use from another folder."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def told() -> str:
+def test_own_images_all_the_way(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def printed() -> str:
         return capsys.readouterr().out
 
     vae, latents, output = tiny_vae(tmp_path / "vae"), tmp_path / "set", ["--output-dir", str(tmp_path / "exps")]
@@ -60,16 +62,15 @@ def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(UserError, match=f"probably {photos / 'train'} "):
         encode.main(["--images", str(photos), *encoding])
     encode.main(["--images", str(photos / "train"), *encoding])
-    said = told()
-    assert (
-        "300 images, 2 classes" in said and "PSNR" in said and "warning: reconstructions of" in said
-    )  # its weights are random
-    rescaled(latents)  # as if the autoencoder were a sound one
+    # the weights of the autoencoder are random, which is warned of
+    output_of_encode = printed()
+    assert all(words in output_of_encode for words in ("300 images, 2 classes", "PSNR", "warning: reconstructions of"))
+    rescaled(latents)
     verify.main([str(latents)])
-    assert "300 in 1 shards" in told()
+    assert "300 in 1 shards" in printed()
     # both stages; the second takes its network from the first
     train.main(["--data-dir", str(latents), *output, "--exp-name", "one", "--align", "latent", *TINY])
-    assert "warning" not in told()
+    assert "warning" not in printed()
     stage2 = train_guide.main(
         [
             "--data-dir",
@@ -84,8 +85,9 @@ def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.Cap
             *TINY[2:],
         ]
     )
-    said = told()
-    assert "taken over from" in said and "--model SiT-Tiny/2" in said and Checkpoint.open(stage2).step == 9
+    introduction = printed()
+    assert "taken over from" in introduction and "--model SiT-Tiny/2" in introduction
+    assert Checkpoint.open(stage2).step == 9
     # a picture of chosen classes, a score
     drawn = generate.main(
         [
@@ -124,31 +126,40 @@ def test_own_images_all_the_way(photos: Path, tmp_path: Path, capsys: pytest.Cap
         ]
     )
     assert json.loads((tmp_path / "metrics.json").read_text())["num_samples"] == 40
-    # to a shared folder, and from there into another folder's own script, in the two lines that the README gives
+    # to a shared folder, and from there into another folder
     shared = hub.main([str(stage2), "--to", str(tmp_path / "shared"), "--metrics", str(tmp_path / "metrics.json")])
     assert "300 items of 2 classes" in (shared / "README.md").read_text()
     (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    generate.main(["--ckpt", str(shared), "--num-fid-samples", "2", "--num-steps", "2", "--out", "drawn"])
+    assert (tmp_path / "elsewhere" / "drawn" / "samples.npz").is_file()
+
+
+def test_another_folders_scripts_find_the_code(tmp_path: Path) -> None:
+    """In the two lines that the README gives, and as a module on the path; nothing is installed."""
     script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom config import RECIPES\nassert 'digits' in RECIPES"
-    words = ["-m", "generate", "--ckpt", str(shared), "--num-fid-samples", "2", "--num-steps", "2", "--out", "drawn"]
-    for arguments, environment in ((["-c", script], {}), (words, {"PYTHONPATH": str(ROOT)})):
+    for arguments, environment in (
+        (["-c", script], {}),
+        (["-m", "generate", "--list-presets"], {"PYTHONPATH": str(ROOT)}),
+    ):
         done = subprocess.run(
             [sys.executable, *arguments],
-            cwd=tmp_path / "elsewhere",
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             check=False,
             env={**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **environment},
         )
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "elsewhere" / "drawn" / "samples.npz").is_file()
+    assert "repa-cfg" in done.stdout
 
 
 def rescaled(latents: Path) -> None:
-    """Give a latent set the scale that brings it to a deviation of 1: random weights have one of their own."""
+    """Give a latent set the scale that brings it to a deviation of 1, as if the autoencoder were a sound one."""
     from dataset import LatentSet
 
-    found = LatentSet(latents)
-    moments = found.read(np.arange(len(found)))[0]
+    data = LatentSet(latents)
+    moments = data.read(np.arange(len(data)))[0]
     std = float(np.sqrt(moments[:, 0].var() + (moments[:, 1] ** 2).mean()))
     manifest = json.loads((latents / "manifest.json").read_text())
     manifest["space"]["scale"] = [1 / std]

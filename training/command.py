@@ -130,7 +130,7 @@ def catalogue() -> str:
         f"  {name:{width}}  {kind.summary()} (presets: {', '.join(kind.presets) or 'none'})"
         for name, kind in sorted(Alignment.registry.items())
     ]
-    by_family = [f"  {', '.join(sizes)}" for sizes in models.SIZES.values()]
+    by_family = [f"  {', '.join(kind.sizes)}" for kind in models.ARCHITECTURES.values()]
     return "\n".join(["models:", *by_family, "", "alignments (options of one: --align NAME --help):", *lines])
 
 

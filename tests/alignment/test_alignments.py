@@ -25,8 +25,7 @@ from models import QK
 from models.checkpoint import Checkpoint
 from models.pixels import pixels
 from runtime.errors import UserError
-from runtime.streams import Stream
-from tests.helpers import parity, perturbed
+from tests.helpers import context_of, micro_batch, parity, perturbed
 
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 ALL = sorted(Alignment.registry)
@@ -45,31 +44,12 @@ def build(teacher: Path, encoder: Path) -> Callable[..., Alignment]:
         kind = find(name)
         small = {"hidden": 32} if "hidden" in kind.Options.__dataclass_fields__ else {}
         chosen = kind.resolve(kind.Options(**{**small, **own.get(name, {}), **options}), SPEC)
-        one = kind(chosen, BuildContext(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
+        alignment = kind(chosen, BuildContext(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
         if name == "internal":  # its head starts at zero, where nothing passes
-            torch._foreach_add_([p.data for p in one.parameters()], 0.05)
-        return one
+            torch._foreach_add_([p.data for p in alignment.parameters()], 0.05)
+        return alignment
 
     return make
-
-
-def batch(one: Alignment | None = None, count: int = 6, **more: Any) -> Batch:
-    """Digits-sized draws; images that have nothing to do with the latents."""
-    generator = torch.Generator().manual_seed(1)
-    x0, eps = (torch.randn(count, 1, 8, 8, generator=generator) for _ in range(2))
-    images = torch.randint(0, 256, (count, 8, 8, 1), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(count) % 10
-    draws = {one.name: {k: torch.from_numpy(v) for k, v in one.draw(Stream(0, "x"), count).items()}} if one else {}
-    return Batch(
-        x0,
-        eps,
-        torch.linspace(0.01, 0.95, count),
-        torch.where(labels == 2, 10, labels),
-        labels,
-        {"image": images},
-        draws,
-        **more,
-    )
 
 
 def part(whole: Batch, index: slice) -> Batch:
@@ -85,47 +65,42 @@ def part(whole: Batch, index: slice) -> Batch:
     )
 
 
-def context(
-    network: models.Backbone, one: Batch, taps: tuple, name: str = "", ema: models.Backbone | None = None
-) -> Context:
-    xt = interpolant.corrupt(one.x0, one.eps, one.t)
-    features = network(xt, one.t, one.y, taps=taps).features
-    return Context(one.x0, one.eps, xt, one.t, one.y, one.labels, features, one.columns, one.draws.get(name, {}), ema)
-
-
-def gradients(learner: Learner, one: Batch) -> dict[str, Tensor]:
+def gradients(learner: Learner, samples: Batch) -> dict[str, Tensor]:
     learner.zero_grad()
-    sum(value.mean() for value in learner(one).values()).backward()
+    sum(value.mean() for value in learner(samples).values()).backward()
     return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
 
 
-# --- the contract -------------------------------------------------------------------------------------------------------
+# --- the contract
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_value_gradients_and_what_stays_frozen(name: str, build: Callable[..., Alignment]) -> None:
-    one, network, ema = build(name), perturbed(SPEC), perturbed(SPEC, seed=5).requires_grad_(False)
-    learner = Learner(network, {name: one}, ema=ema)
-    value = one(context(network, whole := batch(one), one.taps, name, ema))
-    assert value.shape == (() if one.coupled else (6,)) and value.dtype == torch.float32 and value.isfinite().all()
+    alignment, network, ema = build(name), perturbed(SPEC), perturbed(SPEC, seed=5).requires_grad_(False)
+    learner = Learner(network, {name: alignment}, ema=ema)
+    value = alignment(context_of(network, whole := micro_batch(alignment), alignment.taps, name, ema))
+    assert (
+        value.shape == (() if alignment.coupled else (6,)) and value.dtype == torch.float32 and value.isfinite().all()
+    )
     value.mean().backward()
-    heads = list(one.parameters())
+    heads = list(alignment.parameters())
     assert all(p.grad is not None and p.grad.any() for p in heads)
     first = network.blocks[0].attn.qkv.weight.grad
     assert first is not None and first.any()
-    hidden = [p for frozen in [*one.frozen, ema] for p in frozen.parameters()]
+    hidden = [p for frozen in [*alignment.frozen, ema] for p in frozen.parameters()]
     assert hidden and all(p.grad is None and not p.requires_grad for p in hidden)
     # neither the optimiser, nor DDP, nor a checkpoint sees a frozen network
     assert {id(p) for p in learner.parameters()} == {id(p) for p in [*network.parameters(), *heads]}
-    assert set(one.state_dict()) == {key for key, _ in one.named_parameters()}
+    assert set(alignment.state_dict()) == {key for key, _ in alignment.named_parameters()}
     assert {"diffusion", name} == set(learner(whole))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_two_ranks_equal_one_except_where_the_batch_couples(name: str, build: Callable[..., Alignment]) -> None:
-    one = build(name)
-    learner = Learner(perturbed(SPEC), {name: one}, ema=perturbed(SPEC, seed=5))
-    whole = batch(one)
+    alignment = build(name)
+    learner = Learner(perturbed(SPEC), {name: alignment}, ema=perturbed(SPEC, seed=5))
+    whole = micro_batch(alignment)
     together, left, right = (
         gradients(learner, part(whole, index)) for index in (slice(0, 6), slice(0, 3), slice(3, 6))
     )
@@ -133,18 +108,18 @@ def test_two_ranks_equal_one_except_where_the_batch_couples(name: str, build: Ca
         ((left[key] + right[key]) / 2 - value).abs().max() / value.abs().max().clamp(min=1e-3)
         for key, value in together.items()
     )
-    assert error > 1e-3 if one.coupled else error < 1e-4
+    assert error > 1e-3 if alignment.coupled else error < 1e-4
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_empty_selection_costs_nothing_and_reaches_every_head(name: str, build: Callable[..., Alignment]) -> None:
     """DDP waits for a gradient of every head, even on a rank none of whose samples lies in the interval."""
-    one = build(name)
-    learner = Learner(perturbed(SPEC), {name: one}, ema=perturbed(SPEC, seed=5))
-    plain = gradients(Learner(learner.network), batch(one))
-    found = batch(one, selections={name: Selection(torch.arange(0), 0.0)})
-    assert learner(found)[name] == 0
-    both = gradients(learner, found)
+    alignment = build(name)
+    learner = Learner(perturbed(SPEC), {name: alignment}, ema=perturbed(SPEC, seed=5))
+    plain = gradients(Learner(learner.network), micro_batch(alignment))
+    selected = micro_batch(alignment, selections={name: Selection(torch.arange(0), 0.0)})
+    assert learner(selected)[name] == 0
+    both = gradients(learner, selected)
     assert {key for key, _ in learner.named_parameters()} == set(both)
     assert all(torch.equal(both[key], value) for key, value in plain.items())
 
@@ -172,7 +147,8 @@ def test_queries_and_keys_are_those_of_the_block_and_change_nothing() -> None:
     )
 
 
-# --- published settings -------------------------------------------------------------------------------------------------
+# --- published settings
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,9 +175,9 @@ def test_blocks_and_stops_as_published(name: str, field: str, expected: tuple) -
 
 def test_both_settings_of_dispersive_and_weights_as_published() -> None:
     kind, spec = find("dispersive"), models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=1000)
-    found = {name: kind.resolve(kind.Options(**preset["options"]), spec) for name, preset in kind.presets.items()}
-    assert [(o.weight, o.temperature, o.depth) for o in found.values()] == [(0.5, 0.5, 3), (0.25, 1.0, 12)]
-    assert kind.resolve(kind.Options(), spec) == found["paper"]
+    resolved = {name: kind.resolve(kind.Options(**preset["options"]), spec) for name, preset in kind.presets.items()}
+    assert [(o.weight, o.temperature, o.depth) for o in resolved.values()] == [(0.5, 0.5, 3), (0.25, 1.0, 12)]
+    assert kind.resolve(kind.Options(), spec) == resolved["paper"]
     assert {name: find(name).Options().weight for name in ("repa", "haste", "layersync", "sra")} == {
         "repa": 0.5,
         "haste": 0.5,
@@ -220,7 +196,8 @@ def test_blocks_that_contradict_each_other_are_refused() -> None:
         haste.resolve(haste.Options(attention_depths=(6, 7)), SPEC)
 
 
-# --- schedules ----------------------------------------------------------------------------------------------------------
+# --- schedules
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_weight_at_the_corners_of_every_schedule() -> None:
@@ -262,7 +239,8 @@ def test_haste_stops_hard() -> None:
     assert [options.weight_at(step, options.stop(5004), 5004) for step in (0, 249_999, 250_000)] == [0.5, 0.5, 0.0]
 
 
-# --- formulas -----------------------------------------------------------------------------------------------------------
+# --- formulas
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_repa_gives_the_authors_numbers() -> None:
@@ -282,7 +260,7 @@ def test_repa_gives_the_authors_numbers() -> None:
         input_size=8,
         num_classes=10,
     )
-    names = set(models.parameter_names(spec))
+    names = models.outline(spec).state_dict()
     network = models.build(spec, weights={name: value for name, value in weights.items() if name in names})
     repa = Repa.__new__(Repa)
     torch.nn.Module.__init__(repa)
@@ -294,15 +272,15 @@ def test_repa_gives_the_authors_numbers() -> None:
         {k.removeprefix("projectors.0."): v for k, v in weights.items() if k.startswith("projectors.0.")}
     )
     repa.head, repa.external = head, lambda _: type("Encoded", (), {"tokens": stored["encoder_features"]})
-    one = Batch(stored["x0"], stored["eps"], stored["t"], stored["y"], stored["y"])
-    found = Learner(network, {"repa": repa})(one)
-    torch.testing.assert_close(found["diffusion"], stored["denoising_loss"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found["repa"], stored["projection_loss"], rtol=0, atol=1e-5)
+    samples = Batch(stored["x0"], stored["eps"], stored["t"], stored["y"], stored["y"])
+    losses = Learner(network, {"repa": repa})(samples)
+    torch.testing.assert_close(losses["diffusion"], stored["denoising_loss"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses["repa"], stored["projection_loss"], rtol=0, atol=1e-5)
 
 
 def test_repa_against_a_loop_over_tokens(build: Callable[..., Alignment]) -> None:
     repa, network = build("repa"), perturbed(SPEC)
-    seen = context(network, batch(repa), repa.taps)
+    seen = context_of(network, micro_batch(repa), repa.taps)
     value = repa(seen)
     for n in range(6):
         tokens = repa.external.encoder.model.forward_features(
@@ -323,7 +301,7 @@ def test_irepa_against_loops(build: Callable[..., Alignment]) -> None:
     network, share = perturbed(SPEC), 0.6
     irepa = build("repa", projector="conv", spatial_norm=share)
     assert find("repa").presets["irepa"]["options"] == {"projector": "conv", "spatial_norm": share}
-    seen = context(network, batch(irepa), irepa.taps)
+    seen = context_of(network, micro_batch(irepa), irepa.taps)
     value, feature = irepa(seen).detach(), seen.features[irepa.taps[0]].detach()
     weight, bias = irepa.head.conv.weight.detach(), irepa.head.conv.bias.detach()
     for n in (0, 5):
@@ -346,8 +324,8 @@ def test_irepa_against_loops(build: Callable[..., Alignment]) -> None:
 def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) -> None:
     from alignment.contrastive import others
 
-    network, one = perturbed(SPEC), build("contrastive")
-    whole = batch(one)
+    network, alignment = perturbed(SPEC), build("contrastive")
+    whole = micro_batch(alignment)
     whole = Batch(
         whole.x0,
         whole.eps,
@@ -359,7 +337,9 @@ def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) 
     pairs = [2, 3, 5, 1, 1, 4]  # the floor(3 u)-th of the three samples of the other class, in order
     velocity = network(interpolant.corrupt(whole.x0, whole.eps, whole.t), whole.t, whole.y).velocity.detach()
     total = sum(float(((velocity[i] - (whole.eps[j] - whole.x0[j])) ** 2).mean()) for i, j in enumerate(pairs))
-    assert float(one(context(network, whole, one.taps, "contrastive")).detach()) == pytest.approx(-total / 6, rel=1e-5)
+    assert float(alignment(context_of(network, whole, alignment.taps, "contrastive")).detach()) == pytest.approx(
+        -total / 6, rel=1e-5
+    )
     # one class: any other sample; one sample: none
     choice = torch.linspace(0, 0.999, 9).repeat(3)[:25]
     for labels, candidates in ((torch.zeros(25), 24), (torch.arange(25) % 5, 20), (torch.arange(25), 24)):
@@ -375,27 +355,27 @@ def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) 
 
 def test_haste_attention_against_loops(build: Callable[..., Alignment]) -> None:
     generator = torch.Generator().manual_seed(3)
-    mine, theirs = torch.randn(2, 2, 3, 4, 5, generator=generator), torch.randn(2, 2, 3, 4, 7, generator=generator)
-    value = attention_loss(mine, theirs)
+    student, teacher = torch.randn(2, 2, 3, 4, 5, generator=generator), torch.randn(2, 2, 3, 4, 7, generator=generator)
+    value = attention_loss(student, teacher)
     for n in range(2):
         total = 0.0
         for head in range(3):
             for query in range(4):
                 guess, goal = (
                     torch.stack([qk[n, 0, head, query] @ qk[n, 1, head, key] for key in range(4)]) / qk.shape[-1] ** 0.5
-                    for qk in (mine, theirs)
+                    for qk in (student, teacher)
                 )
                 p_s, p_t = guess.exp() / guess.exp().sum(), goal.exp() / goal.exp().sum()
                 total -= float((p_t * p_s.log()).sum())
         assert float(value[n]) == pytest.approx(total / 12, rel=1e-5)
-    extreme = attention_loss(1000 * mine, theirs)
+    extreme = attention_loss(1000 * student, teacher)
     assert extreme.isfinite().all()  # log of softmax would be -inf
 
 
 def test_haste_is_repa_plus_the_mean_over_its_pairs(build: Callable[..., Alignment]) -> None:
     haste, network = build("haste", attention=0.7), perturbed(SPEC)
     assert haste.pairs == ((1, 1), (2, 2), (3, 3), (4, 4)) and haste.taps[0] == 4
-    seen = context(network, batch(haste), haste.taps)
+    seen = context_of(network, micro_batch(haste), haste.taps)
     target = haste.external(seen)
     features = -F.cosine_similarity(haste.head(seen.features[4]), target.tokens, dim=-1).mean(1)
     maps = torch.stack([attention_loss(seen.features[QK(n)], target.attention[n]) for n in (1, 2, 3, 4)]).mean(0)
@@ -407,7 +387,7 @@ def test_haste_compares_the_first_heads_where_the_student_has_more(
 ) -> None:
     haste = build("haste")
     haste.heads, network = 2, perturbed(SPEC)
-    seen = context(network, batch(haste), haste.taps)
+    seen = context_of(network, micro_batch(haste), haste.taps)
     value = haste(seen)
     for n in (1, 2, 3, 4):
         seen.features[QK(n)] = torch.cat([seen.features[QK(n)][:, :, :2], torch.randn(6, 2, 2, 16, 32)], dim=2)
@@ -417,7 +397,7 @@ def test_haste_compares_the_first_heads_where_the_student_has_more(
 def test_dispersive_against_the_whole_matrix_with_its_diagonal(build: Callable[..., Alignment]) -> None:
     for temperature in (0.5, 1.0):
         loss, network = build("dispersive", temperature=temperature), perturbed(SPEC)
-        seen = context(network, batch(loss), loss.taps)
+        seen = context_of(network, micro_batch(loss), loss.taps)
         z = seen.features[loss.taps[0]].detach().double().flatten(1)
         matrix = [
             [math.exp(-float(((z[i] - z[j]) ** 2).sum()) / (16 * 128) / temperature) for j in range(6)]
@@ -438,7 +418,7 @@ def test_dispersive_against_the_whole_matrix_with_its_diagonal(build: Callable[.
 def test_layersync_follows_and_is_not_followed(build: Callable[..., Alignment]) -> None:
     sync, network = build("layersync"), perturbed(SPEC)
     assert sync.taps == (2, 4)
-    seen = context(network, batch(sync), sync.taps)
+    seen = context_of(network, micro_batch(sync), sync.taps)
     value = sync(seen)
     for n in range(6):
         pairs = zip(seen.features[2][n], seen.features[4][n], strict=True)
@@ -454,15 +434,17 @@ def test_layersync_follows_and_is_not_followed(build: Callable[..., Alignment]) 
 def test_sra_against_its_formula(distance: str, build: Callable[..., Alignment]) -> None:
     sra, network, ema = build("sra", distance=distance), perturbed(SPEC), perturbed(SPEC, seed=5)
     assert sra.taps == (2,) and sra.options.target_depth == 4
-    one = batch(sra)
-    value = sra(context(network, one, sra.taps, "sra", ema))
-    offset = one.draws["sra"]["offset"]
+    samples = micro_batch(sra)
+    value = sra(context_of(network, samples, sra.taps, "sra", ema))
+    offset = samples.draws["sra"]["offset"]
     assert offset.min() >= 0 and offset.max() < 0.2 and offset.std() > 0
-    earlier = torch.maximum(one.t - offset, torch.zeros(6))
-    assert (one.t < offset).any()  # the clamp acts
-    xt = (1 - earlier)[:, None, None, None] * one.x0 + earlier[:, None, None, None] * one.eps
-    goal = ema(xt, earlier, one.y, taps=[4]).features[4].detach()  # labels after dropout, block 4 of the average
-    guess = sra.head(network(interpolant.corrupt(one.x0, one.eps, one.t), one.t, one.y, taps=[2]).features[2])
+    earlier = torch.maximum(samples.t - offset, torch.zeros(6))
+    assert (samples.t < offset).any()  # the clamp acts
+    xt = (1 - earlier)[:, None, None, None] * samples.x0 + earlier[:, None, None, None] * samples.eps
+    goal = ema(xt, earlier, samples.y, taps=[4]).features[4].detach()  # labels after dropout, block 4 of the average
+    guess = sra.head(
+        network(interpolant.corrupt(samples.x0, samples.eps, samples.t), samples.t, samples.y, taps=[2]).features[2]
+    )
     for n in range(6):
         a, b = guess[n].double(), goal[n].double()
         if distance == "smooth-l1":
@@ -478,8 +460,8 @@ def test_sra_against_its_formula(distance: str, build: Callable[..., Alignment])
 
 def test_sra_without_offset_sees_the_same_noise(build: Callable[..., Alignment]) -> None:
     sra, network = build("sra", offset=0.0), perturbed(SPEC)
-    one = batch(sra)
-    seen = context(network, one, (4,), "sra", network)
+    samples = micro_batch(sra)
+    seen = context_of(network, samples, (4,), "sra", network)
     torch.testing.assert_close(sra.target(seen), seen.features[4])
 
 

@@ -17,7 +17,6 @@ from models.checkpoint import Checkpoint
 from models.heads import VelocityHead
 from models.layers import modulate
 from models.pixels import PixelCodec, pixels
-from runtime import files
 from runtime.errors import UserError
 from sampling.config import SamplingConfig
 from sampling.internal import Inner, open_inner
@@ -75,7 +74,7 @@ def test_one_euler_step_is_the_formula_with_and_without_cfg(scale: float) -> Non
     for cfg in (1.0, 3.0):
         drawn = sampler(guide, internal_scale=scale, cfg_scale=cfg)
         drawn.grid = [1.0, 0.0]
-        found = drawn.latents(range(4), y.numpy())
+        sampled = drawn.latents(range(4), y.numpy())
         with torch.no_grad():
             start = next(drawn._noise(range(4), 1))
             conditional, unconditional = (
@@ -83,7 +82,7 @@ def test_one_euler_step_is_the_formula_with_and_without_cfg(scale: float) -> Non
                 for own, middle in (by_hand(start, 1.0, labels, guide) for labels in (y, null))
             )
         torch.testing.assert_close(
-            found, start - (unconditional + cfg * (conditional - unconditional)), rtol=0, atol=2e-5
+            sampled, start - (unconditional + cfg * (conditional - unconditional)), rtol=0, atol=2e-5
         )
 
 
@@ -98,7 +97,9 @@ def test_scale_one_is_no_guidance_bit_for_bit_and_scale_zero_the_shallow_velocit
 
 def test_it_guides_inside_its_interval_alone() -> None:
     x, y = torch.ones(4, 1, 8, 8).double(), torch.arange(4)
-    plain, guided = (sampler(one, internal_scale=2.0 if one else 1.0)._velocity(y) for one in (None, inner(0.3, 0.6)))
+    plain, guided = (
+        sampler(guide, internal_scale=2.0 if guide else 1.0)._velocity(y) for guide in (None, inner(0.3, 0.6))
+    )
     assert [torch.equal(plain(x, t), guided(x, t)) for t in (0.0, 0.29, 0.3, 0.45, 0.6, 0.61, 1.0)] == [
         True,
         True,
@@ -145,17 +146,17 @@ OPTIONS = ("--align", "internal", "--align-interval", 0.2, 0.9, "--checkpointing
 
 
 def test_the_loss_reaches_head_condition_and_shallow_blocks_alone(tmp_path: Path, words: Words) -> None:
-    one = Run(*command.resolve(words(tmp_path, "x", "--align", "internal", "--align-depth", 2), "train", None))
-    one.network, alignment = perturbed(one.spec, seed=0), one.alignments["internal"]
+    own = Run(*command.resolve(words(tmp_path, "x", "--align", "internal", "--align-depth", 2), "train", None))
+    own.network, alignment = perturbed(own.spec, seed=0), own.alignments["internal"]
     with torch.no_grad():
         for parameter in alignment.parameters():
             parameter += 0.1
-    one.setup.learner(one.network, one.alignments, None, one.ema.network)(next(iter(one.batches(1)))[0])[
+    own.setup.learner(own.network, own.alignments, None, own.ema.network)(next(iter(own.batches(1)))[0])[
         "internal"
     ].backward()
     reached = {
         name
-        for name, parameter in one.network.named_parameters()
+        for name, parameter in own.network.named_parameters()
         if parameter.grad is not None and parameter.grad.any()
     }
     assert {name.split(".")[1] for name in reached if name.startswith("blocks.")} == {"0", "1"}
@@ -167,7 +168,8 @@ def test_the_average_of_the_head_follows_its_definition(run: Path) -> None:
     """After n steps, from w0 and weights w1 .. wn: sum over s of (1 - d_s) w_s times the product of later decays."""
     steps = [Checkpoint.open(f"{run}@{step}") for step in range(1, 5)]
     trained = [
-        {key.removeprefix("internal.head."): value for key, value in one.tensors("heads").items()} for one in steps
+        {key.removeprefix("internal.head."): value for key, value in checkpoint.tensors("heads").items()}
+        for checkpoint in steps
     ]
     assert any(value.any() for value in trained[-1].values())
     for of, decay in (("ema", 0.9999), ("ema-0.5", 0.5)):
@@ -177,9 +179,9 @@ def test_the_average_of_the_head_follows_its_definition(run: Path) -> None:
         for step, weights in enumerate(trained, start=1):
             d = min(decay, (1 + step) / (10 + step))
             expected = {name: d * value + (1 - d) * weights[name].double() for name, value in expected.items()}
-        found = steps[-1].tensors(f"internal-head-{of}")
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
+        average = steps[-1].tensors(f"internal-head-{of}")
+        assert average.keys() == expected.keys()
+        for name, value in average.items():
             torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-9)
 
 
@@ -188,8 +190,8 @@ def test_it_continues_exactly(run: Path, tmp_path: Path, words: Words) -> None:
         parts = train.main(words(tmp_path, "whole", *OPTIONS, "--max-train-steps", steps))
     first, second = Checkpoint.open(run), Checkpoint.open(parts)
     for name in ("raw", "ema", "ema-0.5", "heads", "optimizer", "internal-head-ema", "internal-head-ema-0.5"):
-        one, two = first.tensors(name), second.tensors(name)
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+        whole, resumed = first.tensors(name), second.tensors(name)
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole), name
 
 
 def test_samples_record_how_they_were_guided(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -209,11 +211,11 @@ def test_samples_record_how_they_were_guided(run: Path, tmp_path: Path, capsys: 
                 *map(str, more),
             ]
         )
-        with np.load(folder / "samples.npz") as found:
-            return found["arr_0"], json.loads((folder / "samples.json").read_text())
+        with np.load(folder / "samples.npz") as archive:
+            return archive["arr_0"], json.loads((folder / "samples.json").read_text())
 
     plain, record = draw("plain")
-    assert not [key for key in record if "internal" in key]  # as it was before there was internal guidance
+    assert record["internal_scale"] == 1 and "internal" not in record
     guided, record = draw("guided", "--internal-scale", 30)
     assert (
         record["internal"] == {"head": "internal", "block": 2, "low": 0.2, "high": 0.9}
@@ -264,14 +266,14 @@ def test_a_stage_1_with_velocity_target_serves_and_one_without_is_refused(
     assert "\n" not in str(refused.value)
     more = ("--align", "latent", "--preset", "efficient", "--align-hidden", 16)
     stage1 = Checkpoint.open(train.main(words(tmp_path, "x", *more, "--max-train-steps", 1)))
-    found = open_inner(stage1, settings)
-    assert (found.name, found.spec.block, found.low, found.high) == ("latent", 1, 0.4, 0.7)
+    opened = open_inner(stage1, settings)
+    assert (opened.name, opened.spec.block, opened.low, opened.high) == ("latent", 1, 0.4, 0.7)
     x, t, y = inputs(stage1.spec)
     network = stage1.network()
     raw = {key.removeprefix("latent.head."): value for key, value in stage1.tensors("heads").items()}
     average = stage1.tensors("latent-head-ema")
     assert raw.keys() == average.keys() and not torch.equal(raw["2.weight"], average["2.weight"])
-    one = found(network(x, t, y, taps=found.taps).features)
+    velocity = opened(network(x, t, y, taps=opened.taps).features)
     tokens = network(x, t, y, taps=[1]).features[1]
     for layer in (0, 2, 4):
         tokens = torch.nn.functional.linear(tokens, average[f"0.{layer}.weight"], average[f"0.{layer}.bias"])
@@ -279,15 +281,9 @@ def test_a_stage_1_with_velocity_target_serves_and_one_without_is_refused(
     tokens = torch.nn.functional.linear(
         torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), average["2.weight"], average["2.bias"]
     )
-    torch.testing.assert_close(one, models.unpatchify(tokens, 2), rtol=0, atol=1e-5)
-    # a checkpoint from before heads were described and averaged: the raw head, from what its run resolved
-    older = Checkpoint(
-        stage1.path,
-        {key: value for key, value in stage1.config.items() if key != "velocity_heads"}
-        | {"files": {name: digest for name, digest in stage1.files.items() if "-head-" not in name}},
-    )
-    assert open_inner(older, settings).spec == found.spec
-    assert torch.equal(open_inner(older, settings).head[2].weight, raw["2.weight"])
+    torch.testing.assert_close(velocity, models.unpatchify(tokens, 2), rtol=0, atol=1e-5)
+    trained = open_inner(stage1, SamplingConfig(internal_scale=1.4, weights="raw"))
+    assert torch.equal(trained.head[2].weight, raw["2.weight"])
 
 
 def test_a_head_that_has_ended_guides_no_more(tmp_path: Path, words: Words) -> None:
@@ -295,25 +291,3 @@ def test_a_head_that_has_ended_guides_no_more(tmp_path: Path, words: Words) -> N
     assert not [name for name in Checkpoint.open(run).files if "head" in name]
     with pytest.raises(UserError, match="no velocity head"):
         open_inner(Checkpoint.open(run), SamplingConfig(internal_scale=2.0))
-
-
-def test_a_run_from_before_heads_had_averages_continues(
-    tmp_path: Path, words: Words, capsys: pytest.CaptureFixture
-) -> None:
-    """The average starts at the head as it was trained by then: after one more step it is d w1 + (1 - d) w2."""
-    more = ("--align", "latent", "--preset", "efficient", "--align-hidden", 16)
-    run = train.main(words(tmp_path, "x", *more, "--max-train-steps", 1))
-    folder, file = Checkpoint.open(run).path, "latent-head-ema.safetensors"
-    config = files.read_json(folder / "config.json")
-    kept = {name: digest for name, digest in config["files"].items() if name != file}
-    (folder / file).unlink()
-    files.write_sealed(
-        folder / "config.json",
-        {key: value for key, value in config.items() if key not in ("velocity_heads", files.SEAL)} | {"files": kept},
-    )
-    train.main(words(tmp_path, "x", *more, "--max-train-steps", 2))
-    assert "that of latent begins at its weights of this step" in capsys.readouterr().out
-    before, after = (Checkpoint.open(f"{run}@{step}").tensors("heads") for step in (1, 2))
-    for name, value in Checkpoint.open(run).tensors("latent-head-ema").items():
-        expected = 0.25 * before[f"latent.head.{name}"] + 0.75 * after[f"latent.head.{name}"]  # d = (1 + 2) / (10 + 2)
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+import models
 import train
 import train_guide
 from loss import Batch
@@ -21,8 +23,8 @@ from training.run import Run
 SHORT = ("--max-train-steps", 4)
 
 
-def same(one: Path, two: Path) -> bool:
-    first, second = (Checkpoint.open(run).tensors("network") for run in (one, two))
+def same(run: Path, other: Path) -> bool:
+    first, second = Checkpoint.open(run).tensors("network"), Checkpoint.open(other).tensors("network")
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -58,11 +60,11 @@ def test_two_alignments_train_together(repa: Path, plain: Path) -> None:
     assert all({"loss/diffusion", "loss/repa", "loss/layersync"} <= set(line) for line in lines)
     assert lines[0]["loss/diffusion"] == read(plain / "log.jsonl")[0]["loss/diffusion"]
     assert not same(repa, plain)
-    found = Checkpoint.open(repa)
-    heads = found.tensors("heads")
+    checkpoint = Checkpoint.open(repa)
+    heads = checkpoint.tensors("heads")
     assert set(heads) == {f"repa.head.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
-    assert found.config["align"]["layersync"]["weight"] == 0.3
-    assert set(found.tensors("network")) == set(Checkpoint.open(plain).tensors("network"))
+    assert checkpoint.config["align"]["layersync"]["weight"] == 0.3
+    assert set(checkpoint.tensors("network")) == set(Checkpoint.open(plain).tensors("network"))
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
@@ -81,6 +83,38 @@ def test_stage_2_takes_any_teacher(
     used = own.alignments["guided"].teacher.network.state_dict()
     stored = teacher.tensors("ema" if weights == "ema" else "network")
     assert all(torch.equal(value, stored[name]) for name, value in used.items())
+
+
+def test_a_backbone_of_ones_own_trains_both_stages_and_must_be_given_its_scale(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.ARCHITECTURES, "plain", models.Backbone)  # replaced below, removed after the test
+
+    class Plain(models.Backbone):
+        architecture = "plain"
+        sizes: ClassVar = {"Plain-Tiny/2": (2, 16, 2, 2)}
+        norm = staticmethod(torch.nn.LayerNorm)
+        head_norm = staticmethod(torch.nn.LayerNorm)
+
+        @staticmethod
+        def mlp(width: int) -> torch.nn.Module:
+            return torch.nn.Linear(width, width)
+
+    assert models.ARCHITECTURES["plain"] is Plain and "Plain-Tiny/2" in models.names()
+    latent = ("--model", "Plain-Tiny/2", "--align", "latent", "--align-hidden", 8)
+    stage1 = train.main(words(tmp_path, "stage1", *latent, "--max-train-steps", 2))
+    more = ("--guiding-ckpt", stage1, "--align-hidden", 8, "--max-train-steps", 2)
+    with pytest.raises(UserError, match="no guide scale is published for Plain-Tiny/2 .*: give --guide-scale") as error:
+        train_guide.main(words(tmp_path, "stage2", *more))
+    assert "\n" not in str(error.value)
+    checkpoint = Checkpoint.open(train_guide.main(words(tmp_path, "stage2", *more, "--guide-scale", 5)))
+    assert checkpoint.spec.architecture == "plain" and checkpoint.config["resolved"]["guided"]["guide_scale"] == 5
+
+
+def test_omega_is_a_fact_of_the_backbone() -> None:
+    """Section 4.1 of the paper."""
+    scales = {name: kind.guide_scale for name, kind in models.ARCHITECTURES.items()}
+    assert scales == {"sit": 30, "lightningdit": 10} and models.Backbone.guide_scale is None
 
 
 def test_every_option_of_the_guidance_moves_the_run(plain: Path, tmp_path: Path, words: Words) -> None:
@@ -102,10 +136,10 @@ def test_every_option_of_the_guidance_moves_the_run(plain: Path, tmp_path: Path,
         "dropped": ("--guiding-labels", "dropped", "--cfg-prob", 0.5),
         "linear": ("--align-schedule", "linear", "--align-stop-steps", 3),
     }
-    found = {name: weights(name, *more) for name, more in changes.items()}
-    names = list(found)
-    assert all(not torch.equal(base, value) for value in found.values())
-    assert all(not torch.equal(found[a], found[b]) for i, a in enumerate(names) for b in names[:i])
+    results = {name: weights(name, *more) for name, more in changes.items()}
+    names = list(results)
+    assert all(not torch.equal(base, value) for value in results.values())
+    assert all(not torch.equal(results[a], results[b]) for i, a in enumerate(names) for b in names[:i])
 
 
 def test_the_loop_weighs_each_step_by_the_schedule(
@@ -142,8 +176,8 @@ def test_the_loop_weighs_each_step_by_the_schedule(
             5,
         )
     )
-    assert [one.get("layersync") for one in seen] == [0.2, 0.1, None, None, None]  # gone after its stop
-    assert [one["sra"] for one in seen] == pytest.approx([0.2, 0.2, 0.2, 0.02, 0.02])  # 3 steps an epoch
+    assert [lambdas.get("layersync") for lambdas in seen] == [0.2, 0.1, None, None, None]  # gone after its stop
+    assert [lambdas["sra"] for lambdas in seen] == pytest.approx([0.2, 0.2, 0.2, 0.02, 0.02])  # 3 steps an epoch
 
 
 def test_a_falling_schedule_needs_its_stop_before_anything_runs(tmp_path: Path, words: Words) -> None:
@@ -174,13 +208,13 @@ def test_sra_continues_exactly(tmp_path: Path, words: Words) -> None:
 def test_options_reach_their_alignment(more: tuple, tmp_path: Path, words: Words, encoder: Path) -> None:
     external = ("--align-encoder", encoder, "--align-hidden", 32) if more[0] == "haste" else ()
     run = train.main(words(tmp_path, "x", "--align", *more, *external, *SHORT))
-    found, lines = Checkpoint.open(run).config["resolved"][more[0]], read(run / "log.jsonl")
+    resolved, lines = Checkpoint.open(run).config["resolved"][more[0]], read(run / "log.jsonl")
     assert all(np.isfinite(value) for line in lines for value in line.values())
     if more[0] == "dispersive":
-        assert found["taps"] == [6] and found["temperature"] == 1.0
+        assert resolved["taps"] == [6] and resolved["temperature"] == 1.0
         assert Checkpoint.open(run).config["train"]["max_grad_norm"] == 0.0
     elif more[0] == "sra":
         assert 0 <= lines[0]["loss/sra"] <= 2
     else:
-        assert found["attention_pairs"] == [[2, 1], [3, 4]] and found["stop"] == 2
+        assert resolved["attention_pairs"] == [[2, 1], [3, 4]] and resolved["stop"] == 2
         assert ["loss/haste" in line for line in lines] == [True, True, False, False]

@@ -8,33 +8,17 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks import gpu, measure, peer, sample, trace, train_step
 from runtime.errors import UserError
-from sampling import sampler
+from runtime.options import read
 
 CPU = torch.device("cpu")
-SMALL = [
-    "--model",
-    "SiT-Tiny/2",
-    "--latent-size",
-    "8",
-    "--batch-size",
-    "2",
-    "--classes",
-    "10",
-    "--items",
-    "16",
-    "--steps",
-    "1",
-    "--warmup",
-    "1",
-    "--repetitions",
-    "2",
-]
+SMALL = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2"]
+GENERATED = [*SMALL, "--classes", "10", "--items", "16", "--warmup", "1"]
+BRIEF = ["--steps", "1", "--repetitions", "2"]
 
 
 def test_what_is_compared_is_measured_in_turns_and_the_ratio_is_right():
@@ -75,15 +59,17 @@ def test_a_result_keeps_its_rows_and_goes_on_unless_the_settings_differ(tmp_path
 def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    words = [*SMALL, "--out", str(tmp_path / "r.json"), "--rows"]
-    train_step.main([*words, "plain"])
+    words = [*GENERATED, *BRIEF, "--out", str(tmp_path / "r.json"), "--rows"]
+    train_step.main([*words, "plain", "batches"])
     measured = []
     row = train_step.Bench.row
     monkeypatch.setattr(
         train_step.Bench, "row", lambda self, name, more: (measured.append(name), row(self, name, more))[1]
     )
-    result = train_step.main([*words, "plain", "stage 2, interval"])
-    assert measured == ["stage 2, interval"] and set(result["rows"]) == {"plain", "stage 2, interval"}
+    result = train_step.main([*words, "plain", "batches", "stage 2, interval"])
+    assert measured == ["stage 2, interval"] and set(result["rows"]) == {"plain", "batches", "stage 2, interval"}
+    rates = {name: row["images_per_second"]["median"] for name, row in result["rows"].items()}
+    assert rates["batches"] > rates["plain"]
     assert result["rows"]["plain"]["operators"] < result["rows"]["stage 2, interval"]["operators"]
     with pytest.raises(UserError, match="no row is called"):
         train_step.main([*words, "nothing"])
@@ -147,143 +133,65 @@ def test_the_peers_loop_body_is_its_own_and_what_does_not_belong_to_a_step_is_le
 
 
 def test_sampling_is_timed_with_and_without_its_decoder_and_a_step_is_traced(tmp_path: Path):
-    words = [
-        "--model",
-        "SiT-Tiny/2",
-        "--latent-size",
-        "8",
-        "--batch-size",
-        "2",
-        "--num-steps",
-        "3",
-        "--repetitions",
-        "1",
-    ]
+    words = [*SMALL, "--num-steps", "3", "--repetitions", "1"]
     result = sample.main([*words, "--decoder", "tiny", "--out", str(tmp_path / "s.json")])
     assert set(result["rows"]) == {"latents", "images"} and result["rows"]["images"]["evaluations"] == 5
     assert result["rows"]["latents"]["images_per_second"]["median"] > 0
-    traced = trace.main([*SMALL[:10], "--warmup", "1", "--top", "3", "--chrome", str(tmp_path / "chrome.json")])
+    traced = trace.main([*GENERATED, "--top", "3", "--chrome", str(tmp_path / "chrome.json")])
     shares = [row["share"] for row in traced["rows"].values()]
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and sum(shares) < 1
     assert json.loads((tmp_path / "chrome.json").read_text())["traceEvents"]
 
 
-def test_the_gpu_command_goes_through_its_parts_and_is_called_again_until_it_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config = gpu.GpuConfig(out=str(tmp_path), scale="tiny", peer="../REPA")
-    every = {part.name: part for part in gpu.parts(config, tmp_path)}
-    assert list(every)[:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and len(every) == len(
-        gpu.parts(config, tmp_path)
-    )
-    assert {
-        "sample-SiT-XL-2",
-        "peer-SiT-B-2-32",
-        "attention",
-        "trace",
-        "ablation-SiT-B-2-256",
-        "methods-SiT-B-2-256",
-        "loader",
-        "run",
-    } <= every.keys()
-    chosen = [every[name] for name in ("attention", "loader")]
+def test_the_gpu_command_has_every_part_once_at_both_scales(tmp_path: Path):
+    names = {}
+    for scale in gpu.SCALES:
+        parts = gpu.parts(gpu.GpuConfig(out=str(tmp_path), scale=scale, peer="../REPA"), tmp_path)
+        names[scale] = [part.name for part in parts]
+        for part in parts:
+            if "benchmarks.train_step" in part.words:
+                read(train_step.TrainStepConfig, part.words[2:], prog="train_step")
+    assert names["full"] == names["tiny"] and len(set(names["full"])) == len(names["full"])
+    assert names["full"][:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and names["full"][-1] == "run"
+    assert {"sample-SiT-XL-2", "peer-SiT-B-2-32", "peer-sample", "trace", "loader-SiT-B-2-256"} <= set(names["full"])
+
+
+def test_the_gpu_command_is_called_again_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    every = {part.name: part for part in gpu.parts(gpu.GpuConfig(out=str(tmp_path), scale="tiny"), tmp_path)}
+    loader = every["loader-SiT-B-2-256"]
+    quick = gpu.Part("quick", ("-c", "print('all is well')"), 0.1)
     failing = gpu.Part("failing", ("-c", "print('why'); raise SystemExit(3)"), 0.1)
     slow = gpu.Part("slow", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 0.1)
-    monkeypatch.setattr(gpu, "parts", lambda *_: [failing, chosen[0]])
-    words = ["--out", str(tmp_path), "--scale", "tiny"]
-    assert not gpu.main([*words, "--minutes", "5"])
+    words = ["--out", str(tmp_path), "--scale", "tiny", "--minutes"]
+    monkeypatch.setattr(gpu, "parts", lambda *_: [failing, quick])
+    assert not gpu.main([*words, "5"])
     state = json.loads((tmp_path / "state.json").read_text())
-    assert state["failing"]["exit"] == 3 and state["attention"]["exit"] == 0
+    assert state["failing"]["exit"] == 3 and state["quick"]["exit"] == 0
     done = []
     run = gpu.run
     monkeypatch.setattr(gpu, "run", lambda part, seconds: (done.append(part.name), run(part, seconds))[1])
-    monkeypatch.setattr(gpu, "parts", lambda *_: [failing, *chosen])
-    gpu.main([*words, "--minutes", "5"])
-    assert done == ["loader", "failing"]  # what is done is not done again, what failed comes last
-    monkeypatch.setattr(gpu, "parts", lambda *_: [slow, *chosen])
-    assert not gpu.main([*words, "--minutes", "0.02"])
+    monkeypatch.setattr(gpu, "parts", lambda *_: [failing, quick, loader])
+    gpu.main([*words, "5"])
+    assert done == [loader.name, "failing"]  # what is done is not done again, what failed comes last
+    monkeypatch.setattr(gpu, "parts", lambda *_: [slow, quick, loader])
+    assert not gpu.main([*words, "0.02"])
     page = (tmp_path / "tables.md").read_text()
-    for word in (
-        "slow: cut off",
-        "loader: done",
-        "latents and images, 1 thread",
-        "digits, 2 images",
-        "a test of the command",
-    ):
-        assert word in page, word
+    for text in ("slow: cut off", "loader-SiT-B-2-256: done", "batches ", "all is well", "a test of the command"):
+        assert text in page, text
+    assert "begun" in json.loads((tmp_path / "state.json").read_text())["slow"]["output"]
+
+
+def test_the_gpu_command_needs_a_gpu_unless_it_is_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees none here; --scale tiny"):
         gpu.main(["--out", str(tmp_path / "full")])
-    assert "begun" in json.loads((tmp_path / "state.json").read_text())["slow"]["output"]
 
 
 def test_the_page_of_the_gpu_command_has_words_that_can_be_pasted_and_no_noise(tmp_path: Path):
     config = gpu.GpuConfig(out=str(tmp_path), scale="tiny")
-    said = "USDT:2026-11-21 19:06:03 1:1 Handler.cpp:39] profiler_start\nERROR: something of ours\naten::mm 26.1%\n"
+    output = "USDT:2026-11-21 19:06:03 1:1 Handler.cpp:39] profiler_start\nERROR: something of ours\naten::mm 26.1%\n"
     every = gpu.parts(config, tmp_path)
-    page = gpu.tables(config, every, {"trace": {"exit": 0, "output": said}})
+    page = gpu.tables(config, every, {"trace": {"exit": 0, "output": output}})
     assert "ERROR: something of ours\naten::mm 26.1%" in page and "USDT" not in page
     lines = [line for line in page.splitlines() if line.startswith("`python ")]
     assert [tuple(shlex.split(line.strip("`"))[1:]) for line in lines] == [part.words for part in every]
-
-
-def test_the_quickstarts_picture_has_as_many_rows_as_every_digit_has_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from recipes import quickstart
-
-    shown: list[int] = []
-    grid = sampler.grid_picture
-    monkeypatch.setattr(
-        sampler,
-        "grid_picture",
-        lambda images, *more, **named: shown.append(len(images)) or grid(images, *more, **named),
-    )
-    config = quickstart.QuickstartConfig(steps=8, samples=16)
-    for count in (16, 64):
-        for row in config.rows:
-            folder = tmp_path / str(count) / "samples" / f"{row.run}-{row.step}"
-            folder.mkdir(parents=True)
-            np.savez(folder / "samples.npz", arr_0=np.zeros((count, 8, 8, 1), np.uint8), labels=np.arange(count) % 10)
-        quickstart.sample_figure(tmp_path / str(count), tmp_path / f"{count}.png", config)
-    assert shown == [10] * 6 + [60] * 6
-    with pytest.raises(UserError, match="--samples 9"):
-        quickstart.QuickstartConfig(samples=9)
-
-
-def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from recipes import quickstart
-
-    called: list[tuple[str, list[str]]] = []
-
-    def call(_: object, name: str, *words: object) -> None:
-        argv = [str(word) for word in words]
-        called.append((name.split()[-1], argv))
-        if "evaluations.evaluate" in name:
-            out = Path(argv[argv.index("--out") + 1])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"metrics": {key: float(len(called)) for key in quickstart.METRICS}}))
-
-    monkeypatch.setattr(quickstart, "_call", call)
-    config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
-    rows = quickstart.run_seed(tmp_path / "seed3", config, 3)
-    training = [argv for name, argv in called if name in ("train.py", "train_guide.py")]
-    assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
-    for argv in training:
-        for flag, value in (
-            ("--model", "SiT-S/2"),
-            ("--mixed-precision", "bf16"),
-            ("--checkpointing-steps", "40"),
-            ("--seed", "3"),
-        ):
-            assert argv[argv.index(flag) + 1] == value
-    assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
-    assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
-    assert "at 40 of its own steps" in quickstart.verdict({3: rows}, 80) and "120 total steps" in quickstart.verdict(
-        {3: rows}, 80
-    )
-    assert "self-guided SiT" in quickstart.table({3: rows})
-    default = quickstart.QuickstartConfig(out=str(tmp_path))
-    assert default.rows == list(quickstart.ROWS)
-    with pytest.raises(UserError, match="multiple of 8"):
-        quickstart.QuickstartConfig(steps=12)

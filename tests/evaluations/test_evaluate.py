@@ -14,6 +14,7 @@ from evaluations.features import Pixels
 from evaluations.images import LatentSetImages
 from evaluations.reference import Reference
 from evaluations.score import Scorer
+from runtime import files
 from runtime.errors import UserError
 
 
@@ -64,7 +65,7 @@ def run(folder, *extra, samples="samples.npz", reference="reference.npz"):
 
 def test_the_command_writes_and_prints_what_a_scorer_returns(pair, capsys):
     folder, samples, labels = pair
-    (folder / "samples.json").write_text('{"num_steps": 50}')
+    files.write_sealed(folder / "samples.json", {"num_steps": 50})
     result = run(folder)
     assert result["metrics"] == pytest.approx(score(samples, labels, folder / "reference.npz")["metrics"], rel=1e-9)
     assert list(result["metrics"]) == ["fd", "precision", "recall", "class_accuracy"]
@@ -320,7 +321,7 @@ def test_a_folder_of_generate_is_its_samples_and_never_its_grid(pair):
     drawn = folder / "drawn"
     drawn.mkdir()
     np.savez(drawn / "samples.npz", arr_0=samples, labels=labels)
-    (drawn / "samples.json").write_text('{"seed": 3}')
+    files.write_sealed(drawn / "samples.json", {"seed": 3})
     Image.fromarray(np.zeros((99, 99), np.uint8)).save(drawn / "grid.png")
     by_file, by_folder = run(folder, samples="drawn/samples.npz"), run(folder, samples="drawn")
     assert by_file == by_folder and by_folder["samples"]["settings"] == {"seed": 3}

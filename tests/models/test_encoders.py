@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import train
 from dataset import LatentSet
 from models.checkpoint import Checkpoint
-from models.encoders import Encoder, open_encoder
+from models.encoders import ALIASES, DINOV2, Encoder, open_encoder
+from models.peers import PEERS
 from models.pixels import pixels
 from preprocessing import shards
 from runtime.errors import UserError
@@ -40,9 +41,9 @@ def images(count: int = 2, side: int = 8, channels: int = 1) -> torch.Tensor:
 
 
 def test_dinov2_returns_patch_tokens_on_the_students_grid(dino: Encoder) -> None:
-    found = dino(images(2, 48, 3), attention=(9, 12))
-    assert dino.side == 42 and found.tokens.shape == (2, 9, 384)
-    assert {n: qk.shape for n, qk in found.attention.items()} == dict.fromkeys((9, 12), (2, 2, 6, 9, 64))
+    encoded = dino(images(2, 48, 3), attention=(9, 12))
+    assert dino.side == 42 and encoded.tokens.shape == (2, 9, 384)
+    assert {n: qk.shape for n, qk in encoded.attention.items()} == dict.fromkeys((9, 12), (2, 2, 6, 9, 64))
     assert dino.model.pos_embed.shape == (1, 10, 384)
     assert not dino.training and not any(p.requires_grad for p in dino.parameters())
 
@@ -88,11 +89,11 @@ def test_weights_from_a_file_and_positions_on_another_grid(encoder: Path, tmp_pa
     again = open_encoder("vit_small_patch14_dinov2", grid=3, pretrained=False)
     save_file(again.model.state_dict(), tmp_path / "dino.safetensors")
     fresh = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=42)
-    found = open_encoder("vit_small_patch14_dinov2", grid=2, weights=tmp_path / "dino.safetensors")
-    assert found.digest() != again.digest()  # positions moved
-    assert torch.equal(found.blocks[3].mlp.fc1.weight, again.blocks[3].mlp.fc1.weight)
-    assert not torch.equal(found.blocks[3].mlp.fc1.weight, fresh.blocks[3].mlp.fc1.weight)
-    assert found.model.pos_embed.shape == (1, 5, 384)
+    opened = open_encoder("vit_small_patch14_dinov2", grid=2, weights=tmp_path / "dino.safetensors")
+    assert opened.digest() != again.digest()  # positions moved
+    assert torch.equal(opened.blocks[3].mlp.fc1.weight, again.blocks[3].mlp.fc1.weight)
+    assert not torch.equal(opened.blocks[3].mlp.fc1.weight, fresh.blocks[3].mlp.fc1.weight)
+    assert opened.model.pos_embed.shape == (1, 5, 384)
     with pytest.raises(UserError, match="absent.safetensors is missing"):
         open_encoder(SMALL_DINO, grid=2, weights=tmp_path / "absent.safetensors")
     save_file({"blocks.0.norm1.weight": weights["blocks.0.norm1.weight"]}, tmp_path / "other.safetensors")
@@ -113,12 +114,21 @@ def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf download timm/vit_small_patch14_dinov2.lvd142m" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_repas_names_are_those_of_timm() -> None:
+    assert ALIASES["dinov2-vit-b"] == DINOV2 and "(default: dinov2-vit-b)" in PEERS["--enc-type"]
+    assert set(ALIASES.values()) <= set(timm.list_pretrained())
+    assert open_encoder("dinov2-vit-s", grid=2, pretrained=False).name == SMALL_DINO
+    with pytest.raises(UserError, match=r"timm has no weights of MoCo v3 \(mocov3-vit-b\): give a folder") as error:
+        open_encoder("mocov3-vit-b", grid=2)
+    assert "\n" not in str(error.value)
+
+
 def test_cached_tokens_are_those_of_the_images(tmp_path: Path, words: Words, encoder: Path) -> None:
     more = ("--align", "haste", "--align-hidden", 32, "--align-encoder", encoder, "--max-train-steps", 3)
     plain = train.main(words(tmp_path, "plain", *more))
     cached = train.main(words(tmp_path, "cached", *more, "--align-cache"))
-    for one, two in zip(read(plain / "log.jsonl"), read(cached / "log.jsonl"), strict=True):
-        assert one["loss/haste"] == pytest.approx(two["loss/haste"], rel=1e-4)
+    for expected, actual in zip(read(plain / "log.jsonl"), read(cached / "log.jsonl"), strict=True):
+        assert expected["loss/haste"] == pytest.approx(actual["loss/haste"], rel=1e-4)
     first, second = Checkpoint.open(plain).tensors("network"), Checkpoint.open(cached).tensors("network")
     assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
     assert (
@@ -143,8 +153,8 @@ def test_a_cache_in_bf16_is_what_autocast_would_give(tmp_path: Path, words: Word
     plain, cached = (
         train.main(words(tmp_path, name, *more, *cache)) for name, cache in (("a", ()), ("b", ("--align-cache",)))
     )
-    for one, two in zip(read(plain / "log.jsonl"), read(cached / "log.jsonl"), strict=True):
-        assert one["loss/repa"] == pytest.approx(two["loss/repa"], abs=2e-3)
+    for expected, actual in zip(read(plain / "log.jsonl"), read(cached / "log.jsonl"), strict=True):
+        assert expected["loss/repa"] == pytest.approx(actual["loss/repa"], abs=2e-3)
 
 
 def test_a_cache_beyond_its_limit_is_refused(
@@ -163,12 +173,12 @@ def test_the_image_column_is_mirrored_as_the_latent_is(tmp_path: Path) -> None:
 
     pictures = images(40, 8, 1).numpy()
     latents = np.stack([pictures, pictures[:, :, ::-1]], 1).transpose(0, 1, 4, 2, 3)[:, :, None] / np.float32(127.5) - 1
-    kept = []
+    encoded = []
     for picture in pictures:
         buffer = io.BytesIO()
         Image.fromarray(picture[..., 0]).save(buffer, "PNG")
-        kept.append(buffer.getvalue())
-    entry = shards.write_shard(tmp_path, 0, latents.astype(np.float32), np.arange(40) % 10, images=kept)
+        encoded.append(buffer.getvalue())
+    entry = shards.write_shard(tmp_path, 0, latents.astype(np.float32), np.arange(40) % 10, images=encoded)
     shards.write_manifest(
         tmp_path,
         space=pixels(1),
@@ -189,11 +199,11 @@ def test_the_image_column_is_mirrored_as_the_latent_is(tmp_path: Path) -> None:
     wants = type(
         "Wants", (), {"columns": ("image", "row"), "draw": lambda *_: {}, "options": type("O", (), {"interval": None})}
     )
-    ((one,),) = source.steps(0, 1, {"x": wants})
-    from_latents = ((one.x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert torch.equal(one.columns["image"], from_latents)
-    view = one.columns["row"] % 2
+    ((samples,),) = source.steps(0, 1, {"x": wants})
+    from_latents = ((samples.x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(samples.columns["image"], from_latents)
+    view = samples.columns["row"] % 2
     assert 0 < view.sum() < 16
     assert torch.equal(
-        one.columns["image"], torch.from_numpy(data.images(one.columns["row"].numpy() // 2, view.numpy()))
+        samples.columns["image"], torch.from_numpy(data.images(samples.columns["row"].numpy() // 2, view.numpy()))
     )

@@ -1,4 +1,4 @@
-"""Checkpoints that travel: to the hub and back over its client's calls, to a folder, and to REPA's and SiT's layouts."""
+"""Shared checkpoints: to the hub and back over its client's calls, to a folder, and to REPA's and SiT's layouts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
         assert all(torch.equal(value, fetched.tensors(weights)[name]) for name, value in known.tensors(weights).items())
     card = (tmp_path / "hub" / "lab" / "digits" / "README.md").read_text()
     result = json.loads((tmp_path / "metrics.json").read_text())
-    for said in (
+    for text in (
         "SiT-Tiny/2, step 4",
         "`guided`",
         "guide_scale 30",
@@ -92,7 +92,7 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
         "num_steps 2",
         known.files["ema.safetensors"],
     ):
-        assert said in card, said
+        assert text in card, text
     again = generate.main(
         ["--ckpt", "hub:lab/digits", "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "again")]
     )
@@ -167,13 +167,13 @@ def test_export_is_the_inverse_of_conversion(kind: str, name: str, tmp_path: Pat
     """The weights that the peers' own code made, brought here and back; and a run's checkpoint there and back."""
     weights, _ = parity(name)
     torch.save(weights, tmp_path / "published.pt")
-    found = convert.main([str(tmp_path / "published.pt"), "--out", str(tmp_path / "here"), "--num-heads", "4"])
-    file = export.main([str(found), "--layout", kind, "--out", str(tmp_path / "back.pt")])
+    converted = convert.main([str(tmp_path / "published.pt"), "--out", str(tmp_path / "here"), "--num-heads", "4"])
+    file = export.main([str(converted), "--layout", kind, "--out", str(tmp_path / "back.pt")])
     back = torch.load(file, weights_only=True)["ema"]
-    kept = {key: value for key, value in weights.items() if not key.startswith("projectors")}
-    assert back.keys() == kept.keys()
+    expected = {key: value for key, value in weights.items() if not key.startswith("projectors")}
+    assert back.keys() == expected.keys()
     unused = 0
-    for key, value in kept.items():
+    for key, value in expected.items():
         if kind == "sit" and key.startswith("final_layer.linear"):  # rows of channels that nothing reads are zeros now
             used = torch.arange(len(value)) % (len(value) // 4) < len(value) // 8
             value, unused = value * used.view(-1, *[1] * (value.ndim - 1)), unused + 1

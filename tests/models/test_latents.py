@@ -84,7 +84,7 @@ def test_a_vae_gives_its_own_space_and_the_moments_of_diffusers(vae):
 
 
 def test_the_published_sizes_and_scale():
-    """SD-VAE: 256 and 512 pixels give 32 and 64 latents a side, scale 0.18215, no shift (on a VAE of its shape, thinner)."""
+    """SD-VAE: 256 and 512 pixels give 32 and 64 latents a side, scale 0.18215, no shift (on a thinner VAE)."""
     from diffusers import AutoencoderKL
 
     from models.vae import VaeCodec, _space_of

@@ -177,15 +177,15 @@ def test_a_vae_that_does_not_fit_is_refused(reference, tmp_path):
             (
                 {k: v for k, v in weights.items() if "up.0.block.2.conv1" not in k},
                 [],
-                "first decoder.up_blocks.2.resnets.2",
+                "VA-VAE, which .* should be: decoder.up_blocks.2.resnets.2",
             ),
             (
                 {k: v for k, v in weights.items() if "decoder.conv_out" not in k},
                 [],
                 "decoder.conv_out.weight is missing",
             ),
-            (weights | {"encoder.extra": torch.zeros(1)}, [], "first encoder.extra"),
-            (weights | {"quant_conv.bias": torch.zeros(3)}, [], "first quant_conv.bias"),
+            (weights | {"encoder.extra": torch.zeros(1)}, [], "should be: encoder.extra"),
+            (weights | {"quant_conv.bias": torch.zeros(3)}, [], "should be: quant_conv.bias"),
             (weights, ["--statistics", str(tmp_path / "stats.pt")], "4 latent channels, the statistics have 3"),
             (weights, ["--num-heads", "4"], "is a VAE"),
         )

@@ -102,9 +102,9 @@ def test_other_files_are_left_out_and_counted(tmp_path):
     (folder / "n00" / "notes.txt").write_text("x")
     (folder / "n00" / "._0.png").write_bytes(b"x")
     (folder / ".cache").mkdir()
-    found = ImageFiles(folder)
-    assert found.ignored == ["n00/._0.png", "n00/notes.txt"] and len(found.names) == 15
-    assert "2 other files left out" in found.summary
+    images = ImageFiles(folder)
+    assert images.ignored == ["n00/._0.png", "n00/notes.txt"] and len(images.names) == 15
+    assert "2 other files left out" in images.summary
 
 
 def labels_of(folder: Path, value: object) -> None:

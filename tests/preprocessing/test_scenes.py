@@ -1,4 +1,4 @@
-"""Scenes: a function of dials, seed and index; masks, groups and classes are what they say; the committed classifier knows them."""
+"""Scenes: a function of dials, seed and index; their masks, groups and classes; the committed classifier."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_scene_depends_on_dials_seed_and_index_alone() -> None:
 
 
 def test_ink_is_dark_where_the_mask_says_so() -> None:
-    """Without colour, gradient and clutter a pixel is white minus its ink, so that the mask is a threshold of the picture."""
+    """Without colour, gradient and clutter a pixel is white minus its ink: the mask is a threshold of the picture."""
     plain = Scenes(Dials(**BARE), 50)
     for index in range(50):
         picture, mask, _ = plain.draw(index)
@@ -92,9 +92,9 @@ def test_the_set_on_disk_is_the_scenes(tmp_path: Path, capsys: pytest.CaptureFix
     made, drawn = LatentSet(tmp_path / "set"), Scenes(Dials(classes=5), 30)
     assert len(made) == 30 and made.num_classes == 5 and (made.labels == np.arange(30) % 5).all()
     assert (made.images(np.array([4, 17])) == np.stack([drawn.draw(4)[0], drawn.draw(17)[0]])).all()
-    with np.load(tmp_path / "set" / MASKS) as kept:
-        assert kept["masks"].shape == (30, 16, 16) and (kept["masks"][17] == drawn.draw(17)[1]).all()
-        assert kept["groups"].tolist() == [drawn.draw(index)[2] for index in range(30)]
+    with np.load(tmp_path / "set" / MASKS) as stored:
+        assert stored["masks"].shape == (30, 16, 16) and (stored["masks"][17] == drawn.draw(17)[1]).all()
+        assert stored["groups"].tolist() == [drawn.draw(index)[2] for index in range(30)]
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
     scenes.main(argv)
     assert "is finished already" in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_the_set_on_disk_is_the_scenes(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--digits", "3"], "must be 1 or 2"),
         (["--classes", "11"], "between 2 and 10"),
@@ -114,8 +114,8 @@ def test_the_set_on_disk_is_the_scenes(tmp_path: Path, capsys: pytest.CaptureFix
         (["--resolution", "9"], "must be even"),
     ],
 )
-def test_dials_that_cannot_be_are_refused(words: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_dials_that_cannot_be_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read(scenes.Options, words, prog="scenes", description="")
 
 
@@ -123,16 +123,16 @@ def test_the_committed_classifier_knows_unseen_handwriting_as_well_as_it_says() 
     import timm
 
     folder = ROOT / "evaluations" / "scenes"
-    told = json.loads((folder / "accuracy.json").read_text())
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000 and told["accuracy"] > 0.95
-    dials = Dials(**{**told["scenes"], "size": tuple(told["scenes"]["size"])})
+    record = json.loads((folder / "accuracy.json").read_text())
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000 and record["accuracy"] > 0.95
+    dials = Dials(**{**record["scenes"], "size": tuple(record["scenes"]["size"])})
     assert dials == Dials()  # what --features scenes is for
-    held = Scenes(dials, told["held_out"], 2, (GROUPS - 1,))
-    images = torch.from_numpy(np.stack([held.draw(index)[0] for index in range(told["held_out"])]))
+    held = Scenes(dials, record["held_out"], 2, (GROUPS - 1,))
+    images = torch.from_numpy(np.stack([held.draw(index)[0] for index in range(record["held_out"])]))
     with torch.no_grad():
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         answers = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x).argmax(1).numpy()
-    assert (answers == held.labels).mean() == pytest.approx(told["accuracy"], abs=0.002)
+    assert (answers == held.labels).mean() == pytest.approx(record["accuracy"], abs=0.002)
     extractor = open_extractor(FeatureOptions(features="scenes"))
     assert extractor.weights == files.digest(folder / "model.safetensors")
     features, labels = extractor(images[:800]).pool, torch.from_numpy(held.labels[:800])
@@ -145,8 +145,8 @@ def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(
     monkeypatch.setattr(encoder, "SCENES", 60)
     dials = Dials(resolution=8, classes=2, **BARE)
     encoder.train_encoder(tmp_path / "made", 1, dials)
-    told = json.loads((tmp_path / "made" / "accuracy.json").read_text())
-    assert told["held_out"] == 10 and told["scenes"] == json.loads(json.dumps(dataclasses.asdict(dials)))
+    record = json.loads((tmp_path / "made" / "accuracy.json").read_text())
+    assert record["held_out"] == 10 and record["scenes"] == json.loads(json.dumps(dataclasses.asdict(dials)))
     extractor = open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}"))
     assert extractor(torch.zeros(2, 8, 8, 3, dtype=torch.uint8)).pool.shape == (2, 64) and extractor.weights
     with pytest.raises(UserError, match="leave out --feature-weights"):
@@ -157,12 +157,12 @@ def test_an_encoder_of_scenes_is_what_timm_and_the_scores_can_open(
         )
     with pytest.raises(UserError, match=r"holds an encoder of other .*1 epochs"):
         encoder.train_encoder(tmp_path / "made", 2, dials)
-    assert encoder.train_encoder(tmp_path / "made", 1, dials) == told["accuracy"]
+    assert encoder.train_encoder(tmp_path / "made", 1, dials) == record["accuracy"]
     for name, content in (("model.safetensors", b"x" * 100), ("config.json", b"[]"), ("config.json", b"{}")):
         (tmp_path / "made" / name).write_bytes(content)
         for attempt in (
             lambda: open_extractor(FeatureOptions(features=f"timm:{tmp_path / 'made'}")),
             lambda: open_encoder(str(tmp_path / "made"), grid=4),
         ):
-            with pytest.raises(UserError, match="is damaged, or no folder that timm's save_for_hf wrote"):
+            with pytest.raises(UserError, match="is damaged, or not a folder that timm's save_for_hf wrote"):
                 attempt()

@@ -48,9 +48,14 @@ def moments(count: int = 20) -> np.ndarray:
 def test_the_scale_is_that_of_samples(tmp_path, capsys):
     write_set(tmp_path, moments(400), np.arange(400) % 2, scale=0.2)
     verify.main([str(tmp_path), "--num-images", "0"])
-    told = capsys.readouterr().out
-    std = float(told.split(", std ")[1].split(";")[0])
-    assert abs(std - 1.0) < 0.01 and "400 in 50 shards" in told and "2, of 200 to 200 items" in told and "sound" in told
+    printed = capsys.readouterr().out
+    std = float(printed.split(", std ")[1].split(";")[0])
+    assert (
+        abs(std - 1.0) < 0.01
+        and "400 in 50 shards" in printed
+        and "2, of 200 to 200 items" in printed
+        and "sound" in printed
+    )
 
 
 def test_the_digits_are_their_own_reconstruction(tmp_path, capsys):
@@ -81,8 +86,8 @@ def test_reconstructions_with_and_without_kept_images(tmp_path, capsys, monkeypa
         return capsys.readouterr().out
 
     monkeypatch.setattr(verify, "_SCALE", (0.0, 100.0))  # random weights have a scale of their own
-    told = run("kept", ["--keep-images"], "--num-images", "3")
-    assert "PSNR" in told and "15 decoded, 16 x 16" in told and Image.open(tmp_path / "p.png").size == (48, 32)
+    printed = run("kept", ["--keep-images"], "--num-images", "3")
+    assert "PSNR" in printed and "15 decoded, 16 x 16" in printed and Image.open(tmp_path / "p.png").size == (48, 32)
     assert "PSNR" not in run("bare", []) and Image.open(tmp_path / "p.png").size == (128, 16)
     assert "PSNR" in run("bare", [], "--images", str(folder), "--vae", vae)
     psnr = float(run("pixels", ["--dtype", "float32"], "--images", str(folder)).split("PSNR ")[1].split(" ")[0])
@@ -161,16 +166,16 @@ def test_an_autoencoder_that_does_not_reconstruct_is_warned_of(tmp_path, capsys,
             "0",
         ]
     )
-    told = capsys.readouterr().out
-    psnr, std = (float(told.split(word)[1].split()[0].rstrip(".;")) for word in ("PSNR ", "standard deviation of "))
-    assert psnr < 18 and "warning: reconstructions of" in told and "8 items decoded again" in told
+    printed = capsys.readouterr().out
+    psnr, std = (float(printed.split(word)[1].split()[0].rstrip(".;")) for word in ("PSNR ", "standard deviation of "))
+    assert psnr < 18 and "warning: reconstructions of" in printed and "8 items decoded again" in printed
     latents = LatentSet(tmp_path / "latents")
     raw = latents.read(quality.spread(15, 8))[0][:, 0]
     assert std == pytest.approx(float(np.std(raw, ddof=1) * 0.18215), abs=0.006)
     monkeypatch.setattr(verify, "_SCALE", (0.0, 100.0))
     verify.main([str(tmp_path / "latents")])
-    told = capsys.readouterr().out
-    assert "warning         reconstructions of" in told and "see the warning" in told and "sound" not in told
+    printed = capsys.readouterr().out
+    assert "warning         reconstructions of" in printed and "see the warning" in printed and "sound" not in printed
     monkeypatch.setattr(quality, "PSNR", 0.0)
     monkeypatch.setattr(quality, "SCALE", (0.0, 100.0))
     verify.main([str(tmp_path / "latents")])

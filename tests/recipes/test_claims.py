@@ -33,27 +33,27 @@ def study(full: tuple[float, ...], plain: tuple[float, ...]) -> list[dict]:
     ]
 
 
-def finding(records: list[dict], said: str) -> claims.Finding:
-    return next(one for one in claims.test(records) if one.claim.said == said)
+def finding(records: list[dict], statement: str) -> claims.Finding:
+    return next(entry for entry in claims.test(records) if entry.claim.statement == statement)
 
 
 def test_claims_are_about_rows_and_epochs_that_are_scored() -> None:
     for claim in CLAIMS:
         for key, epochs in (claim.better, claim.worse):
             row = rows.find(f"study/SiT-B-2/{key}")
-            assert epochs in (row.at or (row.epochs,)) and key in publish.SAID
-    assert len({claim.said for claim in CLAIMS}) == len(CLAIMS)
+            assert epochs in (row.at or (row.epochs,)) and key in publish.TITLES
+    assert len({claim.statement for claim in CLAIMS}) == len(CLAIMS)
 
 
 def test_a_paired_test_is_the_t_test_of_the_differences() -> None:
     full, plain = (2.0, 2.3, 1.9, 2.2, 2.1), (3.1, 3.2, 2.9, 3.5, 3.0)
-    one = finding(study(full, plain), "stage 2 improves on plain training, at equal steps")
+    tested = finding(study(full, plain), "stage 2 improves on plain training, at equal steps")
     gaps = [a - b for a, b in zip(full, plain)]
     mean = sum(gaps) / 5
     error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 4 / 5)
-    assert one.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 4), rel=1e-9)
-    assert one.interval == pytest.approx(2.7764451 * error, rel=1e-6)  # the table's t for 4 degrees of freedom
-    assert one.verdict == "holds"
+    assert tested.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 4), rel=1e-9)
+    assert tested.interval == pytest.approx(2.7764451 * error, rel=1e-6)  # the table's t for 4 degrees of freedom
+    assert tested.verdict == "holds"
     assert finding(study(plain, full), "stage 2 improves on plain training, at equal steps").verdict == "reversed"
     assert (
         finding(study((2.0, 3.0, 2.5), (2.4, 2.5, 2.6)), "stage 2 improves on plain training, at equal steps").verdict
@@ -81,8 +81,8 @@ def test_scores_of_two_protocols_are_never_paired() -> None:
         [record("full", 0, {80: 9.0}), record("full", 0, {80: 1.0})]
     )
     assert all(
-        one.verdict == "not run"
-        for one in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)])
+        tested.verdict == "not run"
+        for tested in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)])
     )
 
 

@@ -37,12 +37,12 @@ def test_imagenets_classes_in_the_order_of_their_labels() -> None:
     }
     assert {label: names[label] for label in known} == known
     assert labels_of(["Golden Retriever", "88"], names) == [207, 88]
-    for word, said in (
+    for word, message in (
         ("crane", "classes 134 and 517"),
         ("goldn retriever", "did you mean golden retriever"),
         ("1000", "0 to 999"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             labels_of([word], names)
 
 
@@ -63,18 +63,18 @@ def test_chosen_classes_come_in_order(guided: Path, tmp_path: Path, capsys: pyte
         first = drawn["arr_0"]
     record = json.loads((out / "samples.json").read_text())
     assert record["classes"] == [7, 7, 7, 2, 2, 2] and record["labels"] == "chosen"
-    told = capsys.readouterr().out
-    assert (
-        "6 samples of stage2@4 (SiT-Tiny/2, ema weights): SDE, 2 steps, 2 network evaluations each, no guidance" in told
+    printed = capsys.readouterr().out
+    introduction = (
+        "6 samples of stage2@4 (SiT-Tiny/2, ema weights): SDE, 2 steps, 2 network evaluations each, no guidance"
     )
+    assert introduction in printed
     # one noise a place, whatever the class
     other = generate.main([*sample, "--classes", "2", "2", "--per-class", "3", "--out", str(tmp_path / "b")])
     with np.load(other / "samples.npz") as drawn:
         assert np.array_equal(drawn["arr_0"][3:], first[3:]) and not np.array_equal(drawn["arr_0"][:3], first[:3])
     assert "7-2x3" in generate.main([*sample, "--classes", "7", "2", "--per-class", "3"]).name
-    assert (
-        "40classes-" in generate.main([*sample, "--classes", *"0123456789" * 4, "--per-class", "1"]).name
-    )  # no name too long
+    # a name that would be too long is cut to a count and a digest
+    assert "40classes-" in generate.main([*sample, "--classes", *"0123456789" * 4, "--per-class", "1"]).name
 
 
 def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_checkpoints_are_compared_in_one_picture(guided: Path, teacher: Path, tm
 
 @pytest.mark.parametrize(("classes", "shown"), [(3, [0, 1, 2]), (20, [0, 2, 5, 7, 10, 12, 15, 17])])
 def test_a_preview_names_its_rows(tmp_path: Path, classes: int, shown: list[int]) -> None:
-    """Every tile is the sample of its noise and class, and each row has its own class's name left of it, and nothing else there."""
+    """Every tile is the sample of its noise and class, and left of each row stands the name of its class alone."""
     network = perturbed(
         models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=classes), seed=0
     ).requires_grad_(False)
@@ -133,15 +133,15 @@ def test_the_grid_has_a_row_a_class_in_order(tmp_path: Path) -> None:
     ]
     assert [label for label, _ in picture.by_class(np.arange(100), rows=4)] == [0, 33, 66, 99]
     images = np.full((6, 8, 8, 3), (200, 30, 30), np.uint8)
-    for names, heads in (
+    for names, titles in (
         ((), ()),
         (["one", "a longer name", "x"], ()),
         (["a", "b", "c"], ["first", "second", "a head too long to fit"]),
     ):
-        picture.write(tmp_path / "p.png", [images[:2], images[:3], images[:1]], names, heads)
+        picture.write(tmp_path / "p.png", [images[:2], images[:3], images[:1]], names, titles)
         shown = np.asarray(Image.open(tmp_path / "p.png"))
         assert (
-            shown.shape[0] == 2 + 3 * 66 + (15 if heads else 0)
+            shown.shape[0] == 2 + 3 * 66 + (15 if titles else 0)
             and (shown == (200, 30, 30)).all(-1).sum() == 6 * 64 * 64
         )
         ink = shown[..., 0] < 100

@@ -1,13 +1,13 @@
-"""Bad inputs: every one is answered with exit code 2 and one line that names culprit and remedy, and nothing is written.
+"""Every bad input gets exit code 2 and one line that names culprit and remedy, and nothing is written.
 
-The table is `benchmarks.bad_inputs`; `python -m benchmarks.torture --inputs all` runs it as real processes.
+The table is in `bad_options.py` and `bad_files.py`; `python -m tests.torture --inputs all` runs it as real processes.
+Random bytes and random JSON follow below.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import random
 import zipfile
 from pathlib import Path
 
@@ -17,21 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dataset
-from benchmarks import bad_inputs, bad_world, flips, torture
-from benchmarks.bad_world import World
 from evaluations.images import open_images
 from models.archives import read_archive
 from models.checkpoint import Checkpoint
 from runtime import errors, files
 from runtime.errors import UserError
 from runtime.mapped import map_shard
+from runtime.options import flags_of, options_of
+from tests.torture import bad_files, bad_options, flips, rows
+from tests.torture import world as worlds
+from tests.torture.rows import Answer, Row
+from tests.torture.world import COMMANDS, World
 from training import log
 
-TABLE = bad_inputs.rows()
-SHAPES = [
-    row for row in TABLE if ".json " in row.name
-]  # one field of another shape: every third, the torture has them all
-SHORT = [row for row in TABLE if row not in SHAPES[1::3] + SHAPES[2::3]]
+TABLE = bad_files.table()
+JSON_FIELDS = [row for row in TABLE if ".json " in row.name]
+# every third JSON field of another shape; `python -m tests.torture` has them all
+SHORT = [row for row in TABLE if row not in JSON_FIELDS[1::3] + JSON_FIELDS[2::3]]
 FEW = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -39,54 +41,58 @@ FEW = settings(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return bad_world.build(tmp_path_factory.mktemp("world"))
+    return worlds.build(tmp_path_factory.mktemp("world"))
 
 
-def test_the_table_is_long_and_covers_every_command() -> None:
-    assert len(SHORT) >= 400 and {row.command for row in TABLE} == set(bad_world.MAINS)
+def test_the_table_has_rows_of_every_command_and_of_every_option() -> None:
+    assert {row.command for row in TABLE} == set(COMMANDS)
+    for name, command in COMMANDS.items():
+        names = " ".join(row.name for row in TABLE if row.command == name)
+        for opt in options_of(command.schema) if command.schema else ():
+            # a flag without a value has one row, under its name without the last letter
+            assert flags_of(opt.field)[0][:-1] in names, (name, opt.field.name)
 
 
-@pytest.mark.parametrize("command", bad_world.MAINS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_bad_inputs_are_one_line_with_culprit_and_remedy(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    faults = bad_inputs.check([row for row in SHORT if row.command == command], world, tmp_path)
+    faults = rows.faults([row for row in SHORT if row.command == command], world, tmp_path)
     assert not faults, "\n".join(f"{name}: {fault}" for name, fault in faults.items())
 
 
 def test_the_words_of_the_table_work_where_nothing_is_wrong(world: World, tmp_path: Path) -> None:
     """Else a row could be refused for another reason than its own."""
-    for command in bad_world.MAINS:
-        row = bad_inputs.Row(command, "nothing wrong")
-        found, _ = bad_inputs.answer(row, world, tmp_path)
-        assert found.code is None, (command, found.lines)
+    for command in COMMANDS:
+        answer, _ = rows.answer(Row(command, "nothing wrong"), world, tmp_path)
+        assert answer.code is None, (command, answer.lines)
 
 
-def test_the_check_sees_an_answer_that_is_not_as_it_should_be() -> None:
-    answer = bad_inputs.Answer(2, ["error: --seed x is bad; use a number"], [])
+def test_a_bound_has_a_row_on_each_side() -> None:
+    bounds = {row.name for row in bad_options.rows() if row.command == "train.py" and "must lie in" in row.named}
+    assert {"--cfg-prob -1.0", "--cfg-prob 2.0", "--batch-size 0", "--learning-rate 0.0", "--ema-decay 1.0"} <= bounds
+
+
+def test_an_answer_that_is_not_as_it_should_be_is_a_fault() -> None:
+    answer = Answer(2, ["error: --seed x is bad; use a number"], [])
     assert answer.fault(("--seed",)) is None
     for wrong in (
-        bad_inputs.Answer(1, answer.lines, []),
-        bad_inputs.Answer(2, answer.lines * 2, []),
-        bad_inputs.Answer(2, answer.lines, ["x"]),
-        bad_inputs.Answer(2, ["error: --seed x is bad"], []),
+        Answer(1, answer.lines, []),
+        Answer(2, answer.lines * 2, []),
+        Answer(2, answer.lines, ["x"]),
+        Answer(2, ["error: --seed x is bad"], []),
     ):
         assert wrong.fault(("--seed",))
     assert answer.fault(("--speed",))
 
 
-PROCESSES = [
-    ("train.py", "data manifest.json garbled"),
-    ("generate.py", "--ckpt /nowhere"),
-]  # the others: benchmarks.torture
-
-
-@pytest.mark.parametrize(("command", "name"), PROCESSES)
+@pytest.mark.parametrize(
+    ("command", "name"), [("train.py", "data manifest.json garbled"), ("generate.py", "--ckpt /nowhere")]
+)
 def test_real_processes_answer_alike(world: World, tmp_path: Path, command: str, name: str) -> None:
     row = next(row for row in TABLE if (row.command, row.name) == (command, name))
-    found, said = torture.answer_of_process(row, world, tmp_path)
-    assert found.fault(said) is None
+    assert rows.faults([row], world, tmp_path, as_process=True) == {}
 
 
 def test_a_name_cannot_send_codes_to_the_terminal(capsys: pytest.CaptureFixture) -> None:
@@ -99,7 +105,8 @@ def test_a_name_cannot_send_codes_to_the_terminal(capsys: pytest.CaptureFixture)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    # JSON has neither NaN nor infinity
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
@@ -113,10 +120,9 @@ JSON = st.recursive(
 def test_any_json_in_a_manifest_is_read_or_refused(world: World, tmp_path: Path, value: object, key: str) -> None:
     folder = tmp_path / "data"
     if not folder.exists():
-        bad_world.copied(world, "data", tmp_path)
+        world.copy("data", tmp_path)
     sound = files.read_json(world.path("data/manifest.json"))
-    plain = json.loads(json.dumps({**sound, key: value}, allow_nan=True).replace("NaN", "0").replace("Infinity", "1"))
-    files.write_sealed(folder / "manifest.json", plain)
+    files.write_sealed(folder / "manifest.json", {**sound, key: value})
     try:
         dataset.LatentSet(folder)
     except UserError as error:
@@ -129,8 +135,7 @@ def test_any_json_in_a_checkpoint_is_read_or_refused(world: World, tmp_path: Pat
     folder = tmp_path / "checkpoint"
     folder.mkdir(exist_ok=True)
     sound = files.read_json(Checkpoint.open(world.path("exps/stage1")).path / "config.json")
-    plain = json.loads(json.dumps({**sound, key: value}, allow_nan=True).replace("NaN", "0").replace("Infinity", "1"))
-    files.write_sealed(folder / "config.json", plain)
+    files.write_sealed(folder / "config.json", {**sound, key: value})
     try:
         Checkpoint.open(folder)
     except UserError as error:
@@ -167,7 +172,7 @@ def test_any_safetensors_header_is_mapped_within_the_file_or_refused(tmp_path: P
 
 @FEW
 @given(place=st.integers(0, 10_000), bit=st.integers(0, 7), cut=st.none() | st.integers(0, 10_000))
-def test_any_flip_in_an_npz_or_a_weight_file_is_refused_or_changes_nothing(
+def test_any_flip_and_cut_in_an_npz_is_refused_or_changes_nothing(
     world: World, tmp_path: Path, place: int, bit: int, cut: int | None
 ) -> None:
     sound = world.path("samples/samples.npz")
@@ -181,6 +186,20 @@ def test_any_flip_in_an_npz_or_a_weight_file_is_refused_or_changes_nothing(
         assert "s.npz" in str(error)
     else:
         assert np.array_equal(images, np.load(sound)["arr_0"])
+
+
+def test_any_flip_in_any_file_is_refused_or_changes_nothing(world: World, tmp_path: Path) -> None:
+    outcomes, faults = flips.run(world, tmp_path, 40, first=0)
+    assert faults == [] and outcomes.total() == 40 and outcomes[flips.REFUSED] > 30
+
+
+def test_a_flip_that_changes_the_meaning_is_a_fault(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "require_whole", lambda _: None)
+    monkeypatch.setattr(Checkpoint, "require_intact", lambda *_: None)
+    outcomes, faults = flips.run(world, tmp_path, 20, first=0)
+    assert 0 < len(faults) == outcomes[flips.OTHER] and all(flips.CHECKPOINT in fault for fault in faults)
 
 
 @FEW
@@ -204,60 +223,3 @@ def test_any_bytes_as_a_weight_file_are_refused(tmp_path: Path, content: bytes, 
 def test_any_log_is_read(tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3, "loss": 1}']))
     assert log.read(tmp_path / "log.jsonl")[-1]["step"] == 3
-
-
-def test_a_short_torture_loses_nothing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real process killed, and flips: the short form; the long one is run by hand."""
-    monkeypatch.setattr(bad_world, "build", lambda _: world)
-    short = [
-        "--kills",
-        "1",
-        "--steps",
-        "16",
-        "--flips",
-        "22",
-        "--starts",
-        "0",
-        "--inputs",
-        "0",
-        "--out",
-        str(tmp_path / "torture.json"),
-    ]
-    torture.main(short)
-    found = files.read_json(tmp_path / "torture.json")
-    assert (
-        found["kills"]["done"] == found["kills"]["counts"]["runs with the same bits"] == 1
-        and not found["kills"]["faults"]
-    )
-    assert found["flips"]["done"] == sum(found["flips"]["counts"].values()) == 22 and not found["flips"]["faults"]
-
-
-def test_a_torture_goes_on_where_it_was_cut_off(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same flips as in one go, none twice; other settings are refused."""
-    monkeypatch.setattr(bad_world, "build", lambda _: world)
-    tried: list[int] = []
-    monkeypatch.setattr(
-        torture,
-        "bit_flips",
-        lambda world, place, chances: ((str(chance.randrange(2)), tried.append(number)) for number, chance in chances),
-    )
-
-    def flipped(count: int, name: str, *more: object) -> dict:
-        rest = ["--kills", 0, "--starts", 0, "--inputs", 0, "--out", tmp_path / name, *more]
-        torture.main([str(word) for word in ["--flips", count, *rest]])
-        return files.read_json(tmp_path / name)["flips"]
-
-    assert flipped(3, "parts")["done"] == 3 and flipped(9, "parts")["done"] == 9 and flipped(9, "parts")["done"] == 9
-    assert tried == list(range(9))
-    assert files.read_json(tmp_path / "parts")["flips"]["counts"] == flipped(9, "whole")["counts"]
-    with pytest.raises(UserError, match=r"holds results of .*'seed': 0.* use the same, or another file"):
-        flipped(9, "parts", "--seed", 1)
-
-
-def test_a_flip_that_changes_the_meaning_is_a_fault(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flips.Checkpoint, "require_whole", lambda _: None)
-    monkeypatch.setattr(flips.Checkpoint, "require_intact", lambda *_: None)
-    found = list(flips.flips(world, tmp_path, [(1, random.Random(seed)) for seed in range(12)]))
-    assert any(fault and came_to == "accepted with another meaning" for came_to, fault in found)

@@ -164,8 +164,8 @@ def test_the_next_batch_is_queued_before_the_last_is_waited_for():
     sampler._drawn = noted
     streamed = list(sampler.stream([range(3), range(3, 6), range(6, 7)]))
     assert order == ["queue 0", "queue 3", "wait 0", "queue 6", "wait 3", "wait 6"]
-    assert [indices for indices, _ in streamed] == [range(3), range(3, 6), range(6, 7)]
-    for indices, images in streamed:
+    assert [indices for indices, _, _ in streamed] == [range(3), range(3, 6), range(6, 7)]
+    for indices, _, images in streamed:
         assert np.array_equal(images, sampler.images(indices))
     assert list(sampler.stream([])) == []
 

@@ -1,0 +1,86 @@
+"""The quickstart: its proportions at any length, its verdict and its pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes import quickstart
+from runtime.errors import UserError
+
+
+def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    called: list[tuple[str, list[str]]] = []
+
+    def call(_: object, name: str, *words: object) -> None:
+        argv = [str(word) for word in words]
+        called.append((name.split()[-1], argv))
+        if "evaluations.evaluate" in name:
+            out = Path(argv[argv.index("--out") + 1])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps({"metrics": {key: float(len(called)) for key in quickstart.METRICS}}))
+
+    monkeypatch.setattr(quickstart, "_call", call)
+    config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
+    rows = quickstart.run_seed(tmp_path / "seed3", config, 3)
+    training = [argv for name, argv in called if name in ("train.py", "train_guide.py")]
+    assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
+    for argv in training:
+        for flag, value in (
+            ("--model", "SiT-S/2"),
+            ("--mixed-precision", "bf16"),
+            ("--checkpointing-steps", "40"),
+            ("--seed", "3"),
+        ):
+            assert argv[argv.index(flag) + 1] == value
+    assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
+    assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
+    verdict = quickstart.verdict({3: rows})
+    assert "at 40 of its own steps" in verdict and "at 120 total steps, stage 1 counted," in verdict
+    assert "self-guided SiT" in quickstart.table({3: rows})
+    default = quickstart.QuickstartConfig(out=str(tmp_path))
+    assert default.rows == list(quickstart.ROWS)
+    with pytest.raises(UserError, match="multiple of 8"):
+        quickstart.QuickstartConfig(steps=12)
+
+
+def test_the_verdict_compares_the_networks_seed_by_seed() -> None:
+    def rows(*distances: float) -> list[dict]:
+        return [
+            {"name": row.name, "step": row.step, "total": row.total, "fd": value}
+            for row, value in zip(quickstart.ROWS, distances, strict=True)
+        ]
+
+    # plain at 400, 800 and 1,200 steps; the teacher; self-guided at 400 and 800 steps
+    results = {0: rows(3.0, 1.0, 0.5, 4.0, 2.0, 1.1), 1: rows(3.2, 1.2, 0.4, 4.0, 2.1, 1.1)}
+    one_seed = quickstart.verdict({0: results[0]})
+    assert one_seed.startswith(
+        "Over one seed (0; other seeds differ): at 400 of its own steps the self-guided network is ahead"
+    )
+    assert "at 800 the self-guided network is behind plain SiT (Frechet 1.10 against 1.00)" in one_seed
+    both = quickstart.verdict(results)
+    assert "ahead of plain SiT (Frechet 2.05 against 3.10); at 800 the self-guided network is level with" in both
+    assert both.endswith("behind plain SiT (Frechet 1.10 against 0.45).")
+
+
+def test_pictures_show_every_row(tmp_path: Path) -> None:
+    config = quickstart.QuickstartConfig(steps=8, samples=16)
+    for row in config.rows:
+        folder = tmp_path / "samples" / f"{row.run}-{row.step}"
+        folder.mkdir(parents=True)
+        np.savez(folder / "samples.npz", arr_0=np.full((16, 8, 8, 1), 9, np.uint8), labels=np.arange(16) % 10)
+    quickstart.sample_picture(tmp_path, tmp_path / "samples.png", config)
+    pixels = np.asarray(Image.open(tmp_path / "samples.png").convert("L"))[:, -16 * 66 :]  # right of the names
+    assert (pixels == 9).sum() == 6 * 16 * 64 * 64  # two of each of six digits, one of each of the others
+    for run, steps in (("stage1", (1, 4)), ("plain", (1, 12)), ("guided", (1, 8))):
+        (tmp_path / "exps" / run).mkdir(parents=True)
+        lines = [json.dumps({"step": step, "loss/diffusion": 1.0 / step}) for step in steps]
+        (tmp_path / "exps" / run / "log.jsonl").write_text("\n".join(lines) + "\n")
+    quickstart.loss_figure(tmp_path, tmp_path / "losses", config)
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+    with pytest.raises(UserError, match="--samples 9"):
+        quickstart.QuickstartConfig(samples=9)
