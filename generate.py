@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.options import Given, group, option, peek, read
+from runtime.slices import slices
 from sampling import presets
 from sampling.config import SamplingConfig, SourceOptions
 
@@ -183,7 +184,7 @@ def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names:
         unit="image",
         main=accelerator.is_main_process,
     ) as bar:
-        for indices, labels, images in sampler.stream(batches(todo, batch_size)):
+        for indices, labels, images in sampler.stream(slices(todo, batch_size)):
             store.put(indices, images, labels)
             bar.update(len(indices))
     store.flush()
@@ -225,7 +226,7 @@ def compare(config: GenerateConfig) -> Path:
         )
         if source.accelerator.is_main_process:
             rows.append(
-                np.concatenate([sampler.images(part) for part in batches(range(len(labels)), config.source.batch_size)])
+                np.concatenate([sampler.images(part) for part in slices(range(len(labels)), config.source.batch_size)])
             )
         settings = source.settings(config.sampling, len(labels))
         records.append({"row": source.name, **settings, "labels": "chosen", "classes": labels.tolist()})
@@ -252,12 +253,6 @@ def default_folder(source: Source, config: GenerateConfig) -> Path:
         f"{internal}-{what}-seed{sampling.seed}"
     )
     return source.folder / "samples" / name
-
-
-def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive pieces of at most `size`."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
 
 
 if __name__ == "__main__":

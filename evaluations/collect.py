@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,20 +23,21 @@ if TYPE_CHECKING:
 Array = np.ndarray | Tensor
 
 
-class Collected(NamedTuple):
+@dataclass(frozen=True)
+class Collected:
     """Features of a whole set, on the CPU and in the set's order."""
 
     count: int
     statistics: Statistics  # of all
     spatial: Statistics | None
-    pool: Tensor  # (M, D) float32, of those that were kept
+    pool: Tensor  # (M, D) float32, of the images to keep
     labels: Tensor | None  # (M,) int64
 
 
 class Collector:
     """Features of a set of images that arrives in batches, on one process or several.
 
-    keep: which images' features are held, by index; None holds all. Statistics are of all images in any case.
+    keep: indices of the images whose features are kept; None keeps all. Statistics are of all images in any case.
     """
 
     def __init__(
@@ -48,9 +50,9 @@ class Collector:
         self._next = 0
 
     def add(self, images: Array, labels: Array | None = None, indices: Array | None = None) -> None:
-        """Take in images, uint8 (n, H, W, C), with labels (n,) and their places `indices` (n,) in the whole set.
+        """Add images, uint8 (n, H, W, C), with labels (n,) and their `indices` (n,) in the whole set.
 
-        Without `indices` the images follow the ones before; with several processes they must be given, each once.
+        Without `indices` the images follow the last ones. Several processes must pass them, each index once.
         """
         if indices is None:
             indices = torch.arange(self._next, self._next + len(images))
@@ -67,7 +69,7 @@ class Collector:
         self._shares.append(share if self._keep is None else share.of(torch.isin(share.indices, self._keep)))
 
     def collect(self) -> Collected:
-        """The features of all processes, in order, on each of them. To be called by every process."""
+        """The features of all processes, in order, on each process. Every process must call it."""
         shares, parts = self._shares, [tuple(moments.cpu() for moments in self._moments)]
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -91,15 +93,15 @@ class _Share(NamedTuple):
     labels: Tensor | None
 
     def of(self, rows: Tensor) -> _Share:
-        return _Share(*(None if x is None else x[rows] for x in self))
+        return _Share(self.indices[rows], self.pool[rows], None if self.labels is None else self.labels[rows])
 
 
 def _joined(shares: Sequence[_Share]) -> _Share:
-    labelled = all(share.labels is not None for share in shares)
+    labels = [share.labels for share in shares if share.labels is not None]
     return _Share(
         torch.cat([share.indices for share in shares]),
         torch.cat([share.pool for share in shares]),
-        torch.cat([share.labels for share in shares]) if labelled else None,
+        torch.cat(labels) if len(labels) == len(shares) else None,
     )
 
 

@@ -32,7 +32,7 @@ STYLES: tuple[dict[str, Any], ...] = tuple(
 
 
 def style(number: int) -> dict[str, Any]:
-    """That of the curve `number`, from 0; after the last they begin again."""
+    """The style of curve `number`, from 0; styles repeat after the last."""
     return STYLES[number % len(STYLES)]
 
 
@@ -47,12 +47,12 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `figure` as stem.png and stem.svg, each at once; returns both. The same figure gives the same bytes."""
+    """Write `figure` as stem.png and stem.svg, atomically; returns both. The same figure gives the same bytes."""
     import matplotlib
 
     written = []
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
-        for kind, about in (("png", {}), ("svg", {"Date": None})):
+        for kind, about in (("png", {}), ("svg", {"Date": None})):  # without the date, which would change the bytes
             path = stem.with_name(f"{stem.name}.{kind}")
             with files.replacing(path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=150, metadata=about)
@@ -61,7 +61,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def curves(axes: Axes, points: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
-    """Draw curve name -> x -> values over seeds: their mean, and where there are several their standard deviation as a bar."""
+    """Draw curve name -> x -> values over seeds: the mean, and of several the standard deviation as a bar."""
     for number, (name, values) in enumerate(points.items()):
         at = sorted(values)
         spread = [statistics.stdev(values[x]) if len(values[x]) > 1 else 0.0 for x in at]
@@ -71,14 +71,16 @@ def curves(axes: Axes, points: Mapping[str, Mapping[float, Sequence[float]]]) ->
 
 
 def tiles(
-    rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], heads: Sequence[str] = (), size: float = 1.0
+    rows: Sequence[Sequence[np.ndarray | None]], names: Sequence[str], titles: Sequence[str] = (), size: float = 1.0
 ) -> Figure:
-    """Rows of images (H, W), (H, W, 1) or (H, W, 3), uint8 or in [0, 1], as squares of `size` inches; None leaves a gap.
+    """Rows of images (H, W), (H, W, 1) or (H, W, 3), uint8 or in [0, 1], in squares of `size` inches; None: a gap.
 
-    `names` stand left of the rows, `heads` above the columns.
+    `names` stand left of the rows, `titles` above the columns.
     """
     columns = max(map(len, rows))
-    figure = canvas(size * columns + 0.09 * max(map(len, names), default=0), size * len(rows) + (0.3 if heads else 0.1))
+    figure = canvas(
+        size * columns + 0.09 * max(map(len, names), default=0), size * len(rows) + (0.3 if titles else 0.1)
+    )
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for number, (row, name) in enumerate(zip(rows, names, strict=True)):
         for column, axes in enumerate(grid[number]):
@@ -90,6 +92,6 @@ def tiles(
                     image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest"
                 )
         grid[number, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    for axes, head in zip(grid[0], heads):
-        axes.set_title(head, fontsize=8)
+    for axes, title in zip(grid[0], titles):
+        axes.set_title(title, fontsize=8)
     return figure

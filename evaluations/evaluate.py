@@ -1,10 +1,10 @@
-"""Score samples against a reference: an aligned table, and metrics.json with all that the numbers depend on.
+"""Score samples against a reference: prints a table and writes metrics.json with all that the numbers depend on.
 
     python -m evaluations.evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     python -m evaluations.evaluate --samples seed0.npz seed1.npz seed2.npz --reference imagenet256.npz
     accelerate launch -m evaluations.evaluate ...        # the same numbers, features extracted by all GPUs
 
-Several files are several seeds of one setting: each has its row, and mean and standard deviation stand below.
+Several files are several seeds of one setting: the table has a row for each, then mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from evaluations.reference import open_pair
 from evaluations.score import Scorer
 from runtime import errors, files, launch
 from runtime.errors import UserError, require
-from runtime.options import group, option, read
+from runtime.options import group, option, read, require_bounds
 from runtime.text import aligned
 from sampling import store
 
@@ -47,20 +47,20 @@ class Options:
         heading="metrics",
     )
     shuffle: int | None = option(None, help="shuffle by this seed before the Inception Score (default: in file order)")
-    batch_size: int = option(64, help="images per pass through the extractor, on each process")
+    batch_size: int = option(64, within="[1, inf)", help="images per pass through the extractor, on each process")
     out: str = option("metrics.json", help="where the result goes", heading="output")
 
     def __post_init__(self) -> None:
-        require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
+        require_bounds(self)
         require(
             not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json"
         )
 
 
 def samples_file(path: str) -> str:
-    """`path`, or its samples.npz where it is a folder that generate.py wrote: its grid.png is no sample.
+    """`path`, or its samples.npz if it is a folder that generate.py wrote, whose grid.png is not a sample.
 
-    Raises UserError for such a folder whose samples are still being drawn.
+    Raises UserError if such a folder is unfinished.
     """
     require(not (Path(path) / "partial").is_dir(), f"the samples in {path} are unfinished: run generate.py again")
     archive = Path(path) / "samples.npz"
@@ -68,26 +68,26 @@ def samples_file(path: str) -> str:
 
 
 def open_samples(path: str, grey: bool = False) -> Images:
-    """Samples: an .npz file or a folder. Raises UserError for a reference in their place."""
+    """Open samples: an .npz file or a folder. Raises UserError if `path` is a reference."""
     if Path(path).suffix == ".npz" and {"mu", "sigma", "about"} & NpzArchive(path).names:
         raise UserError(f"{path} holds stored statistics (mu, sigma); it is a reference, not samples")
     return open_images(path, grey=grey)
 
 
 def open_all(paths: Sequence[str], grey: bool = False) -> list[Images]:
-    """The sample sets of several seeds. Raises UserError where their counts differ: no mean exists across counts."""
+    """The sample sets of several seeds. Raises UserError if their counts differ, which rules out a mean."""
     samples = [open_samples(path, grey) for path in paths]
     for path, images in zip(paths, samples, strict=True):
         require(
             len(images) == len(samples[0]),
-            f"{path} holds {len(images)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot be "
-            f"compared; score them one by one",
+            f"{path} holds {len(images)} samples and {paths[0]} {len(samples[0])}: numbers of different counts cannot "
+            f"be compared; score them one by one",
         )
     return samples
 
 
 def about(path: str, samples: Images) -> dict[str, Any]:
-    """What a result says of its samples: name, digest and the settings in the JSON beside them."""
+    """A result's description of its samples: name, digest and the settings in the JSON beside them."""
     sidecar = Path(path).with_suffix(".json")
     return {
         "name": samples.name,

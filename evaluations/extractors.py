@@ -11,8 +11,7 @@ from runtime.errors import UserError, nearest
 
 
 def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor that `options` names (inception, pixels, scenes, timm:NAME or fdr:NAME) on `device`, with weights from a file if one is
-    given.
+    """The extractor that `options` names (inception, pixels, scenes, timm:NAME or fdr:NAME) on `device`.
 
     Raises UserError for an unknown name, or weights that belong to another extractor.
     """

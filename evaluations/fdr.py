@@ -1,15 +1,16 @@
-"""FDr: the Frechet distance of samples in units of that between real images, averaged over extractors (FD-Loss, arXiv 2604.28190).
+"""FDr: the Frechet distance of samples in units of that between real images, averaged over extractors.
 
-    FDr = mean over extractors of FD(samples, train) / FD(val, train)
+    FDr = mean over extractors of FD(samples, train) / FD(val, train)          (FD-Loss, arXiv 2604.28190)
 
-    python -m evaluations.reference --images imagenet/train --resolution 256 --features inception --out train/inception.npz
-    python -m evaluations.reference --images imagenet/val --resolution 256 --features inception --out val/inception.npz
+    python -m evaluations.reference --images imagenet/train --resolution 256 --features inception --out train/inc.npz
+    python -m evaluations.reference --images imagenet/val --resolution 256 --features inception --out val/inc.npz
     python -m evaluations.fdr --samples samples/stage2 --train train --val val
 
-`--train` and `--val` are folders of references as that command writes them, one for each extractor; the samples go through each
-extractor in turn. FDr6 is the mean over six extractors (`SIX`), each with the pooling and the side of its authors' code: Inception,
-and five networks as `fdr:NAME@SIDE` takes them. Without `--val` their published normalisers are taken, which belong to the training and
-validation sets of ImageNet at 256 pixels. A ratio says nothing without its normaliser: each is printed and kept.
+`--train` and `--val` are folders with one reference for each extractor, as that command writes them. The samples go
+through each extractor in turn. FDr6 is the mean over six extractors (`SIX`), each with the pooling and the side of its
+authors' code: Inception, and five networks that `fdr:NAME@SIDE` names. Without `--val` their published normalisers
+apply, which belong to the training and validation sets of ImageNet at 256 pixels. A ratio means little without its
+normaliser, so each is printed and stored.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ SIX = {
     "fdr:vit_so400m_patch16_siglip_256.v2_webli@224": 0.60,
     "fdr:vit_large_patch14_clip_224.openai@256": 5.60,
 }
-"""The extractors of FDr6 with their published FD(val, train), rounded as published (0.04 stands for anything from 0.035 to 0.045): of
-ImageNet at 256 pixels, in bfloat16 but for Inception, whose training set is ADM's statistics. Features here are float32."""
+"""The extractors of FDr6 with their published FD(val, train) of ImageNet at 256 pixels, rounded as published (0.04 is
+anything from 0.035 to 0.045). The authors computed them in bfloat16, except for Inception, whose training statistics
+are ADM's. Features here are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,30 +72,30 @@ class Options:
 
 
 def references(folder: str) -> dict[str, Reference]:
-    """The references in `folder`, by extractor. Raises UserError where there is none, or two of one extractor."""
-    found: dict[str, Reference] = {}
+    """The references in `folder`, by extractor. Raises UserError if it holds no reference, or two of one extractor."""
+    by_name: dict[str, Reference] = {}
     for file in sorted(Path(folder).glob("*.npz")):
-        one = read_compact(file)
-        require(one.features not in found, f"{folder} holds two references of {one.features} features; take one away")
-        found[one.features] = one
+        real = read_compact(file)
+        require(real.features not in by_name, f"{folder} holds two references of {real.features} features; remove one")
+        by_name[real.features] = real
     require(
-        bool(found),
+        bool(by_name),
         f"{folder} holds no reference (.npz); make one for each extractor with python -m evaluations.reference",
     )
-    return found
+    return by_name
 
 
 def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -> dict[str, tuple[float, str]]:
-    """FD(val, train) of each extractor, and where it is from. Raises UserError where it is unknown or not positive."""
-    found = {}
+    """FD(val, train) of each extractor, and its origin. Raises UserError if it is unknown or not positive."""
+    units = {}
     for name, real in train.items():
         if val is None:
             require(
                 name in SIX,
-                f"there is no published normaliser for {name} features, only for those of FDr6: give --val, a folder of "
-                f"references of validation images",
+                f"there is no published normaliser for {name} features, only for those of FDr6: give --val, a folder "
+                f"of references of validation images",
             )
-            found[name] = SIX[name], "published, ImageNet at 256 pixels"
+            units[name] = SIX[name], "published, ImageNet at 256 pixels"
             continue
         require(
             name in val,
@@ -110,8 +112,8 @@ def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -
             f"the {name} features of --val and --train do not differ: their distance cannot be a unit; give other "
             f"images to one of them",
         )
-        found[name] = distance, f"{other.name} against {real.name}"
-    return found
+        units[name] = distance, f"{other.name} against {real.name}"
+    return units
 
 
 def ratios(
@@ -121,18 +123,18 @@ def ratios(
     options: Options,
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
-    """Of each extractor: distance of the samples, normaliser, ratio. To be called by every process."""
+    """For each extractor: distance of the samples, normaliser and ratio. Every process must call it."""
     rows = []
     for name, real in train.items():
-        with accelerator.main_process_first():  # who downloads the weights
+        with accelerator.main_process_first():  # which downloads the weights
             chosen = FeatureOptions(
                 features=name, inception_weights=options.inception_weights if name == "inception" else None
             )
             extractor = open_extractor(chosen, accelerator.device)
         real.require(extractor)
         real.require_shape(options.samples, tuple(samples.shape))
-        found = collect(samples, extractor, accelerator=accelerator, batch_size=options.batch_size, title=name)
-        distance, (unit, origin) = metrics.frechet(found.statistics, real.statistics), units[name]
+        collected = collect(samples, extractor, accelerator=accelerator, batch_size=options.batch_size, title=name)
+        distance, (unit, origin) = metrics.frechet(collected.statistics, real.statistics), units[name]
         rows.append(
             {
                 "features": name,
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     samples, accelerator = open_samples(path), launch.accelerator()
     rows = ratios(samples, train, units, options, accelerator)
     name = f"fdr{len(rows)}"
-    result = {
+    result: dict[str, Any] = {
         "metrics": {name: statistics.fmean(row["ratio"] for row in rows)},
         "six": set(train) == set(SIX),
         "extractors": rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,30 @@ MAX_PIXELS = 4096  # the covariance of D features takes 8 D^2 bytes
 
 
 class Features(NamedTuple):
-    """pool (n, D) for the Frechet distance, precision and recall; spatial (n, S) for sFID, where there is one."""
+    """pool (n, D) for the Frechet distance, precision and recall; spatial (n, S) for sFID, if the network has it."""
 
     pool: Tensor
     spatial: Tensor | None = None
 
 
-class Extractor(Protocol):
-    """A frozen network, or none. `head` (K, D) turns pool features into the Inception Score's logits, if it exists."""
+class Extractor:
+    """Images to features. `head` (K, D) turns pool features into the Inception Score's logits, if it exists."""
 
     name: str
-    weights: str | None  # SHA-256 of the weights file
-    head: Tensor | None
-    note: str | None  # to be printed with every result
     device: torch.device
+    weights: str | None = None  # SHA-256 of the weights file
+    head: Tensor | None = None
+    note: str | None = None  # printed with every result
 
     def __call__(self, images: Tensor) -> Features:
-        """uint8 images (n, H, W, C), on any device, to float32 features on `device`. UserError where it cannot."""
-        ...
+        """uint8 images (n, H, W, C) on any device to float32 features on `device`. Raises UserError if it cannot."""
+        raise NotImplementedError
 
 
-class Pixels:
-    """The image itself, flattened, uint8 / 127.5 - 1: for images so small that pixels are features (the digits)."""
+class Pixels(Extractor):
+    """The flattened image, uint8 / 127.5 - 1: for images so small that pixels serve as features (the digits)."""
 
     name = "pixels"
-    weights = head = note = None
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -60,10 +59,11 @@ class Pixels:
             return Features(images.to(self.device).flatten(1).float() / 127.5 - 1)
 
 
-class Timm:
-    """Pooled features of a timm model, as timm pools them: `timm:NAME` or `timm:NAME@SIDE` (images scaled to SIDE, else to its own size).
+class Timm(Extractor):
+    """Pooled features of a timm model, as timm pools them: `timm:NAME` or `timm:NAME@SIDE`.
 
-    NAME may be a folder that timm's `save_for_hf` wrote; `scenes` is the one of this package that knows the scenes.
+    Images are scaled to SIDE, by default to the model's own size. NAME may be a folder that timm's `save_for_hf` wrote.
+    `scenes` is the classifier of the scenes, which this package holds.
 
     `timm:vit_large_patch14_dinov2.lvd142m@224` gives the features of FD-DINOv2 (Stein et al., 2023). The whole image is
     scaled, bicubic and antialiased, without a crop.
@@ -72,27 +72,23 @@ class Timm:
     published weights from the hub's cache, or downloads them.
 
     Raises:
-        UserError: no such model, its weights absent and out of reach, or a file that is not this model's.
+        UserError: timm has no such model, its weights cannot be loaded, or the file belongs to another model.
     """
-
-    head = note = None
 
     def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
         model_name, _, side = (
             name.partition(":")[2] if name != SCENES else str(Path(__file__).with_name(SCENES))
         ).partition("@")
-        kept = Path(model_name) / "model.safetensors"
-        self.weights = checked_digest(Path(weights)) if weights else files.digest(kept) if kept.is_file() else None
+        stored = Path(model_name) / "model.safetensors"
+        self.weights = checked_digest(Path(weights)) if weights else files.digest(stored) if stored.is_file() else None
         if side and not side.isdecimal():
             raise UserError(f"--features {name}: {side} is not a size in pixels; write {name.partition('@')[0]}@224")
-        self._model = (
-            _timm_model(name.partition("@")[0], model_name, weights).eval().requires_grad_(False).to(self.device)
-        )
+        model = _timm_model(name.partition("@")[0], model_name, weights)
+        self._model = model.eval().requires_grad_(False).to(self.device)
         source = self._model.pretrained_cfg
-        own = getattr(
-            getattr(self._model, "patch_embed", None), "img_size", None
-        )  # releases differ in what a saved folder says
+        # Releases of timm differ in the size that a saved folder states.
+        own = getattr(getattr(self._model, "patch_embed", None), "img_size", None)
         self._side = int(side) if side else (own or source["input_size"][1:])[0]
         if (side or self._filling()) and hasattr(self._model, "set_input_size"):
             self._model.set_input_size(img_size=(self._side + self._filling(),) * 2)
@@ -107,7 +103,7 @@ class Timm:
             return Features(self._pooled(x).float())
 
     def _filling(self) -> int:
-        """Pixels to be added on the right and below."""
+        """Pixels to add on the right and below."""
         return 0
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -116,12 +112,13 @@ class Timm:
 
 
 class FDr(Timm):
-    """`fdr:NAME@SIDE`: the features of a timm model that FDr compares, after its authors' code (FD-Loss, arXiv 2604.28190).
+    """`fdr:NAME@SIDE`: the features of a timm model that FDr compares, as in its authors' code (arXiv 2604.28190).
 
-    Of a network with a class token, this token after the final norm; of one without, its attention pool, or the mean of its
-    tokens where there is none; of a convolutional network the mean over space, without the norm of the head that timm's own
-    features pass. Images are scaled as for `timm:NAME`, but what the bicubic weights carry beyond black and white stays.
-    A side that the patch does not divide (256 by 14) is filled up with zeros after the normalisation.
+    With a class token, the features are that token after the final norm; otherwise the attention pool, or the mean of
+    the tokens if the network has no such pool. A convolutional network gives the mean over space, without the norm of
+    the head through which timm's own features pass. Images are scaled as for `timm:NAME`, but values that the bicubic
+    weights carry beyond black and white are not clamped. If the patch does not divide the side (256 by 14), zeros are
+    appended after the normalisation.
 
     The authors ran the networks under autocast in bfloat16; features here are float32.
     """
@@ -131,16 +128,17 @@ class FDr(Timm):
 
     def _pooled(self, x: Tensor) -> Tensor:
         x = nn.functional.pad((x - self._mean) / self._std, (0, self._filling()) * 2)
-        found = self._model.forward_features(x)
-        if found.ndim == 4:
-            return found.mean((2, 3))
+        features = self._model.forward_features(x)
+        if features.ndim == 4:
+            return features.mean((2, 3))
         if self._model.num_prefix_tokens:
-            return found[:, 0]
+            return features[:, 0]
         attention = getattr(self._model, "attn_pool", None)
-        return found.mean(1) if attention is None else attention(found)
+        return features.mean(1) if attention is None else attention(features)
 
 
-def _timm_model(given: str, name: str, weights: Path | str | None) -> nn.Module:
+def _timm_model(given: str, name: str, weights: Path | str | None) -> Any:
+    """A model of timm or of a folder. Any: nn.Module does not declare the attributes of timm's models."""
     import timm
 
     if (Path(name) / "config.json").is_file():
@@ -171,7 +169,7 @@ def _timm_model(given: str, name: str, weights: Path | str | None) -> nn.Module:
 
 
 def checked_digest(path: Path) -> str:
-    """SHA-256 of a weights file; UserError where it differs from the eight hexadecimal digits in the file's name."""
+    """SHA-256 of a weights file. Raises UserError unless it begins with the eight digits in the file's name."""
     if not path.is_file():
         raise UserError(f"there is no weights file {path}; check the path")
     digest = files.digest(path)

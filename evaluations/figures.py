@@ -1,16 +1,18 @@
 """Figures of what networks learn, as PNG and SVG that are legible in black and white.
 
-    python -m evaluations.figures pca --ckpt exps/plain@100000 exps/stage2@100000 --data-dir data/imagenet256   Figs. 1, 9, 10
-    python -m evaluations.figures tsne --ckpt exps/stage1 --data-dir data/imagenet256 --classes 207 88 974      Fig. 2
-    python -m evaluations.figures steps --runs plain=exps/plain guided=exps/stage2                             Figs. 4, 8
-    python -m evaluations.figures seeds --ckpt exps/plain@5000 exps/plain@9000 exps/stage2@5000 exps/stage2@9000 Fig. 5
-    python -m evaluations.figures time --runs plain=exps/plain guided=exps/stage2                              section 4.5
+    python -m evaluations.figures pca --ckpt exps/plain@100000 exps/stage2@100000 --data-dir data/imagenet256
+    python -m evaluations.figures tsne --ckpt exps/stage1 --data-dir data/imagenet256 --classes 207 88 974
+    python -m evaluations.figures steps --runs plain=exps/plain guided=exps/stage2
+    python -m evaluations.figures seeds --ckpt exps/plain@5000 exps/plain@9000 exps/stage2@5000 exps/stage2@9000
+    python -m evaluations.figures time --runs plain=exps/plain guided=exps/stage2
 
-pca: a row of pictures for each checkpoint, time, block and feature, the first three principal components of its tokens as red,
-green and blue. One basis a row, fitted to the tokens of all its images: colours can be compared along a row, not between rows.
-steps: scores from the logs of runs, or from files (--scores NAME=metrics.json); runs of one NAME are seeds. A vertical line
-stands where an alignment ended. seeds: runs down, steps across, the same noise everywhere. Figs. 6 and 7 are
-`generate.py --classes`; Figs. 4 and 8 from records are `python -m recipes figure`. See each kind's --help.
+pca (Figs. 1, 9, 10): a row of pictures for each checkpoint, time, block and feature; red, green and blue are the first
+three principal components of the tokens. Each row has one basis, fitted to the tokens of all its images, so colours can
+be compared along a row but not between rows. tsne (Fig. 2): a panel for each feature. steps (Figs. 4, 8): scores from
+the logs of runs, or from files (--scores NAME=metrics.json); runs of one NAME are seeds. A vertical line marks the end
+of an alignment. seeds (Fig. 5): a row for each run, a column for each step, the same noise everywhere. time: the table
+of section 4.5. Figs. 6 and 7 are `generate.py --classes`; Figs. 4 and 8 from records are `python -m recipes figure`.
+See each kind's --help.
 """
 
 from __future__ import annotations
@@ -28,83 +30,77 @@ from torch import Tensor
 
 import interpolant
 from evaluations import drawing, histories, representation
-from evaluations.taps import Items, Probed, chunks
+from evaluations.reading import Kind
+from evaluations.taps import Items, Probed
 from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
-from runtime.options import group, option, read
+from runtime.options import group, option, read, require_bounds
+from runtime.slices import slices
 from sampling.classes import labels_of, names_of
 from sampling.config import SamplingConfig, SourceOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Markers of classes in t-SNE, which differ without colour.
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-"""Of classes in t-SNE: told apart without colour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookOptions:
-    """What pca and tsne look at."""
+    """The features that pca and tsne show."""
 
-    ckpt: tuple[str, ...] = option(
-        help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at"
-    )
+    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to show")
     data_dir: str = option(help="latent set with the images")
     weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
     blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
-    t: tuple[float, ...] = option((0.5,), help="times, 1 is noise")
+    t: tuple[float, ...] = option((0.5,), within="[0, 1]", help="times, 1 is noise")
     features: tuple[str, ...] = option(("c", "g"), help="which features: u, c, g")
-    omega: tuple[float, ...] = option((30.0,), help="guidance scales of f_g")
+    omega: tuple[float, ...] = option((30.0,), within="[0, inf)", help="guidance scales of f_g")
     classes: tuple[str, ...] = option((), help="images of these classes only, by name or number")
     seed: int = option(0, help="of the images drawn and their noise")
-    batch_size: int = option(64, help="images per pass through the network")
+    batch_size: int = option(64, within="[1, inf)", help="images per pass through the network")
 
     def __post_init__(self) -> None:
-        require(all(0 <= t <= 1 for t in self.t), f"--t {' '.join(map(str, self.t))} must lie between 0 and 1")
-        wrong = sorted(set(self.features) - {"u", "c", "g"})
-        require(not wrong, f"--features has no {wrong[0] if wrong else ''}; there are u, c and g")
-        require(
-            all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative"
-        )
-        require(self.batch_size > 0, "--batch-size must be positive")
-
-
-def _require_items(count: int, most: int) -> None:
-    require(0 < count <= most, f"--items {count} must be positive and at most {most:,}: a figure shows no more")
-
-
-def _require_stem(out: str) -> None:
-    require(Path(out).name not in ("", ".."), f"--out {out} is a folder: name the files, without .png and .svg")
+        require_bounds(self)
+        wrong = "".join(sorted(set(self.features) - {"u", "c", "g"})[:1])
+        require(not wrong, f"--features has no {wrong}; there are u, c and g")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PcaOptions:
+class FigureOptions:
+    """The option that all pictures share."""
+
+    out: str | None = option(
+        None, help="the files' name, without .png and .svg (default: the kind of figure)", heading="output"
+    )
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        require(
+            self.out is None or Path(self.out).name not in ("", ".."),
+            f"--out {self.out} is a folder: name the files, without .png and .svg",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PcaOptions(FigureOptions):
     """Options of `pca`."""
 
     look: LookOptions = group(LookOptions)
-    items: int = option(8, help="images, the columns")
-    out: str = option("pca", help="the files' name, without .png and .svg", heading="output")
-
-    def __post_init__(self) -> None:
-        _require_items(self.items, 100)
-        _require_stem(self.out)
+    items: int = option(8, within="[1, 100]", help="images, the columns")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TsneOptions:
+class TsneOptions(FigureOptions):
     """Options of `tsne`."""
 
     look: LookOptions = group(LookOptions)
-    items: int = option(500, help="images, one point each")
-    out: str = option("tsne", help="the files' name, without .png and .svg", heading="output")
-
-    def __post_init__(self) -> None:
-        _require_items(self.items, 50_000)
-        _require_stem(self.out)
+    items: int = option(500, within="[1, 50000]", help="images, one point each")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepsOptions:
+class StepsOptions(FigureOptions):
     """Options of `steps`."""
 
     runs: tuple[str, ...] = option(
@@ -114,24 +110,21 @@ class StepsOptions:
     metric: str | None = option(
         None, help="what to show, such as fid@5000 (default: the first FID or Frechet distance)"
     )
-    out: str = option("steps", help="the files' name, without .png and .svg", heading="output")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.runs) != bool(self.scores), "give --runs or --scores, one of them")
-        _require_stem(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedsOptions:
+class SeedsOptions(FigureOptions):
     """Options of `seeds`."""
 
-    ckpt: tuple[str, ...] = option(help="checkpoints RUN@STEP: a row a run, a column a step", heading="what to draw")
+    ckpt: tuple[str, ...] = option(
+        help="checkpoints RUN@STEP: a row for each run, a column for each step", heading="what to draw"
+    )
     classes: tuple[str, ...] = option(("0",), help="classes by name or number, each with rows of its own")
     sampling: SamplingConfig = group(SamplingConfig, without=("labels",))
-    out: str = option("seeds", help="the files' name, without .png and .svg", heading="output")
-
-    def __post_init__(self) -> None:
-        _require_stem(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,31 +136,43 @@ class TimeOptions:
 
 
 def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """Each checkpoint, time, block and feature: where it is from, what it is called, and its tokens (N, T, D), or (N, D) `pooled`."""
-    asked = [(kind, omega) for kind in look.features for omega in (look.omega if kind == "g" else (None,))]
-    both = any(kind != "c" for kind, _ in asked)
+    """Source, name and tokens (N, T, D), or (N, D) `pooled`, of each checkpoint, time, block and feature."""
+    kinds: list[Kind] = [(kind, omega) for kind in look.features for omega in (look.omega if kind == "g" else (None,))]
+    both = any(kind != "c" for kind, _ in kinds)
     for name in progress.bar(look.ckpt, desc="reading features", unit="checkpoint"):
         probed = Probed.open(name, items, look.weights, look.blocks)
         if both:
             probed.require_null()
         for t in look.t:
-            found: dict[int, list[tuple[Tensor, ...]]] = {block: [] for block in probed.blocks}
-            for chunk in chunks(np.arange(len(items)), look.batch_size):
-                for block, pair in probed.pairs(items, chunk, t, both).items():
-                    found[block].append(tuple((one.mean(1) if pooled else one).cpu() for one in pair))
-            for block, pairs in found.items():
-                u, c = (torch.cat(parts) for parts in zip(*pairs))
-                for kind, omega in asked:
+            for block, (u, c) in _pairs(probed, items, t, both, look.batch_size, pooled).items():
+                for kind, omega in kinds:
                     feature = {"u": u, "c": c}[kind] if omega is None else interpolant.guide(u, c, omega)
-                    yield (
-                        f"{probed.name}, t {t:g}, block {block}",
-                        f"f_{kind}" + ("" if omega is None else f" {omega:g}"),
-                        feature,
-                    )
+                    title = f"f_{kind}" if omega is None else f"f_{kind} {omega:g}"
+                    yield f"{probed.name}, t {t:g}, block {block}", title, feature
+
+
+def _pairs(
+    probed: Probed, items: Items, t: float, both: bool, batch: int, pooled: bool
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Block -> f_u and f_c of all items, both (N, T, D), or (N, D) `pooled`."""
+    parts: list[dict[int, tuple[Tensor, Tensor]]] = []
+    for chunk in slices(np.arange(len(items)), batch):
+        pairs = probed.pairs(items, chunk, t, both)
+        # Pool every batch at once, so that the tokens of all images need not fit into memory.
+        parts.append(
+            {
+                block: ((u.mean(1).cpu(), c.mean(1).cpu()) if pooled else (u.cpu(), c.cpu()))
+                for block, (u, c) in pairs.items()
+            }
+        )
+    return {
+        block: (torch.cat([part[block][0] for part in parts]), torch.cat([part[block][1] for part in parts]))
+        for block in probed.blocks
+    }
 
 
 def chosen_items(look: LookOptions, count: int) -> tuple[Items, list[str]]:
-    """The images to look at, and the names of all classes of the set."""
+    """The images to show, and the names of all classes of the set."""
     from models.checkpoint import Checkpoint
 
     names = names_of(Checkpoint.open(look.ckpt[0]))
@@ -177,29 +182,31 @@ def chosen_items(look: LookOptions, count: int) -> tuple[Items, list[str]]:
 
 
 def colours(tokens: Tensor) -> np.ndarray:
-    """(N, side, side, 3) in [0, 1] of tokens (N, T, D): their principal components, each stretched between its 1st and 99th percentile."""
+    """(N, side, side, 3) in [0, 1]: the principal components of tokens (N, T, D).
+
+    Each component is stretched between its 1st and 99th percentile.
+    """
     parts = representation.principal(tokens.flatten(0, 1))
     low, high = torch.quantile(parts, torch.tensor([0.01, 0.99], dtype=parts.dtype), dim=0)
     side, spread = round(tokens.shape[1] ** 0.5), high - low
-    stretched = (parts - low) / spread.clamp(
-        min=1e-6 * spread.max().item() + 1e-300
-    )  # what is nothing but rounding stays dark
+    # A component that is only rounding error stays dark.
+    stretched = (parts - low) / spread.clamp(min=1e-6 * spread.max().item() + 1e-300)
     return stretched.clamp(0, 1).reshape(len(tokens), side, side, 3).numpy()
 
 
 def pca(options: PcaOptions) -> Figure:
-    """PCA maps: rows of (checkpoint, t, block, feature), columns of images, above them the images where the set holds them."""
+    """PCA maps: rows of (checkpoint, t, block, feature), columns of images; the images on top if the set holds them."""
     items, names = chosen_items(options.look, options.items)
-    rows: list[Sequence[np.ndarray]] = [items.data.images(items.index)] if items.data.has_images else []
-    said = ["images"] if rows else []
-    for where, what, tokens in views(options.look, items):
-        rows.append(colours(tokens))
-        said.append(f"{where}, {what}")
-    return drawing.tiles(rows, said, [names[label] for label in items.labels])
+    rows: list[Sequence[np.ndarray]] = [list(items.data.images(items.index))] if items.data.has_images else []
+    titles = ["images"] if rows else []
+    for source, feature, tokens in views(options.look, items):
+        rows.append(list(colours(tokens)))
+        titles.append(f"{source}, {feature}")
+    return drawing.tiles(rows, titles, [names[label] for label in items.labels])
 
 
 def tsne(options: TsneOptions) -> Figure:
-    """t-SNE of mean-pooled, standardised tokens: a panel a feature, a glyph a class."""
+    """t-SNE of mean-pooled, standardised tokens: a panel for each feature, a glyph for each class."""
     from sklearn.manifold import TSNE
 
     items, names = chosen_items(options.look, options.items)
@@ -209,7 +216,7 @@ def tsne(options: TsneOptions) -> Figure:
         f"{len(present)} classes are too many to tell apart: choose up to {len(GLYPHS)} with --classes",
     )
     require(len(items) >= 5, f"--items: {len(items)} images are too few for t-SNE: use at least 5")
-    panels = [(f"{where}\n{what}", x) for where, what, x in views(options.look, items, pooled=True)]
+    panels = [(f"{source}\n{feature}", x) for source, feature, x in views(options.look, items, pooled=True)]
     columns = min(len(panels), 4)
     figure = drawing.canvas(3.2 * columns, 3.4 * -(-len(panels) // columns) + 0.4)
     grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
@@ -220,9 +227,8 @@ def tsne(options: TsneOptions) -> Figure:
             perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.look.seed % 2**32
         ).fit_transform(representation.standardise(x, x).numpy())
         for number, label in enumerate(present):
-            mine = points[items.labels.numpy() == label]
             axes.scatter(
-                *mine.T,
+                *points[items.labels.numpy() == label].T,
                 marker=f"${GLYPHS[number]}$",
                 s=22,
                 linewidths=0.3,
@@ -253,7 +259,7 @@ def steps(options: StepsOptions) -> Figure:
 
 
 def seeds(options: SeedsOptions) -> Figure:
-    """One noise across checkpoints: a row a run (and class), a column a step."""
+    """The same noise across checkpoints: a row for each run (and class), a column for each step."""
     from sampling.source import Source
 
     table: dict[tuple[str, str], dict[int, np.ndarray]] = {}
@@ -270,17 +276,16 @@ def seeds(options: SeedsOptions) -> Figure:
     across = sorted({step for row in table.values() for step in row})
     order = sorted(table, key=lambda key: options.classes.index(key[0]))
     names = [run if len(options.classes) == 1 else f"{run}, {label}" for label, run in order]
-    return drawing.tiles(
-        [[table[key].get(step) for step in across] for key in order], names, [str(step) for step in across]
-    )
+    rows = [[table[key].get(step) for step in across] for key in order]
+    return drawing.tiles(rows, names, [str(step) for step in across])
 
 
-def time(options: TimeOptions) -> None:
-    """Print the time table of runs: hours of their steps, and those of stage 1 that stage 2 needed."""
-    times = [histories.time_of(word) for word in options.runs]
-    print(histories.time_table(times))
+def times(options: TimeOptions) -> None:
+    """Print the time table of runs: hours of their steps, and of the stage 1 that they build on."""
+    rows = [histories.time_of(word) for word in options.runs]
+    print(histories.time_table(rows))
     if options.out is not None:
-        files.write_json(options.out, [dataclasses.asdict(one) | {"total": one.total} for one in times])
+        files.write_json(options.out, [dataclasses.asdict(time) | {"total": time.total} for time in rows])
 
 
 KINDS: dict[str, tuple[type, Callable[[Any], Figure | None]]] = {
@@ -288,7 +293,7 @@ KINDS: dict[str, tuple[type, Callable[[Any], Figure | None]]] = {
     "tsne": (TsneOptions, tsne),
     "steps": (StepsOptions, steps),
     "seeds": (SeedsOptions, seeds),
-    "time": (TimeOptions, time),
+    "time": (TimeOptions, times),
 }
 
 
@@ -301,10 +306,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[0] not in KINDS:
         raise UserError(f"there is no figure {words[0]}{nearest(words[0], KINDS)}; there are {', '.join(KINDS)}")
     schema, draw = KINDS[words[0]]
-    options = read(schema, words[1:], prog=f"python -m evaluations.figures {words[0]}", description=draw.__doc__)
+    options: Any = read(schema, words[1:], prog=f"python -m evaluations.figures {words[0]}", description=draw.__doc__)
     figure = draw(options)
     if figure is not None:
-        print("wrote", *drawing.save(figure, Path(options.out)), flush=True)
+        print("wrote", *drawing.save(figure, Path(options.out or words[0])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Where images come from: an .npz file, a folder, a latent set or arrays, all read as uint8 (n, H, W, C) batches.
 
-Nothing here needs the whole set in memory: an .npz member is read through its zip stream.
+No class loads the whole set: an .npz member is read through its zip stream.
 """
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,15 +19,16 @@ from preprocessing import loading
 from preprocessing.images import ImageFiles
 from runtime import files
 from runtime.errors import UserError, require
+from runtime.slices import slices
 
 LOSSLESS = (".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 class Images(Protocol):
-    """A set of images that can be read in order, any part of it."""
+    """A set of images, of which any part can be read in order."""
 
     name: str
-    shape: tuple[int, int, int]  # H, W, C
+    shape: tuple[int, ...]  # H, W, C
     labels: np.ndarray | None  # (N,) int64
 
     def __len__(self) -> int: ...
@@ -38,27 +38,8 @@ class Images(Protocol):
         ...
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, C), n <= size, the images at `indices`, which ascend."""
+        """uint8 (n, H, W, C), n <= size: the images at `indices`, in ascending order."""
         ...
-
-
-class ArrayImages:
-    """Images that are in memory already: uint8 (N, H, W, C) and perhaps labels (N,)."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, name: str = "arrays") -> None:
-        check(name, images.shape, images.dtype)
-        self.name, self.shape = name, tuple(images.shape[1:])
-        self._images, self.labels = images, _checked_labels(name, labels, len(images))
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def digest(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self._images)).hexdigest()
-
-    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        for part in pieces(indices, size):
-            yield self._images[part.start : part.stop] if isinstance(part, range) else self._images[list(part)]
 
 
 class NpzImages:
@@ -71,7 +52,7 @@ class NpzImages:
         if "arr_0" not in archive.names:
             raise UserError(
                 f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
-                "the images belong there, uint8 (N, H, W, C)"
+                "store the images there, uint8 (N, H, W, C)"
             )
         shape, dtype = archive.layout("arr_0")
         check(str(path), shape, dtype)
@@ -88,7 +69,7 @@ class NpzImages:
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
         stride, at = int(np.prod(self.shape)), 0
         with self._archive.stream("arr_0") as (stream, _, _):
-            for part in pieces(indices, size):
+            for part in slices(indices, size):
                 data = bytearray()
                 for first, count in (
                     [(part.start, len(part))] if isinstance(part, range) else [(index, 1) for index in part]
@@ -104,8 +85,8 @@ class NpzImages:
 class FolderImages:
     """A folder (or ZIP) of image files; its sub-folders, or its dataset.json, are the labels.
 
-    resolution: crop to the centre and scale, by the rule of preprocessing; None takes the files as they are, which must
-    be of one size and, as samples, of a lossless format: JPEG at quality 75 more than doubles an FID of 2.5.
+    resolution: crop to the centre and scale, as preprocessing does. None takes the files as they are; they must then be
+    of one size and of a lossless format, because JPEG at quality 75 more than doubles an FID of 2.5.
 
     grey: one channel instead of RGB. workers: decoding processes, with a resolution.
     """
@@ -123,7 +104,7 @@ class FolderImages:
         self._mode = "L" if grey else "RGB"
         self._resolution = resolution
         width, height = self._files.load(0).size if resolution is None else (resolution, resolution)
-        self.shape = (height, width, 1 if self._mode == "L" else 3)
+        self.shape: tuple[int, ...] = (height, width, 1 if self._mode == "L" else 3)
         self.labels: np.ndarray | None = self._files.labels if len(self._files.class_names) > 1 else None
 
     def __len__(self) -> int:
@@ -134,7 +115,7 @@ class FolderImages:
         return self._files.fingerprint
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        plan = [list(part) for part in pieces(indices, size)]
+        plan = [list(part) for part in slices(indices, size)]
         if self._resolution is None:
             yield from (np.stack([self._read(index) for index in part]) for part in plan)
         elif plan:
@@ -155,7 +136,7 @@ class FolderImages:
 
 
 class LatentSetImages:
-    """The images of a latent set: its image column, or the items themselves where its latents are pixels."""
+    """The images of a latent set: its image column, or the items themselves if its latents are pixels."""
 
     def __init__(self, path: Path | str) -> None:
         self._set, self.name = LatentSet(path), Path(path).name
@@ -174,15 +155,9 @@ class LatentSetImages:
         return self._set.digest
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        for part in pieces(indices, size):
+        for part in slices(indices, size):
             yield self._set.images(np.array(part))
         self._set.require_intact(wait=None)
-
-
-def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive pieces of at most `size`; those of a range are ranges."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
 
 
 def open_images(
@@ -190,7 +165,7 @@ def open_images(
 ) -> Images:
     """The images at `path`: an .npz file, a latent set, or a folder or ZIP of image files (RGB unless `grey`).
 
-    `resolution`, `grey` and `workers` apply to image files alone. Raises UserError for anything that holds no such images.
+    `resolution`, `grey` and `workers` apply to image files alone. Raises UserError if `path` holds anything else.
     """
     path = Path(path)
     if not (path.is_dir() and (path / MANIFEST).is_file()) and (path.is_dir() or path.suffix.lower() == ".zip"):
@@ -205,7 +180,7 @@ def open_images(
 
 
 def write_npz(path: Path | str, images: Iterator[np.ndarray], labels: np.ndarray, shape: Sequence[int]) -> None:
-    """Write ADM's convention, `arr_0` (N, H, W, C) uint8 and `labels` (N,) int64, batch by batch, so that memory stays flat."""
+    """Write ADM's convention, `arr_0` (N, H, W, C) uint8 and `labels` (N,) int64, one batch at a time."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *map(int, shape))}
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
@@ -217,7 +192,7 @@ def write_npz(path: Path | str, images: Iterator[np.ndarray], labels: np.ndarray
 
 
 class NpzArchive:
-    """The members of an .npz file, read one at a time; every sign of damage is a UserError. Nothing is unpickled."""
+    """The members of an .npz file, read one at a time. Damage raises UserError. Nothing is unpickled."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -235,14 +210,12 @@ class NpzArchive:
             ) from error
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
-        except ValueError as error:  # NumPy's word for a broken header, or for objects that only pickle could read
-            raise UserError(
-                f"{self.path} holds no plain array where one belongs ({error}); save plain numbers"
-            ) from error
+        except ValueError as error:  # from NumPy: a broken header, or objects that only pickle could read
+            raise UserError(f"{self.path} contains an object array ({error}); save numeric arrays") from error
 
     @contextmanager
     def stream(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-        """The member `name` as an open stream behind its header, with its shape and dtype."""
+        """The member `name` as an open stream at its first value, with shape and dtype."""
         with self._guard(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -264,7 +237,7 @@ class NpzArchive:
 
 
 def check(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuse, in one line, an array that is not uint8 (N, H, W, C) with C 1 or 3."""
+    """Raise UserError unless an array is uint8 (N, H, W, C) with C 1 or 3."""
     if dtype != np.uint8:
         raise UserError(f"{name}: images are {dtype}, not uint8; write values 0..255 as uint8 (N, H, W, C)")
     if len(shape) != 4:

@@ -1,7 +1,7 @@
 """The Inception network of FID ("2015-12-05"), with ADM's preprocessing and ADM's choice of features.
 
-The blocks are torch-fidelity's, whose parameter names the published weights carry. What surrounds them is here, because
-each step has a wrong variant that shifts the numbers: TensorFlow 1's bilinear resize without half-pixel centres,
+The blocks are torch-fidelity's, whose parameter names the published weights use. This file holds the steps around them,
+each of which has a wrong variant that shifts the numbers: TensorFlow 1's bilinear resize without half-pixel centres,
 (x - 128) / 128, sFID's features taken after the activation and flattened in (H, W, C) order, logits without bias.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evaluations.features import Features, checked_digest
+from evaluations.features import Extractor, Features, checked_digest
 from models.archives import read_weights
 from runtime import files
 from runtime.arithmetic import exact_arithmetic
@@ -29,14 +29,14 @@ SIDE = 299
 SPATIAL_CHANNELS = 7  # of the 192 of mixed_6/conv: 17 * 17 * 7 = 2023 features
 
 
-class Inception:
+class Inception(Extractor):
     """Pool features (2048) for FID, Inception Score, precision and recall, spatial features (2023) for sFID.
 
     weights: file of the published weights, a plain state dict; None takes it from torch.hub's cache, or downloads it.
 
     Raises:
-        UserError: no file and no connection, a file whose digest is not the one in its name, or one that is no such
-            state dict.
+        UserError: there is neither file nor connection, the file's digest is not the one in its name, or the file
+            is not such a state dict.
     """
 
     name = "inception"
@@ -56,7 +56,7 @@ class Inception:
         except RuntimeError as error:
             raise UserError(f"{path} holds no weights of this network; get {FILE} from {URL}") from error
         network.eval().requires_grad_(False).to(self.device)
-        self.head: Tensor = network.fc.weight  # (1008, 2048)
+        self.head = network.get_parameter("fc.weight")  # (1008, 2048)
         self._layers = dict(network.named_children())
         del self._layers["fc"]
 
@@ -70,7 +70,7 @@ class Inception:
             x = (resize(images.to(self.device).permute(0, 3, 1, 2).float(), SIDE) - 128) / 128
             for name, layer in self._layers.items():
                 if name == "Mixed_6d":  # TensorFlow's mixed_6/conv: one 1x1 convolution, cheap enough to run twice
-                    spatial = layer.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+                    spatial = layer.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
                 x = layer(x)
             return Features(x.mean((2, 3)), spatial)
 
@@ -133,13 +133,16 @@ def _interpolation(size: int, side: int) -> Tensor:
 
 
 def published() -> Path:
-    """The published weights in torch.hub's cache, downloaded on first use. UserError where that fails."""
+    """The published weights in torch.hub's cache, downloaded on first use. Raises UserError if that fails."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not path.is_file():
         try:
-            with urllib.request.urlopen(URL, timeout=30) as source, files.replacing(path) as temporary:
-                with open(temporary, "wb") as target:
-                    shutil.copyfileobj(source, target)
+            with (
+                urllib.request.urlopen(URL, timeout=30) as source,
+                files.replacing(path) as temporary,
+                open(temporary, "wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
         except (urllib.error.URLError, TimeoutError) as error:
             raise UserError(
                 f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and "

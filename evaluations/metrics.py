@@ -1,7 +1,7 @@
-"""The metrics themselves, as functions of features: nothing here knows an image, a network or a file.
+"""The metrics as functions of features.
 
 Notation: x (N, D) float32 features of the samples, r (M, D) of the reference. The definitions are those of ADM's
-evaluator (Dhariwal and Nichol, 2021), the ones behind published ImageNet numbers; where it rounds, so do we, by name.
+evaluator (Dhariwal and Nichol, 2021), which published ImageNet numbers use; the mode `adm_fp16` rounds as it does.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Moments:
         self.mean = self.scatter = torch.zeros(0, dtype=torch.float64)  # scatter: sum of (x - mean) (x - mean)^T
 
     def add(self, x: Tensor) -> None:
-        """Take in features (n, D) of any float type and device."""
+        """Add features (n, D) of any float type and device."""
         x = x.double()
         mean = x.mean(0)
         self.merge(len(x), mean, (x - mean).T @ (x - mean))
 
     def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Take in another set, given by its own count, mean (D,) and scatter (D, D)."""
+        """Add another set, given by its count, mean (D,) and scatter (D, D)."""
         if self.count == 0:
             self.count, self.mean, self.scatter = count, mean, scatter.clone()
         elif count:
@@ -58,7 +58,7 @@ class Moments:
             self.count = total
 
     def merged(self, other: Moments) -> Moments:
-        """This set and another as one; neither changes."""
+        """The union of both sets, as a new object on the CPU."""
         both = self.cpu()
         both.merge(other.count, other.mean, other.scatter)
         return both
@@ -109,7 +109,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def _eigenvalues(matrix: Tensor) -> Tensor:
-    """On one thread: more gain a fifth at best, and where other programs use the cores they cost tenfold."""
+    """Eigenvalues on one thread: more threads gain a fifth at best, and take ten times as long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,7 +121,7 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
 def inception_score(logits: Tensor, chunk: int = CHUNK) -> float:
     """exp(E[KL(p(y|x) || p(y))]), the mean over chunks of `chunk` samples in the order given.
 
-    logits (N, K). A shorter last chunk counts like the others. The order matters: where the samples are sorted by
+    logits (N, K). A shorter last chunk counts like the others. The order matters: if the samples are sorted by
     class, each chunk's marginal p(y) is narrow and the score is low.
     """
     scores = []
@@ -148,13 +148,14 @@ def precision_recall(x: Tensor, r: Tensor, *, mode: str = "adm_fp16", k: int = N
     for name, points in (("samples", x), ("reference images", r)):
         if len(points) <= k:
             raise UserError(f"precision and recall need at least {k + 1} {name}, got {len(points)}")
-    x, r = _Points(x, mode), _Points(r, mode)
-    x_radii, r_radii = _radii(x, k), _radii(r, k)
-    inside_r = torch.zeros(len(x), dtype=torch.bool, device=x.exact.device)
-    inside_x = torch.zeros(len(r), dtype=torch.bool, device=x.exact.device)
-    for rows in r.blocks():
-        for columns in x.blocks():
-            distances = _distances(r, rows, x, columns)
+    samples, reference = _Points(x, mode), _Points(r, mode)
+    x_radii, r_radii = _radii(samples, k), _radii(reference, k)
+    inside_r = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    inside_x = torch.zeros(len(r), dtype=torch.bool, device=x.device)
+    # The distances of one block serve both numbers.
+    for rows in reference.blocks():
+        for columns in samples.blocks():
+            distances = _distances(reference, rows, samples, columns)
             inside_r[columns] |= (distances <= r_radii[rows, None]).any(0)
             inside_x[rows] |= (distances <= x_radii[columns]).any(1)
     return inside_r.double().mean().item(), inside_x.double().mean().item()
@@ -166,11 +167,10 @@ def class_accuracy(x: Tensor, labels: Tensor, r: Tensor, reference_labels: Tenso
 
     x (N, D) with labels (N,), r (M, D) with reference_labels (M,).
     """
-    r = _Points(r, "fp32")
-    reference_labels = reference_labels.to(r.exact.device)
-    correct = 0
+    reference, reference_labels = _Points(r, "fp32"), reference_labels.to(r.device)
+    correct = 0.0
     for part, wanted in zip(x.split(1000), labels.split(1000), strict=True):
-        closest = _distances(_Points(part, "fp32"), slice(None), r, slice(None)).argmin(1)
+        closest = _distances(_Points(part, "fp32"), slice(None), reference, slice(None)).argmin(1)
         correct += (reference_labels[closest] == wanted.to(closest.device)).sum().item()
     return correct / len(x)
 
@@ -179,11 +179,11 @@ def class_accuracy(x: Tensor, labels: Tensor, r: Tensor, reference_labels: Tenso
 def mind(x: Tensor, r: Tensor, projections: int = PROJECTIONS, seed: int = SEED) -> float:
     """Monge Inception Distance (Berthet et al., arXiv 2605.06797): 3 D times the squared sliced Wasserstein-2 distance.
 
-    The mean over random directions u of mean_i (sort(u.x)_i - sort(u.r)_i)^2, times 3 D. 5,000 samples agree with a Frechet
-    distance of 50,000. The larger set is cut to the size of the smaller one, by chance. Subset and directions are those of
-    torch-fidelity, whose numbers these are: a definition fixes them, so that they are not drawn from a stream of this project.
+    The mean over random directions u of mean_i (sort(u.x)_i - sort(u.r)_i)^2, times 3 D. 5,000 samples agree with a
+    Frechet distance of 50,000. The larger set is cut to a random subset of the size of the smaller one. Subset and
+    directions are torch-fidelity's, because they are part of the definition; no stream of this project draws them.
 
-    Raises UserError where the sets have different features.
+    Raises UserError if the sets have different features.
     """
     if x.shape[1] != r.shape[1]:
         raise UserError(f"the samples have {x.shape[1]} features and the reference {r.shape[1]}; use one extractor")
@@ -214,7 +214,7 @@ class _Points:
         self.norms = self.exact.square().sum(1)
         if self.half:
             self.rounded = self.exact.half().float()  # float32, so that products accumulate in float32
-            # ADM adds the squares up in half precision, in an order that depends on its device: not to be reproduced
+            # ADM sums the squares in half precision, in an order that depends on its device and cannot be reproduced
             self.half_norms = self.rounded.square().half().float().sum(1).half()
 
     def __len__(self) -> int:
@@ -227,7 +227,7 @@ class _Points:
 def _distances(u: _Points, rows: slice, v: _Points, columns: slice) -> Tensor:
     """Squared distances |u|^2 - 2 u.v + |v|^2 of a block, (rows, columns) float32, at least 0.
 
-    In half mode, a block with any value beyond half's range is computed again exactly, the whole of it, as in ADM.
+    In half mode, a block with any value beyond half's range is recomputed exactly, as in ADM.
     """
     if u.half:
         block = _expand(u.rounded[rows], u.half_norms[rows], v.rounded[columns], v.half_norms[columns])
@@ -237,7 +237,7 @@ def _distances(u: _Points, rows: slice, v: _Points, columns: slice) -> Tensor:
 
 
 def _expand(u: Tensor, u_norms: Tensor, v: Tensor, v_norms: Tensor, rows: int = 512) -> Tensor:
-    """The three terms added up in the norms' precision, left to right; some rows at a time, to stay within caches."""
+    """Sum the three terms in the norms' precision, left to right; in blocks of rows that fit the caches."""
     out = torch.empty(len(u), len(v), device=u.device)
     for part, norms, target in zip(u.split(rows), u_norms.split(rows), out.split(rows), strict=True):
         doubled = (part @ v.T).mul_(2).to(norms.dtype)

@@ -1,4 +1,4 @@
-"""What is watched while training: grids of samples, and scores of a few thousand, every so many steps."""
+"""Checks during training: grids of samples, and scores of a few thousand samples, at regular steps."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BATCH = 64  # samples per network call in each process
 def watch(
     config: TrainConfig, folder: Path, spec: ModelSpec, data: LatentSet, accelerator: Accelerator
 ) -> list[Scores | Previews]:
-    """What `config` asks for, opened: to be called before the first step, so that what is missing is missed then.
+    """Open what `config` asks for. Call it before the first step, so that a missing file fails before training starts.
 
     Raises:
-        UserError: a VAE, a reference, weights or images that are missing or do not fit.
+        UserError: a VAE, a reference, weights or images are missing or do not fit.
     """
     if not (config.sampling_steps or config.eval_steps):
         return []
@@ -57,16 +57,17 @@ class Scores:
         self.preset = config.eval_preset
         self.settings = preview.SETTINGS if self.preset is None else presets.sampling(self.preset)
         self.codec, self.accelerator = codec, accelerator
+        assert config.reference is not None  # config.py asks for it with --eval-steps
         self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)
         self.mind = self.reference.pool is not None if config.scores.mind is None else config.scores.mind
         self.reference.require_shape("the samples", image_shape(codec, latent, accelerator.device))
 
     def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:
-        """Metrics by name and sample count (`eval/fid@5000`); those of raw weights or of a preset are other metrics, and say so.
+        """Metrics by name and sample count (`eval/fid@5000`), prefixed with the preset and with `raw` for raw weights.
 
         A preset samples in float32 with TF32, as its published numbers do, whatever the run's precision.
         """
-        values = {}
+        values: dict[str, float] = {}
         for weights in self.weights:
             sampler = Sampler(networks[weights], self.codec, self.settings, self.count, None if self.preset else dtype)
             with launch.tf32_inside(self.accelerator.device) if self.preset else nullcontext():
@@ -76,7 +77,7 @@ class Scores:
         return values
 
     def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
-        """Score a few samples of two steps, so that what cannot be scored is known before the first step of training."""
+        """Score a few samples of two steps, so that a failure shows before the first step of training."""
         self._score(Sampler(network, self.codec, preview.REHEARSAL, 8, dtype), "rehearsal: sampling")
 
     def _score(self, sampler: Sampler, title: str) -> dict[str, float]:
@@ -86,7 +87,7 @@ class Scores:
 
 
 class Previews:
-    """A grid of samples as a picture, drawn by the main process, which gets its path.
+    """A grid of samples as a picture. The main process draws it and returns its path.
 
     Args:
         names: of the classes, in the order of their labels.
@@ -106,7 +107,7 @@ class Previews:
         return {"samples": path}
 
     def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
-        """Draw a grid of two steps, and drop it: what cannot be drawn is known before the first step of training."""
+        """Draw a grid of two steps and delete it, so that a failure shows before the first step of training."""
         if self.main:
             picture = self.folder / "rehearsal.png"
             preview.write(picture, network, self.codec, self.names, dtype, preview.REHEARSAL)

@@ -1,22 +1,25 @@
-"""Which guiding block, guided block and omega suit your data: what each block knows of the class and of the mask, as numbers.
+"""Which guiding block, guided block and omega suit your data: what each block encodes of the class and of the mask.
 
     python -m evaluations.probe --ckpt exps/stage1 --data-dir data/photos --out probes/stage1
     python -m evaluations.probe --ckpt exps/plain@1000 exps/stage1@1000 --data-dir data/scenes --masks masks.npz \\
         --t 0.3 0.5 0.7 --omega 3 10 30 --out probes/both
 
-For each checkpoint, block and time (1 is noise): f_u (null label), f_c (label) and f_g = f_u + omega (f_c - f_u), beside the clean
-latents and, with --encoder, an external encoder. `accuracy`: logistic regression of the class on mean-pooled tokens; `knn`: their
-nearest neighbours; `miou`: the mask of a token's patch by ridge regression on that token, over foreground and background;
-`cknna`: alignment with classes, clean latents and encoder. All on held-out images; definitions in `evaluations.representation`.
-f_c and f_g have been told the label: their accuracy says how plainly they pass it on, and is soon 1. --labels shuffled tells
-the label of another image instead, and what is then found of the image's own class was seen, not told.
+For each checkpoint, block and time (1 is noise), the probe measures f_u (null label), f_c (label) and
+f_g = f_u + omega (f_c - f_u), beside the clean latents and, with --encoder, an external encoder. `accuracy` is logistic
+regression of the class on mean-pooled tokens, `knn` their nearest neighbours. `miou` predicts the mask of a token's
+patch by ridge regression on that token, over foreground and background. `cknna` is the alignment with classes, clean
+latents and encoder. All numbers are of held-out images; `evaluations.representation` defines them.
+f_c and f_g were computed with the label as input, so their accuracy measures how strongly they encode it and saturates
+at 1. With --labels shuffled the network gets the label of another image: then the accuracy for the image's own class
+measures what the network sees in the image.
 
-Writes probe.json, probe.png and probe.svg; the last line printed is what to give to train_guide.py, by a heuristic: the block and
-omega of f_g with the largest sqrt(knn x miou), mean over the times given. The student regresses f_g by squared error, so what
-counts is how far classes lie apart in it (knn), not whether a line can be found (accuracy), together with the structure it keeps
-(miou): the first grows with omega, the second falls in the end. Among those within `TIE` of the best, the smallest omega, then
-the shallowest block, which costs least. The guided block is half the depth, as in the paper, but at least one below the
-guiding block where there is one: a probe of the teacher cannot tell where its student learns best.
+Writes probe.json, probe.png and probe.svg. The last line printed holds flags for train_guide.py, chosen by a heuristic:
+the block and omega of f_g with the largest sqrt(knn x miou), averaged over the times. The student regresses f_g by
+squared error, so what counts is how far apart classes lie in f_g (knn) rather than whether they are linearly separable
+(accuracy), and how much structure it keeps (miou). knn grows with omega; miou eventually falls. Among settings within
+`TIE` of the best, the smallest omega wins, then the shallowest block, which costs least. The guided block is half the
+depth, as in the paper, but at least one below the guiding block if there is one: a probe of the teacher cannot tell
+where its student learns best.
 """
 
 from __future__ import annotations
@@ -24,41 +27,40 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 import models
 from evaluations import drawing, representation
-from evaluations.reading import Row, as_they_are, compared, measure, of_blocks
+from evaluations.reading import Kind, Reading, Row, compared, measure, of_blocks, unmapped
 from evaluations.taps import Items, Probed, encoded
 from models.backbone import block_number
 from models.checkpoint import versions
-from models.encoders import open_encoder
+from models.encoders import Encoder, open_encoder
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.locks import locked
-from runtime.options import as_dict, option, read
+from runtime.options import as_dict, option, read, require_bounds
 from runtime.text import aligned
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KINDS = ("u", "c", "g", "latents")
-TIE = 0.005
-"""Difference of the score below which two settings are level."""
+TIE = 0.005  # two settings whose scores differ by less are level
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     """Options of the command."""
 
-    ckpt: tuple[str, ...] = option(
-        help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to look at"
-    )
+    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to probe")
     data_dir: str = option(help="latent set with the images")
     out: str = option(help="folder of the result")
     masks: str | None = option(
@@ -66,45 +68,37 @@ class ProbeConfig:
     )
     weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
     blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
-    t: tuple[float, ...] = option((0.3, 0.5, 0.7), help="times, 1 is noise")
-    omega: tuple[float, ...] = option((3.0, 10.0, 30.0), help="guidance scales of f_g")
+    t: tuple[float, ...] = option((0.3, 0.5, 0.7), within="[0, 1]", help="times, 1 is noise")
+    omega: tuple[float, ...] = option((3.0, 10.0, 30.0), within="[0, inf)", help="guidance scales of f_g")
     features: tuple[str, ...] = option(KINDS, help=f"which features: {', '.join(KINDS)}")
     encoder: str | None = option(None, help="an external encoder too: a vision transformer of timm, or a folder of one")
     encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
     labels: str = option(
-        "true", choices=("true", "shuffled"), help="what the network is told: the images' labels, or other images'"
+        "true", choices=("true", "shuffled"), help="labels given to the network: the images' own, or other images'"
     )
-    items: int = option(2000, help="images, drawn by the seed")
+    items: int = option(2000, within="[1, inf)", help="images, drawn by the seed")
     seed: int = option(0, help="of the images drawn, their noise and their split")
-    batch_size: int = option(64, help="images per pass through the network", heading="how")
+    batch_size: int = option(64, within="[1, inf)", help="images per pass through the network", heading="how")
 
     def __post_init__(self) -> None:
-        require(all(0 <= t <= 1 for t in self.t), f"--t {' '.join(map(str, self.t))} must lie between 0 and 1")
-        wrong = sorted(set(self.features) - set(KINDS))
-        require(
-            not wrong,
-            f"--features has no {wrong[0] if wrong else ''}{errors.nearest(wrong[0], KINDS) if wrong else ''}; "
-            f"there are {', '.join(KINDS)}",
-        )
-        require(
-            all(omega >= 0 for omega in self.omega), f"--omega {' '.join(map(str, self.omega))} must not be negative"
-        )
-        require(self.items > 0 and self.batch_size > 0, "--items and --batch-size must be positive")
+        require_bounds(self)
+        wrong = next((kind for kind in self.features if kind not in KINDS), "")
+        require(not wrong, f"--features has no {wrong}{errors.nearest(wrong, KINDS)}; there are {', '.join(KINDS)}")
         require(
             self.encoder_weights is None or self.encoder is not None,
             "--encoder-weights belong to an encoder: give --encoder too",
         )
 
-    def kinds(self) -> list[tuple[str, float | None]]:
-        """The features of blocks, each with its omega: ("g", 10.0)."""
-        plain = [(kind, None) for kind in ("u", "c") if kind in self.features]
+    def kinds(self) -> list[Kind]:
+        """The features of blocks, each with its omega."""
+        plain: list[Kind] = [(kind, None) for kind in ("u", "c") if kind in self.features]
         return plain + ([("g", omega) for omega in self.omega] if "g" in self.features else [])
 
 
 def best(rows: Sequence[Row]) -> tuple[str, float, int] | None:
-    """Checkpoint, omega and guiding block by the heuristic at the head of this file; None where no f_g was measured.
+    """Checkpoint, omega and guiding block by the heuristic at the head of this file; None if no f_g was measured.
 
-    Without masks it is by `knn` alone.
+    Without masks the score is `knn` alone.
     """
     scores: dict[tuple[str, float, int], list[float]] = {}
     for row in rows:
@@ -119,9 +113,10 @@ def best(rows: Sequence[Row]) -> tuple[str, float, int] | None:
 
 
 def recommend(rows: Sequence[Row], depths: Mapping[str, int], given: Mapping[str, str]) -> str | None:
-    """The flags for train_guide.py, None where no f_g was measured.
+    """The flags for train_guide.py, None if no f_g was measured.
 
-    `depths`: checkpoint -> its number of blocks, `given`: -> what was typed for it; of several the best is named too.
+    depths: checkpoint -> its number of blocks; given: checkpoint -> what was typed for it. With several checkpoints the
+    flags name the best one.
     """
     chosen = best(rows)
     if chosen is None:
@@ -132,20 +127,20 @@ def recommend(rows: Sequence[Row], depths: Mapping[str, int], given: Mapping[str
     return f"{source}--guiding-depth {guiding} --guided-depth {guided} --guide-scale {omega:g}"
 
 
-def doubts(rows: Sequence[Row]) -> list[str]:
-    """What speaks against the recommendation, in words; nothing where there is none."""
-    found, chosen, omegas = [], best(rows), {row["omega"] for row in rows if row["features"] == "g"}
+def caveats(rows: Sequence[Row]) -> list[str]:
+    """Reasons not to rely on the recommendation."""
+    chosen, omegas = best(rows), {row["omega"] for row in rows if row["features"] == "g"}
     if chosen is None:
         return []
     if "miou" not in rows[0]:
-        found.append("without --masks structure was not measured, and nothing speaks against a larger omega")
-    elif len(omegas) > 1 and chosen[1] == max(omegas):
-        found.append("the best omega is the largest given: a larger one may be better, widen --omega")
-    return found
+        return ["without --masks structure was not measured, and nothing speaks against a larger omega"]
+    if len(omegas) > 1 and chosen[1] == max(omegas):
+        return ["the best omega is the largest given: a larger one may be better, widen --omega"]
+    return []
 
 
 def label(row: Row) -> str:
-    """What a feature is called: f_u, f_c, f_g 10, latents."""
+    """The name of a feature: f_u, f_c, f_g 10, latents."""
     omega = "" if row["omega"] is None else f" {row['omega']:g}"
     return f"f_{row['features']}{omega}" if row["features"] in ("u", "c", "g") else row["features"]
 
@@ -168,32 +163,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """The probes against the block, a column for each time, one line a feature; what has no block is a level line.
+    """The probes against the block: a column for each time, a line for each feature, level if it has no block.
 
-    A grey bar stands behind the block that is recommended, of its checkpoint.
+    A grey bar marks the recommended block of its checkpoint.
     """
     names = list(dict.fromkeys(row["checkpoint"] for row in rows if row["checkpoint"]))
     times = sorted({row["t"] for row in rows if row["t"] is not None})
     metrics = [metric for metric in ("accuracy", "knn", "miou") if metric in rows[0]]
-    chosen, labels = best(rows), list(dict.fromkeys(map(label, rows)))
     figure = drawing.canvas(3.2 * len(times) + 1.4, 2.4 * len(names) * len(metrics) + 0.6)
     grid = figure.subplots(len(names) * len(metrics), len(times), squeeze=False, sharey="row", sharex=True)
-    for place, axes in np.ndenumerate(grid):
-        name, metric, t = names[place[0] // len(metrics)], metrics[place[0] % len(metrics)], times[place[1]]
-        for number, said in enumerate(labels):
-            found = [row for row in rows if label(row) == said]
-            level = next((row[metric] for row in found if row["block"] is None), None)
-            if level is not None:
-                axes.axhline(level, label=said, **{**drawing.style(number), "marker": None})
-                continue
-            points = sorted((row["block"], row[metric]) for row in found if row["checkpoint"] == name and row["t"] == t)
-            axes.plot(*zip(*points), label=said, markersize=4, **drawing.style(number))
-        if chosen is not None and name == chosen[0]:
-            axes.axvline(chosen[2], color="0.85", linewidth=8, zorder=0)
-        if metric == metrics[0]:
-            axes.set_title(f"{name}\nt = {t:g}", fontsize=8)
-        axes.set_ylabel("mIoU" if metric == "miou" else metric)
-        axes.grid(alpha=0.3)
+    panels = [(name, metric) for name in names for metric in metrics]
+    for (line, column), axes in np.ndenumerate(grid):
+        name, metric = panels[line]
+        _panel(axes, rows, name, metric, times[column])
     for axes in grid[-1]:
         axes.set_xlabel("block")
         axes.locator_params(axis="x", integer=True)
@@ -201,51 +183,73 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def probe(config: ProbeConfig) -> dict[str, Any]:
-    """Measure all that `config` asks for; returns what probe.json holds."""
-    items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
-    probed = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
-    names = [one.name for one in probed]
+def _panel(axes: Axes, rows: Sequence[Row], name: str, metric: str, t: float) -> None:
+    """Draw `metric` of checkpoint `name` at time t, with the same styles in every panel."""
+    for number, feature in enumerate(dict.fromkeys(map(label, rows))):
+        values = [row for row in rows if label(row) == feature]
+        if values[0]["block"] is None:
+            axes.axhline(values[0][metric], label=feature, **{**drawing.style(number), "marker": None})
+            continue
+        points = sorted((row["block"], row[metric]) for row in values if (row["checkpoint"], row["t"]) == (name, t))
+        axes.plot(*zip(*points, strict=True), label=feature, markersize=4, **drawing.style(number))
+    chosen = best(rows)
+    if chosen is not None and name == chosen[0]:
+        axes.axvline(chosen[2], color="0.85", linewidth=8, zorder=0)
+    if metric == "accuracy":  # the first of a checkpoint's metrics
+        axes.set_title(f"{name}\nt = {t:g}", fontsize=8)
+    axes.set_ylabel("mIoU" if metric == "miou" else metric)
+    axes.grid(alpha=0.3)
+
+
+def open_all(config: ProbeConfig, items: Items) -> list[Probed]:
+    """The checkpoints. Raises UserError if their names or token grids differ in a way that rules out one table."""
+    opened = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
+    names = [probed.name for probed in opened]
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"two checkpoints are called {twice}: give it once, or rename one of the runs")
-    held_out, kinds, side = len(items.parts.test), config.kinds(), probed[0].checkpoint.spec.side
-    for one in probed:
+    for probed in opened:
         require(
-            one.checkpoint.spec.side == side,
-            f"{one.name} and {probed[0].name} have other token grids: probe them one by one",
+            probed.checkpoint.spec.side == opened[0].checkpoint.spec.side,
+            f"{probed.name} and {opened[0].name} have other token grids: probe them one by one",
         )
-        if any(kind != "c" for kind, _ in kinds):
-            one.require_null()
-    device = probed[0].device
-    encoder = (
-        None
-        if config.encoder is None
-        else open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
-    )
-    references = compared(items, encoder, config.batch_size, device)
-    patch = items.data.latent_size // side
-    readings = (
-        [(None, None, as_they_are("latents", lambda places: models.patchify(items.clean(places), patch).double()))]
-        if "latents" in config.features
-        else []
-    )
+        if any(kind != "c" for kind, _ in config.kinds()):
+            probed.require_null()
+    return opened
+
+
+def readings(
+    config: ProbeConfig, items: Items, opened: Sequence[Probed], encoder: Encoder | None, device: torch.device
+) -> Iterator[tuple[str | None, float | None, Reading]]:
+    """All that is measured: checkpoint and time (both None for latents and encoder), and how to read the tokens."""
+    patch = items.data.latent_size // opened[0].checkpoint.spec.side
+    if "latents" in config.features:
+        yield None, None, unmapped("latents", lambda places: models.patchify(items.clean(places), patch).double())
     if encoder is not None:
-        readings.append(
-            (None, None, as_they_are("encoder", lambda places: encoded(encoder, items, places, device).cpu()))
-        )
-    readings += [(one, t, of_blocks(one, items, t, kinds)) for one in probed if kinds for t in config.t]
+        yield None, None, unmapped("encoder", lambda places: encoded(encoder, items, places, device).cpu())
+    for probed in opened if config.kinds() else ():
+        for t in config.t:
+            yield probed.name, t, of_blocks(probed, items, t, config.kinds())
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Measure all that `config` asks for; returns the content of probe.json."""
+    items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
+    opened = open_all(config, items)
+    held_out, side, device = len(items.parts.test), opened[0].checkpoint.spec.side, opened[0].device
+    encoder = None
+    if config.encoder is not None:
+        encoder = open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
+    references = compared(items, encoder, config.batch_size, device)
+    todo = list(readings(config, items, opened, encoder, device))
+    require(bool(todo), "--features and --encoder leave nothing to measure: give some of u, c, g and latents")
     rows: list[Row] = []
-    with progress.bar(total=len(readings) * len(items), desc="probing", unit="image") as bar:
-        for one, t, reading in readings:
-            found = measure(reading, items, side, references, config.batch_size, bar)
-            rows += [{"checkpoint": one and one.name, "t": t, **row} for row in found]
-    require(bool(rows), "--features and --encoder leave nothing to measure: give some of u, c, g and latents")
+    with progress.bar(total=len(todo) * len(items), desc="probing", unit="image") as bar:
+        for name, t, reading in todo:
+            measured = measure(reading, items, side, references, config.batch_size, bar)
+            rows += [{"checkpoint": name, "t": t, **row} for row in measured]
+    unlisted = ("ckpt", "data_dir", "out", "masks", "batch_size")
     protocol = {
-        **{
-            key: value
-            for key, value in as_dict(config).items()
-            if key not in ("ckpt", "data_dir", "out", "masks", "batch_size")
-        },
+        **{key: value for key, value in as_dict(config).items() if key not in unlisted},
         "items": len(items),
         "held_out": held_out,
         "data": items.data.digest,
@@ -254,15 +258,18 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         "penalties": list(representation.PENALTIES),
         "versions": versions(),
     }
+    checkpoints = {probed.name: probed.checkpoint for probed in opened}
     return {
         "protocol": protocol,
         "checkpoints": {
-            one.name: {"digest": one.checkpoint.digest, "step": one.checkpoint.step, "model": one.checkpoint.spec.name}
-            for one in probed
+            name: {"digest": checkpoint.digest, "step": checkpoint.step, "model": checkpoint.spec.name}
+            for name, checkpoint in checkpoints.items()
         },
         "rows": rows,
         "recommended": recommend(
-            rows, {one.name: one.checkpoint.spec.depth for one in probed}, dict(zip(names, config.ckpt))
+            rows,
+            {name: checkpoint.spec.depth for name, checkpoint in checkpoints.items()},
+            dict(zip(checkpoints, config.ckpt, strict=True)),
         ),
     }
 
@@ -284,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
         f"{', '.join(map(str, written))}"
     )
-    for doubt in doubts(result["rows"]):
-        print(f"note: {doubt}")
+    for caveat in caveats(result["rows"]):
+        print(f"note: {caveat}")
     print(result["recommended"] or "no recommendation: it needs --features g", flush=True)
     return out
 

@@ -1,12 +1,12 @@
-"""What samples are compared with: statistics of the real images, and features of some of them.
+"""References, which samples are compared with: statistics of the real images, and features of some of them.
 
 A reference is one of
-- ADM's .npz: `arr_0` (the images for precision and recall) and perhaps `mu`, `sigma`, `mu_s`, `sigma_s` (Inception
-  statistics of the whole training set), which then stand for the images' own; `labels` (N,) for class accuracy;
+- ADM's .npz: `arr_0` (the images for precision and recall) and optionally `mu`, `sigma`, `mu_s`, `sigma_s` (Inception
+  statistics of the whole training set), which replace the images' own; `labels` (N,) for class accuracy;
 - statistics alone (`mu`, `sigma`): Frechet distances only;
-- a compact one, which this command writes: statistics of all images and features of up to 10,000 of them, so that a
-  large set is read through the extractor once;
-- any images that can be opened: a folder, a latent set.
+- a compact reference, which this command writes: statistics of all images and features of up to 10,000 of them, so
+  that a large set goes through the extractor once;
+- any images: a folder, a latent set.
 
     python -m evaluations.reference --images VIRTUAL_imagenet256_labeled.npz --out imagenet256.npz
     python -m evaluations.reference --images data/imagenet/train --resolution 256 --out train256.npz
@@ -36,7 +36,7 @@ from evaluations.images import Images, NpzArchive, NpzImages, open_images, write
 from evaluations.metrics import Statistics
 from runtime import errors, files, launch, progress, schema
 from runtime.errors import UserError, require
-from runtime.options import group, option, read
+from runtime.options import group, option, read, require_bounds
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -71,22 +71,27 @@ class Reference:
         grey: bool = False,
         workers: int | None = None,
     ) -> Reference:
-        """Read a reference, extracting features where it holds images. To be called by every process.
+        """Read a reference; extract features if it holds images. Every process must call it.
 
         keep, resolution, grey, workers: see `of_images` and `images.open_images`.
 
-        Raises UserError for a file that is damaged, holds neither images nor statistics, or those of other features.
+        Raises UserError if the file is damaged, holds neither images nor statistics, or belongs to other features.
         """
-        how = {"accelerator": accelerator, "batch_size": batch_size, "keep": keep}
+
+        def extracted(images: Images, stored: NpzArchive | None = None) -> Reference:
+            return cls.of_images(
+                images, extractor, accelerator=accelerator, batch_size=batch_size, stored=stored, keep=keep
+            )
+
         if Path(path).suffix != ".npz":
-            return cls.of_images(open_images(path, resolution, grey, workers), extractor, **how)
+            return extracted(open_images(path, resolution, grey, workers))
         archive = NpzArchive(path)
         if "about" in archive.names:
-            return _read_compact(archive)
-        # bare statistics do not say whose they are; by custom they are Inception's
+            return read_compact(path)
+        # Bare statistics do not name their extractor; by custom they are Inception's.
         stored = archive if "mu" in archive.names and extractor.name == "inception" else None
         if "arr_0" in archive.names:
-            return cls.of_images(NpzImages(path), extractor, stored=stored, **how)
+            return extracted(NpzImages(path), stored)
         if not stored:
             raise UserError(
                 f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} features"
@@ -116,7 +121,7 @@ class Reference:
         stored: NpzArchive | None = None,
         keep: int | None = None,
     ) -> Reference:
-        """Features of real images, of `keep` random ones where there are more; statistics of all, unless `stored`."""
+        """Features of real images, at most `keep` random ones; statistics of all images, unless `stored`."""
         chosen = None
         if keep is not None and keep < len(images):
             chosen = np.sort(Stream(0, "reference").permutation(len(images))[:keep])
@@ -147,18 +152,17 @@ class Reference:
             "shape": self.shape,
             "statistics": self.origin,
         }
-        arrays = {"about": np.array(json.dumps(about)), "mu": self.statistics.mean, "sigma": self.statistics.covariance}
+        tensors = {"mu": self.statistics.mean, "sigma": self.statistics.covariance}
         if self.spatial is not None:
-            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
-        if self.pool is not None:
-            arrays["pool"] = self.pool
-        if self.labels is not None:
-            arrays["labels"] = self.labels
-        with files.replacing(path) as temporary, open(temporary, "wb") as handle:  # a name would get .npz appended
-            np.savez(handle, **arrays)
+            tensors |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
+        tensors |= {name: x for name, x in (("pool", self.pool), ("labels", self.labels)) if x is not None}
+        arrays = {"about": np.array(json.dumps(about))} | {name: x.numpy() for name, x in tensors.items()}
+        # A file object, because NumPy appends .npz to a name.
+        with files.replacing(path) as temporary, open(temporary, "wb") as handle:
+            np.savez(handle, **arrays)  # type: ignore[arg-type]  # the stub applies ** to allow_pickle too
 
     def require(self, extractor: Extractor) -> None:
-        """UserError unless the features are those of `extractor`."""
+        """Raise UserError unless the features are those of `extractor`."""
         if self.features != extractor.name:
             raise UserError(
                 f"{self.name} holds {self.features} features, not {extractor.name}; give --features {self.features}"
@@ -170,7 +174,7 @@ class Reference:
             )
 
     def require_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """UserError unless images of (H, W, C) `shape` are of the reference's size."""
+        """Raise UserError unless images of (H, W, C) `shape` have the reference's size."""
         if self.shape is not None and shape != self.shape:
             remedy = (
                 "one channel against three: image files are read as RGB, with --grey (of evaluations.evaluate and "
@@ -197,7 +201,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
-    """`mu`, `sigma` and, where there, `mu_s`, `sigma_s`, as float64 whatever their type."""
+    """`mu`, `sigma` and, if present, `mu_s`, `sigma_s`, as float64."""
     pairs = []
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         present = {mean, covariance} & archive.names
@@ -219,18 +223,8 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
-def read_compact(path: Path | str) -> Reference:
-    """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
-    archive = NpzArchive(path)
-    require(
-        "about" in archive.names,
-        f"{path} was not written by evaluations.reference; make one with it for the wanted extractor",
-    )
-    return _read_compact(archive)
-
-
 class About(TypedDict):
-    """What a compact reference says of itself."""
+    """`about` of a compact reference."""
 
     name: str
     sha256: str
@@ -240,21 +234,27 @@ class About(TypedDict):
     statistics: str
 
 
-def _read_compact(archive: NpzArchive) -> Reference:
+def read_compact(path: Path | str) -> Reference:
+    """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
+    archive = NpzArchive(path)
+    require(
+        "about" in archive.names,
+        f"{path} was not written by evaluations.reference; make one with it for the wanted extractor",
+    )
     try:
-        told = json.loads(str(archive.read("about")))
+        content = json.loads(str(archive.read("about")))
     except ValueError as error:
-        raise UserError(f"{archive.path}: about is not that of a reference ({error}); make it again") from error
-    about = schema.checked(About, told, f"{archive.path}: about", "make it again")
+        raise UserError(f"{archive.path}: about is not JSON ({error}); make the reference again") from error
+    about = schema.checked(About, content, f"{archive.path}: about", "make it again")
     first, second = _stored(archive)
     pool, labels = (
         torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels")
     )
-    require(
-        pool is None
-        or (pool.ndim == 2 and pool.shape[1] == len(first.mean) and pool.is_floating_point() and pool.isfinite().all()),
-        f"{archive.path}: pool must be finite features of {len(first.mean)} numbers an image; make it again",
-    )
+    width = len(first.mean)
+    if pool is not None and not (
+        pool.ndim == 2 and pool.shape[1] == width and pool.is_floating_point() and pool.isfinite().all()
+    ):
+        raise UserError(f"{archive.path}: pool must be finite features of {width} numbers an image; make it again")
     require(
         labels is None or (pool is not None and labels.shape == pool.shape[:1] and labels.dtype == torch.int64),
         f"{archive.path}: labels must be whole numbers, one for each image of pool; make it again",
@@ -269,15 +269,15 @@ def _read_compact(archive: NpzArchive) -> Reference:
         features=about["features"],
         weights=about["weights_sha256"],
         origin=about["statistics"],
-        shape=about["shape"] and tuple(about["shape"]),
+        shape=None if about["shape"] is None else tuple(about["shape"]),
     )
 
 
 def open_pair(
     reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64, grey: bool = False
 ) -> tuple[Reference, Extractor]:
-    """A reference and the extractor that goes with it, on the accelerator's device. To be called by every process."""
-    with accelerator.main_process_first():  # who downloads the weights
+    """A reference and its extractor, on the accelerator's device. Every process must call it."""
+    with accelerator.main_process_first():  # which downloads the weights
         extractor = open_extractor(options, accelerator.device)
     return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size, grey=grey), extractor
 
@@ -288,30 +288,34 @@ class Options:
         help="real images: .npz (arr_0, with or without statistics), folder, ZIP or latent set", heading="images"
     )
     out: str = option(help="the reference file to write (.npz)")
-    resolution: int | None = option(None, help="crop and scale image files to this size (default: as they are)")
+    resolution: int | None = option(
+        None, within="[1, inf)", help="crop and scale image files to this size (default: as they are)"
+    )
     grey: bool = option(False, help="one channel instead of RGB, of image files")
-    workers: int | None = option(None, help="decoding processes for --resolution (default: the CPU cores)")
+    workers: int | None = option(
+        None, within="[0, inf)", help="decoding processes for --resolution (default: the CPU cores)"
+    )
     num_images: int | None = option(
-        None, help="with --features none: a random choice of this many (default: all, in order)"
+        None, within="[1, inf)", help="with --features none: a random choice of this many (default: all, in order)"
     )
     seed: int = option(0, help="seed of that choice")
     scores: FeatureOptions = group(FeatureOptions, without=("mind",))
-    keep: int = option(10_000, help="images whose features are kept, for precision and recall; statistics are of all")
-    batch_size: int = option(64, help="images per pass through the extractor, on each process")
+    keep: int = option(
+        10_000,
+        within="[4, inf)",
+        help="images whose features are kept, for precision and recall; statistics are of all",
+    )
+    batch_size: int = option(64, within="[1, inf)", help="images per pass through the extractor, on each process")
 
     def __post_init__(self) -> None:
-        require(self.batch_size > 0 and self.keep > 3, "--batch-size must be positive and --keep at least 4")
-        require(self.resolution is None or self.resolution > 0, f"--resolution {self.resolution} must be positive")
+        require_bounds(self)
         require(
             self.num_images is None or self.scores.features == IMAGES,
             f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them",
         )
-        require(self.num_images is None or self.num_images > 0, f"--num-images {self.num_images} must be positive")
-        require(self.workers is None or self.workers >= 0, f"--workers {self.workers} must not be negative")
 
 
-IMAGES = "none"
-"""In place of features: the reference is to hold the images themselves."""
+IMAGES = "none"  # in place of features: the reference holds the images themselves
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -324,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_images(options)
         return
     accelerator = launch.accelerator()
-    with accelerator.main_process_first():  # who downloads the weights
+    with accelerator.main_process_first():  # which downloads the weights
         extractor = open_extractor(options.scores, accelerator.device)
     reference = Reference.open(
         options.images,
@@ -338,8 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         reference.save(options.out)
-        kept = 0 if reference.pool is None else len(reference.pool)
-        print(f"wrote {options.out}: {reference.features} statistics {reference.origin}, features of {kept} images")
+        count = reference.describe()["num_images"]
+        print(f"wrote {options.out}: {reference.features} statistics {reference.origin}, features of {count} images")
 
 
 def write_images(options: Options) -> None:
@@ -348,7 +352,7 @@ def write_images(options: Options) -> None:
     chosen: Sequence[int] = range(len(images))
     if options.num_images is not None:
         require(
-            0 < options.num_images <= len(images),
+            options.num_images <= len(images),
             f"--num-images {options.num_images}: {options.images} holds {len(images)} images",
         )
         chosen = np.sort(Stream(options.seed, "reference").permutation(len(images))[: options.num_images]).tolist()

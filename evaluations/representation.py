@@ -1,8 +1,9 @@
-"""What features know, as numbers: probes of the class, of the mask, and CKNNA. Nothing here knows a network or a file.
+"""What features encode, as numbers: probes of the class and of the mask, and CKNNA. Functions of arrays only.
 
-Every probe sees standardised features: each dimension minus its mean, over its standard deviation, both of the probe's training
-part. Its penalty comes from one grid, `PENALTIES`, by the error on a fifth of the training part that is then given back: the same
-rule for every width, so that probes of a narrow and of a wide network can be compared. All in float64, without any draw.
+A probe sees standardised features: each dimension minus its mean, divided by its standard deviation, both over the
+probe's training part. Its penalty is the one of `PENALTIES` with the least error on a fifth of the training part; the
+final fit uses that fifth too. The rule is the same for every width, so probes of narrow and wide networks can be
+compared. Everything runs in float64 and draws no random numbers.
 
 Notation: N images, T tokens of an image, D dimensions of a feature, P pixels of a token's patch, K classes.
 """
@@ -13,26 +14,28 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from runtime.errors import require
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Weights of the squared norm in a probe's loss, which is a mean over its training part."""
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the nearest-neighbour probe, as DINO's (arXiv 2104.14294)."""
-NEAREST = 10
-"""k of CKNNA, as in arXiv 2405.07987."""
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weights of the squared norm, against a loss that is a mean
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the nearest-neighbour probe, as in DINO (arXiv 2104.14294)
+NEAREST = 10  # k of CKNNA, as in arXiv 2405.07987
 
 
 def standardise(x: Tensor, like: Tensor) -> Tensor:
-    """x (N, D) minus the mean of `like` (M, D), over its standard deviation; what does not vary there is 0."""
+    """x (N, D) minus the mean of `like` (M, D), divided by its standard deviation; 0 where `like` is constant."""
     return _over(x - like.mean(0), like.var(0, unbiased=False), like.square().mean(0))
 
 
 def _over(centred: Tensor, variance: Tensor, square: Tensor) -> Tensor:
-    """`centred` over the root of `variance` (D,), 0 where that is nothing but rounding of the mean `square` (D,)."""
+    """`centred` / sqrt(`variance` (D,)), 0 where the variance is only rounding error of the mean `square` (D,)."""
     return torch.where(variance > 1e-12 * square, centred / variance.clamp(min=1e-300).sqrt(), 0.0)
 
 
@@ -47,147 +50,124 @@ class Linear:
         return x @ self.weight + self.bias
 
 
-def logistic(
-    x: Tensor, labels: Tensor, classes: int, penalty: float, start: Linear | None = None, tolerance: float = 1e-5
-) -> Linear:
-    """Multinomial logistic regression: the minimum of mean cross-entropy + penalty/2 |W|^2 (the bias is free).
+def logistic(x: Tensor, labels: Tensor, penalty: float, start: LogisticRegression | None = None) -> LogisticRegression:
+    """Multinomial logistic regression: minimises mean cross-entropy + penalty/2 |W|^2 of the logits x W + b.
 
-    x (N, D), labels (N,) int64. L-BFGS over all of x, in the coordinates of its principal axes scaled by an upper bound of the
-    curvature along each: the minimum is the same, and a few dozen steps reach it whatever the features' spectrum.
+    x (N, D), labels (N,). `start` is fitted again from where it stands; it must know the same classes.
     """
-    spread, axes = torch.linalg.eigh(x.T @ x / len(x))
-    scaling = axes / (spread.clamp(min=0) / 4 + penalty).sqrt()
-    unscaling = axes.T * (spread.clamp(min=0) / 4 + penalty).sqrt()[:, None]
-    rotated = x @ scaling
-    weight = x.new_zeros(x.shape[1], classes) if start is None else unscaling @ start.weight
-    bias = x.new_zeros(classes) if start is None else start.bias.clone()
-    weight, bias = weight.requires_grad_(), bias.requires_grad_()
-    target = torch.nn.functional.one_hot(labels, classes).to(x)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=500,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    @torch.no_grad()
-    def closure() -> Tensor:
-        """Loss, and its gradient by hand: p - target is all that autograd would find."""
-        log_p = (rotated @ weight + bias).log_softmax(1)
-        error = (log_p.exp() - target) / len(x)
-        plain = scaling @ weight
-        weight.grad = rotated.T @ error + penalty * (scaling.T @ plain)
-        bias.grad = error.sum(0)
-        return -(log_p * target).sum() / len(x) + penalty / 2 * plain.square().sum()
-
-    solver.step(closure)
-    return Linear(scaling @ weight.detach(), bias.detach())
+    model = LogisticRegression(max_iter=500, warm_start=True) if start is None else start
+    # C multiplies the sum of the losses. For two classes scikit-learn fits one vector w, the difference of W's two
+    # columns. They are w/2 and -w/2 at the minimum, so |W|^2 is |w|^2 / 2.
+    model.C = (2 if len(labels.unique()) == 2 else 1) / (penalty * len(labels))
+    return model.fit(x.numpy(), labels.numpy())
 
 
-def class_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor], classes: int) -> float:
-    """Share of the held-out images whose class logistic regression finds in their features.
+def class_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor]) -> float:
+    """Accuracy of logistic regression on the held-out images.
 
-    x (N, D), labels (N,) int64; parts: places of the images to fit, to choose the penalty by (cross-entropy), and held out.
+    x (N, D), labels (N,) int64; parts: indices of the images to fit, to choose the penalty by (cross-entropy), to test.
     """
     fit, validate, test = parts
-
-    inside, outside = standardise(x[fit], x[fit]), standardise(x[validate], x[fit])
-    probe, chosen, least = None, PENALTIES[-1], math.inf
-    for penalty in sorted(PENALTIES, reverse=True):  # each begins where a stronger penalty ended
-        probe = logistic(inside, labels[fit], classes, penalty, probe, tolerance=1e-4)
-        answers = probe(outside)
-        error = torch.nn.functional.cross_entropy(answers, labels[validate]).item()
+    if len(labels[fit].unique()) == 1:
+        return (labels[test] == labels[fit[0]]).double().mean().item()
+    inside, chosen, least = standardise(x[fit], x[fit]), PENALTIES[-1], math.inf
+    # A class that `fit` lacks has no logit: its images cannot help to choose.
+    known = validate[torch.isin(labels[validate], labels[fit])]
+    outside, wanted, model = standardise(x[known], x[fit]).numpy(), labels[known].numpy(), None
+    # Each fit starts from the solution for the next stronger penalty.
+    for penalty in sorted(PENALTIES, reverse=True) if len(known) else ():
+        model = logistic(inside, labels[fit], penalty, model)
+        error = log_loss(wanted, model.predict_proba(outside), labels=model.classes_)
         if error >= least:
             break  # weaker penalties overfit
         chosen, least = penalty, error
-        if (answers.argmax(1) == labels[validate]).all():
-            break  # weaker ones could only be surer of it
+        if model.score(outside, wanted) == 1:
+            break  # weaker penalties only make the probe more certain
     train = torch.cat([fit, validate])
-    probe = logistic(standardise(x[train], x[train]), labels[train], classes, chosen, probe)
-    return (probe(standardise(x[test], x[train])).argmax(1) == labels[test]).double().mean().item()
+    model = logistic(standardise(x[train], x[train]), labels[train], chosen)
+    return float(model.score(standardise(x[test], x[train]).numpy(), labels[test].numpy()))
 
 
-def neighbour_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor], classes: int) -> float:
-    """Share of the held-out images whose class their nearest neighbours of the others vote for.
+def neighbour_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor]) -> float:
+    """Accuracy of nearest neighbours on the held-out images, among the images of the first two parts.
 
-    Cosine similarity s of standardised features; each of the `NEIGHBOURS` nearest votes with weight exp(s / TEMPERATURE).
-    x (N, D), labels (N,) int64; parts as in `class_accuracy`: the first two are the neighbours.
+    s is the cosine similarity of standardised features. Each of the `NEIGHBOURS` nearest votes with weight
+    exp(s / TEMPERATURE).
+    x (N, D), labels (N,) int64; parts as in `class_accuracy`.
     """
     train, test = torch.cat(list(parts[:2])), parts[2]
-    known, asked = (torch.nn.functional.normalize(standardise(x[part], x[train])) for part in (train, test))
-    near = (asked @ known.T).topk(min(NEIGHBOURS, len(train)), dim=1)
-    votes = x.new_zeros(len(test), classes).scatter_add_(
-        1, labels[train][near.indices], (near.values / TEMPERATURE).exp()
+    known, queries = (standardise(x[part], x[train]).numpy() for part in (train, test))
+    model = KNeighborsClassifier(
+        min(NEIGHBOURS, len(train)), metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
     )
-    return (votes.argmax(1) == labels[test]).double().mean().item()
+    return float(model.fit(known, labels[train].numpy()).score(queries, labels[test].numpy()))
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Sums over tokens z (A,) and their patches y (P,): all that ridge regression of y on z, or on any linear map of z, needs.
+class TokenSums:
+    """Sums over tokens z (A,) and their patches y (P,): enough for ridge regression of y on any linear map of z.
 
-    f_u and f_c - f_u of a token as one z hold f_g = f_u + omega (f_c - f_u) for every omega, so that features need not be kept.
+    With z = (f_u, f_c - f_u), every f_g = f_u + omega (f_c - f_u) is such a map, so no features are stored.
     """
 
     count: int
-    z: Tensor
-    """(A,)"""
-    zz: Tensor
-    """(A, A)"""
-    zy: Tensor
-    """(A, P)"""
-    y: Tensor
-    """(P,)"""
-    yy: Tensor
-    """() sum of squares"""
+    z: Tensor  # (A,)
+    zz: Tensor  # (A, A)
+    zy: Tensor  # (A, P)
+    y: Tensor  # (P,)
+    yy: Tensor  # () sum of squares
 
     @classmethod
-    def of(cls, z: Tensor, y: Tensor) -> Moments:
+    def of(cls, z: Tensor, y: Tensor) -> TokenSums:
         """Of tokens z (M, A) and patches y (M, P), both float64."""
         return cls(len(z), z.sum(0), z.T @ z, z.T @ y, y.sum(0), y.square().sum())
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __add__(self, other: TokenSums) -> TokenSums:
+        return TokenSums(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
-    def mapped(self, by: Tensor) -> Moments:
+    def mapped(self, by: Tensor) -> TokenSums:
         """Of the features z @ by, (A, D)."""
-        return Moments(self.count, self.z @ by, by.T @ self.zz @ by, by.T @ self.zy, self.y, self.yy)
+        return TokenSums(self.count, self.z @ by, by.T @ self.zz @ by, by.T @ self.zy, self.y, self.yy)
 
 
-def ridge(moments: Moments, penalties: Sequence[float]) -> list[Linear]:
-    """For each penalty the minimum of mean |z W + b - y|^2 + penalty |W|^2, z standardised; W and b are for z as it was."""
-    mean, square = moments.z / moments.count, moments.zz.diagonal() / moments.count
-    covariance = moments.zz / moments.count - torch.outer(mean, mean)
+def ridge(sums: TokenSums, penalties: Sequence[float]) -> list[Linear]:
+    """For each penalty the minimum of mean |z W + b - y|^2 + penalty |W|^2 over standardised z.
+
+    The returned W and b apply to z itself.
+    """
+    mean, square = sums.z / sums.count, sums.zz.diagonal() / sums.count
+    covariance = sums.zz / sums.count - torch.outer(mean, mean)
     scale = _over(torch.ones_like(mean), square - mean.square(), square)  # 1 / standard deviation
     spread, axes = torch.linalg.eigh(covariance * torch.outer(scale, scale))
-    target = axes.T @ ((moments.zy - torch.outer(mean, moments.y)) / moments.count * scale[:, None])
+    target = axes.T @ ((sums.zy - torch.outer(mean, sums.y)) / sums.count * scale[:, None])
     weights = [scale[:, None] * (axes @ (target / (spread.clamp(min=0) + penalty)[:, None])) for penalty in penalties]
-    return [Linear(weight, moments.y / moments.count - mean @ weight) for weight in weights]
+    return [Linear(weight, sums.y / sums.count - mean @ weight) for weight in weights]
 
 
-def squared_error(probe: Linear, moments: Moments) -> float:
-    """Sum of |z W + b - y|^2 over the tokens behind `moments`."""
+def squared_error(probe: Linear, sums: TokenSums) -> float:
+    """Sum of |z W + b - y|^2 over the tokens of `sums`."""
     w, b = probe.weight, probe.bias
-    predicted = (w * (moments.zz @ w)).sum() + 2 * b @ (moments.z @ w) + moments.count * b.square().sum()
-    return (predicted - 2 * ((w * moments.zy).sum() + b @ moments.y) + moments.yy).item()
+    predicted = (w * (sums.zz @ w)).sum() + 2 * b @ (sums.z @ w) + sums.count * b.square().sum()
+    return (predicted - 2 * ((w * sums.zy).sum() + b @ sums.y) + sums.yy).item()
 
 
-def mask_probe(fit: Moments, validate: Moments) -> Linear:
-    """The ridge regression of patches on tokens, its penalty chosen by the squared error on `validate`, fitted to both."""
+def mask_probe(fit: TokenSums, validate: TokenSums) -> Linear:
+    """Ridge regression of patches on tokens, fitted to both sets; the penalty has the least error on `validate`."""
     errors = [squared_error(probe, validate) for probe in ridge(fit, PENALTIES)]
     return ridge(fit + validate, [PENALTIES[errors.index(min(errors))]])[0]
 
 
 def confusion(predicted: Tensor, mask: Tensor) -> Tensor:
-    """(2, 2) counts of pixels, [mask is 1][prediction is 1]; they add up over batches, and `iou` makes a number of them."""
+    """(2, 2) counts of pixels, [mask is 1][prediction is 1]. Add them over batches and pass the sum to `iou`."""
     return torch.bincount((2 * mask.long() + predicted.long()).flatten(), minlength=4).view(2, 2)
 
 
 def iou(counts: Tensor) -> float:
-    """mIoU of `counts` (2, 2) over all pixels of all held-out images together: the mean of the intersection over union of the
-    foreground, TP / (TP + FP + FN), and of the background, TN / (TN + FP + FN). A class that is nowhere is left out."""
+    """mIoU of `counts` (2, 2) over all pixels of all held-out images together.
+
+    The mean of the intersection over union of the foreground, TP / (TP + FP + FN), and of the background,
+    TN / (TN + FP + FN). A class that occurs in neither mask nor prediction is left out.
+    """
     shares = [
         counts[c, c].item() / union
         for c in (0, 1)
@@ -197,8 +177,11 @@ def iou(counts: Tensor) -> float:
 
 
 def kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What CKNNA compares of features x (N, D): the inner products of their unit vectors (N, N), centred per row, and who is
-    among the k nearest of whom (N, N) bool, oneself not; where several tie for the last place, all of them."""
+    """What CKNNA compares of features x (N, D).
+
+    Returns the inner products of the unit vectors (N, N), centred per row, and [j is among the k nearest of i]
+    (N, N) bool. A point is not its own neighbour; all that tie for the last place count.
+    """
     unit = torch.nn.functional.normalize(x)
     products = unit @ unit.T
     others = products.clone().fill_diagonal_(-math.inf)
@@ -220,21 +203,17 @@ def cknna(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     return align(a, b) / math.sqrt(own) if own > 0 else 0.0
 
 
-Measure = Callable[[Tensor, Tensor, Sequence[Tensor], int], float]
+Measure = Callable[[Tensor, Tensor, Sequence[Tensor]], float]
 CLASS_PROBES: dict[str, Measure] = {"accuracy": class_accuracy, "knn": neighbour_accuracy}
 
 
 def principal(tokens: Tensor, count: int = 3) -> Tensor:
-    """(M, count) coordinates of tokens (M, D) along their principal axes, the widest first.
+    """(M, count) coordinates of tokens (M, D) along their principal axes, in order of decreasing variance.
 
-    Each axis points to where its largest loading in absolute value is positive, so that colours do not flip between runs.
+    scikit-learn makes the largest loading of each axis positive, so colours do not flip between runs.
     """
     require(
         min(tokens.shape) >= count,
         f"{count} principal components need at least as many tokens and dimensions, not {tokens.shape}",
     )
-    centred = tokens.double() - tokens.double().mean(0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)
-    axes = axes[:, -count:].flip(1)
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
-    return centred @ (axes * largest.sign())
+    return torch.from_numpy(PCA(count, svd_solver="covariance_eigh").fit_transform(tokens.double().numpy()))

@@ -11,26 +11,23 @@ Under `accelerate launch` each process adds its share; the result is that of one
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import FeatureOptions
 from evaluations import metrics
 from evaluations.collect import Array, Collected, Collector
-from evaluations.extractors import open_extractor
 from evaluations.features import Extractor
-from evaluations.images import ArrayImages
 from evaluations.reference import Reference
 from runtime import progress
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, require
+from runtime.slices import slices
 from runtime.streams import Stream
+from sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,11 +37,12 @@ NAMES = {("inception", "fd"): "fid", ("inception", "sfd"): "sfid"}  # the names 
 
 
 class Scorer:
-    """Metrics of images that arrive in batches, against a reference: nothing is written, no image is kept.
+    """Metrics of images that arrive in batches, against a reference. Only features are kept; nothing is written.
 
-    precision_recall_mode: "adm_fp16" or "fp32" (metrics.precision_recall); None takes ADM's for the features ADM uses, and
-    the exact one for all others. shuffle: a seed to shuffle by before the Inception Score is cut into chunks. mind: compute MIND
-    too, which needs features of single images: UserError for a reference that holds statistics alone.
+    precision_recall_mode: "adm_fp16" or "fp32" (metrics.precision_recall); None takes ADM's for the features ADM uses,
+    and the exact one for all others. shuffle: a seed to shuffle by before the Inception Score is cut into chunks.
+    mind: compute MIND too, which needs features of single images. Raises UserError if the reference holds only
+    statistics.
     """
 
     def __init__(
@@ -70,27 +68,27 @@ class Scorer:
         self._collector = Collector(extractor, accelerator)
 
     def add(self, images: Array, labels: Array | None = None, indices: Array | None = None) -> None:
-        """Take in images, uint8 (n, H, W, C); see Collector.add. UserError where their size is not the reference's."""
+        """Add images, uint8 (n, H, W, C); see Collector.add. Raises UserError unless they have the reference's size."""
         self.reference.require_shape("the samples", tuple(images.shape[1:]))
         self._collector.add(images, labels, indices)
 
     def result(self) -> dict[str, Any]:
-        """What metrics.json holds, the same on every process. To be called by every process."""
+        """The content of metrics.json, the same on every process. Every process must call it."""
         return self.compare(self._collector.collect())
 
     def compare(self, samples: Collected) -> dict[str, Any]:
-        """The metrics of collected features; computed by the main process, returned on all."""
+        """The metrics of collected features. The main process computes them; all processes return them."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return self._compare(samples)
         from accelerate.utils import broadcast_object_list
 
-        answer: list[Any] = [None]
+        answers: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                answer = [self._compare(samples)]
-            except UserError as error:  # to be raised everywhere: a process left waiting would hang
-                answer = [error]
-        (answer,) = broadcast_object_list(answer)
+                answers = [self._compare(samples)]
+            except UserError as error:  # raised on every process: one that waits for the others would hang
+                answers = [error]
+        (answer,) = broadcast_object_list(answers)
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -101,7 +99,7 @@ class Scorer:
         if samples.spatial is not None and reference.spatial is not None:
             values["sfd"] = metrics.frechet(samples.spatial, reference.spatial)
         if self.extractor.head is not None:
-            values["is"] = metrics.inception_score(self._logits(samples.pool))
+            values["is"] = metrics.inception_score(self._logits(samples.pool, self.extractor.head.T.cpu()))
         if reference.pool is not None:
             x, r = samples.pool.to(device), reference.pool.to(device)
             if self.mind:
@@ -141,52 +139,20 @@ class Scorer:
             warnings.append("the samples are sorted by class, which lowers the Inception Score: give --shuffle SEED")
         return warnings
 
-    def _logits(self, pool: Tensor) -> Tensor:
+    def _logits(self, pool: Tensor, head: Tensor) -> Tensor:
         order = torch.arange(len(pool))
         if self.shuffle is not None:
             order = torch.from_numpy(Stream(self.shuffle, "inception score").permutation(len(pool)))
         with exact_arithmetic():
-            return torch.cat([part @ self.extractor.head.T.cpu() for part in pool[order].split(metrics.CHUNK)])
+            return torch.cat([part @ head for part in pool[order].split(metrics.CHUNK)])
 
 
-class Drawable(Protocol):
-    """What `add_drawn` needs of a sampler: indices, labels (n,) and uint8 images (n, H, W, C), batch by batch."""
-
-    def stream(self, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray, np.ndarray]]: ...
-
-
-def add_drawn(scorer: Scorer, sampler: Drawable, count: int, batch_size: int, title: str = "sampling") -> None:
-    """Draw samples 0 .. count - 1 and add them, each process its share. Nothing is kept but features."""
+def add_drawn(scorer: Scorer, sampler: Sampler, count: int, batch_size: int, title: str = "sampling") -> None:
+    """Draw samples 0 .. count - 1, each process its share, and add them."""
     accelerator = scorer.accelerator
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     start, stop = count * rank // processes, count * (rank + 1) // processes
     with progress.bar(total=stop - start, desc=f"{title} {count}", unit="image", main=rank == 0, leave=False) as bar:
-        batches = (range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
-        for indices, labels, images in sampler.stream(batches):
+        for indices, labels, images in sampler.stream(slices(range(start, stop), batch_size)):
             scorer.add(images, labels, np.array(indices))
             bar.update(len(indices))
-
-
-def score(
-    samples: np.ndarray,
-    labels: np.ndarray | None,
-    reference: Reference | Path | str,
-    *,
-    features: str = "pixels",
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
-) -> dict[str, Any]:
-    """Metrics of uint8 samples (N, H, W, C) in memory, against a reference or the path of one.
-
-    Returns what metrics.json holds; its "metrics" entry maps names to numbers. Raises UserError as the command does.
-    """
-    extractor = open_extractor(FeatureOptions(features=features), device)
-    if not isinstance(reference, Reference):
-        reference = Reference.open(reference, extractor, batch_size=batch_size)
-    images = ArrayImages(samples, labels, "the samples")
-    scorer = Scorer(reference, extractor)
-    for start, batch in zip(
-        range(0, len(images), batch_size), images.batches(range(len(images)), batch_size), strict=True
-    ):
-        scorer.add(batch, None if images.labels is None else images.labels[start : start + len(batch)])
-    return scorer.result()

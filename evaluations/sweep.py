@@ -4,8 +4,8 @@
         --cfg-scale 1.0:2.5:0.1 --guidance-high 0.6:1.0:0.05 --num-fid-samples 5000
 
 Prints what it will cost, then samples and scores point by point. A killed sweep continues; a wider range adds points.
-Writes `sweep.json`, after every point, and `sweep.png`. Every point draws the same noise and labels, so that points
-differ by guidance alone; small-sample distances are good for comparing points, and for nothing else.
+Writes `sweep.json` after every point, and a heat map, `sweep.png` and `sweep.svg`, at the end. Every point draws the
+same noise and labels, so points differ by guidance alone. Use small-sample distances to compare points only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from typing_extensions import TypedDict
 
 from config import FeatureOptions, require_samples
+from evaluations import drawing
 from evaluations.reference import open_pair
 from evaluations.score import Scorer, add_drawn
 from models.peers import PEERS
@@ -46,7 +48,7 @@ NEVER_SHOWN = ("ckpt", "batch_size")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What to sample from and how, as for `generate.py`; the scale and the upper end of the interval are ranges here."""
+    """Options of `generate.py`, but the scale and the upper end of the interval are ranges."""
 
     source: SourceOptions = group(SourceOptions)
     cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or one", heading="sweep")
@@ -109,7 +111,7 @@ class Sweep(TypedDict):
 
 
 class Results:
-    """The points that are done, in `sweep.json` together with all else that they depend on."""
+    """The points that are done, in `sweep.json` with the settings that they depend on."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
@@ -158,15 +160,10 @@ def table(points: dict[Point, dict[str, float]], metric: str) -> str:
 
 
 def heat_map(points: dict[Point, dict[str, float]], metric: str, title: str) -> Figure:
-    """The grid as a heat map with its numbers, rows in the table's order; dark is good, the best point ringed."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """The grid as a heat map with its numbers, rows in the table's order. Dark is good; a ring marks the best point."""
     scales, highs, grid = rows(points, metric)
     image = np.array([[np.nan if value is None else value for value in line] for line in grid])
-    figure = Figure(figsize=(2.5 + 0.55 * len(scales), 1.8 + 0.45 * len(highs)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.canvas(2.5 + 0.55 * len(scales), 1.8 + 0.45 * len(highs))
     axes = figure.subplots()
     picture = axes.imshow(image, origin="upper", aspect="auto", cmap="viridis")
     best = np.unravel_index(np.nanargmin(image), image.shape)
@@ -201,7 +198,7 @@ def command(config: SweepConfig, point: Point) -> str:
 
 
 def edges(config: SweepConfig, point: Point) -> Iterator[str]:
-    """The options at whose end `point` lies: a better one may lie beyond. Ends of the possible range do not count."""
+    """The options whose range ends at `point`, so that a better point may lie beyond; not those at a limit."""
     for flag, text, value, limits in (
         ("--cfg-scale", config.cfg_scale, point[0], (1.0,)),
         ("--guidance-high", config.guidance_high, point[1], (0.0, 1.0)),
@@ -214,7 +211,7 @@ def edges(config: SweepConfig, point: Point) -> Iterator[str]:
 def sweep(config: SweepConfig) -> Path:
     """Sample and score every point; returns the result's folder."""
     points = config.points()
-    source = Source.open(config.source, config.at(points[-1]))  # the one that needs most: guidance
+    source = Source.open(config.source, config.at(points[-1]))  # the last point has guidance, which asks for most
     accelerator, count = source.accelerator, config.num_fid_samples
     reference, extractor = open_pair(config.reference, config.scores, accelerator, config.source.batch_size)
     settings = source.settings(config.at(points[0]), count) | {
@@ -257,7 +254,7 @@ def sweep(config: SweepConfig) -> Path:
 
 
 def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int) -> str:
-    """What is about to be spent, in words."""
+    """The cost of the points to do, as a sentence."""
     each = [config.at(point).evaluations for point in todo]
     network = "an adaptive number of" if None in each else f"{sum(filter(None, each)) * config.num_fid_samples:,}"
     images = len(todo) * config.num_fid_samples
@@ -268,23 +265,22 @@ def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int)
 
 
 def remaining(config: SweepConfig, source: Source, todo: Sequence[Point], seconds: float) -> str:
-    """How long the points after the first will take, which took `seconds`: by their network evaluations."""
+    """How long the points after the first will take, by network evaluations; the first took `seconds`."""
     each = [config.at(point).evaluations or 1 for point in todo]
     left = seconds * sum(each[1:]) / each[0]
     return f"the first point took {seconds / 60:.1f} minutes, the other {len(todo) - 1} take about {left / 60:.1f}"
 
 
 def conclude(config: SweepConfig, results: Results, out: Path) -> None:
-    """Table, picture, and the best point's command."""
+    """Print the table and the best point's command, and write the heat map."""
     points = {point: results.points[point] for point in config.points()}
     metric = next(iter(next(iter(points.values()))))
     title = f"{metric} of {config.num_fid_samples} samples"
     best = min(points, key=lambda point: points[point][metric])
-    with files.replacing(out / "sweep.png") as temporary:
-        heat_map(points, metric, title).savefig(temporary, format="png", dpi=150)
+    drawing.save(heat_map(points, metric, title), out / "sweep")
     print(
         f"{title} (not to be compared with other counts):\n{table(points, metric)}\n"
-        f"written to {out}/sweep.json and sweep.png"
+        f"written to {out}/sweep.json, sweep.png and sweep.svg"
     )
     for flag in edges(config, best):
         print(f"the best point lies at the end of {flag}: widen it, points that are done are kept")

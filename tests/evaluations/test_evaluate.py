@@ -1,4 +1,4 @@
-"""The evaluate command and `score`, on files, with the pixels themselves as features."""
+"""The evaluate command and `Scorer`, on files, with the pixels themselves as features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL import Image
 
 from evaluations import evaluate, metrics, reference
 from evaluations.features import Pixels
-from evaluations.images import ArrayImages, LatentSetImages
+from evaluations.images import LatentSetImages
 from evaluations.reference import Reference
-from evaluations.score import score
+from evaluations.score import Scorer
 from runtime import files
 from runtime.errors import UserError
 
@@ -27,6 +27,14 @@ def digits(seed, count, channels=1, size=6):
     for image, label in zip(images, labels):
         image[half * (label // 2) :, half * (label % 2) :][:half, :half] += 130
     return images.astype(np.uint8), labels
+
+
+def score(samples, labels, path):
+    """The result for samples in memory against the reference at `path`, added in two batches."""
+    scorer = Scorer(Reference.open(path, Pixels()), Pixels())
+    for part in (slice(0, 60), slice(60, None)):
+        scorer.add(samples[part], None if labels is None else labels[part])
+    return scorer.result()
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def run(folder, *extra, samples="samples.npz", reference="reference.npz"):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_the_command_writes_and_prints_what_score_returns(pair, capsys):
+def test_the_command_writes_and_prints_what_a_scorer_returns(pair, capsys):
     folder, samples, labels = pair
     files.write_sealed(folder / "samples.json", {"num_steps": 50})
     result = run(folder)
@@ -165,7 +173,7 @@ def test_several_seeds_give_mean_and_standard_deviation(pair, capsys):
         paths.append(str(folder / f"seed{seed}.npz"))
     result = run(folder, "--samples", *paths)
     single = [run(folder, samples=f"seed{seed}.npz")["metrics"]["fd"] for seed in (5, 6, 7)]
-    assert [one["metrics"]["fd"] for one in result["runs"]] == pytest.approx(single)
+    assert [record["metrics"]["fd"] for record in result["runs"]] == pytest.approx(single)
     assert result["metrics"]["fd"] == pytest.approx(np.mean(single))
     assert result["std"]["fd"] == pytest.approx(np.std(single, ddof=1)) and result["std"]["fd"] > 0
     lines = capsys.readouterr().out.splitlines()
@@ -181,8 +189,8 @@ def test_few_samples_are_warned_of(pair, capsys):
     result = run(folder)
     assert "150 samples" in result["warnings"][0] and "biased" in capsys.readouterr().err
     many = np.zeros((10_000, 2, 2, 1), np.uint8)
-    real = Reference.of_images(ArrayImages(many[:50]), Pixels())
-    assert score(many, None, real)["warnings"] == []
+    np.savez(folder / "zeros.npz", arr_0=many[:50])
+    assert score(many, None, folder / "zeros.npz")["warnings"] == []
 
 
 def write_folder(folder, images, labels, suffix=".png"):
@@ -296,10 +304,10 @@ def test_references_that_do_not_fit_are_refused(pair):
         run(folder, samples="ref.npz")
 
 
-def test_large_images_need_a_network():
-    images = np.zeros((4, 64, 65, 1), np.uint8)
+def test_large_images_need_a_network(tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 64, 65, 1), np.uint8))
     with pytest.raises(UserError, match="at most 4096 values"):
-        score(images, None, Reference.of_images(ArrayImages(images), Pixels()))
+        Reference.open(tmp_path / "large.npz", Pixels())
 
 
 def test_unknown_features_name_the_nearest(pair):

@@ -22,7 +22,7 @@ from runtime.errors import UserError
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random Inception weights whose activations stay healthy, in a file named by its digest, without batch counters."""
+    """Random Inception weights with sane activations, in a file named by its digest, without batch counters."""
     torch.manual_seed(0)
     network = inception.build()
     for module in network.modules():
@@ -75,21 +75,21 @@ def test_inception_is_torch_fidelitys(extractor, weights):
     other.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: hooked.append(output))
     images = torch.from_numpy(pictures(0, 3, 80))
     pool, logits = other(images.permute(0, 3, 1, 2))
-    found = extractor(images)
-    torch.testing.assert_close(found.pool, pool, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.pool @ extractor.head.T, logits, rtol=1e-5, atol=1e-5)
-    assert found.spatial.shape == (3, 2023) and found.spatial.min() == 0  # after the activation
+    output = extractor(images)
+    torch.testing.assert_close(output.pool, pool, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.pool @ extractor.head.T, logits, rtol=1e-5, atol=1e-5)
+    assert output.spatial.shape == (3, 2023) and output.spatial.min() == 0  # after the activation
     for h, w, c in ((0, 0, 0), (0, 0, 6), (0, 1, 0), (16, 16, 6), (5, 11, 3)):
-        torch.testing.assert_close(found.spatial[:, (h * 17 + w) * 7 + c], hooked[0][:, c, h, w], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output.spatial[:, (h * 17 + w) * 7 + c], hooked[0][:, c, h, w], rtol=1e-5, atol=1e-5)
 
 
 def test_inception_ignores_autocast_and_keeps_no_graph(extractor):
     images = torch.from_numpy(pictures(0, 1))
     plain = extractor(images)
     with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = extractor(images)
-    assert found.pool.dtype == torch.float32 and not found.pool.requires_grad
-    assert torch.equal(found.pool, plain.pool) and torch.equal(found.spatial, plain.spatial)
+        output = extractor(images)
+    assert output.pool.dtype == torch.float32 and not output.pool.requires_grad
+    assert torch.equal(output.pool, plain.pool) and torch.equal(output.spatial, plain.spatial)
 
 
 def tensorflow_row(row: np.ndarray, side: int) -> np.ndarray:
@@ -108,9 +108,9 @@ def test_resize_is_tensorflow_1s(size):
     image = np.random.RandomState(size).randint(0, 256, (size, size + 3)).astype(np.float64)
     expected = np.stack([tensorflow_row(row, 299) for row in image])
     expected = np.stack([tensorflow_row(column, 299) for column in expected.T]).T
-    found = inception.resize(torch.from_numpy(image).float()[None, None], 299)[0, 0]
-    assert np.abs(found.double().numpy() - expected).max() < 0.01  # of 255: float32 positions, as in TensorFlow
-    assert found[0, 0] == image[0, 0]
+    output = inception.resize(torch.from_numpy(image).float()[None, None], 299)[0, 0]
+    assert np.abs(output.double().numpy() - expected).max() < 0.01  # of 255: float32 positions, as in TensorFlow
+    assert output[0, 0] == image[0, 0]
 
 
 def test_inception_refuses_grey_images_and_wrong_files(extractor, weights, tmp_path):
@@ -161,8 +161,8 @@ def test_the_download_lands_in_the_cache(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "FILE", weights.name)
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: open(weights, "rb"))
-    found = open_extractor(FeatureOptions(features="inception"))
-    assert found.weights == hashlib.sha256(weights.read_bytes()).hexdigest()
+    opened = open_extractor(FeatureOptions(features="inception"))
+    assert opened.weights == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (tmp_path / "checkpoints" / weights.name).read_bytes() == weights.read_bytes()
 
 
@@ -200,8 +200,8 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
     assert "not the published network" in result["warnings"][0]
     assert any("sorted by class" in warning for warning in result["warnings"])
 
-    mine = extractor(torch.from_numpy(pictures(0, 4, 32)))
-    for name, x, suffix in (("fid", mine.pool, ""), ("sfid", mine.spatial, "_s")):
+    features = extractor(torch.from_numpy(pictures(0, 4, 32)))
+    for name, x, suffix in (("fid", features.pool, ""), ("sfid", features.spatial, "_s")):
         x = x.double().numpy()
         own, other = (
             [torch.from_numpy(part.astype(float)) for part in pair]
@@ -210,7 +210,7 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
         assert values[name] == pytest.approx(
             cheap_distance(metrics.Statistics(*own), metrics.Statistics(*other)), rel=1e-9
         )
-    p = (mine.pool @ extractor.head.T).double().softmax(1).numpy()
+    p = (features.pool @ extractor.head.T).double().softmax(1).numpy()
     assert values["is"] == pytest.approx(math.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()), rel=1e-5)
 
     compact = tmp_path / "compact.npz"

@@ -1,5 +1,5 @@
-"""FDr: the mean ratio against distances computed apart, the unit of validation images, each extractor's feature by hand, and what is
-refused. Inception's is compared with torch-fidelity in test_extractors."""
+"""FDr: the mean ratio against distances computed separately, the unit of validation images, each extractor's features
+computed by hand, and refused inputs. test_extractors compares Inception's features with torch-fidelity."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def images(seed: int, bright: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> tuple[Path, list[str]]:
-    """Samples, and references of training and validation images for two extractors: pixels and a small vision transformer."""
+    """Samples, and references of training and validation images for two extractors: pixels and a small ViT."""
     folder, names = tmp_path_factory.mktemp("fdr"), ["pixels", f"timm:{encoder}"]
     for number, (kind, bright) in enumerate((("samples", 60), ("train", 0), ("val", 20))):
         np.savez(folder / f"{kind}.npz", arr_0=images(number, bright))
@@ -72,10 +72,10 @@ def test_the_mean_of_ratios(place: tuple[Path, list[str]], capsys: pytest.Captur
     assert [row["ratio"] for row in result["extractors"]] == pytest.approx(expected, rel=1e-4)
     assert result["metrics"] == {"fdr2": pytest.approx(np.mean(expected), rel=1e-4)} and not result["six"]
     assert json.loads((folder / "fdr.json").read_text())["metrics"] == result["metrics"]
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        all(f"{row['normaliser']:.4f}" in said and row["features"] in said for row in result["extractors"])
-        and "not the six" in said
+        all(f"{row['normaliser']:.4f}" in printed and row["features"] in printed for row in result["extractors"])
+        and "not the six" in printed
     )
 
 
@@ -119,7 +119,7 @@ SIDES = {224: 48, 256: 64}  # small ones: 64 is as little a multiple of 14 as 25
 
 
 def by_hand(model: nn.Module, images: Tensor, side: int) -> Tensor:
-    """(n, D): scaled without clamping, normalised with the network's own mean and deviation, then what each family is pooled by.
+    """(n, D): scaled without clamping, normalised with the network's own mean and deviation, pooled as its family is.
 
     timm pads and resamples positions by itself here (`dynamic_img_size`, `dynamic_img_pad`), as the authors have it do.
     """
@@ -164,7 +164,7 @@ def test_each_extractor_has_its_published_pooling_and_side(name: str, tmp_path: 
         0, 2, (2, 80, 80, 3), generator=generator, dtype=torch.uint8
     )  # bicubic goes beyond these
     small = SIDES[int(side)]
-    mine, timms = (
+    ours, timms = (
         open_extractor(FeatureOptions(features=f"{kind}:{tmp_path / 'net'}@{small}")) for kind in ("fdr", "timm")
     )
 
@@ -176,9 +176,9 @@ def test_each_extractor_has_its_published_pooling_and_side(name: str, tmp_path: 
         peer.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = by_hand(peer, images, small)
-    torch.testing.assert_close(mine(images).pool, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(images).pool, expected, rtol=1e-4, atol=1e-4)
     inner = images // 4 + 96  # within these nothing is clamped: two families are pooled by timm as published
-    same = torch.allclose(mine(inner).pool, timms(inner).pool, rtol=1e-2, atol=1e-2)
+    same = torch.allclose(ours(inner).pool, timms(inner).pool, rtol=1e-2, atol=1e-2)
     assert same == any(family in name for family in (".mae", "siglip"))
 
 
@@ -209,8 +209,8 @@ def test_references_tell_the_two_poolings_apart(encoder: Path, tmp_path: Path) -
                 str(tmp_path / f"{kind}.npz"),
             ]
         )
-    found = reference.read_compact(tmp_path / "fdr.npz")
+    stored = reference.read_compact(tmp_path / "fdr.npz")
     with pytest.raises(UserError, match=f"holds fdr:{encoder} features, not timm:"):
-        found.require(open_extractor(FeatureOptions(features=f"timm:{encoder}")))
+        stored.require(open_extractor(FeatureOptions(features=f"timm:{encoder}")))
     (tmp_path / "x.npz").unlink()
     assert set(fdr.references(str(tmp_path))) == {f"timm:{encoder}", f"fdr:{encoder}"}

@@ -25,10 +25,10 @@ def drawn(kind: str, *words: object):
     return draw(read(schema, list(map(str, words)), prog=kind))
 
 
-def test_every_style_is_told_apart_without_colour() -> None:
+def test_every_style_differs_without_colour() -> None:
     assert (
-        len({str(one["linestyle"]) for one in drawing.STYLES})
-        == len({one["marker"] for one in drawing.STYLES})
+        len({str(style["linestyle"]) for style in drawing.STYLES})
+        == len({style["marker"] for style in drawing.STYLES})
         == len(drawing.STYLES)
     )
 
@@ -46,12 +46,12 @@ def test_pca_maps_are_scikit_learns_components_of_f_g(data: Path, teacher: Path)
     assert [axes.get_title() for axes in panels[0]] == [str(label) for label in items.labels.tolist()]
     np.testing.assert_array_equal(panels[0, 3].get_images()[0].get_array(), items.data.images(items.index)[3, ..., 0])
     u, c = Probed.open(str(teacher), items, "ema", [4]).pairs(items, np.arange(5), 0.4)[4]
-    theirs = PCA(3).fit_transform((u + 10 * (c - u)).flatten(0, 1).numpy()).reshape(5, 4, 4, 3)
+    expected_maps = PCA(3).fit_transform((u + 10 * (c - u)).flatten(0, 1).numpy()).reshape(5, 4, 4, 3)
     ours = np.stack([axes.get_images()[0].get_array() for axes in panels[4]])
     for component in range(3):  # up to sign and stretch: one basis and one stretch for the whole row
-        low, high = np.quantile(theirs[..., component], [0.01, 0.99])
-        expected = ((theirs[..., component] - low) / (high - low)).clip(0, 1)
-        same = [np.abs(ours[..., component] - one).max() for one in (expected, 1 - expected)]
+        low, high = np.quantile(expected_maps[..., component], [0.01, 0.99])
+        expected = ((expected_maps[..., component] - low) / (high - low)).clip(0, 1)
+        same = [np.abs(ours[..., component] - values).max() for values in (expected, 1 - expected)]
         assert min(same) < 1e-4 < max(same)
 
 
@@ -76,13 +76,16 @@ def test_t_sne_has_a_glyph_a_class_and_a_point_an_image(data: Path, guided: Path
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title().split("\n")[1] for axes in panels] == ["f_u", "f_g 30"]
     for axes in panels:
-        assert [one.get_label() for one in axes.collections] == ["3", "7"]
-        points = np.concatenate([one.get_offsets() for one in axes.collections])
+        assert [scatter.get_label() for scatter in axes.collections] == ["3", "7"]
+        points = np.concatenate([scatter.get_offsets() for scatter in axes.collections])
         assert len(points) == 24 and len(np.unique(points, axis=0)) == 24
-        shapes = [one.get_paths()[0].vertices for one in axes.collections]
+        shapes = [scatter.get_paths()[0].vertices for scatter in axes.collections]
         assert shapes[0].shape != shapes[1].shape or not np.allclose(*shapes)
     labels = Items(str(data), 24, 0, classes=(3, 7)).labels
-    assert [len(one.get_offsets()) for one in panels[0].collections] == [(labels == 3).sum(), (labels == 7).sum()]
+    assert [len(scatter.get_offsets()) for scatter in panels[0].collections] == [
+        (labels == 3).sum(),
+        (labels == 7).sum(),
+    ]
 
 
 def history(folder: Path, values: dict[int, float], stop: int = 0, **more: float) -> Path:
@@ -121,7 +124,7 @@ def test_scores_against_steps_are_means_over_seeds_with_the_stop_marked(tmp_path
 
 
 def test_internal_guidance_is_part_of_a_protocol_and_its_absence_is_not() -> None:
-    def told(**settings: object) -> dict:
+    def protocol(**settings: object) -> dict:
         return histories.protocol(
             {
                 "metrics": {},
@@ -133,11 +136,13 @@ def test_internal_guidance_is_part_of_a_protocol_and_its_absence_is_not() -> Non
         )
 
     plain, guided = (
-        told(cfg_scale=1.0),
-        told(cfg_scale=1.0, internal_scale=1.5, internal={"block": 2, "low": 0.0, "high": 1.0}),
+        protocol(cfg_scale=1.0),
+        protocol(cfg_scale=1.0, internal_scale=1.5, internal={"block": 2, "low": 0.0, "high": 1.0}),
     )
-    assert plain != guided != told(cfg_scale=1.0, internal_scale=1.4, internal={"block": 2, "low": 0.0, "high": 1.0})
-    assert not {name for name in plain if "internal" in name}  # keys of records from before stay what they are
+    assert (
+        plain != guided != protocol(cfg_scale=1.0, internal_scale=1.4, internal={"block": 2, "low": 0.0, "high": 1.0})
+    )
+    assert not {name for name in plain if "internal" in name}  # protocols without it keep their keys
 
 
 def score(file: Path, step: int, value: float, **more: object) -> str:
@@ -172,13 +177,13 @@ def test_score_files_make_curves_of_one_protocol(tmp_path: Path) -> None:
         drawn("steps", "--scores", *files, score(tmp_path / "guided.json", 6, 1, cfg_scale=2.0))
     with pytest.raises(UserError, match="different labels .balanced and None."):
         drawn("steps", "--scores", *files, score(tmp_path / "labels.json", 6, 1, labels="balanced"))
-    for text, said in (
+    for text, fault in (
         ('{"samples": {"settings": 3}}', "metrics: field required"),
         ("[]", "damaged or from another"),
         ('{"metrics": 3}', "metrics: .* not 3"),
     ):
         (tmp_path / "odd.json").write_text(text)
-        with pytest.raises(UserError, match=f"odd.json .*{said}.*give metrics.json"):
+        with pytest.raises(UserError, match=f"odd.json .*{fault}.*give metrics.json"):
             drawn("steps", "--scores", f"a={tmp_path / 'odd.json'}")
     with pytest.raises(UserError, match="does not say which step"):
         drawn("steps", "--scores", score(tmp_path / "stepless.json", None, 1))
@@ -215,12 +220,16 @@ def test_the_time_table_counts_stage_one(
     ]
     stage1 = sum(16 / line["images_per_second"] for line in lines) / 3600  # a line a step of 16 images
     figures.main(["time", "--runs", f"ours={run}", "--out", str(tmp_path / "time.json")])
-    (told,) = json.loads((tmp_path / "time.json").read_text())
-    assert told["hours"] == pytest.approx(4 * 16 / 8 / 3600) and told["rate"] == pytest.approx(8) and told["steps"] == 4
+    (record,) = json.loads((tmp_path / "time.json").read_text())
+    assert (
+        record["hours"] == pytest.approx(4 * 16 / 8 / 3600)
+        and record["rate"] == pytest.approx(8)
+        and record["steps"] == 4
+    )
     assert (
         len(lines) == 4
-        and told["stage1"] == pytest.approx(stage1)
-        and told["total"] == pytest.approx(told["hours"] + stage1)
+        and record["stage1"] == pytest.approx(stage1)
+        and record["total"] == pytest.approx(record["hours"] + stage1)
     )
     assert capsys.readouterr().out.splitlines()[2].split()[0] == "ours"
     alone = histories.time_of(str(teacher))
@@ -266,7 +275,7 @@ def test_mistakes_are_answered(data: Path, teacher: Path) -> None:
     with pytest.raises(UserError, match="at least 5"):
         drawn("tsne", "--ckpt", teacher, "--data-dir", data, "--items", 3)
     for kind in ("pca", "tsne"):
-        with pytest.raises(UserError, match="--items -3 must be positive"):
+        with pytest.raises(UserError, match="--items -3 must lie in"):
             drawn(kind, "--ckpt", teacher, "--data-dir", data, "--items", -3)
 
 

@@ -217,7 +217,7 @@ def test_exact_arithmetic_switches_tf32_and_autocast_off_and_restores():
 
 
 def test_mind_by_optimal_assignment_along_every_direction():
-    """Along each direction the distance of the best pairing, found among all of them; sets of equal and of unequal sizes."""
+    """Along each direction, the distance of the best of all pairings; sets of equal and of unequal sizes."""
     x, r = normal(1, 40, 6), normal(2, 55, 6) * 1.5 + 0.3
     for count, samples, reference in ((40, x, r[:40]), (40, x, r), (40, r, x)):
         generator = torch.Generator().manual_seed(
@@ -237,8 +237,10 @@ def test_mind_by_optimal_assignment_along_every_direction():
 
 
 def test_mind_of_gaussians_in_closed_form():
-    """N(0, I) against N(m, s^2 I): every direction sees N(0, 1) and N(u.m, s^2), whose W2^2 is (u.m)^2 + (s - 1)^2; (u.m)^2 is |m|^2 / D
-    in the mean."""
+    """N(0, I) against N(m, s^2 I): direction u sees N(0, 1) and N(u.m, s^2), whose W2^2 is (u.m)^2 + (s - 1)^2.
+
+    The mean of (u.m)^2 over directions is |m|^2 / D.
+    """
     x = normal(1, 4_000, 12)
     shift = normal(2, 12)
     assert metrics.mind(x, x[torch.randperm(4_000, generator=torch.Generator().manual_seed(1))]) == pytest.approx(
@@ -259,12 +261,12 @@ def test_scores_hold_mind_where_it_is_asked_for_and_the_reference_can(tmp_path):
     for name, value in zip(("samples", "real"), images, strict=True):
         np.savez(tmp_path / f"{name}.npz", arr_0=value)
     words = [str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "real.npz"), "--features", "pixels", "--out"]
-    found = []
+    results = []
     for more in ((), ("--mind",)):
         evaluate.main(["--samples", *words, str(tmp_path / "m.json"), *more])
-        found.append(json.loads((tmp_path / "m.json").read_text())["metrics"])
+        results.append(json.loads((tmp_path / "m.json").read_text())["metrics"])
     pixels = [torch.from_numpy(value).flatten(1).float() / 127.5 - 1 for value in images]
-    assert found[1].pop("mind") == pytest.approx(metrics.mind(*pixels), rel=1e-6) and found[0] == found[1]
+    assert results[1].pop("mind") == pytest.approx(metrics.mind(*pixels), rel=1e-6) and results[0] == results[1]
     from evaluations.reference import Reference
     from evaluations.score import Scorer
 

@@ -1,4 +1,4 @@
-"""Probes, mIoU and CKNNA against scikit-learn and closed forms; the command on a tiny run of the digits."""
+"""Probes, mIoU and CKNNA against closed forms and scikit-learn; the command on a tiny run of the digits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import jaccard_score, log_loss
 from sklearn.neighbors import KNeighborsClassifier
@@ -19,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 import train
 from dataset import LatentSet
 from evaluations import probe, reading, representation
-from evaluations.representation import PENALTIES, Moments
+from evaluations.representation import PENALTIES, TokenSums
 from evaluations.taps import Items, Probed, split
 from models.checkpoint import Checkpoint
 from runtime.errors import UserError
@@ -51,13 +50,20 @@ def thirds(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(torch.arange(count)[start::3] for start in range(3))
 
 
-def test_logistic_regression_is_scikit_learns() -> None:
-    x, labels = blobs()
+@pytest.mark.parametrize("classes", [2, 4])
+def test_logistic_regression_minimises_its_loss(classes: int) -> None:
+    """mean cross-entropy + penalty/2 |W|^2: its gradient vanishes, for two classes at columns -w/2 and w/2."""
+    x, labels = blobs(classes=classes)
     x = representation.standardise(x, x)
     for penalty in (1e-3, 1e-1):
-        ours = representation.logistic(x, labels, 4, penalty, tolerance=1e-8)(x).softmax(1)
-        theirs = LogisticRegression(C=1 / (penalty * len(x)), max_iter=5000, tol=1e-8).fit(x, labels)
-        np.testing.assert_allclose(ours, theirs.predict_proba(x), atol=1e-4)
+        model = representation.logistic(x, labels, penalty)
+        weight, bias = (torch.from_numpy(value.T.copy()) for value in (model.coef_, model.intercept_))
+        if classes == 2:
+            weight, bias = torch.cat([-weight, weight], 1) / 2, torch.cat([-bias, bias]) / 2
+        weight.requires_grad_(), bias.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(x @ weight + bias, labels) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        assert weight.grad.abs().max() < 2e-4 and bias.grad.abs().max() < 2e-4 and weight.abs().max() > 0.1
 
 
 def test_the_class_probe_is_a_grid_over_a_validation_part() -> None:
@@ -74,28 +80,28 @@ def test_the_class_probe_is_a_grid_over_a_validation_part() -> None:
     assert PENALTIES[0] < chosen < PENALTIES[-1]
     model = LogisticRegression(C=1 / (chosen * len(both)), max_iter=5000).fit(scaled.transform(x[both]), labels[both])
     expected = model.score(scaled.transform(x[test]), labels[test])
-    assert representation.class_accuracy(x, labels, parts, 4) == pytest.approx(expected) and 0.4 < expected < 0.95
+    assert representation.class_accuracy(x, labels, parts) == pytest.approx(expected) and 0.4 < expected < 0.95
 
 
-def test_what_is_in_the_features_is_found_and_what_is_not_is_not() -> None:
+def test_the_class_probe_reads_what_features_encode_and_nothing_else() -> None:
     labels = torch.arange(300) % 5
     parts, noise = thirds(300), normal("noise", 300, 20)
-    told = noise.clone()
-    told[:, 0] += 20 * labels  # each class its own value along one axis
-    assert representation.class_accuracy(noise, labels, parts, 5) < 0.4
-    assert representation.class_accuracy(torch.nn.functional.one_hot(labels).double(), labels, parts, 5) == 1
-    assert representation.class_accuracy(told, labels, parts, 5) > 0.95
-    assert representation.class_accuracy(noise, torch.zeros(300, dtype=torch.long), parts, 1) == 1  # a single class
+    labelled = noise.clone()
+    labelled[:, 0] += 20 * labels  # each class its own value along one axis
+    assert representation.class_accuracy(noise, labels, parts) < 0.4
+    assert representation.class_accuracy(torch.nn.functional.one_hot(labels).double(), labels, parts) == 1
+    assert representation.class_accuracy(labelled, labels, parts) > 0.95
+    assert representation.class_accuracy(noise, torch.zeros(300, dtype=torch.long), parts) == 1  # a single class
 
 
-def test_the_neighbour_probe_is_scikit_learns() -> None:
+def test_the_neighbour_probe_weighs_cosine_similarities() -> None:
     x, labels = blobs()
     parts = thirds(len(x))
     train_part = torch.cat(parts[:2])
     scaled = StandardScaler().fit(x[train_part])
-    theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
-    theirs.fit(scaled.transform(x[train_part]), labels[train_part])
-    assert representation.neighbour_accuracy(x, labels, parts, 4) == theirs.score(
+    model = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    model.fit(scaled.transform(x[train_part]), labels[train_part])
+    assert representation.neighbour_accuracy(x, labels, parts) == model.score(
         scaled.transform(x[parts[2]]), labels[parts[2]]
     )
 
@@ -105,20 +111,20 @@ def test_ridge_from_moments_is_scikit_learns_and_maps_are_explicit_features() ->
     u, c = x, x + normal("conditional", *x.shape)
     y = (normal("patch", 150, 4) + x[:, :4] > 4).double()
     by = torch.cat([torch.eye(12), 30 * torch.eye(12)]).double()  # u + 30 (c - u)
-    moments = Moments.of(torch.cat([u, c - u], 1)[:80], y[:80]) + Moments.of(torch.cat([u, c - u], 1)[80:], y[80:])
+    moments = TokenSums.of(torch.cat([u, c - u], 1)[:80], y[:80]) + TokenSums.of(torch.cat([u, c - u], 1)[80:], y[80:])
     guided = (u + 30 * (c - u)).numpy()
     scaled = StandardScaler().fit_transform(guided)
     for penalty, ours in zip((1e-3, 1.0), representation.ridge(moments.mapped(by), (1e-3, 1.0))):
-        theirs = Ridge(alpha=penalty * 150).fit(scaled, y).predict(scaled)
-        np.testing.assert_allclose(ours(torch.from_numpy(guided)), theirs, atol=1e-8)
+        expected = Ridge(alpha=penalty * 150).fit(scaled, y).predict(scaled)
+        np.testing.assert_allclose(ours(torch.from_numpy(guided)), expected, atol=1e-8)
         assert representation.squared_error(ours, moments.mapped(by)) == pytest.approx(
-            ((theirs - y.numpy()) ** 2).sum(), rel=1e-9
+            ((expected - y.numpy()) ** 2).sum(), rel=1e-9
         )
 
 
 def test_the_mask_probe_takes_the_penalty_that_errs_least_on_the_validation_part() -> None:
     x, noise = normal("tokens", 60, 30), normal("targets", 60, 2)
-    parts = [Moments.of(x[:40], x[:40, :2] + noise[:40]), Moments.of(x[40:], x[40:, :2] + noise[40:])]
+    parts = [TokenSums.of(x[:40], x[:40, :2] + noise[:40]), TokenSums.of(x[40:], x[40:, :2] + noise[40:])]
     errors = {
         penalty: (
             (
@@ -172,8 +178,8 @@ def cknna_by_hand(a: np.ndarray, b: np.ndarray, k: int) -> float:
 def test_cknna_is_its_definition() -> None:
     a = normal("a", 40, 6)
     b = torch.cat([a[:, :3], normal("b", 40, 4)], 1)
-    found = representation.cknna(representation.kernel(a), representation.kernel(b))
-    assert found == pytest.approx(cknna_by_hand(a.numpy(), b.numpy(), 10)) and 0.05 < found < 0.95
+    value = representation.cknna(representation.kernel(a), representation.kernel(b))
+    assert value == pytest.approx(cknna_by_hand(a.numpy(), b.numpy(), 10)) and 0.05 < value < 0.95
     turn = torch.linalg.qr(normal("turn", 6, 6)).Q
     assert representation.cknna(representation.kernel(a), representation.kernel(3 * a @ turn)) == pytest.approx(1)
     classes = representation.kernel(torch.nn.functional.one_hot(torch.arange(40) % 2).double())[
@@ -182,11 +188,12 @@ def test_cknna_is_its_definition() -> None:
     assert classes.sum(1).tolist() == [19] * 40
 
 
-def test_principal_components_are_scikit_learns() -> None:
+def test_principal_components_are_projections_on_the_axes_of_largest_variance() -> None:
     x, _ = blobs()
-    ours, theirs = representation.principal(x), PCA(3).fit_transform(x.numpy())
-    np.testing.assert_allclose(ours.abs(), np.abs(theirs), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(representation.principal(-x).abs(), ours.abs())
+    centred = x - x.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # the largest loading is positive
+    torch.testing.assert_close(representation.principal(x), centred @ axes, rtol=1e-6, atol=1e-6)
 
 
 def test_groups_are_never_on_both_sides_of_a_split() -> None:
@@ -195,8 +202,8 @@ def test_groups_are_never_on_both_sides_of_a_split() -> None:
     assert sorted(np.concatenate(parts)) == list(range(400))
     seen = [set(groups[part]) for part in parts]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-    assert [len(one) for one in seen] == [39, 9, 12]
-    assert all((one == two).all() for one, two in zip(parts, split(groups, 3)))
+    assert [len(groups) for groups in seen] == [39, 9, 12]
+    assert all((part == again).all() for part, again in zip(parts, split(groups, 3)))
     assert set(split(groups, 4).test) != set(parts.test)
     five = split(np.arange(50) % 5, 0)  # as preprocessing.scenes has them
     assert [len(set(part % 5)) for part in five] == [3, 1, 1] and [len(part) for part in five] == [30, 10, 10]
@@ -253,10 +260,11 @@ def test_weights_seed_and_count_act(data: Path, teacher: Path) -> None:
     )
     assert (raw - ema).abs().max() > 1e-4
     shuffled = Items(str(data), 40, 0, shuffled=True)
-    one, two = (
-        Probed.open(str(teacher), items, "raw", [6]).pairs(told, np.arange(40), 0.5)[6] for told in (items, shuffled)
+    true, other = (
+        Probed.open(str(teacher), items, "raw", [6]).pairs(labelled, np.arange(40), 0.5)[6]
+        for labelled in (items, shuffled)
     )
-    assert one[0].equal(two[0]) and not one[1].equal(two[1])  # f_u is told nothing
+    assert true[0].equal(other[0]) and not true[1].equal(other[1])  # f_u has no label as input
 
 
 def test_rows_are_those_of_explicit_features(data: Path, teacher: Path, masks: Path) -> None:
@@ -269,12 +277,10 @@ def test_rows_are_those_of_explicit_features(data: Path, teacher: Path, masks: P
     patches = items.patches(np.arange(60), 4)
     fit, validate, test = (torch.from_numpy(part) for part in items.parts)
     for row, feature in zip(rows, (u, c, u + 10 * (c - u)), strict=True):
-        assert row["accuracy"] == representation.class_accuracy(
-            feature.mean(1), items.labels, (fit, validate, test), 10
-        )
-        sums = [Moments.of(feature[part].flatten(0, 1), patches[part].flatten(0, 1)) for part in (fit, validate)]
-        found = representation.mask_probe(*sums)
-        counts = representation.confusion(found(feature[test]) > 0.5, patches[test] > 0.5)
+        assert row["accuracy"] == representation.class_accuracy(feature.mean(1), items.labels, (fit, validate, test))
+        sums = [TokenSums.of(feature[part].flatten(0, 1), patches[part].flatten(0, 1)) for part in (fit, validate)]
+        mask_probe = representation.mask_probe(*sums)
+        counts = representation.confusion(mask_probe(feature[test]) > 0.5, patches[test] > 0.5)
         assert row["miou"] == pytest.approx(representation.iou(counts), abs=0.01)
 
 
@@ -292,8 +298,8 @@ def test_cknna_compares_the_images_drawn_first_and_not_those_first_on_disk(
     )
     latents = items.clean(np.arange(300)).flatten(1).double()
     with probe.progress.bar(total=300, main=False) as bar:
-        (found,) = reading.measure(
-            reading.as_they_are("latents", lambda some: latents[some, None]),
+        (measured,) = reading.measure(
+            reading.unmapped("latents", lambda some: latents[some, None]),
             items,
             4,
             reading.compared(items, None, 64, torch.device("cpu")),
@@ -304,7 +310,7 @@ def test_cknna_compares_the_images_drawn_first_and_not_those_first_on_disk(
     wanted = representation.cknna(
         representation.kernel(representation.standardise(x, x)), representation.kernel(classes)
     )
-    assert found["cknna class"] == pytest.approx(wanted) and found["cknna latents"] == pytest.approx(1)
+    assert measured["cknna class"] == pytest.approx(wanted) and measured["cknna latents"] == pytest.approx(1)
 
 
 def test_patches_of_masks_are_the_pixels_of_their_tokens(data: Path, masks: Path) -> None:
@@ -345,13 +351,14 @@ def test_the_command_writes_numbers_picture_and_flags(
     assert (
         result["rows"][0]["miou"] > 0.9 and result["rows"][0]["cknna latents"] < 1
     )  # ink is brightness: linear in the pixels
-    told = result["protocol"]
-    assert told["data"] == LatentSet(data).digest and told["items"] == 90 and told["held_out"] in (17, 18, 19)
+    protocol = result["protocol"]
+    assert protocol["data"] == LatentSet(data).digest
+    assert protocol["items"] == 90 and protocol["held_out"] in (17, 18, 19)
     assert result["checkpoints"]["stage1@4"]["digest"] == Checkpoint.open(teacher).digest
     for kind, head in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (probed / f"probe.{kind}").read_bytes().startswith(head)
     capsys.readouterr()
-    again = probe.main(
+    out = probe.main(
         [
             "--ckpt",
             str(teacher),
@@ -366,10 +373,10 @@ def test_the_command_writes_numbers_picture_and_flags(
             str(tmp_path / "again"),
         ]
     )
-    repeated = json.loads((again / "probe.json").read_text())
-    assert repeated["protocol"] == told
-    for one, two in zip(result["rows"], repeated["rows"], strict=True):
-        assert one == pytest.approx(two, abs=0.03)  # a border case may fall to the other side of a threshold
+    repeated = json.loads((out / "probe.json").read_text())
+    assert repeated["protocol"] == protocol
+    for row, again in zip(result["rows"], repeated["rows"], strict=True):
+        assert row == pytest.approx(again, abs=0.03)  # a border case may fall to the other side of a threshold
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == repeated["recommended"]
     _config, options = command.resolve(
@@ -431,9 +438,9 @@ def test_without_masks_and_with_an_encoder(
 
 def test_shuffled_labels_are_those_of_other_images(data: Path) -> None:
     true, shuffled = Items(str(data), 200, 0), Items(str(data), 200, 0, shuffled=True)
-    assert true.told.equal(true.labels) and shuffled.labels.equal(true.labels)
-    assert shuffled.told.sort().values.equal(true.labels.sort().values)
-    assert 0 < (shuffled.told == shuffled.labels).double().mean() < 0.3
+    assert true.conditions.equal(true.labels) and shuffled.labels.equal(true.labels)
+    assert shuffled.conditions.sort().values.equal(true.labels.sort().values)
+    assert 0 < (shuffled.conditions == shuffled.labels).double().mean() < 0.3
 
 
 def row(name: str, block: int, omega: float, knn: float, miou: float, t: float = 0.5) -> dict:
@@ -459,27 +466,27 @@ def test_the_recommendation_follows_its_rule() -> None:
     given = {"a": "exps/a", "b": "my exps/b@9"}
     assert probe.recommend(
         rows, {"a": 6}, given
-    ) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10" and not probe.doubts(rows)
+    ) == "--guiding-depth 4 --guided-depth 3 --guide-scale 10" and not probe.caveats(rows)
     rows.append(row("a", 3, 3, 0.9, 0.795))  # level with the best, and cheaper
     assert probe.recommend(rows, {"a": 6}, given) == "--guiding-depth 3 --guided-depth 2 --guide-scale 3"
-    assert "widen --omega" in probe.doubts([*rows, row("a", 6, 30, 1.0, 1.0)])[0]
+    assert "widen --omega" in probe.caveats([*rows, row("a", 6, 30, 1.0, 1.0)])[0]
     rows.append(row("b", 1, 3, 1.0, 0.9))
     assert (
         probe.recommend(rows, {"a": 6, "b": 12}, given)
         == "--guiding-ckpt 'my exps/b@9' --guiding-depth 1 --guided-depth 1 --guide-scale 3"
     )
     unguided = [{**rows[0], "features": "u"}]
-    assert probe.recommend(unguided, {"a": 6}, given) is None and probe.doubts(unguided) == []
-    blind = [{key: value for key, value in one.items() if key != "miou"} for one in rows[:4]]
+    assert probe.recommend(unguided, {"a": 6}, given) is None and probe.caveats(unguided) == []
+    blind = [{key: value for key, value in line.items() if key != "miou"} for line in rows[:4]]
     assert probe.recommend(blind, {"a": 12}, given) == "--guiding-depth 2 --guided-depth 1 --guide-scale 30"
-    assert "without --masks" in probe.doubts(blind)[0]
+    assert "without --masks" in probe.caveats(blind)[0]
 
 
 def test_the_plot_marks_the_recommended_block_of_its_checkpoint() -> None:
     rows = [row(name, block, 10, 0.5 + 0.1 * (name == "b" and block == 3), 0.5) for name in "ab" for block in (2, 3)]
     axes = probe.plot(rows).axes
     assert [
-        (one.get_ylabel(), [line.get_xdata()[0] for line in one.lines if line.get_zorder() == 0]) for one in axes
+        (panel.get_ylabel(), [line.get_xdata()[0] for line in panel.lines if line.get_zorder() == 0]) for panel in axes
     ] == [
         *((metric, []) for metric in ("accuracy", "knn", "mIoU")),
         *((metric, [3]) for metric in ("accuracy", "knn", "mIoU")),
@@ -497,7 +504,7 @@ def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path:
     np.savez(tmp_path / "grey.npz", masks=np.full((1797, 8, 8), 128, np.uint8))
     for more, message in (
         (("--features", "f"), "--features has no f"),
-        (("--t", 1.5), "must lie between 0 and 1"),
+        (("--t", 1.5), r"--t 1.5 must lie in \[0, 1\]"),
         (("--blocks", 7), "blocks 1 to 6"),
         (("--masks", tmp_path / "absent.npz"), "cannot read"),
         (("--masks", tmp_path / "few.npz"), "3 masks, the data set 1797 items"),
