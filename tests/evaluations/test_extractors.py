@@ -160,7 +160,7 @@ def test_without_file_or_network_one_line_says_where_to_get_it(monkeypatch, tmp_
 def test_the_download_lands_in_the_cache(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "FILE", weights.name)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: open(weights, "rb"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: open(weights, "rb"))  # noqa: SIM115
     opened = open_extractor(FeatureOptions(features="inception"))
     assert opened.weights == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (tmp_path / "checkpoints" / weights.name).read_bytes() == weights.read_bytes()
