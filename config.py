@@ -31,8 +31,7 @@ class FeatureOptions:
         "(fdr:NAME[@SIDE]: pooled as FDr does)",
         heading="scores",
     )
-    inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
-    feature_weights: str | None = option(None, help="file of the timm model's weights (default: downloaded once)")
+    feature_weights: str | None = option(None, help="file of that network's weights (default: downloaded once)")
     mind: bool | None = option(
         None, help="compute MIND too; needs a reference with images or features (default: only while training)"
     )
@@ -268,7 +267,7 @@ class TrainConfig:
         given = (self.eval_preset, self.eval_weights, self.num_fid_samples, self.scores)
         require(
             self.eval_steps > 0 or given == (None, ("ema",), 5000, FeatureOptions()),
-            "--num-fid-samples, --features, --inception-weights, --feature-weights, eval_preset and eval_weights are "
+            "--num-fid-samples, --features, --feature-weights, eval_preset and eval_weights are "
             "options of scores while training: add --eval-steps and --reference",
         )
         require(
@@ -398,7 +397,6 @@ FREE_ON_RESUME = frozenset(
         "reference",
         "num_fid_samples",
         "features",
-        "inception_weights",
         "feature_weights",
         "mind",
         "gradient_accumulation_steps",

@@ -77,7 +77,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         require(
             self.reference is not None or self.scores == FeatureOptions(),
-            "--features, --inception-weights, --feature-weights and --mind say how to score: add --reference REFERENCE",
+            "--features, --feature-weights and --mind say how to score: add --reference REFERENCE",
         )
         # Metrics need four samples.
         require_samples(self.num_fid_samples, 1 if self.reference is None else 4)

@@ -16,14 +16,12 @@ def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") 
     Raises UserError for an unknown name, or weights that belong to another extractor.
     """
     name = options.features
-    if options.inception_weights and name != "inception":
-        raise UserError(f"--inception-weights does not go with --features {name}; leave it out")
-    if options.feature_weights and not name.startswith(("timm:", "fdr:")):
-        raise UserError(f"--feature-weights goes with --features timm:NAME or fdr:NAME, not {name}; leave it out")
+    if options.feature_weights and not name.startswith(("inception", "timm:", "fdr:")):
+        raise UserError(f"--feature-weights: --features {name} brings its own weights; leave it out")
     if name == "pixels":
         return Pixels(device)
     if name == "inception":
-        return Inception(options.inception_weights, device)
+        return Inception(options.feature_weights, device)
     if name == SCENES or name.startswith("timm:"):
         return Timm(name, options.feature_weights, device)
     if name.startswith("fdr:"):

@@ -128,7 +128,7 @@ def ratios(
     for name, real in train.items():
         with accelerator.main_process_first():  # which downloads the weights
             chosen = FeatureOptions(
-                features=name, inception_weights=options.inception_weights if name == "inception" else None
+                features=name, feature_weights=options.inception_weights if name == "inception" else None
             )
             extractor = open_extractor(chosen, accelerator.device)
         real.require(extractor)

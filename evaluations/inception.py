@@ -146,6 +146,6 @@ def published() -> Path:
         except (urllib.error.URLError, TimeoutError) as error:
             raise UserError(
                 f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and "
-                f"give it as --inception-weights FILE"
+                f"give it as --feature-weights FILE (evaluations.fdr: --inception-weights)"
             ) from error
     return path

@@ -152,7 +152,7 @@ def test_without_file_or_network_one_line_says_where_to_get_it(monkeypatch, tmp_
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(UserError) as caught:
         open_extractor(FeatureOptions(features="inception"))
-    for word in (inception.FILE, inception.URL, "--inception-weights", "no route to host"):
+    for word in (inception.FILE, inception.URL, "--feature-weights", "no route to host"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -185,7 +185,7 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
     words = [
         "--samples",
         str(tmp_path / "samples.npz"),
-        "--inception-weights",
+        "--feature-weights",
         str(weights),
         "--out",
         str(tmp_path / "m.json"),
@@ -214,7 +214,7 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
     assert values["is"] == pytest.approx(math.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()), rel=1e-5)
 
     compact = tmp_path / "compact.npz"
-    reference.main(["--images", str(tmp_path / "adm.npz"), "--inception-weights", str(weights), "--out", str(compact)])
+    reference.main(["--images", str(tmp_path / "adm.npz"), "--feature-weights", str(weights), "--out", str(compact)])
     evaluate.main([*words, "--reference", str(compact), "--shuffle", "3"])
     again = json.loads((tmp_path / "m.json").read_text())
     assert again["metrics"] == pytest.approx(values, rel=1e-9)  # one chunk: its order does not matter
@@ -236,7 +236,7 @@ def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch)
 def test_a_reference_made_with_other_weights_is_refused(weights, tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=pictures(0, 4, 16))
     reference.main(
-        ["--images", str(tmp_path / "x.npz"), "--inception-weights", str(weights), "--out", str(tmp_path / "r.npz")]
+        ["--images", str(tmp_path / "x.npz"), "--feature-weights", str(weights), "--out", str(tmp_path / "r.npz")]
     )
     state = torch.load(weights, weights_only=True)
     torch.save(state | {"fc.bias": state["fc.bias"] + 1}, tmp_path / "w.pth")
@@ -247,7 +247,7 @@ def test_a_reference_made_with_other_weights_is_refused(weights, tmp_path):
                 str(tmp_path / "x.npz"),
                 "--reference",
                 str(tmp_path / "r.npz"),
-                "--inception-weights",
+                "--feature-weights",
                 str(tmp_path / "w.pth"),
             ]
         )
@@ -329,10 +329,8 @@ def test_timm_refusals(vit, tmp_path, monkeypatch):
     torch.save({"cls_token": torch.zeros(1, 1, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds no weights of timm's test_vit"):
         open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(tmp_path / "other.pth")))
-    with pytest.raises(UserError, match="--feature-weights goes with --features timm:NAME or fdr:NAME, not pixels"):
+    with pytest.raises(UserError, match="--feature-weights: --features pixels brings its own weights"):
         open_extractor(FeatureOptions(features="pixels", feature_weights=str(path)))
-    with pytest.raises(UserError, match="--inception-weights does not go with --features timm"):
-        open_extractor(FeatureOptions(features="timm:test_vit", inception_weights=str(path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -218,7 +218,7 @@ def test_scores_during_training_need_a_sound_reference(data, words, tmp_path):
 
 
 def test_how_to_score_without_score_is_refused():
-    for words in (["--features", "pixels"], ["--inception-weights", "w.pth"], ["--feature-weights", "w.pth"]):
+    for words in (["--features", "pixels"], ["--feature-weights", "w.pth"]):
         with pytest.raises(UserError, match="add --reference REFERENCE"):
             options.read(GenerateConfig, ["--ckpt", "x", *words], prog="generate.py")
 

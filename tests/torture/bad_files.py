@@ -340,7 +340,7 @@ def _weights() -> Iterator[Row]:
     for what, write in inception.items():
         words = ("--features", "inception")
         name = f"Inception weights: {what}"
-        yield _written("evaluate", name, "--inception-weights", "inception.pt", write, words)
+        yield _written("evaluate", name, "--feature-weights", "inception.pt", write, words)
 
 
 def _not_finite(world: World, scratch: Path) -> Arguments:

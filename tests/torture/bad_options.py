@@ -247,7 +247,7 @@ BY_HAND = {
         --features incepton
         --batch-size 0
         --features timm:
-        --inception-weights /nowhere --features inception
+        --feature-weights /nowhere --features inception
         --feature-weights /nowhere -> --feature-weights
         --samples /dev/null
         --out /dev/null/x
