@@ -105,7 +105,10 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, within="[0, inf)", help="clip the global gradient norm; 0: no clipping")
     ema_decay: float = option(0.9999, within="[0, 1)", help="decay of the weights' moving average")
     ema_extra_decays: tuple[float, ...] = option(
-        (), within="[1e-4, 1)", help="decays of further averages, saved beside the first: --weights ema-DECAY"
+        (),
+        within="[1e-4, 1)",
+        rare=True,
+        help="decays of further averages, saved beside the first: --weights ema-DECAY",
     )
     ema_lengths: tuple[float, ...] = option(
         (),
@@ -184,7 +187,6 @@ class TrainConfig:
     grad_ratio_steps: int = option(
         1000,
         within="[0, inf)",
-        rare=True,
         help="compare the gradient norms of alignments and denoising every N steps, at the cost of about two steps; "
         "0: never",
     )
@@ -248,7 +250,7 @@ class TrainConfig:
         )
         require(
             len({self.ema_decay, *self.ema_extra_decays}) == 1 + len(self.ema_extra_decays),
-            f"--ema-extra-decays {' '.join(map(str, self.ema_extra_decays))} must differ from --ema-decay and from "
+            f"ema_extra_decays {' '.join(map(str, self.ema_extra_decays))} must differ from --ema-decay and from "
             f"each other",
         )
         require_lengths("--ema-lengths", self.ema_lengths)

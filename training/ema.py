@@ -83,7 +83,7 @@ class EMA(Generic[N]):
 def averages(config: TrainConfig, network: Backbone, alignments: Mapping[str, Alignment]) -> dict[str, EMA[Any]]:
     """Every average of a run by its name in a checkpoint.
 
-    These are `ema`, those of `--ema-extra-decays` and `--ema-lengths`, and for each of them one of every head that
+    These are `ema`, those of `ema_extra_decays` and `--ema-lengths`, and for each of them one of every head that
     predicts the velocity.
     """
     decays: dict[str, Callable[[int], float]] = {"ema": Exponential(config.ema_decay, config.ema_warmup)}

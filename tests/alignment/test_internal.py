@@ -139,10 +139,12 @@ def test_the_head_is_a_second_final_layer_that_starts_at_zero_and_draws_nothing(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, words: Words) -> Path:
     """Four steps of Internal Guidance with a checkpoint after each."""
-    return train.main(words(tmp_path_factory.mktemp("internal"), "whole", *OPTIONS, "--max-train-steps", 4))
+    return train.main(
+        words(tmp_path_factory.mktemp("internal"), "whole", *OPTIONS, "--max-train-steps", 4, ema_extra_decays=[0.5])
+    )
 
 
-OPTIONS = ("--align", "internal", "--align-interval", 0.2, 0.9, "--checkpointing-steps", 1, "--ema-extra-decays", 0.5)
+OPTIONS = ("--align", "internal", "--align-interval", 0.2, 0.9, "--checkpointing-steps", 1)
 
 
 def test_the_loss_reaches_head_condition_and_shallow_blocks_alone(tmp_path: Path, words: Words) -> None:
@@ -187,7 +189,7 @@ def test_the_average_of_the_head_follows_its_definition(run: Path) -> None:
 
 def test_it_continues_exactly(run: Path, tmp_path: Path, words: Words) -> None:
     for steps in (2, 4):
-        parts = train.main(words(tmp_path, "whole", *OPTIONS, "--max-train-steps", steps))
+        parts = train.main(words(tmp_path, "whole", *OPTIONS, "--max-train-steps", steps, ema_extra_decays=[0.5]))
     first, second = Checkpoint.open(run), Checkpoint.open(parts)
     for name in ("raw", "ema", "ema-0.5", "heads", "optimizer", "internal-head-ema", "internal-head-ema-0.5"):
         whole, resumed = first.tensors(name), second.tensors(name)

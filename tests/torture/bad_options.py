@@ -99,8 +99,6 @@ BY_HAND = {
         --skip-steps 5 2
         --skip-steps 0 2
         --skip-steps 2 3
-        --ema-extra-decays 1e-9
-        --ema-extra-decays 0.5 0.5
         --features pixels
         --mind
         --lr-scheduler cosine --lr-warmup-steps 1

@@ -325,8 +325,7 @@ def test_averages_and_heads_are_looked_at_before_they_are_saved(
                 "latent",
                 "--align-hidden",
                 8,
-                "--ema-extra-decays",
-                0.5,
+                ema_extra_decays=[0.5],
             )
         )
     assert not checkpoint.saved(tmp_path / "run")
@@ -477,12 +476,10 @@ def test_what_would_fail_later_fails_before_the_first_step(
         with pytest.raises(UserError, match="no room for a checkpoint .* are free"):
             train.main(words(tmp_path, "full", "--max-train-steps", 1))
         patch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 40_000_000))
-        train.main(
-            words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1, "--ema-extra-decays", 0.5)
-        )
+        train.main(words(tmp_path, "tight", "--max-train-steps", 3, "--checkpointing-steps", 1, ema_extra_decays=[0.5]))
     assert "3 checkpoints are to come" in capsys.readouterr().out
     size = sum(file.stat().st_size for file in Checkpoint.open(tmp_path / "tight").path.glob("*.safetensors"))
-    run = build_run(words(tmp_path, "tight", "--ema-extra-decays", 0.5))
+    run = build_run(words(tmp_path, "tight", ema_extra_decays=[0.5]))
     assert preflight.checkpoint_bytes(run) == pytest.approx(size, rel=0.02)
     with monkeypatch.context() as patch:
         patch.setattr("runtime.files.load_tensors", lambda _: {"tensor": torch.zeros(1000)})

@@ -71,12 +71,10 @@ def test_the_optimiser_follows_the_rate_across_a_resume(tmp_path: Path, words: W
 
 
 def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: Path, words: Words) -> None:
-    argv = words(
-        tmp_path, "run", "--ema-decay", 0.9, "--no-ema-warmup", "--ema-extra-decays", 0.5, 0.25, "--max-train-steps"
-    )
-    train.main([*argv, "2"])
-    run = train.main([*argv, "4"])
-    whole = train.main([*argv, "4", "--output-dir", str(tmp_path / "whole")])
+    argv = words(tmp_path, "run", "--ema-decay", 0.9, "--no-ema-warmup", ema_extra_decays=[0.5, 0.25])
+    train.main([*argv, "--max-train-steps", "2"])
+    run = train.main([*argv, "--max-train-steps", "4"])
+    whole = train.main([*argv, "--max-train-steps", "4", "--output-dir", str(tmp_path / "whole")])
     continued, other = Checkpoint.open(run), Checkpoint.open(whole)
     assert sorted(continued.weights) == ["ema", "ema-0.25", "ema-0.5", "raw"]
     weights = {name: continued.tensors(name) for name in continued.weights}
@@ -116,13 +114,13 @@ def test_several_averages_are_saved_continued_sampled_and_taught_with(tmp_path: 
 
 
 def test_further_averages_follow_the_definition_and_are_counted(tmp_path: Path, words: Words) -> None:
-    argv = words(tmp_path, "run", "--ema-extra-decays", 0.5)
+    argv = words(tmp_path, "run", ema_extra_decays=[0.5])
     run = build_run(argv)
     known = {name: (average.decay.decay, average.decay.warmup) for name, average in run.averages.items()}
     assert known == {"ema": (0.9999, True), "ema-0.5": (0.5, True)}
     assert all(isinstance(average, EMA) for average in run.averages.values()) and run.averages["ema"] is run.ema
     for wrong in ([1.0], [0.9999], [0.5, 0.5]):
-        with pytest.raises(UserError, match="--ema-extra-decays"):
+        with pytest.raises(UserError, match="ema_extra_decays"):
             config(ema_extra_decays=tuple(wrong))
 
 
