@@ -122,8 +122,8 @@ class Block(nn.Module):
         self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None, tapped: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        q, k, v = self.attn.queries_keys_values(modulate(self.norm1(x), shift1, scale1), rotation)
-        x = x + gate1[:, None] * self.attn.attend(q, k, v)
+        mixed, q, k = self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
+        x = x + gate1[:, None] * mixed
         x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return (x, torch.stack([q, k], dim=1)) if tapped else x
 

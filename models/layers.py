@@ -150,18 +150,16 @@ class Attention(nn.Module):
         self.k_norm = key_norm
         self.proj = nn.Linear(width, width)
 
-    def queries_keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Three tensors (N, heads, T, head_dim) of one dtype, as they enter the dot product."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (N, T, D), and queries and keys (N, heads, T, head_dim) as they enter the dot product."""
         n, t, d = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind()
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        return q.to(v.dtype), k.to(v.dtype), v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The heads' (N, heads, T, head_dim) mixed by attention and projected: (N, T, D)."""
-        return self.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2))
+        # norm and rotation leave float32 under autocast; the kernels want one dtype
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return self.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2)), q, k
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
