@@ -62,7 +62,7 @@ def test_logistic_regression_minimises_its_loss(classes: int) -> None:
         weight.requires_grad_(), bias.requires_grad_()
         loss = torch.nn.functional.cross_entropy(x @ weight + bias, labels) + penalty / 2 * weight.square().sum()
         loss.backward()
-        assert weight.grad.abs().max() < 2e-6 and bias.grad.abs().max() < 2e-6 and weight.abs().max() > 0.1
+        assert weight.grad.abs().max() < 2e-5 and bias.grad.abs().max() < 2e-5 and weight.abs().max() > 0.1
 
 
 def test_the_class_probe_is_a_grid_over_a_validation_part() -> None:
