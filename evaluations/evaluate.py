@@ -75,7 +75,7 @@ def open_samples(path: str, grey: bool = False) -> Images:
 
 
 def open_all(paths: Sequence[str], grey: bool = False) -> list[Images]:
-    """The sample sets of several seeds. Raises UserError if their counts differ, which rules out a mean."""
+    """The sample sets of several seeds. Raises UserError if their counts differ: their metrics have no common mean."""
     samples = [open_samples(path, grey) for path in paths]
     for path, images in zip(paths, samples, strict=True):
         require(
@@ -122,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def report(result: dict[str, Any], path: Path | str) -> None:
-    """Write metrics.json to `path` and print the result: table, what it was compared with, warnings."""
+    """Write metrics.json to `path` and print the result: table, reference and warnings."""
     files.write_json(path, result)
     runs, reference = result.get("runs", [result]), result["reference"]
     print(table(result))

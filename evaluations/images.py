@@ -211,7 +211,9 @@ class NpzArchive:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
         except ValueError as error:  # from NumPy: a broken header, or objects that only pickle could read
-            raise UserError(f"{self.path} contains an object array ({error}); save numeric arrays") from error
+            raise UserError(
+                f"{self.path} contains an object array or a broken header ({error}); save numeric arrays"
+            ) from error
 
     @contextmanager
     def stream(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
