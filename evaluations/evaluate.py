@@ -25,7 +25,7 @@ from evaluations.reference import open_pair
 from evaluations.score import Scorer
 from runtime import errors, files, launch
 from runtime.errors import UserError, require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.text import aligned
 from sampling import store
 
@@ -51,7 +51,6 @@ class Options:
     out: str = option("metrics.json", help="where the result goes", heading="output")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json"
         )

@@ -34,7 +34,7 @@ from evaluations.reading import Kind
 from evaluations.taps import Items, Probed
 from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.slices import slices
 from sampling.classes import labels_of, names_of
 from sampling.config import SamplingConfig, SourceOptions
@@ -62,7 +62,6 @@ class LookOptions:
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the network")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         wrong = "".join(sorted(set(self.features) - {"u", "c", "g"})[:1])
         require(not wrong, f"--features has no {wrong}; there are u, c and g")
 
@@ -76,7 +75,6 @@ class FigureOptions:
     )
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             self.out is None or Path(self.out).name not in ("", ".."),
             f"--out {self.out} is a folder: name the files, without .png and .svg",

@@ -52,7 +52,7 @@ class NpzImages:
         if "arr_0" not in archive.names:
             raise UserError(
                 f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
-                "store the images there, uint8 (N, H, W, C)"
+                "save the images as arr_0, uint8 (N, H, W, C)"
             )
         shape, dtype = archive.layout("arr_0")
         check(str(path), shape, dtype)

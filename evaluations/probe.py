@@ -45,7 +45,7 @@ from models.encoders import Encoder, open_encoder
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.locks import locked
-from runtime.options import as_dict, option, read, require_bounds
+from runtime.options import as_dict, option, read
 from runtime.text import aligned
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ class ProbeConfig:
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the network", heading="how")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         wrong = next((kind for kind in self.features if kind not in KINDS), "")
         require(not wrong, f"--features has no {wrong}{errors.nearest(wrong, KINDS)}; there are {', '.join(KINDS)}")
         require(
