@@ -25,7 +25,7 @@ from evaluations.reference import open_pair
 from evaluations.score import Scorer
 from runtime import errors, files, launch
 from runtime.errors import UserError, require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.text import aligned
 from sampling import store
 
@@ -51,7 +51,6 @@ class Options:
     out: str = option("metrics.json", help="where the result goes", heading="output")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json"
         )
@@ -75,7 +74,7 @@ def open_samples(path: str, grey: bool = False) -> Images:
 
 
 def open_all(paths: Sequence[str], grey: bool = False) -> list[Images]:
-    """The sample sets of several seeds. Raises UserError if their counts differ, which rules out a mean."""
+    """The sample sets of several seeds. Raises UserError if their counts differ: their metrics have no common mean."""
     samples = [open_samples(path, grey) for path in paths]
     for path, images in zip(paths, samples, strict=True):
         require(
@@ -122,7 +121,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def report(result: dict[str, Any], path: Path | str) -> None:
-    """Write metrics.json to `path` and print the result: table, what it was compared with, warnings."""
+    """Write metrics.json to `path` and print the result: table, reference and warnings."""
     files.write_json(path, result)
     runs, reference = result.get("runs", [result]), result["reference"]
     print(table(result))

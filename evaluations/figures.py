@@ -9,10 +9,10 @@
 pca (Figs. 1, 9, 10): a row of pictures for each checkpoint, time, block and feature; red, green and blue are the first
 three principal components of the tokens. Each row has one basis, fitted to the tokens of all its images, so colours can
 be compared along a row but not between rows. tsne (Fig. 2): a panel for each feature. steps (Figs. 4, 8): scores from
-the logs of runs, or from files (--scores NAME=metrics.json); runs of one NAME are seeds. A vertical line marks the end
-of an alignment. seeds (Fig. 5): a row for each run, a column for each step, the same noise everywhere. time: the table
-of section 4.5. Figs. 6 and 7 are `generate.py --classes`; Figs. 4 and 8 from records are `python -m recipes figure`.
-See each kind's --help.
+the logs of runs, or from files (--scores NAME=metrics.json); runs with the same NAME are seeds. A vertical line marks
+the end of an alignment. seeds (Fig. 5): a row for each run, a column for each step, the same noise everywhere. time:
+the table of section 4.5. Figs. 6 and 7 are `generate.py --classes`; Figs. 4 and 8 from records are `python -m recipes
+figure`. See each kind's --help.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from evaluations.reading import Kind
 from evaluations.taps import Items, Probed
 from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.slices import slices
 from sampling.classes import labels_of, names_of
 from sampling.config import SamplingConfig, SourceOptions
@@ -58,11 +58,10 @@ class LookOptions:
     features: tuple[str, ...] = option(("c", "g"), help="which features: u, c, g")
     omega: tuple[float, ...] = option((30.0,), within="[0, inf)", help="guidance scales of f_g")
     classes: tuple[str, ...] = option((), help="images of these classes only, by name or number")
-    seed: int = option(0, help="of the images drawn and their noise")
+    seed: int = option(0, help="seed of the choice of images and of their noise")
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the network")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         wrong = "".join(sorted(set(self.features) - {"u", "c", "g"})[:1])
         require(not wrong, f"--features has no {wrong}; there are u, c and g")
 
@@ -76,7 +75,6 @@ class FigureOptions:
     )
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             self.out is None or Path(self.out).name not in ("", ".."),
             f"--out {self.out} is a folder: name the files, without .png and .svg",
@@ -104,11 +102,13 @@ class StepsOptions(FigureOptions):
     """Options of `steps`."""
 
     runs: tuple[str, ...] = option(
-        (), help="runs with scores in their logs, NAME=RUN; several of one NAME are seeds", heading="curves"
+        (), help="runs with scores in their logs, NAME=RUN; runs with the same NAME are seeds", heading="curves"
     )
-    scores: tuple[str, ...] = option((), help="or score files, NAME=metrics.json; all of one NAME are one curve")
+    scores: tuple[str, ...] = option(
+        (), help="or score files, NAME=metrics.json; files with the same NAME are one curve"
+    )
     metric: str | None = option(
-        None, help="what to show, such as fid@5000 (default: the first FID or Frechet distance)"
+        None, help="metric to show, such as fid@5000 (default: the first FID or Frechet distance)"
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class SeedsOptions(FigureOptions):
     ckpt: tuple[str, ...] = option(
         help="checkpoints RUN@STEP: a row for each run, a column for each step", heading="what to draw"
     )
-    classes: tuple[str, ...] = option(("0",), help="classes by name or number, each with rows of its own")
+    classes: tuple[str, ...] = option(("0",), help="classes by name or number; each has its own rows")
     sampling: SamplingConfig = group(SamplingConfig, without=("labels",))
 
 
@@ -132,7 +132,7 @@ class TimeOptions:
     """Options of `time`."""
 
     runs: tuple[str, ...] = option(help="runs, NAME=RUN or NAME=RUN@STEP", heading="table")
-    out: str | None = option(None, help="write it as JSON too")
+    out: str | None = option(None, help="also write the table to this JSON file")
 
 
 def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tuple[str, str, Tensor]]:
@@ -177,7 +177,7 @@ def chosen_items(look: LookOptions, count: int) -> tuple[Items, list[str]]:
 
     names = names_of(Checkpoint.open(look.ckpt[0]))
     items = Items(look.data_dir, count, look.seed, classes=labels_of(look.classes, names))
-    require(len(items) > 0, "there is no image of --classes in the data set")
+    require(len(items) > 0, "--classes: the data set has no such images; name classes that it holds")
     return items, names
 
 

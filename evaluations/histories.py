@@ -106,7 +106,7 @@ PROTOCOL = (
 
 
 def protocol(score: ScoreFile) -> dict[str, Any]:
-    """All that two numbers must share to stand in one column or figure."""
+    """Everything that two scores must share to be shown in one column or figure."""
     settings = score["samples"]["settings"]
     # a scale of 1 does not guide: it is no part of the protocol, as in records without the option
     guides = settings.get("internal_scale", 1) != 1

@@ -52,7 +52,7 @@ class NpzImages:
         if "arr_0" not in archive.names:
             raise UserError(
                 f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
-                "store the images there, uint8 (N, H, W, C)"
+                "save the images as arr_0, uint8 (N, H, W, C)"
             )
         shape, dtype = archive.layout("arr_0")
         check(str(path), shape, dtype)
@@ -211,7 +211,9 @@ class NpzArchive:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
         except ValueError as error:  # from NumPy: a broken header, or objects that only pickle could read
-            raise UserError(f"{self.path} contains an object array ({error}); save numeric arrays") from error
+            raise UserError(
+                f"{self.path} contains an object array or a broken header ({error}); save numeric arrays"
+            ) from error
 
     @contextmanager
     def stream(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:

@@ -45,7 +45,7 @@ from models.encoders import Encoder, open_encoder
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.locks import locked
-from runtime.options import as_dict, option, read, require_bounds
+from runtime.options import as_dict, option, read
 from runtime.text import aligned
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ class ProbeConfig:
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the network", heading="how")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         wrong = next((kind for kind in self.features if kind not in KINDS), "")
         require(not wrong, f"--features has no {wrong}{errors.nearest(wrong, KINDS)}; there are {', '.join(KINDS)}")
         require(
@@ -202,7 +201,7 @@ def _panel(axes: Axes, rows: Sequence[Row], name: str, metric: str, t: float) ->
 
 
 def open_all(config: ProbeConfig, items: Items) -> list[Probed]:
-    """The checkpoints. Raises UserError if their names or token grids differ in a way that rules out one table."""
+    """Open the checkpoints. Raises UserError if two share a name, their token grids differ, or one lacks a feature."""
     opened = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
     names = [probed.name for probed in opened]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -220,7 +219,7 @@ def open_all(config: ProbeConfig, items: Items) -> list[Probed]:
 def readings(
     config: ProbeConfig, items: Items, opened: Sequence[Probed], encoder: Encoder | None, device: torch.device
 ) -> Iterator[tuple[str | None, float | None, Reading]]:
-    """All that is measured: checkpoint and time (both None for latents and encoder), and how to read the tokens."""
+    """Each measurement: checkpoint and time (both None for latents and encoder), and how to read its tokens."""
     patch = items.data.latent_size // opened[0].checkpoint.spec.side
     if "latents" in config.features:
         yield None, None, unmapped("latents", lambda places: models.patchify(items.clean(places), patch).double())

@@ -36,7 +36,7 @@ from evaluations.images import Images, NpzArchive, NpzImages, open_images, write
 from evaluations.metrics import Statistics
 from runtime import errors, files, launch, progress, schema
 from runtime.errors import UserError, require
-from runtime.options import group, option, read, require_bounds
+from runtime.options import group, option, read
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -308,7 +308,6 @@ class Options:
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the extractor, on each process")
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         require(
             self.num_images is None or self.scores.features == IMAGES,
             f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them",

@@ -55,7 +55,9 @@ def logistic(x: Tensor, labels: Tensor, penalty: float, start: LogisticRegressio
 
     x (N, D), labels (N,). `start` is fitted again from where it stands; it must know the same classes.
     """
-    model = LogisticRegression(max_iter=500, warm_start=True) if start is None else start
+    model = LogisticRegression(solver="newton-cg", tol=1e-5, max_iter=1000, warm_start=True) if start is None else start
+    # At scikit-learn's tolerance of 1e-4, fits under weak penalties stop short of their minimum. Below it, Newton's
+    # method takes half the time of L-BFGS.
     # C multiplies the sum of the losses. For two classes scikit-learn fits one vector w, the difference of W's two
     # columns. They are w/2 and -w/2 at the minimum, so |W|^2 is |w|^2 / 2.
     model.C = (2 if len(labels.unique()) == 2 else 1) / (penalty * len(labels))

@@ -3,7 +3,7 @@
     python -m evaluations.sweep --ckpt exps/stage2 --reference imagenet256.npz \\
         --cfg-scale 1.0:2.5:0.1 --guidance-high 0.6:1.0:0.05 --num-fid-samples 5000
 
-Prints what it will cost, then samples and scores point by point. A killed sweep continues; a wider range adds points.
+Prints the cost, then samples and scores point by point. A killed sweep continues; a wider range adds points.
 Writes `sweep.json` after every point, and a heat map, `sweep.png` and `sweep.svg`, at the end. Every point draws the
 same noise and labels, so points differ by guidance alone. Use small-sample distances to compare points only.
 """
@@ -51,8 +51,8 @@ class SweepConfig:
     """Options of `generate.py`, but the scale and the upper end of the interval are ranges."""
 
     source: SourceOptions = group(SourceOptions)
-    cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or one", heading="sweep")
-    guidance_high: str = option("1.0", help="upper ends of the interval, likewise")
+    cfg_scale: str = option("1.0:2.5:0.1", help="guidance scales, FIRST:LAST:STEP or a single number", heading="sweep")
+    guidance_high: str = option("1.0", help="upper ends of the interval, FIRST:LAST:STEP or a single number")
     num_fid_samples: int = option(5000, help="samples per point")
     out: str | None = option(None, help="folder of the result (default: sweep/ beside the checkpoint)")
     sampling: SamplingConfig = group(SamplingConfig, without=("cfg_scale", "guidance_high"))
@@ -65,7 +65,7 @@ class SweepConfig:
             self.at(point)  # each has SamplingConfig's own checks
 
     def points(self) -> list[Point]:
-        """The grid. At scale 1 there is no guidance, and one point stands for all intervals."""
+        """The grid. At scale 1 there is no guidance, so a single point represents all intervals."""
         highs = values("--guidance-high", self.guidance_high)
         return [
             (scale, high)
@@ -138,7 +138,7 @@ class Results:
 
 
 def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], Grid]:
-    """Scales, upper ends, and `metric` as a table [upper end][scale]; None where a point is missing."""
+    """Scales, upper ends, and `metric` as a table [upper end][scale]; None for a missing point."""
     scales, highs = sorted({scale for scale, _ in points}), sorted({high for _, high in points})
 
     def at(scale: float, high: float) -> float | None:
