@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.errors import UserError, require
-from runtime.options import group, option, require_bounds
+from runtime.options import group, option
 
 MOST_SAMPLES = 100_000_000
 
@@ -205,7 +205,6 @@ class TrainConfig:
     scores: FeatureOptions = group(FeatureOptions, without=("mind",))
 
     def __post_init__(self) -> None:
-        require_bounds(self)
         self._require_names()
         self._require_schedule()
         self._require_scores()

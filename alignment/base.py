@@ -40,7 +40,7 @@ from models.heads import VelocityHead
 from models.latents import LatentSpace
 from models.layers import cast_block_linears
 from runtime.errors import require
-from runtime.options import option, require_bounds
+from runtime.options import option
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ class AlignOptions:
     )
 
     def __post_init__(self) -> None:
-        require_bounds(self, "align")
         require(
             self.stop_steps is None or self.stop_epochs is None,
             "--align-stop-steps and --align-stop-epochs say the same: give one of them",

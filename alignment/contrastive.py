@@ -27,7 +27,9 @@ from runtime.streams import Stream
 class ContrastiveOptions(AlignOptions):
     """Options of Contrastive Flow Matching; the defaults are the paper's."""
 
-    weight: float = option(0.05, help="lambda, the weight of this loss beside the flow-matching loss")
+    weight: float = option(
+        0.05, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss"
+    )
 
 
 class Contrastive(Alignment[ContrastiveOptions]):

@@ -27,7 +27,7 @@ BLOCKS = {12: (4, 8), 24: (8, 18), 28: (8, 16)}
 class LayerSyncOptions(AlignOptions):
     """Options of LayerSync; blocks as published for 24 and 28 blocks, a third and two thirds of any other depth."""
 
-    weight: float = option(0.2, help="lambda, the weight of this loss beside the flow-matching loss")
+    weight: float = option(0.2, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss")
     depth: int | None = option(None, help="block k that follows")
     target_depth: int | None = option(None, help="block m that is followed")
 

@@ -33,7 +33,7 @@ BLOCKS = {12: (3, 8), 24: (6, 16), 28: (8, 20)}  # student's and teacher's block
 class SraOptions(AlignOptions):
     """Options of SRA; blocks as published for 12, 24 and 28 blocks, a quarter and two thirds of any other depth."""
 
-    weight: float = option(0.2, help="lambda, the weight of this loss beside the flow-matching loss")
+    weight: float = option(0.2, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss")
     schedule: str = option(
         "tail",
         choices=("tail", "constant", "cosine", "linear"),

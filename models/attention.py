@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.utils.benchmark import Timer
 
 from models.backbone import Backbone
 from models.layers import KERNELS, Attention, attention
@@ -51,6 +50,9 @@ def _timed(call: Callable[[], None], repetitions: int) -> float | None:
             call()
     except RuntimeError:
         return None
+    # imported here: it looks for CUDA's compiler at once, and warns where there is none
+    from torch.utils.benchmark import Timer
+
     # torch's timer waits for the GPU before it reads the clock.
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.timeit(repetitions).mean * 1e3

@@ -64,21 +64,18 @@ def group(schema: type, *, without: Sequence[str] = ()) -> Any:
     return dataclasses.field(default=MISSING, metadata={"group": schema, "without": frozenset(without)})
 
 
-def require_bounds(config: Any, section: str = "") -> None:
-    """Raise UserError for the first option of `config` whose number lies outside its `within`; None is inside.
-
-    `build` checks the bounds of what it builds. A dataclass calls this if its own checks rely on them, or to have its
-    flags named as those of a `section`.
-    """
-    for field in dataclasses.fields(config):
-        bounds, value = field.metadata.get("within"), getattr(config, field.name)
+def _require_bounds(schema: type[DataclassInstance], values: Given, section: str) -> None:
+    """Raise UserError for the first of `values` that lies outside the `within` of its option; None is inside."""
+    for field in dataclasses.fields(schema):
+        bounds, value = field.metadata.get("within"), values.get(field.name)
         if not bounds or value is None:
             continue
         low, high = map(float, bounds[1:-1].split(","))
         for number in value if isinstance(value, tuple) else (value,):
             above = number >= low if bounds[0] == "[" else number > low
             below = number <= high if bounds[-1] == "]" else number < high
-            require(above and below, f"{flags_of(field, section)[0]} {number} must lie in {bounds}")
+            flags = " or ".join(flags_of(field, section, alone=bool(section)))
+            require(above and below, f"{flags} {number} must lie in {bounds}")
 
 
 class Option(NamedTuple):
@@ -300,7 +297,7 @@ def kind_of(hint: Any) -> tuple[type, int | str | None]:
     return hint, None
 
 
-def build(schema: type[T], *layers: Given) -> T:
+def build(schema: type[T], *layers: Given, section: str = "") -> T:
     """The dataclass `schema` with the values of `layers`. Later layers win; lists become tuples.
 
     Raises:
@@ -310,9 +307,8 @@ def build(schema: type[T], *layers: Given) -> T:
     for layer in layers:
         values.update(layer)
     known = {opt.field.name: opt.field for opt in options_of(schema)}
-    known |= {
-        field.name: field for field in dataclasses.fields(schema) if not field.metadata
-    }  # presets alone set these
+    # presets alone set fields without metadata
+    known |= {field.name: field for field in dataclasses.fields(schema) if not field.metadata}
     for name in values:
         if name not in known:
             raise UserError(f"{schema.__name__} has no option {name}{nearest(name, known)}")
@@ -323,10 +319,11 @@ def build(schema: type[T], *layers: Given) -> T:
     ]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see --help")
-    return _filled(schema, {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return _filled(schema, tuples, section)
 
 
-def _filled(schema: type[T], values: Given) -> T:
+def _filled(schema: type[T], values: Given, section: str = "") -> T:
     """`schema` with those of `values` that belong to it or to its groups."""
     arguments = {}
     for field in dataclasses.fields(schema):
@@ -336,9 +333,8 @@ def _filled(schema: type[T], values: Given) -> T:
             )
         elif field.name in values:
             arguments[field.name] = values[field.name]
-    config = schema(**arguments)
-    require_bounds(config)
-    return config
+    _require_bounds(schema, arguments, section)
+    return schema(**arguments)
 
 
 def values_of(schema: type, values: Given, where: str) -> Given:

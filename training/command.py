@@ -69,7 +69,7 @@ def resolve(
     for name, kind in kinds.items():
         # a recipe sets options of any alignment that has them
         common = {key: value for key, value in recipe["align"].items() if key in kind.Options.__dataclass_fields__}
-        options[name] = build(kind.Options, common, chosen[name].get("options", {}), given[name])
+        options[name] = build(kind.Options, common, chosen[name].get("options", {}), given[name], section=name)
     return train, options
 
 

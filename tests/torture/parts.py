@@ -29,7 +29,7 @@ import train
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import require
-from runtime.options import option, require_bounds
+from runtime.options import option
 from tests.torture import bad_files, flips
 from tests.torture.rows import Row, answer
 from tests.torture.world import World, start
@@ -48,8 +48,6 @@ class Options:
     seed: int = option(0, help="seed of moments and places")
     out: str | None = option(None, help="result file (JSON); a unit that it holds is not done again")
 
-    def __post_init__(self) -> None:
-        require_bounds(self)
         require(self.inputs == "all" or self.inputs.isdigit(), f"--inputs {self.inputs}: give a number, or all")
 
     @property

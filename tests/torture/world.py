@@ -70,7 +70,7 @@ def _with_kind(main: Callable[[Sequence[str]], object], kind: str, argv: Sequenc
 COMMANDS: dict[str, Command] = {
     "train.py": Command(train.main, "train.py", RUN, TrainConfig),
     "train_guide.py": Command(
-        train_guide.main, "train_guide.py", f"{RUN} --guiding-ckpt {{root}}/exps/stage1 --align-hidden 8"
+        train_guide.main, "train_guide.py", f"{RUN} --guiding-ckpt {{root}}/exps/stage1 --guided-hidden 8"
     ),
     "generate.py": Command(generate.main, "generate.py", f"{SAMPLES} --mode ode --out {{out}}", GenerateConfig),
     "encode": Command(

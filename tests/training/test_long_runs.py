@@ -544,8 +544,3 @@ def test_the_page_on_long_runs_names_what_there_is() -> None:
     known |= {"--align", "--num_processes", "--signal"}
     assert set(re.findall(r"--[a-z][a-z_-]*", text)) <= known
     assert f"| {errors.TRY_AGAIN} | ended early" in text and ENDED_EARLY in text and "`not-finite.json`" in text
-    assert (
-        "(60)" in text
-        and next(opt for opt in options_of(TrainConfig) if opt.field.name == "checkpointing_minutes").field.default
-        == 60
-    )

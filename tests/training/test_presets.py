@@ -92,7 +92,7 @@ def test_haste_says_where_its_settings_are_ours(encoder: Path) -> None:
             kind.Options(encoder=str(encoder), hidden=8, attention_depths=(1,), encoder_depths=(1,)), student
         )
         notes = kind(options, setting(student, dry=True)).notes()
-        assert ("ours" in " ".join(notes)) == noted
+        assert ("our choice" in " ".join(notes)) == noted
 
 
 def test_haste_scales_queries_before_a_product_in_float32() -> None:
