@@ -48,6 +48,7 @@ class Options:
     seed: int = option(0, help="seed of moments and places")
     out: str | None = option(None, help="result file (JSON); a unit that it holds is not done again")
 
+    def __post_init__(self) -> None:
         require(self.inputs == "all" or self.inputs.isdigit(), f"--inputs {self.inputs}: give a number, or all")
 
     @property
