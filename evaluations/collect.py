@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from evaluations.features import Extractor
@@ -16,9 +17,6 @@ from evaluations.images import Images
 from evaluations.metrics import Moments, Statistics
 from runtime import progress
 from runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Array = np.ndarray | Tensor
 
@@ -47,16 +45,12 @@ class Collector:
         self._keep = None if keep is None else torch.from_numpy(keep)
         self._shares: list[_Share] = []
         self._moments = (Moments(), Moments())  # pool, spatial
-        self._next = 0
 
-    def add(self, images: Array, labels: Array | None = None, indices: Array | None = None) -> None:
+    def add(self, images: Array, labels: Array | None, indices: Array) -> None:
         """Add images, uint8 (n, H, W, C), with labels (n,) and their `indices` (n,) in the whole set.
 
-        Without `indices` the images follow the last ones. Several processes must pass them, each index once.
+        Several processes must add each index once.
         """
-        if indices is None:
-            indices = torch.arange(self._next, self._next + len(images))
-        self._next += len(images)
         features = self.extractor(torch.as_tensor(images))
         for moments, x in zip(self._moments, features, strict=True):
             if x is not None:
@@ -72,8 +66,6 @@ class Collector:
         """The features of all processes, in order, on each process. Every process must call it."""
         shares, parts = self._shares, [tuple(moments.cpu() for moments in self._moments)]
         if self.accelerator is not None and self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
             shares, parts = gather_object([_joined(shares)] if shares else []), gather_object(parts)
         if not shares:
             raise UserError("there are no images to score")
@@ -81,7 +73,10 @@ class Collector:
         whole = whole.of(whole.indices.argsort())
         if (whole.indices.diff() == 0).any():
             raise ValueError("an index was added twice")
-        pool, spatial = (functools.reduce(Moments.merged, of_all) for of_all in zip(*parts, strict=True))
+        (pool, spatial), *others = parts
+        for other_pool, other_spatial in others:
+            pool.merge(other_pool)
+            spatial.merge(other_spatial)
         return Collected(
             pool.count, pool.statistics(), spatial.statistics() if spatial.count else None, whole.pool, whole.labels
         )

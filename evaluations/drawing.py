@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from runtime import files
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+# Line, marker and colour (Okabe and Ito's) of each curve, in order.
 STYLES: tuple[dict[str, Any], ...] = tuple(
     {"linestyle": line, "marker": marker, "color": colour}
     for line, marker, colour in (
@@ -28,7 +28,6 @@ STYLES: tuple[dict[str, Any], ...] = tuple(
         ((0, (8, 3)), "*", "#666666"),
     )
 )
-"""Line, marker and colour (Okabe and Ito's) of each curve, in order."""
 
 
 def style(number: int) -> dict[str, Any]:
@@ -38,18 +37,11 @@ def style(number: int) -> dict[str, Any]:
 
 def canvas(width: float, height: float) -> Figure:
     """An empty figure, in inches, that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `figure` as stem.png and stem.svg, atomically; returns both. The same figure gives the same bytes."""
-    import matplotlib
-
     written = []
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
         for kind, about in (("png", {}), ("svg", {"Date": None})):  # without the date, which would change the bytes

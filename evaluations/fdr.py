@@ -20,24 +20,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import Accelerator
 
 from config import FeatureOptions
 from evaluations import metrics
 from evaluations.collect import collect
 from evaluations.evaluate import about, open_samples, samples_file
 from evaluations.extractors import open_extractor
+from evaluations.images import Images
 from evaluations.reference import Reference, read_compact
 from runtime import errors, files, launch
 from runtime.errors import require
 from runtime.options import option, read
 from runtime.text import aligned
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from evaluations.images import Images
-
+# The extractors of FDr6 with their published FD(val, train) of ImageNet at 256 pixels, rounded as published (0.04 is
+# anything from 0.035 to 0.045). The authors computed them in bfloat16, except for Inception, whose training statistics
+# are ADM's. Features here are float32.
 SIX = {
     "inception": 1.68,
     "fdr:convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87,
@@ -46,9 +47,6 @@ SIX = {
     "fdr:vit_so400m_patch16_siglip_256.v2_webli@224": 0.60,
     "fdr:vit_large_patch14_clip_224.openai@256": 5.60,
 }
-"""The extractors of FDr6 with their published FD(val, train) of ImageNet at 256 pixels, rounded as published (0.04 is
-anything from 0.035 to 0.045). The authors computed them in bfloat16, except for Inception, whose training statistics
-are ADM's. Features here are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +61,10 @@ class Options:
         None, help="folder of references of the validation images (default: published normalisers)"
     )
     inception_weights: str | None = option(None, help="file of the Inception weights (default: downloaded once)")
-    batch_size: int = option(64, help="images per pass through an extractor, on each process")
+    batch_size: int = option(64, within="[1, inf)", help="images per pass through an extractor, on each process")
     out: str = option("fdr.json", help="where the result goes", heading="output")
 
     def __post_init__(self) -> None:
-        require(self.batch_size > 0, f"--batch-size {self.batch_size} must be positive")
         require(not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as fdr.json")
 
 

@@ -22,16 +22,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import interpolant
 from evaluations import drawing, histories, representation
-from evaluations.reading import Kind
-from evaluations.taps import Items, Probed
+from evaluations.taps import Items, Probed, TapOptions
 from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
 from runtime.options import group, option, read
@@ -39,31 +39,8 @@ from runtime.slices import slices
 from sampling.classes import labels_of, names_of
 from sampling.config import SamplingConfig, SourceOptions
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # Markers of classes in t-SNE, which differ without colour.
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LookOptions:
-    """The features that pca and tsne show."""
-
-    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to show")
-    data_dir: str = option(help="latent set with the images")
-    weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
-    blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
-    t: tuple[float, ...] = option((0.5,), within="[0, 1]", help="times, 1 is noise")
-    features: tuple[str, ...] = option(("c", "g"), help="which features: u, c, g")
-    omega: tuple[float, ...] = option((30.0,), within="[0, inf)", help="guidance scales of f_g")
-    classes: tuple[str, ...] = option((), help="images of these classes only, by name or number")
-    seed: int = option(0, help="seed of the choice of images and of their noise")
-    batch_size: int = option(64, within="[1, inf)", help="images per pass through the network")
-
-    def __post_init__(self) -> None:
-        wrong = "".join(sorted(set(self.features) - {"u", "c", "g"})[:1])
-        require(not wrong, f"--features has no {wrong}; there are u, c and g")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +59,23 @@ class FigureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PcaOptions(FigureOptions):
+class LookOptions(TapOptions, FigureOptions):
+    """The features that pca and tsne show."""
+
+    classes: tuple[str, ...] = option((), help="images of these classes only, by name or number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PcaOptions(LookOptions):
     """Options of `pca`."""
 
-    look: LookOptions = group(LookOptions)
     items: int = option(8, within="[1, 100]", help="images, the columns")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TsneOptions(FigureOptions):
+class TsneOptions(LookOptions):
     """Options of `tsne`."""
 
-    look: LookOptions = group(LookOptions)
     items: int = option(500, within="[1, 50000]", help="images, one point each")
 
 
@@ -137,7 +119,7 @@ class TimeOptions:
 
 def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tuple[str, str, Tensor]]:
     """Source, name and tokens (N, T, D), or (N, D) `pooled`, of each checkpoint, time, block and feature."""
-    kinds: list[Kind] = [(kind, omega) for kind in look.features for omega in (look.omega if kind == "g" else (None,))]
+    kinds = look.kinds()
     both = any(kind != "c" for kind, _ in kinds)
     for name in progress.bar(look.ckpt, desc="reading features", unit="checkpoint"):
         probed = Probed.open(name, items, look.weights, look.blocks)
@@ -196,10 +178,10 @@ def colours(tokens: Tensor) -> np.ndarray:
 
 def pca(options: PcaOptions) -> Figure:
     """PCA maps: rows of (checkpoint, t, block, feature), columns of images; the images on top if the set holds them."""
-    items, names = chosen_items(options.look, options.items)
+    items, names = chosen_items(options, options.items)
     rows: list[Sequence[np.ndarray]] = [list(items.data.images(items.index))] if items.data.has_images else []
     titles = ["images"] if rows else []
-    for source, feature, tokens in views(options.look, items):
+    for source, feature, tokens in views(options, items):
         rows.append(list(colours(tokens)))
         titles.append(f"{source}, {feature}")
     return drawing.tiles(rows, titles, [names[label] for label in items.labels])
@@ -209,14 +191,14 @@ def tsne(options: TsneOptions) -> Figure:
     """t-SNE of mean-pooled, standardised tokens: a panel for each feature, a glyph for each class."""
     from sklearn.manifold import TSNE
 
-    items, names = chosen_items(options.look, options.items)
+    items, names = chosen_items(options, options.items)
     present = sorted(set(items.labels.tolist()))
     require(
         len(present) <= len(GLYPHS),
         f"{len(present)} classes are too many to tell apart: choose up to {len(GLYPHS)} with --classes",
     )
     require(len(items) >= 5, f"--items: {len(items)} images are too few for t-SNE: use at least 5")
-    panels = [(f"{source}\n{feature}", x) for source, feature, x in views(options.look, items, pooled=True)]
+    panels = [(f"{source}\n{feature}", x) for source, feature, x in views(options, items, pooled=True)]
     columns = min(len(panels), 4)
     figure = drawing.canvas(3.2 * columns, 3.4 * -(-len(panels) // columns) + 0.4)
     grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
@@ -224,7 +206,7 @@ def tsne(options: TsneOptions) -> Figure:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, (title, x) in zip(grid, progress.bar(panels, desc="t-SNE", unit="panel")):
         points = TSNE(
-            perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.look.seed % 2**32
+            perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.seed % 2**32
         ).fit_transform(representation.standardise(x, x).numpy())
         for number, label in enumerate(present):
             axes.scatter(

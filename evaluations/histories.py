@@ -198,14 +198,16 @@ def time_of(word: str) -> Time:
     """
     name, path = named(word)
     checkpoint = Checkpoint.open(path)
-    run, train = _run(checkpoint.path), checkpoint.config.get("train")
+    # A checkpoint lies in RUN/checkpoints.
+    run, train = checkpoint.path.parent.parent, checkpoint.config.get("train")
     if train is None or not (run / "log.jsonl").is_file():
         raise UserError(f"{path} is not a run with a log.jsonl: its time is not known")
     hours, rate = spent(run, train["batch_size"], checkpoint.step)
     teacher = checkpoint.config.get("resolved", {}).get("guided", {}).get("teacher")
     stage1: float | None = 0.0
     if teacher is not None:
-        source, folder = _run(Path(teacher["path"])), Path(teacher["path"])
+        folder = Path(teacher["path"])
+        source = folder.parent.parent
         known = (folder / "config.json").is_file() and (source / "log.jsonl").is_file()
         stage1 = (
             spent(source, Checkpoint.open(folder).config["train"]["batch_size"], teacher["step"])[0] if known else None
@@ -213,24 +215,19 @@ def time_of(word: str) -> Time:
     return Time(name, checkpoint.step, checkpoint.epochs or 0.0, rate, hours, stage1)
 
 
-def _run(checkpoint: Path) -> Path:
-    """The run's folder of a checkpoint in its `checkpoints`."""
-    return checkpoint.parent.parent
-
-
 def time_table(times: Sequence[Time]) -> str:
     """The table of section 4.5: steps, rate, hours, and hours with stage 1."""
     lines = [["run", "steps", "epochs", "images/s", "hours", "stage 1", "in all"]]
-    for time in times:
-        lines.append(
-            [
-                time.name,
-                str(time.steps),
-                f"{time.epochs:.4g}",
-                f"{time.rate:.4g}",
-                f"{time.hours:.3g}",
-                "?" if time.stage1 is None else f"{time.stage1:.3g}",
-                "?" if time.total is None else f"{time.total:.3g}",
-            ]
-        )
+    lines += [
+        [
+            time.name,
+            str(time.steps),
+            f"{time.epochs:.4g}",
+            f"{time.rate:.4g}",
+            f"{time.hours:.3g}",
+            "?" if time.stage1 is None else f"{time.stage1:.3g}",
+            "?" if time.total is None else f"{time.total:.3g}",
+        ]
+        for time in times
+    ]
     return aligned(lines)

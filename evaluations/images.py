@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 
@@ -22,24 +22,6 @@ from runtime.errors import UserError, require
 from runtime.slices import slices
 
 LOSSLESS = (".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-class Images(Protocol):
-    """A set of images, of which any part can be read in order."""
-
-    name: str
-    shape: tuple[int, ...]  # H, W, C
-    labels: np.ndarray | None  # (N,) int64
-
-    def __len__(self) -> int: ...
-
-    def digest(self) -> str:
-        """SHA-256 over the whole set."""
-        ...
-
-    def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, C), n <= size: the images at `indices`, in ascending order."""
-        ...
 
 
 class NpzImages:
@@ -54,19 +36,29 @@ class NpzImages:
                 f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
                 "save the images as arr_0, uint8 (N, H, W, C)"
             )
-        shape, dtype = archive.layout("arr_0")
-        check(str(path), shape, dtype)
-        self._archive, self._count, self.shape = archive, shape[0], tuple(shape[1:])
-        labels = archive.read("labels") if "labels" in archive.names else None
-        self.labels = _checked_labels(str(path), labels, self._count)
+        with archive.stream("arr_0") as (_, shape, dtype):
+            check(str(path), shape, dtype)
+        self._archive, self._count = archive, shape[0]
+        self.shape = tuple(shape[1:])  # H, W, C
+        self.labels: np.ndarray | None = None  # (N,) int64
+        if "labels" in archive.names:
+            labels = archive.read("labels")
+            if labels.shape != (self._count,) or labels.dtype.kind not in "iu":
+                raise UserError(
+                    f"{path}: labels are {labels.dtype} {labels.shape}, not integers ({self._count},): give one for "
+                    f"each image"
+                )
+            self.labels = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return self._count
 
     def digest(self) -> str:
+        """SHA-256 over the whole set."""
         return files.digest(self.path)
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        """uint8 (n, H, W, C), n <= size: the images at `indices`, in ascending order."""
         stride, at = int(np.prod(self.shape)), 0
         with self._archive.stream("arr_0") as (stream, _, _):
             for part in slices(indices, size):
@@ -160,6 +152,10 @@ class LatentSetImages:
         self._set.require_intact(wait=None)
 
 
+# A set of images, of which any part can be read in order.
+Images = NpzImages | FolderImages | LatentSetImages
+
+
 def open_images(
     path: Path | str, resolution: int | None = None, grey: bool = False, workers: int | None = None
 ) -> Images:
@@ -179,7 +175,7 @@ def open_images(
     return images
 
 
-def write_npz(path: Path | str, images: Iterator[np.ndarray], labels: np.ndarray, shape: Sequence[int]) -> None:
+def write_npz(path: Path | str, images: Iterable[np.ndarray], labels: np.ndarray, shape: Sequence[int]) -> None:
     """Write ADM's convention, `arr_0` (N, H, W, C) uint8 and `labels` (N,) int64, one batch at a time."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *map(int, shape))}
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -227,11 +223,6 @@ class NpzArchive:
                 raise UserError(f"{self.path}: {name} is in Fortran order; save np.ascontiguousarray of it")
             yield stream, shape, dtype
 
-    def layout(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and dtype of a member, without reading it."""
-        with self.stream(name) as (_, shape, dtype):
-            return shape, dtype
-
     def read(self, name: str) -> np.ndarray:
         """A whole member."""
         with self._guard(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
@@ -249,13 +240,3 @@ def check(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise UserError(f"{name}: images have shape {tuple(shape)}, whose last axis is not 1 or 3 channels{remedy}")
     if shape[0] == 0:
         raise UserError(f"{name} holds no images; give some")
-
-
-def _checked_labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray | None:
-    if labels is None:
-        return None
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"{name}: labels are {labels.dtype} {labels.shape}, not integers ({count},): give one for each image"
-        )
-    return labels.astype(np.int64)

@@ -7,6 +7,7 @@ evaluator (Dhariwal and Nichol, 2021), which published ImageNet numbers use; the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,45 +30,38 @@ class Statistics(NamedTuple):
     covariance: Tensor
 
 
+@dataclass
 class Moments:
     """Mean and covariance of a stream of features, in float64 by the pairwise update of Chan et al. (1979).
 
     The result does not depend on how the stream is cut into batches or processes, beyond float64 rounding.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.scatter = torch.zeros(0, dtype=torch.float64)  # scatter: sum of (x - mean) (x - mean)^T
+    count: int = 0
+    mean: Tensor = torch.zeros(0, dtype=torch.float64)
+    scatter: Tensor = torch.zeros(0, dtype=torch.float64)  # sum of (x - mean) (x - mean)^T
 
     def add(self, x: Tensor) -> None:
         """Add features (n, D) of any float type and device."""
         x = x.double()
         mean = x.mean(0)
-        self.merge(len(x), mean, (x - mean).T @ (x - mean))
+        self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
 
-    def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Add another set, given by its count, mean (D,) and scatter (D, D)."""
+    def merge(self, other: Moments) -> None:
+        """Add another set."""
         if self.count == 0:
-            self.count, self.mean, self.scatter = count, mean, scatter.clone()
-        elif count:
-            total = self.count + count
-            delta = mean - self.mean
-            self.scatter += scatter
-            self.scatter.addr_(delta, delta, alpha=self.count * count / total)
-            self.mean = self.mean + delta * (count / total)
+            self.count, self.mean, self.scatter = other.count, other.mean, other.scatter.clone()
+        elif other.count:
+            total = self.count + other.count
+            delta = other.mean - self.mean
+            self.scatter += other.scatter
+            self.scatter.addr_(delta, delta, alpha=self.count * other.count / total)
+            self.mean = self.mean + delta * (other.count / total)
             self.count = total
-
-    def merged(self, other: Moments) -> Moments:
-        """The union of both sets, as a new object on the CPU."""
-        both = self.cpu()
-        both.merge(other.count, other.mean, other.scatter)
-        return both
 
     def cpu(self) -> Moments:
         """A copy on the CPU."""
-        copy = Moments()
-        copy.count, copy.mean, copy.scatter = self.count, self.mean.cpu().clone(), self.scatter.cpu().clone()
-        return copy
+        return Moments(self.count, self.mean.cpu().clone(), self.scatter.cpu().clone())
 
     def statistics(self) -> Statistics:
         """Mean and covariance with divisor N - 1. Raises UserError for fewer than two samples, or NaN among them."""
@@ -77,14 +71,6 @@ class Moments:
         if not covariance.isfinite().all():
             raise UserError("the features hold NaN or infinite values; the extractor's weights are broken")
         return Statistics(self.mean.cpu(), covariance)
-
-
-def statistics(x: Tensor, batch: int = 5000) -> Statistics:
-    """Mean and covariance of features (N, D)."""
-    moments = Moments()
-    for part in x.split(batch):
-        moments.add(part)
-    return moments.statistics()
 
 
 def frechet(a: Statistics, b: Statistics) -> float:

@@ -30,15 +30,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import models
 from evaluations import drawing, representation
-from evaluations.reading import Kind, Reading, Row, compared, measure, of_blocks, unmapped
-from evaluations.taps import Items, Probed, encoded
+from evaluations.reading import Reading, Row, compared, measure, of_blocks, unmapped
+from evaluations.taps import Items, Probed, TapOptions, encoded
 from models.backbone import block_number
 from models.checkpoint import versions
 from models.encoders import Encoder, open_encoder
@@ -48,50 +50,33 @@ from runtime.locks import locked
 from runtime.options import as_dict, option, read
 from runtime.text import aligned
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 KINDS = ("u", "c", "g", "latents")
 TIE = 0.005  # two settings whose scores differ by less are level
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(TapOptions):
     """Options of the command."""
 
-    ckpt: tuple[str, ...] = option(help="checkpoints: folders, runs (their latest), RUN@STEP", heading="what to probe")
-    data_dir: str = option(help="latent set with the images")
-    out: str = option(help="folder of the result")
+    t: tuple[float, ...] = option((0.3, 0.5, 0.7), within="[0, 1]", help="times, 1 is noise")
+    omega: tuple[float, ...] = option((3.0, 10.0, 30.0), within="[0, inf)", help="guidance scales of f_g")
+    features: tuple[str, ...] = option(KINDS, choices=KINDS, help="which features")
+    out: str = option(help="folder of the result", heading="how to probe")
     masks: str | None = option(
         None, help=".npz with masks (N, H, H) of 0 and 1 in the order of the set, and perhaps groups (N,)"
     )
-    weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
-    blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
-    t: tuple[float, ...] = option((0.3, 0.5, 0.7), within="[0, 1]", help="times, 1 is noise")
-    omega: tuple[float, ...] = option((3.0, 10.0, 30.0), within="[0, inf)", help="guidance scales of f_g")
-    features: tuple[str, ...] = option(KINDS, help=f"which features: {', '.join(KINDS)}")
     encoder: str | None = option(None, help="an external encoder too: a vision transformer of timm, or a folder of one")
     encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
     labels: str = option(
         "true", choices=("true", "shuffled"), help="labels given to the network: the images' own, or other images'"
     )
     items: int = option(2000, within="[1, inf)", help="images, drawn by the seed")
-    seed: int = option(0, help="of the images drawn, their noise and their split")
-    batch_size: int = option(64, within="[1, inf)", help="images per pass through the network", heading="how")
 
     def __post_init__(self) -> None:
-        wrong = next((kind for kind in self.features if kind not in KINDS), "")
-        require(not wrong, f"--features has no {wrong}{errors.nearest(wrong, KINDS)}; there are {', '.join(KINDS)}")
         require(
             self.encoder_weights is None or self.encoder is not None,
             "--encoder-weights belong to an encoder: give --encoder too",
         )
-
-    def kinds(self) -> list[Kind]:
-        """The features of blocks, each with its omega."""
-        plain: list[Kind] = [(kind, None) for kind in ("u", "c") if kind in self.features]
-        return plain + ([("g", omega) for omega in self.omega] if "g" in self.features else [])
 
 
 def best(rows: Sequence[Row]) -> tuple[str, float, int] | None:
@@ -148,16 +133,16 @@ def table(rows: Sequence[Row]) -> str:
     """All rows as aligned text."""
     metrics = [name for name in rows[0] if name not in ("checkpoint", "t", "features", "omega", "block")]
     lines = [["checkpoint", "features", "t", "block", *metrics]]
-    for row in rows:
-        lines.append(
-            [
-                row["checkpoint"] or "-",
-                label(row),
-                "-" if row["t"] is None else f"{row['t']:g}",
-                str(row["block"] or "-"),
-                *(f"{row[name]:.3f}" for name in metrics),
-            ]
-        )
+    lines += [
+        [
+            row["checkpoint"] or "-",
+            label(row),
+            "-" if row["t"] is None else f"{row['t']:g}",
+            str(row["block"] or "-"),
+            *(f"{row[name]:.3f}" for name in metrics),
+        ]
+        for row in rows
+    ]
     return aligned(lines, left=(0, 1))
 
 

@@ -16,14 +16,13 @@ from torch import Tensor
 
 import interpolant
 from evaluations import representation
-from evaluations.representation import CLASS_PROBES, Linear, TokenSums
-from evaluations.taps import Items, Probed, encoded
+from evaluations.representation import Linear, TokenSums, class_accuracy, neighbour_accuracy
+from evaluations.taps import Items, Kind, Probed, encoded
 from models.encoders import Encoder
 from runtime.slices import slices
 
 ALIGNED = 1000  # CKNNA compares this many images, the first that were drawn (`Items.first`)
 Row = dict[str, Any]  # one block and feature: its names (features, omega, block) and its numbers
-Kind = tuple[str, float | None]  # a feature and its omega: ("g", 10.0), ("u", None)
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,7 @@ def of_blocks(probed: Probed, items: Items, t: float, kinds: Sequence[Kind]) -> 
 
 def unmapped(kind: str, tokens: Callable[[np.ndarray], Tensor]) -> Reading:
     """Reads one feature that belongs to no block."""
-
-    def maps(size: int) -> dict[Kind, Tensor]:
-        return {(kind, None): torch.eye(size, dtype=torch.float64)}
-
-    return Reading(lambda places: {None: tokens(places)}, maps)
+    return Reading(lambda places: {None: tokens(places)}, lambda size: {(kind, None): torch.eye(size).double()})
 
 
 class MaskProbes:
@@ -133,8 +128,13 @@ def _rows(
     parts, aligned = [torch.from_numpy(part) for part in items.parts], torch.from_numpy(items.first(ALIGNED))
     for number, ((kind, omega), by) in enumerate(reading.maps(pooled.shape[1]).items()):
         x = pooled @ by.cpu()
-        row: Row = {"features": kind, "omega": omega, "block": block}
-        row |= {name: probe(x, items.labels, parts) for name, probe in CLASS_PROBES.items()}
+        row: Row = {
+            "features": kind,
+            "omega": omega,
+            "block": block,
+            "accuracy": class_accuracy(x, items.labels, parts),
+            "knn": neighbour_accuracy(x, items.labels, parts),
+        }
         if counts:
             row["miou"] = representation.iou(counts[number])
         own = representation.kernel(representation.standardise(x[aligned], x[aligned]))
@@ -147,8 +147,10 @@ def compared(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The kernels that CKNNA compares features with: classes (one-hot), flattened clean latents, and the encoder."""
     places = items.first(ALIGNED)
-    features = {"class": torch.nn.functional.one_hot(items.labels[places], items.data.num_classes).double()}
-    features["latents"] = items.clean(places).flatten(1).double()
+    features = {
+        "class": torch.nn.functional.one_hot(items.labels[places], items.data.num_classes).double(),
+        "latents": items.clean(places).flatten(1).double(),
+    }
     if encoder is not None:
         features["encoder"] = torch.cat(
             [encoded(encoder, items, chunk, device).mean(1).cpu() for chunk in slices(places, batch)]

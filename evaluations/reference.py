@@ -17,14 +17,16 @@ With `--features none` the command writes the images themselves, cropped as for 
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -38,9 +40,6 @@ from runtime import errors, files, launch, progress, schema
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
 from runtime.streams import Stream
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +76,16 @@ class Reference:
 
         Raises UserError if the file is damaged, holds neither images nor statistics, or belongs to other features.
         """
-
-        def extracted(images: Images, stored: NpzArchive | None = None) -> Reference:
-            return cls.of_images(
-                images, extractor, accelerator=accelerator, batch_size=batch_size, stored=stored, keep=keep
-            )
-
         if Path(path).suffix != ".npz":
-            return extracted(open_images(path, resolution, grey, workers))
+            images = open_images(path, resolution, grey, workers)
+            return cls.of_images(images, extractor, accelerator, batch_size, keep)
         archive = NpzArchive(path)
         if "about" in archive.names:
             return read_compact(path)
         # Bare statistics do not name their extractor; by custom they are Inception's.
         stored = archive if "mu" in archive.names and extractor.name == "inception" else None
         if "arr_0" in archive.names:
-            return extracted(NpzImages(path), stored)
+            return cls.of_images(NpzImages(path), extractor, accelerator, batch_size, keep, stored)
         if not stored:
             raise UserError(
                 f"{path} holds neither arr_0 (images) nor statistics (mu, sigma) of {extractor.name} features"
@@ -115,11 +109,10 @@ class Reference:
         cls,
         images: Images,
         extractor: Extractor,
-        *,
-        accelerator: Accelerator | None = None,
-        batch_size: int = 64,
+        accelerator: Accelerator | None,
+        batch_size: int,
+        keep: int | None,
         stored: NpzArchive | None = None,
-        keep: int | None = None,
     ) -> Reference:
         """Features of real images, at most `keep` random ones; statistics of all images, unless `stored`."""
         chosen = None
@@ -356,14 +349,10 @@ def write_images(options: Options) -> None:
         )
         chosen = np.sort(Stream(options.seed, "reference").permutation(len(images))[: options.num_images]).tolist()
     labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
-    with progress.bar(total=len(chosen), desc="reference", unit="image") as bar:
-
-        def shown() -> Iterator[np.ndarray]:
-            for batch in images.batches(chosen, options.batch_size):
-                yield batch
-                bar.update(len(batch))
-
-        write_npz(options.out, shown(), labels[list(chosen)], images.shape)
+    batches = images.batches(chosen, options.batch_size)
+    count = math.ceil(len(chosen) / options.batch_size)
+    with progress.bar(batches, total=count, desc="reference", unit="batch") as bar:
+        write_npz(options.out, bar, labels[list(chosen)], images.shape)
     print(f"wrote {options.out}: {len(chosen):,} images of {' x '.join(map(str, images.shape))}")
 
 

@@ -11,7 +11,7 @@ Notation: N images, T tokens of an image, D dimensions of a feature, P pixels of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -203,10 +203,6 @@ def cknna(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
 
     own = align(a, a) * align(b, b)
     return align(a, b) / math.sqrt(own) if own > 0 else 0.0
-
-
-Measure = Callable[[Tensor, Tensor, Sequence[Tensor]], float]
-CLASS_PROBES: dict[str, Measure] = {"accuracy": class_accuracy, "knn": neighbour_accuracy}
 
 
 def principal(tokens: Tensor, count: int = 3) -> Tensor:

@@ -1,8 +1,8 @@
 """From images to metrics: extract features as the images come, then compare with a reference.
 
     scorer = Scorer(reference, extractor)
-    for images, labels in batches:
-        scorer.add(images, labels)
+    for images, labels, indices in batches:
+        scorer.add(images, labels, indices)
     result = scorer.result()
 
 Under `accelerate launch` each process adds its share; the result is that of one process.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from evaluations import metrics
@@ -24,13 +25,11 @@ from evaluations.features import Extractor
 from evaluations.reference import Reference
 from runtime import progress
 from runtime.arithmetic import exact_arithmetic
-from runtime.errors import UserError, require
+from runtime.errors import require
+from runtime.launch import on_main
 from runtime.slices import slices
 from runtime.streams import Stream
 from sampling.sampler import Sampler
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 FEW = 10_000
 NAMES = {("inception", "fd"): "fid", ("inception", "sfd"): "sfid"}  # the names that only Inception's features deserve
@@ -67,7 +66,7 @@ class Scorer:
         self.shuffle = shuffle
         self._collector = Collector(extractor, accelerator)
 
-    def add(self, images: Array, labels: Array | None = None, indices: Array | None = None) -> None:
+    def add(self, images: Array, labels: Array | None, indices: Array) -> None:
         """Add images, uint8 (n, H, W, C); see Collector.add. Raises UserError unless they have the reference's size."""
         self.reference.require_shape("the samples", tuple(images.shape[1:]))
         self._collector.add(images, labels, indices)
@@ -78,20 +77,9 @@ class Scorer:
 
     def compare(self, samples: Collected) -> dict[str, Any]:
         """The metrics of collected features. The main process computes them; all processes return them."""
-        if self.accelerator is None or self.accelerator.num_processes == 1:
+        if self.accelerator is None:
             return self._compare(samples)
-        from accelerate.utils import broadcast_object_list
-
-        answers: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                answers = [self._compare(samples)]
-            except UserError as error:  # raised on every process: one that waits for the others would hang
-                answers = [error]
-        (answer,) = broadcast_object_list(answers)
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
+        return on_main(self.accelerator, lambda: self._compare(samples))
 
     def _compare(self, samples: Collected) -> dict[str, Any]:
         reference, device = self.reference, self.extractor.device

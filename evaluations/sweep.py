@@ -13,15 +13,15 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from typing_extensions import TypedDict
 
 from config import FeatureOptions, require_samples
@@ -38,12 +38,7 @@ from runtime.text import aligned
 from sampling.config import SamplingConfig, SourceOptions
 from sampling.source import Source
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Point = tuple[float, float]  # guidance scale, upper end of the interval
-Grid = list[list[float | None]]
-NEVER_SHOWN = ("ckpt", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,49 +132,41 @@ class Results:
         files.write_json(self.path, {"settings": self.settings, "points": points})
 
 
-def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], Grid]:
-    """Scales, upper ends, and `metric` as a table [upper end][scale]; None for a missing point."""
+def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], np.ndarray]:
+    """Scales, upper ends, and `metric` as a table [upper end][scale]."""
     scales, highs = sorted({scale for scale, _ in points}), sorted({high for _, high in points})
-
-    def at(scale: float, high: float) -> float | None:
-        metrics = next((m for (s, _), m in points.items() if s == scale == 1), points.get((scale, high)))
-        return None if metrics is None else metrics[metric]
-
-    return scales, highs, [[at(scale, high) for scale in scales] for high in highs]
+    # At scale 1 there is one point, with the last of the upper ends.
+    grid = [[points[scale, high if scale != 1 else highs[-1]][metric] for scale in scales] for high in highs]
+    return scales, highs, np.array(grid)
 
 
 def table(points: dict[Point, dict[str, float]], metric: str) -> str:
     """The grid as aligned text: scales across, upper ends down."""
     scales, highs, grid = rows(points, metric)
     lines = [["high \\ scale", *(f"{scale:g}" for scale in scales)]]
-    lines += [
-        [f"{high:g}", *("-" if value is None else f"{value:.3f}" for value in line)]
-        for high, line in zip(highs, grid, strict=True)
-    ]
+    lines += [[f"{high:g}", *(f"{value:.3f}" for value in line)] for high, line in zip(highs, grid, strict=True)]
     return aligned(lines, left=(), rule=False)
 
 
 def heat_map(points: dict[Point, dict[str, float]], metric: str, title: str) -> Figure:
     """The grid as a heat map with its numbers, rows in the table's order. Dark is good; a ring marks the best point."""
-    scales, highs, grid = rows(points, metric)
-    image = np.array([[np.nan if value is None else value for value in line] for line in grid])
+    scales, highs, image = rows(points, metric)
     figure = drawing.canvas(2.5 + 0.55 * len(scales), 1.8 + 0.45 * len(highs))
     axes = figure.subplots()
     picture = axes.imshow(image, origin="upper", aspect="auto", cmap="viridis")
-    best = np.unravel_index(np.nanargmin(image), image.shape)
+    best = np.unravel_index(image.argmin(), image.shape)
     axes.plot(best[1], best[0], "o", markersize=14, markerfacecolor="none", markeredgecolor="white", markeredgewidth=2)
-    middle = (np.nanmin(image) + np.nanmax(image)) / 2
+    middle = (image.min() + image.max()) / 2
     for (row, column), value in np.ndenumerate(image):
-        if not np.isnan(value):
-            axes.text(
-                column,
-                row,
-                f"{value:.3g}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if value <= middle else "black",
-            )
+        axes.text(
+            column,
+            row,
+            f"{value:.3g}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if value <= middle else "black",
+        )
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(highs)), [f"{high:g}" for high in highs])
     axes.set(xlabel="guidance scale", ylabel="guide while t is at most", title=title)
@@ -192,20 +179,9 @@ def command(config: SweepConfig, point: Point) -> str:
     words = ["python", "generate.py", "--ckpt", config.source.ckpt]
     for options in (config.source, config.at(point)):
         for field in dataclasses.fields(options):
-            if field.name not in NEVER_SHOWN and (value := getattr(options, field.name)) != field.default:
+            if field.name not in ("ckpt", "batch_size") and (value := getattr(options, field.name)) != field.default:
                 words += [f"--{field.name.replace('_', '-')}", str(value)]
     return shlex.join(words)
-
-
-def edges(config: SweepConfig, point: Point) -> Iterator[str]:
-    """The options whose range ends at `point`, so that a better point may lie beyond; not those at a limit."""
-    for flag, text, value, limits in (
-        ("--cfg-scale", config.cfg_scale, point[0], (1.0,)),
-        ("--guidance-high", config.guidance_high, point[1], (0.0, 1.0)),
-    ):
-        swept = values(flag, text)
-        if len(swept) > 1 and value in (swept[0], swept[-1]) and value not in limits:
-            yield flag
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -230,9 +206,7 @@ def sweep(config: SweepConfig) -> Path:
             files.remove_leftovers(out)
         accelerator.wait_for_everyone()  # all have read before one writes
         todo = [point for point in points if point not in results.points]
-        if accelerator.is_main_process:
-            print(cost(config, source, todo, len(points)), flush=True)
-        began = time.monotonic()
+        accelerator.print(cost(config, source, todo, len(points)), flush=True)
         for number, point in enumerate(todo, 1):
             scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
             add_drawn(
@@ -245,8 +219,6 @@ def sweep(config: SweepConfig) -> Path:
             results.points[point] = scorer.result()["metrics"]
             if accelerator.is_main_process:
                 results.write()
-                if number == 1 and len(todo) > 1:
-                    print(remaining(config, source, todo, time.monotonic() - began), flush=True)
         if accelerator.is_main_process:
             conclude(config, results, out)
         accelerator.wait_for_everyone()
@@ -264,13 +236,6 @@ def cost(config: SweepConfig, source: Source, todo: Sequence[Point], total: int)
     )
 
 
-def remaining(config: SweepConfig, source: Source, todo: Sequence[Point], seconds: float) -> str:
-    """How long the points after the first will take, by network evaluations; the first took `seconds`."""
-    each = [config.at(point).evaluations or 1 for point in todo]
-    left = seconds * sum(each[1:]) / each[0]
-    return f"the first point took {seconds / 60:.1f} minutes, the other {len(todo) - 1} take about {left / 60:.1f}"
-
-
 def conclude(config: SweepConfig, results: Results, out: Path) -> None:
     """Print the table and the best point's command, and write the heat map."""
     points = {point: results.points[point] for point in config.points()}
@@ -282,8 +247,6 @@ def conclude(config: SweepConfig, results: Results, out: Path) -> None:
         f"{title} (not to be compared with other counts):\n{table(points, metric)}\n"
         f"written to {out}/sweep.json, sweep.png and sweep.svg"
     )
-    for flag in edges(config, best):
-        print(f"the best point lies at the end of {flag}: widen it, points that are done are kept")
     print(
         f"best: {metric} {points[best][metric]:.3f} at scale {best[0]:g}, high {best[1]:g}. The full set of "
         f"samples:\n{command(config, best)}",

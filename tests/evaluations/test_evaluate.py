@@ -32,8 +32,8 @@ def digits(seed, count, channels=1, size=6):
 def score(samples, labels, path):
     """The result for samples in memory against the reference at `path`, added in two batches."""
     scorer = Scorer(Reference.open(path, Pixels()), Pixels())
-    for part in (slice(0, 60), slice(60, None)):
-        scorer.add(samples[part], None if labels is None else labels[part])
+    for part in np.split(np.arange(len(samples)), [60]):
+        scorer.add(samples[part], None if labels is None else labels[part], part)
     return scorer.result()
 
 

@@ -266,7 +266,7 @@ def test_mistakes_are_answered(data: Path, teacher: Path) -> None:
     with pytest.raises(UserError, match="no figure pcs .did you mean pca"):
         figures.main(["pcs"])
     for more, message in (
-        (("--features", "x"), "has no x"),
+        (("--features", "x"), "--features: invalid choice: 'x'"),
         (("--classes", 11), "there are 10 classes"),
         (("--blocks", 9), "blocks 1 to 6"),
     ):

@@ -30,6 +30,13 @@ def normal(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).randn(*shape).astype(np.float32))
 
 
+def statistics(x: torch.Tensor) -> Statistics:
+    """Mean and covariance of features (N, D)."""
+    moments = Moments()
+    moments.add(x)
+    return moments.statistics()
+
+
 def by_sqrtm(a: Statistics, b: Statistics) -> float:
     root = scipy.linalg.sqrtm((a.covariance @ b.covariance).numpy())
     difference = (a.mean - b.mean).numpy()
@@ -51,11 +58,11 @@ def test_values_beyond_half_fall_back_to_float32_as_in_adm(features):
 
 def test_adm_frechet_distance(features):
     x, r = features
-    assert metrics.frechet(metrics.statistics(x), metrics.statistics(r)) == pytest.approx(ADM["frechet"], rel=1e-6)
+    assert metrics.frechet(statistics(x), statistics(r)) == pytest.approx(ADM["frechet"], rel=1e-6)
     few = ADM["frechet_rank_deficient"]
     x, r = x[: few["sample_rows"]], r[: few["reference_rows"]]
     assert len(x) < x.shape[1]
-    assert metrics.frechet(metrics.statistics(x), metrics.statistics(r)) == pytest.approx(few["value"], rel=1e-6)
+    assert metrics.frechet(statistics(x), statistics(r)) == pytest.approx(few["value"], rel=1e-6)
 
 
 def test_adm_inception_score():
@@ -65,8 +72,8 @@ def test_adm_inception_score():
 
 @pytest.mark.parametrize("dimensions", [1, 7, 64, 200])
 def test_frechet_against_scipy(dimensions):
-    a = metrics.statistics(normal(1, 700, dimensions) @ normal(2, dimensions, dimensions))
-    b = metrics.statistics(normal(3, 500, dimensions) * 2 + 1)
+    a = statistics(normal(1, 700, dimensions) @ normal(2, dimensions, dimensions))
+    b = statistics(normal(3, 500, dimensions) * 2 + 1)
     assert metrics.frechet(a, b) == pytest.approx(by_sqrtm(a, b), rel=1e-8)
     assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-8)
 
@@ -75,27 +82,27 @@ def test_frechet_in_closed_form():
     a = Statistics(torch.tensor([1.0, 2, 0]).double(), torch.diag(torch.tensor([4.0, 9, 0])).double())
     b = Statistics(torch.tensor([0.0, 0, 2]).double(), torch.diag(torch.tensor([1.0, 16, 25])).double())
     assert metrics.frechet(a, b) == pytest.approx(9 + 1 + 1 + 25, abs=1e-12)  # |m|^2 + sum (sqrt a - sqrt b)^2
-    full = metrics.statistics(normal(0, 400, 50))
+    full = statistics(normal(0, 400, 50))
     assert abs(metrics.frechet(full, full)) < 1e-9
 
 
 def test_frechet_of_dead_and_doubled_features_is_finite():
     x, r = normal(0, 300, 20), normal(1, 200, 20)
-    expected = metrics.frechet(metrics.statistics(x), metrics.statistics(r))
+    expected = metrics.frechet(statistics(x), statistics(r))
     dead = [torch.cat([part, torch.zeros(len(part), 10)], 1) for part in (x, r)]
-    assert metrics.frechet(*map(metrics.statistics, dead)) == pytest.approx(expected, rel=1e-7)
+    assert metrics.frechet(*map(statistics, dead)) == pytest.approx(expected, rel=1e-7)
     doubled = [torch.cat([part, part[:, :1]], 1) for part in (x, r)]
-    assert np.isfinite(metrics.frechet(*map(metrics.statistics, doubled)))
+    assert np.isfinite(metrics.frechet(*map(statistics, doubled)))
 
 
 def test_frechet_refuses_what_no_covariance_gives():
-    good = metrics.statistics(normal(0, 50, 4))
+    good = statistics(normal(0, 50, 4))
     with pytest.raises(UserError, match="positive semi-definite"):
         metrics.frechet(good, Statistics(good.mean, -good.covariance))
     with pytest.raises(UserError, match="NaN"):
         metrics.frechet(good, Statistics(good.mean, good.covariance * float("nan")))
     with pytest.raises(UserError, match="4 features and the reference 5"):
-        metrics.frechet(good, metrics.statistics(normal(0, 50, 5)))
+        metrics.frechet(good, statistics(normal(0, 50, 5)))
 
 
 @pytest.mark.parametrize("cuts", [[1000], [1, 999], [333, 333, 334], [10] * 100])
@@ -115,16 +122,16 @@ def test_statistics_merge_across_processes():
         part = Moments()
         if len(rank):
             part.add(rank)
-        merged.merge(part.count, part.mean, part.scatter)
-    whole = metrics.statistics(x)
+        merged.merge(part)
+    whole = statistics(x)
     torch.testing.assert_close(merged.statistics().covariance, whole.covariance, rtol=1e-12, atol=1e-14)
 
 
 def test_statistics_refuse_one_sample_and_nan():
     with pytest.raises(UserError, match="at least 2"):
-        metrics.statistics(torch.zeros(1, 3))
+        statistics(torch.zeros(1, 3))
     with pytest.raises(UserError, match="NaN"):
-        metrics.statistics(torch.tensor([[0.0], [float("nan")]]))
+        statistics(torch.tensor([[0.0], [float("nan")]]))
 
 
 def score_by_definition(p: np.ndarray, chunk: int) -> float:

@@ -507,7 +507,7 @@ def test_mistakes_are_answered(data: Path, teacher: Path, masks: Path, tmp_path:
     np.savez(tmp_path / "odd.npz", masks=np.zeros((1797, 6, 6), np.uint8))
     np.savez(tmp_path / "grey.npz", masks=np.full((1797, 8, 8), 128, np.uint8))
     for more, message in (
-        (("--features", "f"), "--features has no f"),
+        (("--features", "f"), "--features: invalid choice: 'f'"),
         (("--t", 1.5), r"--t 1.5 must lie in \[0, 1\]"),
         (("--blocks", 7), "blocks 1 to 6"),
         (("--masks", tmp_path / "absent.npz"), "cannot read"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -306,10 +305,6 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     text = capsys.readouterr().out
     # 3 SDE steps: 3 evaluations without guidance, 6 with it
     assert text.startswith("2 of 2 points to do, 24 samples each: 48 images, 216 network evaluations")
-    first, left = (
-        float(part) for part in re.search(r"took ([\d.]+) minutes, the other 1 take about ([\d.]+)", text).groups()
-    )
-    assert left == pytest.approx(2 * first, abs=0.16)  # twice the evaluations
     result = json.loads((out / "sweep.json").read_text())
     assert [(point["cfg_scale"], point["guidance_high"]) for point in result["points"]] == [(1, 1), (3, 1)]
     generate.main(
@@ -364,15 +359,6 @@ def test_the_heat_map_has_its_numbers_and_the_tables_order():
     assert [text.get_position() for text in axes.texts] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # 0.5 above 1, as in the table
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.5", "1"]
-
-
-def test_a_best_point_at_the_end_of_its_range_says_so():
-    config = options.build(
-        SweepConfig, {"ckpt": "x", "reference": "r"}, {"cfg_scale": "1:2:0.5", "guidance_high": "0.5:1:0.25"}
-    )
-    assert list(sweep.edges(config, (2, 0.75))) == ["--cfg-scale"]
-    assert list(sweep.edges(config, (1.5, 0.5))) == ["--guidance-high"]
-    assert list(sweep.edges(config, (1, 1))) == [] == list(sweep.edges(config, (1.5, 0.75)))
 
 
 def test_a_reference_of_another_size_is_refused_before_training(tmp_path, words):
