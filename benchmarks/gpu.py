@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,48 +45,35 @@ class Part:
     minutes: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """Words of the parts at one size. Later words replace earlier ones."""
-
-    train: str
-    rows: str
-    few: str
-    ablation: str
-    methods: str
-    loader: str
-    sample: str
-    trace: str
-    run: str
-    models: Mapping[str, str] = field(default_factory=dict)
-    """Networks that stand for others."""
-
-
+# Words of the parts at each size. Later words replace earlier ones.
 SCALES = {
-    "full": Scale(
-        train="--steps 10 --repetitions 3 --warmup 6",
-        rows="--rows plain 'stage 1' 'stage 2' 'stage 2, interval'",
-        few="--rows plain 'stage 2, interval'",
-        ablation="--rows plain --ablation",
-        methods="--rows repa haste dispersive layersync sra",
-        loader="--rows batches 'batches, images'",
-        sample="--model SiT-XL/2",
-        trace="--model SiT-XL/2",
-        run="--model SiT-S/2 --seeds 0 1 2 3 4",
-    ),
-    "tiny": Scale(
-        train="--batch-size 2 --latent-size 8 --classes 10 --items 16 --steps 1 --warmup 1 --repetitions 2",
-        rows="--rows plain 'stage 1'",
-        few="--rows plain",
-        ablation="--rows plain",
-        methods="--rows dispersive layersync sra",
-        loader="--rows batches",
-        sample="--model SiT-Tiny/2 --latent-size 8 --batch-size 2 --num-steps 3 --repetitions 2 --decoder tiny",
-        trace="--model SiT-Tiny/2 --latent-size 8 --batch-size 2 --classes 10 --items 16 --warmup 1",
-        run="--steps 8 --samples 16 --seeds 0",
-        models=dict.fromkeys(("SiT-B/2", "SiT-L/2", "SiT-XL/2"), "SiT-Tiny/2")
-        | {"LightningDiT-XL/1": "LightningDiT-Tiny/1"},
-    ),
+    "full": {
+        "train": "--steps 10 --repetitions 3 --warmup 6",
+        "rows": "--rows plain 'stage 1' 'stage 2' 'stage 2, interval'",
+        "few": "--rows plain 'stage 2, interval'",
+        "ablation": "--rows plain --ablation",
+        "methods": "--rows repa haste dispersive layersync sra",
+        "loader": "--rows batches 'batches, images'",
+        "sample": "--model SiT-XL/2",
+        "trace": "--model SiT-XL/2",
+        "run": "--model SiT-S/2 --seeds 0 1 2 3 4",
+    },
+    "tiny": {
+        "train": "--batch-size 2 --latent-size 8 --classes 10 --items 16 --steps 1 --warmup 1 --repetitions 2",
+        "rows": "--rows plain 'stage 1'",
+        "few": "--rows plain",
+        "ablation": "--rows plain",
+        "methods": "--rows dispersive layersync sra",
+        "loader": "--rows batches",
+        "sample": "--model SiT-Tiny/2 --latent-size 8 --batch-size 2 --num-steps 3 --repetitions 2 --decoder tiny",
+        "trace": "--model SiT-Tiny/2 --latent-size 8 --batch-size 2 --classes 10 --items 16 --warmup 1",
+        "run": "--steps 8 --samples 16 --seeds 0",
+    },
+}
+# Networks that stand for others at --scale tiny.
+TINY = {
+    **dict.fromkeys(("SiT-B/2", "SiT-L/2", "SiT-XL/2"), "SiT-Tiny/2"),
+    "LightningDiT-XL/1": "LightningDiT-Tiny/1",
 }
 
 
@@ -99,8 +86,8 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
         return Part(name, ("-m", f"benchmarks.{module}", *shlex.split(words), "--out", result), minutes)
 
     def train(name: str, model: str, batch: int, words: str) -> Part:
-        network = scale.models.get(model, model)
-        words = f"--model {network} --batch-size {batch} {scale.train} {words}"
+        network = TINY.get(model, model) if config.scale == "tiny" else model
+        words = f"--model {network} --batch-size {batch} {scale['train']} {words}"
         return bench("train_step", f"{name}-{model.replace('/', '-')}-{batch}", words)
 
     suite = Part("suite", ("-m", "pytest", "tests/training/test_cuda.py", f"--junitxml={out / 'suite.xml'}"), 5.0)
@@ -110,19 +97,19 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
         # of SiT-XL/2, both networks with 256 images would not fit into 141 GB
         for model, batch in (("SiT-B/2", 32), ("SiT-XL/2", 32), ("SiT-B/2", 256), ("SiT-XL/2", 64)):
             beside.append(train("peer", model, batch, f"--rows plain {words}"))
-        beside.append(bench("sample", "peer-sample", f"{scale.sample} {words}", minutes=4.0))
+        beside.append(bench("sample", "peer-sample", f"{scale['sample']} {words}", minutes=4.0))
     return [
         suite,
-        *(train("train", model, 256, scale.rows) for model in ("SiT-B/2", "SiT-XL/2")),
-        bench("sample", "sample-SiT-XL-2", scale.sample, minutes=2.5),
-        *(train("train", model, 256, scale.rows) for model in ("SiT-L/2", "LightningDiT-XL/1")),
-        *(train("train", model, 32, scale.few) for model in ("SiT-B/2", "SiT-XL/2", "SiT-L/2", "LightningDiT-XL/1")),
+        *(train("train", model, 256, scale["rows"]) for model in ("SiT-B/2", "SiT-XL/2")),
+        bench("sample", "sample-SiT-XL-2", scale["sample"], minutes=2.5),
+        *(train("train", model, 256, scale["rows"]) for model in ("SiT-L/2", "LightningDiT-XL/1")),
+        *(train("train", model, 32, scale["few"]) for model in ("SiT-B/2", "SiT-XL/2", "SiT-L/2", "LightningDiT-XL/1")),
         *beside,
-        bench("trace", "trace", scale.trace),
-        train("ablation", "SiT-B/2", 256, scale.ablation),
-        train("methods", "SiT-B/2", 256, scale.methods),
-        train("loader", "SiT-B/2", 256, scale.loader),
-        Part("run", ("-m", "recipes.quickstart", "--out", str(out / "run"), *scale.run.split()), 2.0),
+        bench("trace", "trace", scale["trace"]),
+        train("ablation", "SiT-B/2", 256, scale["ablation"]),
+        train("methods", "SiT-B/2", 256, scale["methods"]),
+        train("loader", "SiT-B/2", 256, scale["loader"]),
+        Part("run", ("-m", "recipes.quickstart", "--out", str(out / "run"), *scale["run"].split()), 2.0),
     ]
 
 

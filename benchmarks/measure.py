@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import os
 import platform
 import shlex
 import statistics
@@ -29,14 +30,14 @@ from runtime.options import as_dict, read
 from runtime.streams import Stream
 from runtime.text import aligned
 
+# Options that choose rows and files, and change no row.
 ASIDE = ("rows", "ablation", "peer", "chrome", "out")
-"""Options that choose rows and files, and change no row."""
+# Dense bf16 operations a second, as the vendor states them; MFU is in these units whatever the precision.
 PEAKS = {"H100": 990e12, "H200": 990e12, "H800": 990e12, "A100": 312e12, "A800": 312e12}
-"""Dense bf16 operations a second, as the vendor states them; MFU is in these units whatever the precision."""
 
 Call = Callable[[], Any]
+# Rows with their names, as they are measured.
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Rows with their names, as they are measured."""
 
 
 def run(
@@ -50,21 +51,26 @@ def run(
     """Run a benchmark's command: measure what --out lacks, print the table, return the result.
 
     Args:
-        schema: its options. A result is continued if all but those in `ASIDE` are the same.
+        schema: its options. If any of them differs but those in `ASIDE`, the rows of --out are measured anew.
         rows: measures rows, given the options, a temporary folder and the rows of --out.
         report: the table of the rows.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     config = read(schema, words, prog=f"python -m benchmarks.{name}", description=description)
     settings = {key: value for key, value in as_dict(config).items() if key not in ASIDE}
-    results = Results(config.out, f"python -m benchmarks.{name} {shlex.join(words)}", settings)
+    earlier = files.read_json(config.out) if config.out and Path(config.out).is_file() else {}
+    measured = earlier.get("rows", {}) if earlier.get("settings") == settings else {}
+    command = f"python -m benchmarks.{name} {shlex.join(words)}"
+    result = {**environment(command), "settings": settings, "rows": measured}
     with tempfile.TemporaryDirectory() as folder:
-        for key, row in rows(config, Path(folder), results.rows):
-            results.add(key, row)
+        for key, row in rows(config, Path(folder), measured):
+            measured[key] = row
+            if config.out:  # after each row, so that a command that is cut off continues after its last one
+                files.write_json(config.out, result)
             if "images_per_second" in row:
                 print(f"{key}: {row['images_per_second']['median']:g} images/s", flush=True)
-    print(report(results.rows))
-    return results.result()
+    print(report(measured))
+    return result
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -75,7 +81,8 @@ def environment(command: str) -> dict[str, Any]:
         "device": device_name(),
         "commit": launch.commit() or "unknown",
         "threads": torch.get_num_threads(),
-        "load": load(),
+        # mean number of running processes in the last minute: above the number of threads, others were busy too
+        "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
@@ -86,34 +93,6 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def load() -> float:
-    """Mean number of running processes in the last minute. Above the number of threads, others were busy too."""
-    return float(Path("/proc/loadavg").read_text().split()[0])
-
-
-class Results:
-    """A JSON file of rows, written after each row, so that a command that is cut off continues after its last one.
-
-    Rows measured under other settings are dropped.
-    """
-
-    def __init__(self, out: str | None, command: str, settings: dict[str, Any]) -> None:
-        self.out = Path(out) if out else None
-        earlier = files.read_json(self.out) if self.out and self.out.is_file() else {}
-        self.rows: dict[str, dict[str, Any]] = earlier.get("rows", {}) if earlier.get("settings") == settings else {}
-        self._head = {**environment(command), "settings": settings}
-
-    def add(self, name: str, row: dict[str, Any]) -> None:
-        """Add a row, also to the file."""
-        self.rows[name] = row
-        if self.out:
-            files.write_json(self.out, self.result())
-
-    def result(self) -> dict[str, Any]:
-        """The content of the file."""
-        return {**self._head, "rows": self.rows}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -158,10 +137,7 @@ def alternate(
 def counts(call: Call, device: torch.device) -> dict[str, float]:
     """Operators of one call; on CUDA also kernel launches, and microseconds of the host until the call returns."""
     times = 3 if device.type == "cuda" else 1
-    activities = [torch.profiler.ProfilerActivity.CPU] + (
-        [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-    )
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         for _ in range(times):
             call()
     events = profile.key_averages()
@@ -234,11 +210,11 @@ def png(side: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
+# The columns of a table of rates.
 RATE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "images/s": lambda row: f"{row['images_per_second']['median']:g}",
     "range": lambda row: f"{row['images_per_second']['low']:g} - {row['images_per_second']['high']:g}",
 }
-"""The columns of a table of rates."""
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:

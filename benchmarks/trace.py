@@ -42,8 +42,7 @@ def rows(config: TraceConfig, folder: Path, known: Mapping[str, Any]) -> measure
     step, cuda = train_step.training_step(run), run.device.type == "cuda"
     for _ in range(config.step.warmup):
         step()
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile() as profile:
         for _ in range(3):
             step()
     if config.chrome:

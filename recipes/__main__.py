@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 from recipes import chain, claims, costs, figure, inside, publish, record, rows, runner, scale, slurm, table
 from recipes.rows import Row
 from runtime import errors
-from runtime.errors import UserError, nearest, require
+from runtime.errors import nearest, require
 from runtime.options import option, read
 from runtime.text import aligned
 
@@ -151,7 +151,9 @@ def show(names: Sequence[str], options: Show) -> None:
         for seed in options.seed_range():
             plan = chain.build(row, size, seed, Path(options.work))
             print(f"# {row.name}, {size.name}, seed {seed}")
-            print(*plan.lines(options.processes or size.processes, options.nodes), sep="\n")
+            for link in plan.links:
+                print(f"# {link.name}{' (done)' if link.done else ''}")
+                print(link.command(options.processes or size.processes, options.nodes))
         print(costs.summary(row, size, options.images_per_second))
 
 
@@ -176,8 +178,19 @@ def run(names: Sequence[str], options: Run) -> None:
     chosen = [row for name in names for row in _rows(name)]
     if options.slurm:
         for row in chosen:
-            limits = (options.nodes, processes, options.hours)
-            print(slurm.script(row.name, size.name, seeds, *limits, options.work, options.results), end="")
+            print(
+                slurm.script(
+                    row.name,
+                    size.name,
+                    seeds,
+                    nodes=options.nodes,
+                    gpus=processes,
+                    hours=options.hours,
+                    work=options.work,
+                    results=options.results,
+                ),
+                end="",
+            )
         return
     for seed in seeds:  # the outer loop, so that finished rows can be compared early
         for row in chosen:
@@ -255,8 +268,8 @@ class Command(NamedTuple):
 
     action: Callable[[Sequence[str], Any], None]
     options: type[Any]
+    # How many names it takes; some is at least one.
     names: Literal["none", "any", "some"] = "some"
-    """How many names it takes; some is at least one."""
 
 
 COMMANDS = {
@@ -279,10 +292,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return
-    if words[0] not in COMMANDS:
-        raise UserError(
-            f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}"
-        )
+    require(
+        words[0] in COMMANDS,
+        f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}",
+    )
     command, prog = COMMANDS[words[0]], f"python -m recipes {words[0]}"
     flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     names = words[1:flags]

@@ -11,7 +11,6 @@ import itertools
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from recipes.rows import ENCODED, PRESET, Row
 from recipes.scale import Scale
@@ -22,12 +21,12 @@ class Link:
     """One command."""
 
     name: str
+    # Without interpreter and launcher: `train.py --data-dir ...` or `-m evaluations.reference ...`.
     words: tuple[str, ...]
-    """Without interpreter and launcher: `train.py --data-dir ...` or `-m evaluations.reference ...`."""
+    # A file that exists once it is done.
     makes: Path
-    """A file that exists once it is done."""
+    # Whether the launcher starts it on all devices.
     many: bool
-    """Whether the launcher starts it on all devices."""
 
     @property
     def done(self) -> bool:
@@ -65,22 +64,8 @@ class Chain:
     run: Path
     step: int
     scores: list[Score]
+    # The teacher's run and its step.
     teacher: tuple[Path, int] | None
-    """The teacher's run and its step."""
-
-    def lines(self, processes: int, nodes: int = 1) -> list[str]:
-        """Every link: a comment with its name, then the command to type."""
-        return [
-            f"# {link.name}{' (done)' if link.done else ''}\n{link.command(processes, nodes)}" for link in self.links
-        ]
-
-
-class Training(NamedTuple):
-    """One training command, the folder of its run and its last step."""
-
-    link: Link
-    run: Path
-    step: int
 
 
 def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
@@ -95,27 +80,30 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
         links.append(Link("encoder", words, encoder / "accuracy.json", False))
     teacher = None
     if row.teacher is not None:
-        training = _training(row.of_teacher(), scale, seed, work)
-        name = f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)"
-        links.append(replace(training.link, name=name))
-        teacher = (training.run, training.step)
-    training = _training(row, scale, seed, work, teacher)
-    link = training.link
+        link, run = _training(row.of_teacher(), scale, seed, work)
+        links.append(replace(link, name=f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)"))
+        teacher = (run, scale.steps(row, row.teacher.epochs))
+    link, run = _training(row, scale, seed, work, teacher)
     if row.trunk is not None:
         long = replace(row, trunk=None, stop=0, epochs=max(80, row.epochs))
-        trunk = _training(long, scale, seed, work, teacher)
-        links.append(trunk.link)
-        branch = f"{trunk.run}@{scale.steps(row, row.trunk)}"
-        link = replace(link, words=(*link.words, "--branch-from", branch))
-    scores = _scores(row, scale, seed, work, training.run)
+        long_link, trunk = _training(long, scale, seed, work, teacher)
+        links.append(long_link)
+        link = replace(link, words=(*link.words, "--branch-from", f"{trunk}@{scale.steps(row, row.trunk)}"))
+    scores = _scores(row, scale, seed, work, run)
     links += [link, *(score.link for score in scores)]
-    return Chain(row, links, training.run, training.step, scores, teacher)
+    return Chain(row, links, run, scale.steps(row, row.epochs), scores, teacher)
 
 
-def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path, int] | None = None) -> Training:
-    """The training of a row. Rows that differ in length alone share a run, named by a digest of all other options."""
+def _training(
+    row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path, int] | None = None
+) -> tuple[Link, Path]:
+    """The training of a row, and the folder of its run.
+
+    Rows that differ in length alone share a run, named by a digest of all other options.
+    """
     steps = scale.steps(row, row.epochs)
-    words = scale.fill(f"{scale.train[row.family]} {_by(scale.methods, row.method)}", row, work)
+    method = scale.methods.get(row.method, scale.methods.get("", ""))
+    words = scale.fill(f"{scale.train[row.family]} {method}", row, work)
     words += ["--data-dir", str(work / "data" / scale.data(row)), "--seed", str(seed), *scale.row_words(row)]
     if row.method not in ("none", "guided"):
         words += ["--align", row.method]
@@ -137,7 +125,7 @@ def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path
     words += ["--output-dir", str(runs), "--exp-name", name, "--max-train-steps", str(steps)]
     words += ["--checkpointing-steps", str(scale.checkpointing_steps[row.family])]
     last = runs / name / "checkpoints" / f"{steps:07d}" / "config.json"
-    return Training(Link("train", (program, *words), last, True), runs / name, steps)
+    return Link("train", (program, *words), last, True), runs / name
 
 
 def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Score]:
@@ -146,7 +134,7 @@ def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Sc
     for epochs, preset, more in itertools.product(
         row.at or (row.epochs,), [scale.preset] if scale.preset else row.presets, row.sampling
     ):
-        sampler = _by(scale.sample, preset)
+        sampler = scale.sample.get(preset, scale.sample[""])
         if more and "--preset" in sampler:  # a preset allows no further options
             continue
         name, step = f"{preset} {more}".strip(), scale.steps(row, epochs)
@@ -156,8 +144,3 @@ def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Sc
         title = f"score {name}" + (f" at step {step}" if row.at else "")
         scores.append(Score(name, epochs, step, Link(title, words, out / "metrics.json", True)))
     return scores
-
-
-def _by(words: dict[str, str], key: str) -> str:
-    """The words of `key`, or those of all other keys, which are called ""."""
-    return words.get(key, words.get("", ""))

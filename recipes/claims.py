@@ -14,6 +14,7 @@ from typing import Any
 
 from recipes import rows
 from recipes.record import newest
+from recipes.table import quality
 from runtime.errors import require
 
 LEVEL = 0.05
@@ -51,14 +52,13 @@ CLAIMS = (
 )
 
 
-def values(records: Sequence[dict[str, Any]], scale: str, metric: str) -> dict[tuple[str, float], dict[int, float]]:
-    """(row without table and model, epochs) -> seed -> metric, of the study's rows."""
+def values(records: Sequence[dict[str, Any]], scale: str) -> dict[tuple[str, float], dict[int, float]]:
+    """(row without table and model, epochs) -> seed -> Frechet distance, of the study's rows."""
     scores: dict[tuple[str, float], dict[int, float]] = {}
     for record in study_records(records, scale):
         key = record["row"].split("/")[-1]
         for score in record["scores"]:
-            if metric in score["metrics"]:
-                scores.setdefault((key, score["epochs"]), {})[record["seed"]] = score["metrics"][metric]
+            scores.setdefault((key, score["epochs"]), {})[record["seed"]] = quality(score)
     return scores
 
 
@@ -78,12 +78,12 @@ class Finding:
     """One claim after its test."""
 
     claim: Claim
+    # Better minus worse, for each seed that both rows have.
     differences: tuple[float, ...]
-    """Better minus worse, for each seed that both rows have."""
+    # Of the paired t-test, two-sided, uncorrected; NaN below two seeds.
     p: float
-    """Of the paired t-test, two-sided, uncorrected; NaN below two seeds."""
+    # `p` after Holm's correction.
     corrected: float
-    """`p` after Holm's correction."""
 
     @property
     def verdict(self) -> str:
@@ -113,17 +113,17 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def test(records: Sequence[dict[str, Any]], scale: str = "study", metric: str = "fd") -> list[Finding]:
+def test(records: Sequence[dict[str, Any]], scale: str = "study") -> list[Finding]:
     """Every claim with its paired differences over the seeds that both rows have."""
-    from scipy.stats import ttest_rel
+    from scipy.stats import ttest_1samp
 
-    scores, differences, p = values(records, scale, metric), [], []
+    scores, differences, p = values(records, scale), [], []
     for claim in CLAIMS:
         better, worse = scores.get(claim.better, {}), scores.get(claim.worse, {})
-        seeds = sorted(better.keys() & worse.keys())
-        differences.append(tuple(better[seed] - worse[seed] for seed in seeds))
-        pairs = [better[seed] for seed in seeds], [worse[seed] for seed in seeds]
-        p.append(float(ttest_rel(*pairs).pvalue) if len(seeds) > 1 else math.nan)
+        paired = tuple(better[seed] - worse[seed] for seed in sorted(better.keys() & worse.keys()))
+        differences.append(paired)
+        # the paired t-test is the t-test of the differences
+        p.append(float(ttest_1samp(paired, 0).pvalue) if len(paired) > 1 else math.nan)
     return [Finding(*facts) for facts in zip(CLAIMS, differences, p, holm(p), strict=True)]
 
 

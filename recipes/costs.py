@@ -21,16 +21,16 @@ from runtime import files
 from training import command, cost
 from training.cost import Cost
 
+# What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak.
 TERAFLOPS = 396.0
-"""What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak."""
+# FLOPs of every row at the paper's scale; made by `python -m recipes.costs`.
 COUNTED = Path(__file__).with_name("costs.json")
-"""FLOPs of every row at the paper's scale; made by `python -m recipes.costs`."""
 IMAGENET = 1_281_167
+# Options on which no step's FLOPs depend, with the value that stands for any.
 UNCOUNTED = {
     "--max-train-steps": "1000000",
     **dict.fromkeys(("--output-dir", "--exp-name", "--guiding-ckpt", "--branch-from"), "x"),
 }
-"""Options on which no step's FLOPs depend, with the value that stands for any."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Sketch:
 
 
 DIGITS = Sketch(1, 8, 10, 1_797, 8, 1, 1)
+# By scale; the paper's depend on the row.
 SKETCHES = {"digits": DIGITS, "tiny": DIGITS, "study": Sketch(3, 16, 10, 8_000, 16, 1, 1)}
-"""By scale; the paper's depend on the row."""
 
 
 def sketch(row: Row, scale: Scale) -> Sketch:
@@ -162,10 +162,6 @@ def paper_hours() -> dict[str, float]:
     return {row: flops / TERAFLOPS / 1e12 / 3600 for row, flops in files.read_json(COUNTED).items()}
 
 
-def count_all() -> None:
-    """Count every row at the paper's scale and write `COUNTED`; takes minutes."""
-    files.write_json(COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items()})
-
-
 if __name__ == "__main__":
-    count_all()
+    # counts every row at the paper's scale, which takes minutes
+    files.write_json(COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items()})

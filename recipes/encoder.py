@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from runtime.options import group, option, read
 from runtime.streams import Stream
 
 ENCODER = {"embed_dim": 64, "depth": 4, "num_heads": 4}
-PATCHES = 4
-"""Patches along a side, as many as the tokens of the networks that learn from it."""
+# Scenes it learns from. A sixth as many are held out, drawn with handwriting that it never saw.
 SCENES = 12_000
-"""Scenes it learns from. A sixth as many are held out, drawn with handwriting that it never saw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +45,16 @@ class EncoderConfig:
         require(self.data == "scenes" or self.scenes == Dials(), "the dials belong to scenes: add --data scenes")
 
 
-class Examples(NamedTuple):
-    """uint8 images (N, H, W, C) and labels (N,), and the indices of those to learn from and of those held out."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    train: np.ndarray
-    held: np.ndarray
+# uint8 images (N, H, W, C) and labels (N,), those held out last, and how many are held out.
+Examples = tuple[np.ndarray, np.ndarray, int]
 
 
 def digit_examples() -> Examples:
     """The digits, a random fifth of them held out."""
     images, labels = digits.load()
-    order = Stream(0, "encoder/split").permutation(len(labels))
-    return Examples(images, labels, order[len(labels) // 5 :], order[: len(labels) // 5])
+    held = len(labels) // 5
+    order = np.roll(Stream(0, "encoder/split").permutation(len(labels)), -held)
+    return images[order], labels[order], held
 
 
 def scene_examples(dials: Dials) -> Examples:
@@ -72,7 +66,7 @@ def scene_examples(dials: Dials) -> Examples:
         for index in progress.bar(range(len(scenes.names)), desc="scenes", unit="image")
     ]
     labels = np.concatenate([scenes.labels for scenes in sets])
-    return Examples(np.stack(images), labels, np.arange(SCENES), np.arange(SCENES, len(images)))
+    return np.stack(images), labels, len(images) - SCENES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,14 +97,16 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
         return there["accuracy"]
     import timm
 
-    images, labels, train, held = digit_examples() if scenes is None else scene_examples(scenes)
+    images, labels, held = digit_examples() if scenes is None else scene_examples(scenes)
+    count = len(labels) - held  # of the images to learn from
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.from_numpy(labels)
     channels, side = x.shape[1:3]
     shape: dict[str, Any] = {
         **ENCODER,
         "num_classes": int(y.max()) + 1,
         "img_size": side,
-        "patch_size": side // PATCHES,
+        # as many patches as the networks that learn from it have tokens
+        "patch_size": side // 4,
         "in_chans": channels,
     }
     with torch.random.fork_rng():  # timm initialises from the global generator
@@ -120,14 +116,14 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
     for epoch in progress.bar(range(epochs), desc="encoder", unit="epoch"):
         # on scenes the rate falls to zero; the digits' committed numbers are of a constant rate
         optimizer.param_groups[0]["lr"] = 1e-3 if scenes is None else 1e-3 * (1 - epoch / epochs)
-        order = train[Stream(0, "encoder/order", epoch).permutation(len(train))]
+        order = Stream(0, "encoder/order", epoch).permutation(count)
         for index in torch.from_numpy(order).split(64):
             F.cross_entropy(model(x[index]), y[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
-        accuracy = (model(x[held]).argmax(1) == y[held]).float().mean().item()
+        accuracy = (model(x[count:]).argmax(1) == y[count:]).float().mean().item()
     pixels = {"mean": (0.5,) * channels, "std": (0.5,) * channels, "tag": "digits" if scenes is None else "scenes"}
     with files.replacing(folder) as temporary:
         timm.models.save_for_hf(
@@ -137,8 +133,9 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
             model_args=shape,
             safe_serialization=True,
         )
-        counts = {"held_out": len(held), "trained_on": len(train)}
-        files.write_json(temporary / report.name, {"accuracy": accuracy, **counts, **wanted})
+        files.write_json(
+            temporary / report.name, {"accuracy": accuracy, "held_out": held, "trained_on": count, **wanted}
+        )
     return accuracy
 
 

@@ -20,13 +20,13 @@ from runtime.errors import require
 from runtime.schema import Number
 from runtime.text import spread
 
+# Name in the tables -> row of the study and epochs.
 LOOKED_AT = {
     "plain, 40 epochs": ("plain", 40),
     "stage 1, 40 epochs (the teacher)": ("stage1", 40),
     "plain, 80 epochs": ("plain", 80),
     "stage 2, 80 epochs": ("full", 80),
 }
-"""Name in the tables -> row of the study and epochs."""
 WORDS = ("--t", "0.3", "0.7", "--omega", "3", "10", "30", "--items", "1500")
 
 

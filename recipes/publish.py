@@ -20,6 +20,7 @@ from runtime.text import spread
 PAGES = ("README.md", "docs/study.md")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
+# Rows of the study in words.
 TITLES = {
     "plain": "plain SiT",
     "stage1": "stage 1",
@@ -32,7 +33,6 @@ TITLES = {
     "stage1-block-n-3": "stage 1 at block n/3",
     "stage1-block-n-2": "stage 1 at block n/2",
 }
-"""Rows of the study in words."""
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -62,13 +62,13 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
     return markdown(lines)
 
 
+# Name of a table -> what makes it from the folder of results. The summary has the rows of the paper's Table 4.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "study": lambda results: study_table(record.load(results)),
     "summary": lambda results: study_table(record.load(results), ("plain", "stage1", "plain-teacher", "full")),
     "claims": lambda results: markdown(claims.cells(claims.test(record.load(results)))),
     "inside": lambda results: markdown(inside.summary(inside.load(results))),
 }
-"""Name of a table -> what makes it from the folder of results. The summary has the rows of the paper's Table 4."""
 
 
 def page(text: str, results: Path) -> str:

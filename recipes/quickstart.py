@@ -10,10 +10,11 @@ the GPU multiplies bf16 natively, else in float32. It prints every command as a 
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import generate
-import train
-import train_guide
 from config import require_precision
-from evaluations import drawing, evaluate, reference
-from preprocessing import digits
+from evaluations import drawing
+from recipes import runner
 from runtime import errors, files, launch
 from runtime.errors import require
 from runtime.jsonlines import read as read_log
@@ -37,8 +35,6 @@ from sampling import picture
 MODEL = "SiT-Tiny/2"
 TEACHER, HALF, FULL = 400, 400, 800
 GUIDED_STEPS = 100
-# stage 1's block of the six: half the depth, as in the committed numbers; the default would be the first block
-DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     out, started = Path(config.out), time.perf_counter()
     if not (out / "data" / "manifest.json").is_file():
-        _call(digits.main, "python -m preprocessing.digits", "--out", out / "data")
-    images = ["--images", out / "data", "--features", "none"]
-    _call(reference.main, "python -m evaluations.reference", *images, "--out", out / "reference.npz")
+        _call("-m", "preprocessing.digits", "--out", out / "data")
+    _call("-m", "evaluations.reference", "--images", out / "data", "--features", "none", "--out", out / "reference.npz")
     results = {seed: run_seed(out / f"seed{seed}", config, seed) for seed in config.seeds}
     files.write_json(out / "results.json", {str(seed): rows for seed, rows in results.items()})
     first = out / f"seed{config.seeds[0]}"
@@ -126,27 +121,26 @@ def run_seed(folder: Path, config: QuickstartConfig, seed: int) -> list[dict[str
     """Train the three runs under one seed, sample and score every row; returns the rows with their metrics."""
     precision = config.mixed_precision or _precision()
     _train(folder / "exps", config, seed, precision)
-    rows = []
-    for row in config.rows:
-        metrics = _score(row, folder, config, precision)
-        rows.append({"name": row.name, "step": row.step, "total": row.total, **{key: metrics[key] for key in METRICS}})
-    return rows
+    return [
+        {"name": row.name, "step": row.step, "total": row.total, **_score(row, folder, config, precision)}
+        for row in config.rows
+    ]
 
 
 def _train(runs: Path, config: QuickstartConfig, seed: int, precision: str) -> None:
     """The teacher, the guided student, and plain SiT for as many steps as both together."""
     scaled = config.scaled
-    common: list[object] = ["--recipe", "digits", "--data-dir", Path(config.out) / "data", "--output-dir", runs]
-    common += ["--seed", seed, "--mixed-precision", precision]
-    if config.steps != FULL or config.model != MODEL:
-        common += ["--model", config.model, "--checkpointing-steps", scaled(HALF)]
-    stage1: list[object] = ["--exp-name", "stage1", "--align", "latent"]
+    places = ["--data-dir", Path(config.out) / "data", "--output-dir", runs]
+    length = ["--model", config.model, "--checkpointing-steps", scaled(HALF)]
+    common = ["--recipe", "digits", *places, *length, "--seed", seed, "--mixed-precision", precision]
+    stage1 = ["--exp-name", "stage1", "--align", "latent"]
     if config.model == MODEL:
-        stage1 += ["--align-depth", DEPTH]
+        # half of its six blocks, as in the committed numbers; the default would be the first block
+        stage1 += ["--align-depth", "3"]
     guided = ["--exp-name", "guided", "--guiding-ckpt", runs / "stage1", "--align-stop-steps", scaled(GUIDED_STEPS)]
-    _call(train.main, "python train.py", *common, *stage1, "--max-train-steps", scaled(TEACHER))
-    _call(train_guide.main, "python train_guide.py", *common, *guided, "--max-train-steps", scaled(FULL))
-    _call(train.main, "python train.py", *common, "--exp-name", "plain", "--max-train-steps", scaled(TEACHER + FULL))
+    _call("train.py", *common, *stage1, "--max-train-steps", scaled(TEACHER))
+    _call("train_guide.py", *common, *guided, "--max-train-steps", scaled(FULL))
+    _call("train.py", *common, "--exp-name", "plain", "--max-train-steps", scaled(TEACHER + FULL))
 
 
 def _score(row: Row, folder: Path, config: QuickstartConfig, precision: str) -> dict[str, float]:
@@ -155,10 +149,11 @@ def _score(row: Row, folder: Path, config: QuickstartConfig, precision: str) -> 
     drawn, target = folder / "samples" / f"{row.run}-{row.step}", Path(config.out) / "reference.npz"
     sampler = ["--mode", "ode", "--solver", "heun", "--num-steps", 20, "--labels", "balanced", "--batch-size", 250]
     words = ["--ckpt", checkpoint, "--num-fid-samples", config.samples, *sampler, "--mixed-precision", precision]
-    _call(generate.main, "python generate.py", *words, "--out", drawn)
+    _call("generate.py", *words, "--out", drawn)
     words = ["--samples", drawn / "samples.npz", "--reference", target, "--features", "pixels"]
-    _call(evaluate.main, "python -m evaluations.evaluate", *words, "--out", drawn / "metrics.json")
-    return files.read_json(drawn / "metrics.json")["metrics"]
+    _call("-m", "evaluations.evaluate", *words, "--out", drawn / "metrics.json")
+    metrics = files.read_json(drawn / "metrics.json")["metrics"]
+    return {key: metrics[key] for key in METRICS}
 
 
 def _precision() -> str:
@@ -166,11 +161,11 @@ def _precision() -> str:
     return "bf16" if launch.native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 
-def _call(command: Callable[[list[str]], object], name: str, *words: object) -> None:
+def _call(*words: object) -> None:
     """Print a command as a user would type it, and run it in this process."""
     argv = [str(word) for word in words]
-    print(f"\n$ {name} {' '.join(argv)}", flush=True)
-    command(argv)
+    print(f"\n$ python {shlex.join(argv)}", flush=True)
+    runner.call(argv)
 
 
 def table(results: dict[int, list[dict[str, Any]]]) -> str:
@@ -182,12 +177,12 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
     return aligned(lines)
 
 
+# Rows of the self-guided network and of plain SiT, by their place in `ROWS`, and at what length they are compared.
 COMPARISONS = (
     (4, 0, "at {step} of its own steps"),
     (5, 1, "at {step}"),
     (5, 2, "at {total} total steps, stage 1 counted,"),
 )
-"""Rows of the self-guided network and of plain SiT, by their place in `ROWS`, and at what length they are compared."""
 
 
 def verdict(results: dict[int, list[dict[str, Any]]]) -> str:

@@ -18,6 +18,7 @@ import datetime
 import hashlib
 import io
 import json
+import math
 import platform
 import shutil
 from collections.abc import Sequence
@@ -37,9 +38,8 @@ from runtime.errors import require
 from runtime.schema import Number
 from training.log import read
 
-RESULTS = Path("results")
+# Names of the Frechet distance; a table shows the first of these that a score has.
 METRICS = ("fid", "fd")
-"""Names of the Frechet distance; a table shows the first of these that a score has."""
 
 
 def key(values: dict[str, Any]) -> str:
@@ -59,7 +59,11 @@ def write(
 ) -> Path:
     """Write the record of a chain that has run, or that failed with `failure`; returns its folder."""
     today = datetime.date.today().isoformat()
-    folder = _free(results / "records" / f"{today}-{chain.row.name.replace('/', '-')}-{size.name}-s{seed}")
+    name = f"{today}-{chain.row.name.replace('/', '-')}-{size.name}-s{seed}"
+    folder, number = results / "records" / name, 1
+    while folder.exists():  # a record is never replaced
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
     with files.replacing(folder) as made:
         made.mkdir()
         summary: dict[str, Any] = {
@@ -82,14 +86,6 @@ def write(
         files.write_json(made / "record.json", summary)
     write_ledger(results)
     return folder
-
-
-def _free(folder: Path) -> Path:
-    """`folder`, or with the next number behind it: a record is never replaced."""
-    number = 1
-    while (chosen := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
-    return chosen
 
 
 def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[str, Any]:
@@ -230,22 +226,19 @@ def finished(records: Sequence[dict[str, Any]], **wanted: object) -> list[dict[s
     return [record for record in records if all(record[name] == value for name, value in wanted.items())]
 
 
-RECORD_COLUMNS = ("folder", "row", "scale", "seed", "status")
-SCORE_COLUMNS = ("preset", "epochs", "step", "key", "num_samples")
-
-
 def ledger(results: Path) -> str:
     """The text of `ledger.csv`: one line for each metric of each score, one for each failure."""
     text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["record", *RECORD_COLUMNS[1:], *SCORE_COLUMNS, "metric", "value"])
+    columns = ["record", "row", "scale", "seed", "status", "preset", "epochs", "step", "key", "num_samples"]
+    lines = csv.DictWriter(text, [*columns, "metric", "value"], extrasaction="ignore", lineterminator="\n")
+    lines.writeheader()
     for record in load(results):
-        head = [record[column] for column in RECORD_COLUMNS]
+        head = {**record, "record": record["folder"]}
         if not record["scores"]:
-            lines.writerow([*head, *[""] * 7])
+            lines.writerow(head)
         for score in record["scores"]:
             for metric, value in score["metrics"].items():
-                lines.writerow([*head, *(score[column] for column in SCORE_COLUMNS), metric, f"{value:.6g}"])
+                lines.writerow({**head, **score, "metric": metric, "value": f"{value:.6g}"})
     return text.getvalue()
 
 
@@ -276,7 +269,7 @@ def check(folder: Path) -> list[str]:
     if not log or max(line["step"] for line in log) < summary["step"]:
         faults.append(f"its log ends before step {summary['step']}")
     _, rate = spent(folder, batch_size, summary["step"])
-    if _differ(summary["images_per_second"], rate):
+    if not math.isclose(summary["images_per_second"], rate, rel_tol=1e-6):
         faults.append(f"its log gives {rate:.6g} images per second, not {summary['images_per_second']:.6g}")
     return faults
 
@@ -300,7 +293,7 @@ def _wrong_numbers(score: dict[str, Any], folder: Path, summary: dict[str, Any],
     faults = []
     row, size = rows.find(summary["row"]), scale.find(summary["scale"])
     step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
-    if score["step"] != step or _differ(score["flops"], flops):
+    if score["step"] != step or not math.isclose(score["flops"], flops, rel_tol=1e-6):
         faults.append(
             f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, "
             f"not {score['step']} and {score['flops']:.6g}"
@@ -309,10 +302,6 @@ def _wrong_numbers(score: dict[str, Any], folder: Path, summary: dict[str, Any],
         faults.append(f"the protocol of {score['preset']} does not give its key {score['key']}")
     hours = spent(folder, batch_size, score["step"])[0] * summary["processes"]
     recorded = score["device_hours"]["training"]
-    if _differ(recorded, hours):
+    if not math.isclose(recorded, hours, rel_tol=1e-6):
         faults.append(f"its log gives {hours:.6g} device hours up to step {score['step']}, not {recorded:.6g}")
     return faults
-
-
-def _differ(recorded: float, computed: float) -> bool:
-    return abs(recorded - computed) > 1e-6 * abs(computed)

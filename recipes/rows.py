@@ -14,12 +14,12 @@ from typing import Any
 
 from models import published
 from models.published import Published
-from runtime.errors import UserError, nearest
+from runtime.errors import UserError, nearest, require
 
+# Methods with an external encoder.
 ENCODED = ("repa", "haste")
-"""Methods with an external encoder."""
+# Methods that run under --preset paper, which sets the precision; their authors train with flipped views.
 PRESET = ("dispersive", "layersync")
-"""Methods that run under --preset paper, which sets the precision; their authors train with flipped views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,37 +28,37 @@ class Teacher:
 
     method: str = "latent"
     epochs: float = 40
+    # Further options of its training command.
     words: tuple[str, ...] = ()
-    """Further options of its training command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One experiment."""
 
+    # What the user types, e.g. table1/SiT-B-2/guided-80.
     name: str
-    """What the user types, e.g. table1/SiT-B-2/guided-80."""
     table: str
+    # none, guided (stage 2), or a name of --align.
     method: str
-    """none, guided (stage 2), or a name of --align."""
     model: str
     epochs: float
     resolution: int = 256
     teacher: Teacher | None = None
+    # Further options of its training command.
     words: tuple[str, ...] = ()
-    """Further options of its training command."""
+    # Epochs after which its alignment ends; 0 is never, None the method's own rule.
     stop: float | None = None
-    """Epochs after which its alignment ends; 0 is never, None the method's own rule."""
+    # If set, it branches after these epochs from the same run without that stop.
     trunk: float | None = None
-    """If set, it branches after these epochs from the same run without that stop."""
+    # Sampling presets; each gives one number under a protocol of its own.
     presets: tuple[str, ...] = ("table1-sde", "table1-ode")
-    """Sampling presets; each gives one number under a protocol of its own."""
+    # Further options of sampling, where the scale has no preset; each entry gives one number.
     sampling: tuple[str, ...] = ("",)
-    """Further options of sampling, where the scale has no preset; each entry gives one number."""
+    # Epochs at which it is scored; empty for the end alone.
     at: tuple[float, ...] = ()
-    """Epochs at which it is scored; empty for the end alone."""
+    # Which of the published rows of this method it is (`models.published`).
     variant: str = ""
-    """Which of the published rows of this method it is (`models.published`)."""
 
     @property
     def family(self) -> str:
@@ -207,12 +207,10 @@ def figure8() -> Iterator[Row]:
             yield replace(trunk, name=name, epochs=stop + 20, stop=stop, trunk=stop, at=())
 
 
+# Epochs of the study's plain training and of its stage 1 that cost as much as 80 epochs of stage 2. That cost includes
+# the teacher's 40 epochs and its passes up to the stop: a head is large beside six blocks of width 128. Stage 1 has 5 %
+# more, to end at a multiple of ten epochs.
 PLAIN_TOTAL, STAGE1_TOTAL = 146, 120
-"""Epochs of the study's plain training and of its stage 1 that cost as much as 80 epochs of stage 2.
-
-That cost includes the teacher's 40 epochs and its passes up to the stop: a head is large beside six blocks of width
-128. Stage 1 has 5 % more, to end at a multiple of ten epochs.
-"""
 
 
 def study() -> Iterator[Row]:
@@ -297,6 +295,5 @@ def find(name: str) -> Row:
 
 def of_table(name: str) -> list[Row]:
     """The rows of `table1` ... `digits`. Raises UserError with the nearest name."""
-    if name not in TABLES:
-        raise UserError(f"there is no {name}{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
+    require(name in TABLES, f"there is no {name}{nearest(name, TABLES)}; there are {', '.join(TABLES)}")
     return [row for row in rows().values() if row.table == name]

@@ -7,6 +7,7 @@ import importlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from recipes.chain import Link
 from recipes.rows import Row
 from recipes.scale import Scale
 from runtime import files, signals
-from runtime.errors import TRY_AGAIN, UserError
+from runtime.errors import TRY_AGAIN, UserError, require
 from training.between import ENDED_EARLY
 
 
@@ -47,12 +48,17 @@ def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes:
                 continue
             print(f"\n$ {command}", flush=True)
             _start(link, command, processes, nodes)
-            if not link.done:
-                raise UserError(f"{link.name} ended without {link.makes}; run it by hand to see why: {command}")
+            require(link.done, f"{link.name} ended without {link.makes}; run it by hand to see why: {command}")
     except UserError as error:
         write(failure=str(error))
         raise
     return write()
+
+
+def call(words: Sequence[str]) -> None:
+    """Run a command in this process: a file or `-m` and a module, then its options."""
+    module, *options = words[1:] if words[0] == "-m" else words
+    importlib.import_module(module.removesuffix(".py")).main(options)
 
 
 def _start(link: Link, command: str, processes: int, nodes: int) -> None:
@@ -63,8 +69,7 @@ def _start(link: Link, command: str, processes: int, nodes: int) -> None:
         UserError: it failed.
     """
     if processes * nodes == 1:
-        module, *words = link.words[1:] if link.words[0] == "-m" else link.words
-        importlib.import_module(module.removesuffix(".py")).main(words)
+        call(link.words)
         return
     words = shlex.split(command)
     if nodes > 1 and link.many:
@@ -74,15 +79,12 @@ def _start(link: Link, command: str, processes: int, nodes: int) -> None:
     else:
         words = [sys.executable, *words[1:]]
     with signals.noted() as asked, subprocess.Popen(words) as process:
-        passed_on = False
-        while process.poll() is None:
-            if asked.by and not passed_on:
-                process.terminate()  # any signal becomes SIGTERM, which launchers pass on to their processes
-                passed_on = True
+        while process.poll() is None and not asked.by:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
+        if asked.by:
+            process.terminate()  # any signal becomes SIGTERM, which launchers pass on to their processes
     # a launcher ends with 1 whatever code its processes end with; a run that saved and left writes a file
     if asked.by or process.returncode == TRY_AGAIN or (link.makes.parents[2] / ENDED_EARLY).exists():
         raise SystemExit(TRY_AGAIN)
-    if process.returncode:
-        raise UserError(f"{link.name} ended with exit code {process.returncode}: {command}")
+    require(process.returncode == 0, f"{link.name} ended with exit code {process.returncode}: {command}")

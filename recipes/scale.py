@@ -10,11 +10,11 @@ from pathlib import Path
 
 import models
 from recipes.rows import ENCODED, PRESET, Row
-from runtime.errors import UserError, nearest
+from runtime.errors import nearest, require
 
 FAMILIES = ("sit", "lightningdit")
+# Options that number a block.
 BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
-"""Options that number a block."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,36 +26,36 @@ class Scale:
     """
 
     name: str
+    # Optimiser steps of one of the paper's epochs.
     epoch_steps: dict[str, float]
-    """Optimiser steps of one of the paper's epochs."""
+    # A divisor of every step at which something branches or is scored.
     checkpointing_steps: dict[str, int]
-    """A divisor of every step at which something branches or is scored."""
+    # Of the launcher; 1 is plain python.
     processes: int = 1
-    """Of the launcher; 1 is plain python."""
+    # What is trained in place of the paper's network.
     models: dict[str, str] = field(default_factory=dict)
-    """What is trained in place of the paper's network."""
+    # The latent set, by name.
     latents: dict[str, str]
-    """The latent set, by name."""
+    # The command that makes it.
     encode: dict[str, str]
-    """The command that makes it."""
+    # Options of that command by what a row needs beside the latents (`Row.extras`); empty if the set always has it.
     extras: dict[str, str] = field(default_factory=dict)
-    """Options of that command by what a row needs beside the latents (`Row.extras`); empty if the set always has it."""
+    # Options of the training commands.
     train: dict[str, str]
-    """Options of the training commands."""
+    # Further ones by method; "" is every other method.
     methods: dict[str, str] = field(default_factory=dict)
-    """Further ones by method; "" is every other method."""
+    # Options of a method with an external encoder.
     encoder: str = ""
-    """Options of a method with an external encoder."""
+    # The command that makes this encoder, without --out; empty if it exists.
     encoder_command: str = ""
-    """The command that makes this encoder, without --out; empty if it exists."""
+    # Epochs after which stage 2's alignment ends; None is its own rule, which counts epochs of the data set.
     guided_epochs: float | None = None
-    """Epochs after which stage 2's alignment ends; None is its own rule, which counts epochs of the data set."""
+    # The name of the one way in which every row is sampled; empty if each row has its sampling presets.
     preset: str = ""
-    """The name of the one way in which every row is sampled; empty if each row has its sampling presets."""
+    # Options of the sampling command by preset; "" is every other preset.
     sample: dict[str, str]
-    """Options of the sampling command by preset; "" is every other preset."""
+    # What samples are compared with.
     score: str
-    """What samples are compared with."""
 
     def steps(self, row: Row, epochs: float) -> int:
         """Optimiser steps of so many epochs; at least 1."""
@@ -92,15 +92,10 @@ class Scale:
         return [word.format(**values) for word in text.split()]
 
 
-def _both(value: str) -> dict[str, str]:
-    return dict.fromkeys(FAMILIES, value)
-
-
 _ENCODE = "-m preprocessing.encode --images imagenet/train --vae"
 _LOSS = " --velocity-loss mse+cosine --time-sampling logit-normal"
 _STUDY = "--learning-rate 4e-3 --log-steps 50"
 _TINY = "--recipe digits --model {model} --batch-size 16"
-_HEUN = "--mode ode --solver heun --num-steps 12 --labels balanced"
 
 SCALES = {
     "paper": Scale(
@@ -124,8 +119,8 @@ SCALES = {
         epoch_steps={"sit": 12.5, "lightningdit": 12.5},
         checkpointing_steps={"sit": 125, "lightningdit": 125},
         models={"sit": "SiT-Tiny/4", "lightningdit": "LightningDiT-Tiny/1"},
-        latents=_both("scenes"),
-        encode=_both("-m preprocessing.scenes"),
+        latents=dict.fromkeys(FAMILIES, "scenes"),
+        encode=dict.fromkeys(FAMILIES, "-m preprocessing.scenes"),
         train={
             "sit": "--recipe digits --model {model} --batch-size 32",
             "lightningdit": "--recipe digits --model {model} --batch-size 32" + _LOSS,
@@ -143,14 +138,16 @@ SCALES = {
         epoch_steps={"sit": 10, "lightningdit": 10},
         checkpointing_steps={"sit": 100, "lightningdit": 100},
         models={"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"},
-        latents=_both("digits"),
-        encode=_both("-m preprocessing.digits"),
+        latents=dict.fromkeys(FAMILIES, "digits"),
+        encode=dict.fromkeys(FAMILIES, "-m preprocessing.digits"),
         train={"sit": "--recipe digits --model {model}", "lightningdit": "--recipe digits --model {model}" + _LOSS},
         encoder="--align-encoder {work}/encoder --align-cache",
         encoder_command="-m recipes.encoder",
         guided_epochs=20,
         preset="digits",
-        sample={"": f"{_HEUN} --num-fid-samples 1000 --batch-size 250"},
+        sample={
+            "": "--mode ode --solver heun --num-steps 12 --labels balanced --num-fid-samples 1000 --batch-size 250"
+        },
         score="--reference {data} --features pixels",
     ),
     # some steps: whether the chain of a row runs, not what it gives
@@ -159,8 +156,8 @@ SCALES = {
         epoch_steps={"sit": 0.05, "lightningdit": 0.0125},
         checkpointing_steps={"sit": 1, "lightningdit": 1},
         models={"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"},
-        latents=_both("digits"),
-        encode=_both("-m preprocessing.digits"),
+        latents=dict.fromkeys(FAMILIES, "digits"),
+        encode=dict.fromkeys(FAMILIES, "-m preprocessing.digits"),
         train={"sit": f"{_TINY} --log-steps 1", "lightningdit": f"{_TINY}{_LOSS} --log-steps 1"},
         methods=dict.fromkeys(("latent", "guided", *ENCODED), "--align-hidden 32"),
         encoder="--align-encoder {work}/encoder",
@@ -177,6 +174,5 @@ SCALES = {
 
 def find(name: str) -> Scale:
     """The scale called `name`. Raises UserError with the nearest name."""
-    if name not in SCALES:
-        raise UserError(f"there is no scale {name}{nearest(name, SCALES)}; there are {', '.join(SCALES)}")
+    require(name in SCALES, f"there is no scale {name}{nearest(name, SCALES)}; there are {', '.join(SCALES)}")
     return SCALES[name]

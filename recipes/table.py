@@ -12,10 +12,10 @@ from recipes.record import METRICS, newest
 from recipes.rows import Row
 from runtime.text import aligned, spread
 
+# Relative spread of an FID over training seeds (arXiv 2606.20536).
 SPREAD = 0.013
-"""Relative spread of an FID over training seeds (arXiv 2606.20536)."""
+# Scores, each behind its record.
 Scored = list[tuple[dict[str, Any], dict[str, Any]]]
-"""Scores, each behind its record."""
 
 
 def verdict(published: float, ours: Sequence[float]) -> str:
@@ -65,8 +65,8 @@ HEAD = (
     "images/s",
     "PFLOPs",
 )
+# Columns that are left out if they are empty.
 OPTIONAL = ("less the first row's", "class accuracy")
-"""Columns that are left out if they are empty."""
 
 
 def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> str:

@@ -6,6 +6,7 @@ import json
 import shlex
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,19 @@ import torch
 
 from benchmarks import gpu, measure, peer, sample, trace, train_step
 from runtime.errors import UserError
-from runtime.options import read
+from runtime.options import option, read
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2"]
 GENERATED = [*SMALL, "--classes", "10", "--items", "16", "--warmup", "1"]
 BRIEF = ["--steps", "1", "--repetitions", "2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    model: str = option("a", help="network")
+    fail: bool = option(False, help="end after a row")
+    out: str | None = option(None, help="result file")
 
 
 def test_what_is_compared_is_measured_in_turns_and_the_ratio_is_right():
@@ -46,14 +54,30 @@ def test_mfu_is_a_share_of_the_stated_peak(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_result_keeps_its_rows_and_goes_on_unless_the_settings_differ(tmp_path: Path):
-    out = str(tmp_path / "r.json")
-    first = measure.Results(out, "python -m x", {"model": "a"})
-    first.add("plain", {"images_per_second": measure.spread([1.0, 3.0, 2.0])})
-    saved = json.loads(Path(out).read_text())
-    assert saved["rows"]["plain"]["images_per_second"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    out = tmp_path / "r.json"
+    known = []
+
+    def rows(config: Options, folder: Path, earlier: dict) -> measure.Rows:
+        known.append(list(earlier))
+        for name in ("plain", "guided"):
+            if name not in earlier:
+                yield name, {"images_per_second": measure.spread([1.0, 3.0, 2.0])}
+                if config.fail:
+                    raise RuntimeError("cut off")
+
+    def run(*words: str) -> dict:
+        return measure.run("x", Options, ["--out", str(out), *words], None, rows, lambda rows: "")
+
+    with pytest.raises(RuntimeError):
+        run("--fail")
+    saved = json.loads(out.read_text())
+    assert saved["rows"] == {"plain": {"images_per_second": {"median": 2.0, "low": 1.0, "high": 3.0}}}
     assert {"date", "command", "device", "commit", "versions", "load", "settings"} <= saved.keys()
-    assert measure.Results(out, "python -m x", {"model": "a"}).rows == first.rows
-    assert measure.Results(out, "python -m x", {"model": "b"}).rows == {}
+    with pytest.raises(RuntimeError):
+        run("--fail")
+    assert run("--fail") == json.loads(out.read_text()) and known == [[], ["plain"], ["plain", "guided"]]
+    run("--model", "b")
+    assert known[-1] == []
 
 
 def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_again(
@@ -71,7 +95,7 @@ def test_the_step_of_every_kind_is_timed_and_a_second_call_measures_nothing_agai
     rates = {name: row["images_per_second"]["median"] for name, row in result["rows"].items()}
     assert rates["batches"] > rates["plain"]
     assert result["rows"]["plain"]["operators"] < result["rows"]["stage 2, interval"]["operators"]
-    with pytest.raises(UserError, match="no row is called"):
+    with pytest.raises(UserError, match="invalid choice: .nothing."):
         train_step.main([*words, "nothing"])
 
 

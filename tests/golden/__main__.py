@@ -30,14 +30,14 @@ from runtime.errors import require
 from runtime.options import option, read
 from training import log
 
+# Each logged loss and the gradient norm, as means of every ten steps.
 Curves = dict[str, list[float]]
-"""Each logged loss and the gradient norm, as means of every ten steps."""
 
 FILE = Path(__file__).with_name("curves.json")
+# Relative difference of a value of a curve that still counts as the same.
 BAND = 0.02
-"""Relative difference of a value of a curve that still counts as the same."""
+# Steps that one value of a curve is the mean of.
 EVERY = 10
-"""Steps that one value of a curve is the mean of."""
 METHODS = {
     "none": "",
     "lightningdit": "--model LightningDiT-Tiny/1 --velocity-loss mse+cosine --time-sampling logit-normal",
