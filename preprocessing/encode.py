@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encode(ImageFiles(options.images), options)
 
 
+# The options that the bytes of a set depend on.
 SETTINGS = (
     "resolution",
     "flip",
@@ -61,7 +62,6 @@ SETTINGS = (
     "shard_size",
     "seed",
 )
-"""The options that the bytes of a set depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from runtime.errors import UserError, require
 from runtime.options import option
 
 JOB = "job.json"
+# Marks that a process of the present start met an error: the others need not go on.
 STOPPED = ".stopped"
-"""Marks that a process of the present start met an error: the others need not go on."""
 
 
 @dataclass(frozen=True, kw_only=True)

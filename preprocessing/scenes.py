@@ -32,10 +32,10 @@ from runtime.options import group, option, read
 from runtime.streams import Stream
 
 MASKS = "masks.npz"
+# Scenes in a set, at most.
 MOST = 10_000_000
-"""Scenes in a set, at most."""
+# Parts into which the real digits are dealt; the last is held out to measure on unseen handwriting.
 GROUPS = 5
-"""Parts into which the real digits are dealt; the last is held out to measure on unseen handwriting."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from runtime.errors import UserError, note, require
 
 T = TypeVar("T")
+# Seconds between two checks that the launcher is alive, and seconds a process may go on without it.
 WATCH, GRACE = 5.0, 600.0
-"""Seconds between two checks that the launcher is alive, and seconds a process may go on without it."""
 
 
 def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelerator:
@@ -206,12 +206,12 @@ def require_tf32() -> None:
     require(able, "--tf32 needs a CUDA device of compute capability 8 or above; leave it out to run in float32")
 
 
+# Names of precisions as they are printed and saved, and the options that ask for them.
 PRECISIONS = {
     "bf16": "--mixed-precision bf16",
     "fp32": "--mixed-precision no --no-tf32",
     "tf32": "--mixed-precision no --tf32",
 }
-"""Names of precisions as they are printed and saved, and the options that ask for them."""
 
 
 def precision_name(dtype: torch.dtype | None, tf32: bool = False) -> str:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+# Option names and values, as words or a layer of settings gave them.
 Given = dict[str, Any]
-"""Option names and values, as words or a layer of settings gave them."""
 
 
 def option(

@@ -28,8 +28,8 @@ from sampling.config import SamplingConfig
 class Inner:
     """The velocity of a shallow block: a head, what it reads, and the times low to high at which it guides."""
 
+    # The alignment that trained it.
     name: str
-    """The alignment that trained it."""
     spec: VelocityHead
     head: nn.Module
     patch: int

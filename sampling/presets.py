@@ -18,8 +18,8 @@ from sampling.config import SamplingConfig
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 FREE = ("seed",)
+# REPA, SiT and LightningDiT sample in float32 with TF32 products.
 PRECISION = {"mixed_precision": "no", "tf32": True}
-"""REPA, SiT and LightningDiT sample in float32 with TF32 products."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Preset:
 
     network: str
     settings: dict[str, Any]
+    # The published row (arguments of `models.published.find`); empty for a protocol without a number of its own.
     result: dict[str, Any] = field(default_factory=dict)
-    """The published row (arguments of `models.published.find`); empty for a protocol without a number of its own."""
+    # Decoder of SD-VAE's latents; None: the one that the checkpoint names (VA-VAE).
     vae: str | None = SD_VAE
-    """Decoder of SD-VAE's latents; None: the one that the checkpoint names (VA-VAE)."""
     note: str = ""
+    # Number of samples if the protocol does not draw 50,000.
     samples: int | None = None
-    """Number of samples if the protocol does not draw 50,000."""
 
     @property
     def published(self) -> float | None:

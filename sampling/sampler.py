@@ -25,8 +25,8 @@ from sampling.config import SamplingConfig
 from sampling.internal import Inner
 from sampling.solvers import SOLVERS, Velocity, euler_maruyama
 
+# Indices (n,), labels (n,) and uint8 images (n, H, W, C) of a batch of samples.
 Drawn = tuple[Sequence[int], np.ndarray, np.ndarray]
-"""Indices (n,), labels (n,) and uint8 images (n, H, W, C) of a batch of samples."""
 
 
 class Sampler:

@@ -72,8 +72,8 @@ class Solver(NamedTuple):
     """A solver of the ODE: how it goes through a grid of times, and at which times it evaluates the velocity."""
 
     integrate: Callable[[Velocity, Tensor, Sequence[float]], Tensor]
+    # Grid -> every time of an evaluation, repeated where it evaluates twice; None if it chooses the times itself.
     times: Callable[[Sequence[float]], Sequence[float]] | None
-    """Grid -> every time of an evaluation, repeated where it evaluates twice; None if it chooses the times itself."""
 
 
 SOLVERS = {

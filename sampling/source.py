@@ -37,10 +37,10 @@ class Source:
     codec: Codec
     dtype: torch.dtype | None
     precision: str
+    # The VAE's name.
     decoder: str
-    """The VAE's name."""
+    # The velocity of a shallow block, under internal guidance.
     inner: Inner | None = None
-    """The velocity of a shallow block, under internal guidance."""
 
     @classmethod
     def open(cls, options: SourceOptions, sampling: SamplingConfig, preset: str | None = None) -> Source:
