@@ -229,7 +229,7 @@ def compare(config: GenerateConfig) -> Path:
                 np.concatenate([sampler.images(part) for part in slices(range(len(labels)), config.source.batch_size)])
             )
         settings = source.settings(config.sampling, len(labels))
-        records.append({"row": source.name, **settings, "labels": "chosen", "classes": labels.tolist()})
+        records.append({"row": source.checkpoint.name, **settings, "labels": "chosen", "classes": labels.tolist()})
     if source.accelerator.is_main_process:
         picture.write(out / "compare.png", rows, [record["row"] for record in records], column_titles)
         files.write_json(out / "compare.json", {"preset": config.preset, "rows": records})

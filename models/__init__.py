@@ -30,7 +30,7 @@ from models.backbone import (
     parameter_count,
 )
 from models.layers import patchify, unpatchify
-from runtime.errors import UserError, nearest
+from runtime.errors import UserError, nearest, require
 
 __all__ = [
     "ARCHITECTURES",
@@ -121,5 +121,7 @@ def build(
 def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
     """Raise UserError, naming the tensor, if a weight is infinite or not a number."""
     for name, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{where} holds numbers that are not finite, first in {name}; use another checkpoint")
+        require(
+            not value.is_floating_point() or bool(torch.isfinite(value).all()),
+            f"{where} holds numbers that are not finite, first in {name}; use another checkpoint",
+        )

@@ -12,7 +12,6 @@ The copy holds the network, its averages, those of a head that predicts the velo
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +64,7 @@ class Metrics(TypedDict):
 
 def main(argv: Sequence[str] | None = None) -> Path | str:
     """Run the command; returns the new place of the checkpoint."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt"
-    )
+    options = read(Options, argv, prog="python -m models.hub", description=__doc__, first="ckpt")
     source = Checkpoint.open(options.ckpt)
     result = None
     if options.metrics is not None:

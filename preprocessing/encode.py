@@ -10,7 +10,6 @@ the same bytes as one that ran through (on one kind of device).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,9 +42,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.encode", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m preprocessing.encode", description=__doc__)
     encode(ImageFiles(options.images), options)
 
 

@@ -19,13 +19,12 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -58,26 +57,11 @@ class Options:
     )
 
 
-class Layout(Protocol):
-    """One kind of folder: its content as a whole, and its shards one by one."""
-
-    peer: str  # whose layout it is
-    space: LatentSpace
-    shape: tuple[int, ...]  # (views, parts, C, H, W)
-    labels: np.ndarray  # (n,) int64
-    bounds: list[int]  # shard s holds items bounds[s] .. bounds[s + 1] - 1
-    fingerprint: str
-
-    def shard(self, number: int) -> dict[str, Any]:
-        """Latents (n, views, parts, C, H, W) of one shard, with names and images if there are any."""
-        ...
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Import a folder."""
     options = read(
         Options,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m preprocessing.import_latents",
         description=__doc__,
         first="source",
@@ -92,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(layout, options, classes)
 
 
-def recognised(options: Options) -> Layout:
+def recognised(options: Options) -> RepaFolder | LightningDitFolder:
     """The layout of `options.source`. Raises UserError if it is not one of the two."""
     source = Path(options.source)
     repa = source / "vae-sd" if (source / "vae-sd").is_dir() else source
@@ -111,7 +95,7 @@ def recognised(options: Options) -> Layout:
     return LightningDitFolder(source, options)
 
 
-def run(layout: Layout, options: Options, classes: int) -> None:
+def run(layout: RepaFolder | LightningDitFolder, options: Options, classes: int) -> None:
     """Write the shards that are missing, then the manifest."""
     job = Job(
         folder=Path(options.out),
@@ -149,7 +133,11 @@ def run(layout: Layout, options: Options, classes: int) -> None:
 
 
 class RepaFolder:
-    """One .npy per image: posterior mean and standard deviation of SD-VAE, unscaled."""
+    """One .npy per image: posterior mean and standard deviation of SD-VAE, unscaled.
+
+    `shape` is (views, parts, C, H, W) of an item, `labels` (n,) int64; shard s holds the items bounds[s] to
+    bounds[s + 1] - 1.
+    """
 
     peer = "REPA"
 
@@ -179,6 +167,7 @@ class RepaFolder:
         self.shape = (1, 2, channels, *first.shape[1:])
 
     def shard(self, number: int) -> dict[str, Any]:
+        """Latents (n, views, parts, C, H, W) of one shard, with names and, if they are kept, images."""
         names = self.names[self.bounds[number] : self.bounds[number + 1]]
         loaded = np.empty((len(names), *self.shape), np.float32)
         # Threads read the files; one thread parses them, see `_moments`.
@@ -219,7 +208,10 @@ class RepaFolder:
 
 
 class LightningDitFolder:
-    """Safetensors files of fixed samples, of the image and its mirror image, with statistics to scale them."""
+    """Safetensors files of fixed samples, of the image and its mirror image, with statistics to scale them.
+
+    The fields are those of `RepaFolder`.
+    """
 
     peer = "LightningDiT"
 
@@ -273,12 +265,8 @@ def _require_arrays(file: Path, arrays: Mapping[str, np.ndarray], keys: Sequence
 
 def _content(file: Path, remedy: str) -> bytes:
     """The bytes of a file. Raises UserError with `remedy` if it cannot be read."""
-    files.require_plain(file)
-    try:
+    with files.reading(file, remedy):
         return file.read_bytes()
-    except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file} cannot be read ({reason}); {remedy}") from error
 
 
 def _require_channels(space: LatentSpace, channels: int, folder: Path) -> None:

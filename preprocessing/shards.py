@@ -63,7 +63,7 @@ def write_shard(
             )
             tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
-    written = entry(folder, number, len(latents))
+    written: Shard = {"file": file.name, "count": len(latents), "sha256": files.digest(file)}
     files.write_json(_record(folder, number), written)
     return written
 
@@ -78,11 +78,6 @@ def recorded(folder: Path, number: int) -> Shard | None:
 
 def _record(folder: Path, number: int) -> Path:
     return folder / f".{shard_name(number)}.json"
-
-
-def entry(folder: Path, number: int, count: int) -> Shard:
-    """The manifest's entry of a shard that is on disk."""
-    return {"file": shard_name(number), "count": count, "sha256": files.digest(folder / shard_name(number))}
 
 
 def write_manifest(

@@ -151,8 +151,10 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     The flag wins, then the launcher's bf16; otherwise bf16 on CUDA hardware that has it, float32 elsewhere.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if wanted is None and launcher not in ("no", "bf16"):
-        raise UserError(f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no")
+    require(
+        wanted is not None or launcher in ("no", "bf16"),
+        f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no",
+    )
     if wanted is None:
         wanted = "bf16" if launcher == "bf16" or (device.type == "cuda" and native_bf16(device)) else "no"
     return torch.bfloat16 if wanted == "bf16" else None

@@ -36,11 +36,6 @@ class Inner:
     low: float
     high: float
 
-    @property
-    def taps(self) -> tuple[Tap, ...]:
-        """What the head reads of a forward pass."""
-        return self.spec.taps
-
     def __call__(self, features: Mapping[Tap, Tensor]) -> Tensor:
         """(N, C, H, W) velocity from the tapped `features`."""
         return self.spec.velocity(self.head, features, self.patch)

@@ -174,11 +174,6 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-def sampling(name: str, seed: int = 0) -> SamplingConfig:
-    """The settings of the preset `name`."""
-    return SamplingConfig(**find(name).settings, seed=seed)
-
-
 def settings(name: str, given: Given) -> Given:
     """All settings of the preset `name`, defaults written out, as a layer of options.
 
