@@ -26,7 +26,6 @@ from models.backbone import (
     Tap,
     check_weights,
     initial_weights,
-    load_weights,
     parameter_count,
 )
 from models.layers import patchify, unpatchify
@@ -114,7 +113,9 @@ def build(
     if weights is None:
         network.load_state_dict(initial_weights(network, seed), assign=True)
     else:
-        load_weights(network, weights)
+        check_weights(network, weights, spec.name)
+        copies = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+        network.load_state_dict(copies, assign=True)
     return network
 
 

@@ -309,16 +309,6 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -
         raise UserError(f"the weights do not fit {what}: {', '.join(problems[:3])}{more}")
 
 
-def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
-    """Put float32 copies of `weights` into `network` (which may lie on the meta device), strictly.
-
-    Raises:
-        UserError: names or shapes differ; says which.
-    """
-    check_weights(network, weights, network.spec.name)
-    network.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
-
-
 def parameter_count(network: Backbone) -> int:
     """Parameters as the published tables count them: with the fixed position table."""
     return sum(parameter.numel() for parameter in network.parameters()) + network.pos_embed.numel()

@@ -186,7 +186,11 @@ def _encode_shards(
             if (job.folder / STOPPED).exists():
                 break
             bad += batch.bad
-            _tolerate(bad, job.options.skip_bad)
+            if len(bad) > (limit := job.options.skip_bad):
+                counts = f"{len(bad)} images are bad, --skip-bad allows {limit}"
+                raise UserError(
+                    f"{bad[-1]}; repair or remove it ({counts if limit else 'or leave out a few with --skip-bad N'})"
+                )
             parts.append((batch, _encode_batch(job, codec, batch, processes.device)))
             if last:
                 # At most one shard waits in memory; a failed write ends the work here.
@@ -233,15 +237,6 @@ def _decoded(job: Encoding, numbers: Sequence[int], processes: Accelerator) -> I
         for (shard, items), batch in zip(plan, loader):
             yield shard, items.stop == job.items(shard).stop, batch
             bar.update(len(items))
-
-
-def _tolerate(bad: Sequence[str], limit: int) -> None:
-    """Raise UserError if more images are bad than `--skip-bad` allows; `bad` holds a message for each."""
-    if len(bad) > limit:
-        counts = f"{len(bad)} images are bad, --skip-bad allows {limit}"
-        raise UserError(
-            f"{bad[-1]}; repair or remove it ({counts if limit else 'or leave out a few with --skip-bad N'})"
-        )
 
 
 def _encode_batch(job: Encoding, codec: Codec, batch: Batch, device: torch.device) -> np.ndarray:

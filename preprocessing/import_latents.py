@@ -67,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         first="source",
     )
     layout = recognised(options)
+    channels = layout.shape[2]
+    require(
+        layout.space.channels == channels,
+        f"{options.source} holds latents of {channels} channels, those of {layout.space.name} have "
+        f"{layout.space.channels}; give their own --vae or --statistics",
+    )
     print(f"{options.source}: {layout.peer} latents, {len(layout.labels):,} items of {layout.shape}")
     classes = int(layout.labels.max()) + 1 if options.num_classes is None else options.num_classes
     require(
@@ -163,7 +169,6 @@ class RepaFolder:
                 vae="stabilityai/sd-vae-ft-mse",
             )
         )
-        _require_channels(self.space, channels, folder)
         self.shape = (1, 2, channels, *first.shape[1:])
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -239,7 +244,6 @@ class LightningDitFolder:
         else:
             shift, scale = read_statistics(statistics)
             self.space = LatentSpace(name="va-vae", channels=shape[0], stride=16, shift=shift, scale=scale)
-        _require_channels(self.space, shape[0], folder)
         self.shape = (len(self.keys), 1, *shape)
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -267,13 +271,6 @@ def _content(file: Path, remedy: str) -> bytes:
     """The bytes of a file. Raises UserError with `remedy` if it cannot be read."""
     with files.reading(file, remedy):
         return file.read_bytes()
-
-
-def _require_channels(space: LatentSpace, channels: int, folder: Path) -> None:
-    require(
-        space.channels == channels,
-        f"{folder} holds latents of {channels} channels, those of {space.name} have {space.channels}",
-    )
 
 
 if __name__ == "__main__":

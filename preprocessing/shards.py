@@ -17,7 +17,7 @@ import torch
 
 from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
-from models.manifest import Shard
+from models.manifest import Shard, require_intact
 from runtime import files, schema
 from runtime.errors import UserError, require
 
@@ -68,12 +68,11 @@ def write_shard(
     return written
 
 
-def recorded(folder: Path, number: int) -> Shard | None:
-    """The entry of a shard, as recorded when it was written; None if the record is missing or damaged."""
-    try:
-        return schema.read(Shard, _record(folder, number))
-    except UserError:
-        return None
+def recorded(folder: Path, number: int) -> Shard:
+    """The entry of a shard, as recorded when it was written. Raises UserError unless its bytes are still the same."""
+    entry = schema.read(Shard, _record(folder, number))
+    require_intact(folder, entry)
+    return entry
 
 
 def _record(folder: Path, number: int) -> Path:

@@ -17,7 +17,6 @@ from runtime.text import aligned
 from sampling.config import SamplingConfig
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
-FREE = ("seed",)
 # REPA, SiT and LightningDiT sample in float32 with TF32 products.
 PRECISION = {"mixed_precision": "no", "tf32": True}
 
@@ -174,14 +173,16 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-def settings(name: str, given: Given) -> Given:
-    """All settings of the preset `name`, defaults written out, as a layer of options.
+def settings(given: Given) -> Given:
+    """All settings of the preset among the `given` options, defaults written out, as a layer below them.
 
     Raises:
         UserError: an unknown preset, or a given option that the preset fixes.
     """
+    if (name := given.get("preset")) is None:
+        return {}
     preset = find(name)
-    defaults = {option.name: option.default for option in fields(SamplingConfig) if option.name not in FREE}
+    defaults = {option.name: option.default for option in fields(SamplingConfig) if option.name != "seed"}
     count = {} if preset.samples is None else {"num_fid_samples": preset.samples}
     fixed = {**defaults, **preset.settings, **PRECISION, **count}
     if clash := [option for option in given if option in fixed]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
 
 from models import Backbone, attention
 from models.checkpoint import Checkpoint
@@ -19,11 +23,6 @@ from sampling import internal, presets
 from sampling.config import SamplingConfig, SourceOptions
 from sampling.internal import Inner
 from sampling.sampler import Sampler
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
