@@ -303,9 +303,9 @@ def require_weights(flag: str, name: str) -> None:
     )
 
 
+# Greatest length of an average. At 1 / sqrt(12) all steps weigh alike; beyond, early steps would weigh more than late
+# ones.
 LONGEST = 0.28
-"""Greatest length of an average. At 1 / sqrt(12) all steps weigh alike; beyond, early steps would weigh more than late
-ones."""
 
 
 def require_lengths(flag: str, lengths: Sequence[float]) -> None:

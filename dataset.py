@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -285,10 +286,10 @@ def flips(seed: int, step: int, batch: int, views: int) -> np.ndarray:
 
 def _into_memory(shards: list[np.ndarray], path: Path) -> np.ndarray:
     """The rows of all shards, copied. Raises UserError if they do not fit into the free memory."""
-    needed, free = sum(shard.nbytes for shard in shards), files.available_memory()
+    needed, free = sum(shard.nbytes for shard in shards), psutil.virtual_memory().available
     require(
-        free is None or needed <= free,
-        f"{path} takes {needed / 2**30:.1f} GiB and {(free or 0) / 2**30:.1f} GiB of memory are free; leave it on disk",
+        needed <= free,
+        f"{path} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; leave it on disk",
     )
     rows = np.empty((sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype)
     at = 0

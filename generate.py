@@ -32,7 +32,7 @@ from config import FeatureOptions, require_samples
 from models.peers import PEERS
 from runtime import errors, files, progress
 from runtime.errors import require
-from runtime.options import Given, group, option, peek, read
+from runtime.options import group, option, peek, read
 from runtime.slices import slices
 from sampling import presets
 from sampling.config import SamplingConfig, SourceOptions
@@ -108,18 +108,13 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         words,
         prog="generate.py",
         description=__doc__,
-        between=_preset,
+        between=presets.settings,
         hints=PEERS,
         epilog=f"presets: {', '.join(presets.PRESETS)}",
     )
     if config.compare:
         return compare(config)
     return score(config, config.reference) if config.reference else generate(config)
-
-
-def _preset(given: Given) -> Given:
-    """The settings of the preset that was given, as a layer below the other given options."""
-    return presets.settings(given["preset"], given) if given.get("preset") else {}
 
 
 def score(config: GenerateConfig, against: str) -> Path:
@@ -229,7 +224,7 @@ def compare(config: GenerateConfig) -> Path:
                 np.concatenate([sampler.images(part) for part in slices(range(len(labels)), config.source.batch_size)])
             )
         settings = source.settings(config.sampling, len(labels))
-        records.append({"row": source.name, **settings, "labels": "chosen", "classes": labels.tolist()})
+        records.append({"row": source.checkpoint.name, **settings, "labels": "chosen", "classes": labels.tolist()})
     if source.accelerator.is_main_process:
         picture.write(out / "compare.png", rows, [record["row"] for record in records], column_titles)
         files.write_json(out / "compare.json", {"preset": config.preset, "rows": records})

@@ -250,9 +250,10 @@ def seeds(options: SeedsOptions) -> Figure:
         labels = np.array(labels_of(options.classes, names_of(source.checkpoint)))
         images = source.sampler(options.sampling, len(labels), labels).images(range(len(labels)))
         for label, image in zip(options.classes, images, strict=True):
-            row = table.setdefault((label, source.name.split("@")[0]), {})
+            row = table.setdefault((label, source.checkpoint.name.split("@")[0]), {})
             require(
-                source.checkpoint.step not in row, f"two checkpoints are called {source.name}: rename one of the runs"
+                source.checkpoint.step not in row,
+                f"two checkpoints are called {source.checkpoint.name}: rename one of the runs",
             )
             row[source.checkpoint.step] = image
     across = sorted({step for row in table.values() for step in row})

@@ -19,6 +19,7 @@ from models.vae import open_codec
 from runtime import launch
 from sampling import presets, preview
 from sampling.classes import readable
+from sampling.config import SamplingConfig
 from sampling.sampler import Sampler, image_shape
 
 BATCH = 64  # samples per network call in each process
@@ -55,7 +56,9 @@ class Scores:
     def __init__(self, config: TrainConfig, codec: Codec, accelerator: Accelerator, latent: tuple[int, ...]) -> None:
         self.every, self.count, self.weights = config.eval_steps, config.num_fid_samples, config.eval_weights
         self.preset = config.eval_preset
-        self.settings = preview.SETTINGS if self.preset is None else presets.sampling(self.preset)
+        self.settings = (
+            preview.SETTINGS if self.preset is None else SamplingConfig(**presets.find(self.preset).settings)
+        )
         self.codec, self.accelerator = codec, accelerator
         assert config.reference is not None  # config.py asks for it with --eval-steps
         self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)

@@ -26,7 +26,6 @@ from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, require
 from runtime.options import option
 from runtime.streams import Stream
-from sampling.source import name_of
 
 Kind = tuple[str, float | None]  # a feature and its omega: ("g", 10.0), ("u", None)
 HELD_OUT = 5  # one in so many images is held out, and one in so many of the rest chooses the penalties
@@ -214,7 +213,7 @@ class Probed:
 
     @property
     def name(self) -> str:
-        return name_of(self.checkpoint)
+        return self.checkpoint.name
 
     def require_null(self) -> None:
         """Raise UserError if the null label was never trained, so that f_u and f_g do not exist."""
@@ -238,7 +237,7 @@ class Probed:
         xt = interpolant.corrupt(x0, noise, times)
         if unconditional:
             xt, times = torch.cat([xt, xt]), torch.cat([times, times])
-            labels = torch.cat([torch.full_like(labels, self.network.null_label), labels])
+            labels = torch.cat([torch.full_like(labels, self.network.spec.num_classes), labels])
         features = self.network(xt, times, labels, taps=self.blocks, exit_early=True).features
         tokens = {block: features[block].double() for block in self.blocks}
         if not unconditional:

@@ -26,11 +26,10 @@ from models.backbone import (
     Tap,
     check_weights,
     initial_weights,
-    load_weights,
     parameter_count,
 )
 from models.layers import patchify, unpatchify
-from runtime.errors import UserError, nearest
+from runtime.errors import UserError, nearest, require
 
 __all__ = [
     "ARCHITECTURES",
@@ -114,12 +113,16 @@ def build(
     if weights is None:
         network.load_state_dict(initial_weights(network, seed), assign=True)
     else:
-        load_weights(network, weights)
+        check_weights(network, weights, spec.name)
+        copies = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+        network.load_state_dict(copies, assign=True)
     return network
 
 
 def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
     """Raise UserError, naming the tensor, if a weight is infinite or not a number."""
     for name, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{where} holds numbers that are not finite, first in {name}; use another checkpoint")
+        require(
+            not value.is_floating_point() or bool(torch.isfinite(value).all()),
+            f"{where} holds numbers that are not finite, first in {name}; use another checkpoint",
+        )

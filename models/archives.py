@@ -28,28 +28,18 @@ def read_archive(path: Path | str) -> Any:
         UserError: the file is missing, damaged, or asks to run code.
     """
     path = Path(path)
-    files.require_plain(path)
     if path.suffix == ".safetensors":
         return files.load_tensors(path)
-    try:
+    with files.reading(path):
         open(path, "rb").close()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _require_sound(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
-        raise UserError(
-            f"{path} asks to run {code[1]} from outside torch, which is refused; if you trust the file, save its state "
-            "dict alone, as safetensors"
-        ) from error
     except (
+        pickle.UnpicklingError,
         OSError,
         RuntimeError,
         EOFError,
@@ -60,7 +50,15 @@ def read_archive(path: Path | str) -> Any:
         AttributeError,
         OverflowError,
     ) as error:
-        raise UserError(f"{path} is damaged or not a weight file of PyTorch; restore it from a copy") from error
+        # What torch's restricted unpickler says of a class that it refuses
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        problem = (
+            f"asks to run {code[1]} from outside torch, which is refused; if you trust the file, save its state dict "
+            f"alone, as safetensors"
+            if code
+            else "is damaged or not a weight file of PyTorch; restore it from a copy"
+        )
+        raise UserError(f"{path} {problem}") from error
 
 
 def _require_sound(path: Path) -> None:

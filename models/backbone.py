@@ -169,8 +169,10 @@ class Backbone(nn.Module):
 
     def __init__(self, spec: ModelSpec, depth: int | None = None) -> None:
         super().__init__()
-        if depth is not None and not 1 <= depth <= spec.depth:
-            raise UserError(f"block {depth} does not exist: {spec.name} has blocks 1 to {spec.depth}")
+        require(
+            depth is None or 1 <= depth <= spec.depth,
+            f"block {depth} does not exist: {spec.name} has blocks 1 to {spec.depth}",
+        )
         width, head_dim = spec.hidden_size, spec.hidden_size // spec.num_heads
         self.spec = spec
         self.x_embedder = PatchEmbedder(spec.patch_size, spec.in_channels, width)
@@ -219,11 +221,6 @@ class Backbone(nn.Module):
     def rotation(self) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (T, head_dim) that turn queries and keys; None for absolute positions alone."""
         return None
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for 'no class'."""
-        return self.spec.num_classes
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[Tap] = (), exit_early: bool = False) -> Output:
         """Velocity and block outputs at noisy latents.
@@ -310,16 +307,6 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"the weights do not fit {what}: {', '.join(problems[:3])}{more}")
-
-
-def load_weights(network: Backbone, weights: Mapping[str, Tensor]) -> None:
-    """Put float32 copies of `weights` into `network` (which may lie on the meta device), strictly.
-
-    Raises:
-        UserError: names or shapes differ; says which.
-    """
-    check_weights(network, weights, network.spec.name)
-    network.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
 
 
 def parameter_count(network: Backbone) -> int:

@@ -116,6 +116,12 @@ class Checkpoint:
         self._intact.add(name)
 
     @property
+    def name(self) -> str:
+        """RUN@STEP, or the checkpoint folder's name."""
+        in_run = self.path.parent.name == "checkpoints"
+        return f"{self.path.parent.parent.name}@{self.step}" if in_run else self.path.name
+
+    @property
     def has_null(self) -> bool:
         """Whether the null label was trained, by label dropout. Imported weights are assumed to have it."""
         train = self.config.get("train")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,9 @@ class Options:
     overwrite: bool = option(
         False, help="replace any checkpoint or VAE at --out, not only those that this command wrote"
     )
-    num_heads: int | None = option(None, help="attention heads, if the size is not a published one", heading="network")
+    num_heads: int | None = option(
+        None, within="[1, inf)", help="attention heads, if the size is not a published one", heading="network"
+    )
     noise_at: str | None = option(
         None,
         choices=("0", "1"),
@@ -66,9 +67,6 @@ class Options:
     )
     statistics: str | None = option(None, help="file of per-channel latent statistics (LightningDiT's, REPA-E's)")
 
-    def __post_init__(self) -> None:
-        require(self.num_heads is None or self.num_heads > 0, f"--num-heads {self.num_heads} must be at least 1")
-
 
 SD_VAE = LatentSpace(
     name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-ema"
@@ -79,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the folder written."""
     options = read(
         Options,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m models.convert",
         description=__doc__,
         first="source",

@@ -11,7 +11,6 @@ of zeros.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the file."""
     options = read(
         Options,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m models.export",
         description=__doc__,
         first="ckpt",

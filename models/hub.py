@@ -12,7 +12,6 @@ The copy holds the network, its averages, those of a head that predicts the velo
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +64,7 @@ class Metrics(TypedDict):
 
 def main(argv: Sequence[str] | None = None) -> Path | str:
     """Run the command; returns the new place of the checkpoint."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m models.hub", description=__doc__, first="ckpt"
-    )
+    options = read(Options, argv, prog="python -m models.hub", description=__doc__, first="ckpt")
     source = Checkpoint.open(options.ckpt)
     result = None
     if options.metrics is not None:
@@ -153,11 +150,17 @@ def card(source: Checkpoint, result: dict[str, Any] | None) -> str:
         f"{', '.join(source.weights)}."
     ]
     digests = [f"- checkpoint: `{source.digest}`", *(f"- {name}: `{digest}`" for name, digest in source.files.items())]
+    data = source.config.get("data")
+    trained_on = (
+        [f"{data['count']:,} items of {len(data['class_names'])} classes; latent set `{data['digest']}`."]
+        if data
+        else []
+    )
     use = ["```bash", "python generate.py --ckpt hub:USER/NAME --num-fid-samples 64", "```"]
     sections = {
         f"# {spec.name}, step {source.step:,}": network,
         "## Method": _method(source.config, source.step),
-        "## Data": _data(source.config.get("data")),
+        "## Data": trained_on,
         "## Numbers": _numbers(result),
         "## Files": digests,
         "## Use": use,
@@ -183,14 +186,6 @@ def _method(config: dict[str, Any], step: int) -> list[str]:
         "",
         *(alignments or ["Plain flow matching, no alignment."]),
     ]
-
-
-def _data(data: dict[str, Any] | None) -> list[str]:
-    return (
-        [f"{data['count']:,} items of {len(data['class_names'])} classes; latent set `{data['digest']}`."]
-        if data
-        else []
-    )
 
 
 def _numbers(result: dict[str, Any] | None) -> list[str]:

@@ -10,7 +10,6 @@ from runtime.errors import UserError
 
 # A checkpoint on the hub is hub:user/name or hub:user/name@REVISION.
 PREFIX = "hub:"
-FILES = ["config.json", "*.safetensors"]
 
 
 @contextmanager
@@ -37,4 +36,8 @@ def fetch(name: str) -> Path:
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     with answered(f"fetch {name}"):
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=["config.json", "*.safetensors"]
+            )
+        )

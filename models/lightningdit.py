@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, ModelSpec
 from models.layers import grid_positions
-from runtime.errors import UserError
+from runtime.errors import require
 
 
 class RMSNorm(nn.Module):
@@ -93,10 +93,10 @@ def rotary_tables(head_dim: int, side: int, span: int | None = None) -> tuple[Te
     Raises:
         UserError: `head_dim` is not a multiple of 4.
     """
-    if head_dim % 4:
-        raise UserError(
-            f"rotary positions need a head dimension divisible by 4, not {head_dim}: change the number of heads"
-        )
+    require(
+        head_dim % 4 == 0,
+        f"rotary positions need a head dimension divisible by 4, not {head_dim}: change the number of heads",
+    )
     frequencies = 10000.0 ** (-np.arange(head_dim // 4) / (head_dim / 4))
     angles = [np.repeat(np.outer(axis, frequencies), 2, axis=1) for axis in grid_positions(side, span)]
     table = np.concatenate(angles, axis=1)

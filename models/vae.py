@@ -94,15 +94,14 @@ def open_codec(
         vae: hub id or folder of a diffusers `AutoencoderKL`; "pixels" for the identity; None for the VAE of `space`.
         space: the space of existing latents, which the VAE must fit. Without it, shift and scale come from the VAE's
             config.
-        statistics: file of per-channel statistics (`read_statistics`) to use instead of the config's.
+        statistics: file of per-channel statistics (`read_statistics`) to use instead of the config's; `space` has its
+            own.
         device, dtype: of the VAE; images and latents leave it in float32.
         compile: whether to compile the decoder of a VAE.
 
     Raises:
         UserError: the VAE is missing, damaged, or not the one that `space` came from.
     """
-    if space is not None and statistics is not None:
-        raise ValueError("a space has its own statistics")
     if vae is None:
         vae = space.vae if space is not None and space.vae else PIXELS
     if vae == PIXELS:

@@ -8,7 +8,6 @@ Source and licence: digits.txt beside this file.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +51,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the digits as a latent set, unless it is there already."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.digits", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m preprocessing.digits", description=__doc__)
     encode(
         Digits(),
         job.Options(

@@ -10,7 +10,6 @@ the same bytes as one that ran through (on one kind of device).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,12 +42,11 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode a folder or ZIP file of images."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.encode", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m preprocessing.encode", description=__doc__)
     encode(ImageFiles(options.images), options)
 
 
+# The options that the bytes of a set depend on.
 SETTINGS = (
     "resolution",
     "flip",
@@ -61,7 +59,6 @@ SETTINGS = (
     "shard_size",
     "seed",
 )
-"""The options that the bytes of a set depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +186,11 @@ def _encode_shards(
             if (job.folder / STOPPED).exists():
                 break
             bad += batch.bad
-            _tolerate(bad, job.options.skip_bad)
+            if len(bad) > (limit := job.options.skip_bad):
+                counts = f"{len(bad)} images are bad, --skip-bad allows {limit}"
+                raise UserError(
+                    f"{bad[-1]}; repair or remove it ({counts if limit else 'or leave out a few with --skip-bad N'})"
+                )
             parts.append((batch, _encode_batch(job, codec, batch, processes.device)))
             if last:
                 # At most one shard waits in memory; a failed write ends the work here.
@@ -236,15 +237,6 @@ def _decoded(job: Encoding, numbers: Sequence[int], processes: Accelerator) -> I
         for (shard, items), batch in zip(plan, loader):
             yield shard, items.stop == job.items(shard).stop, batch
             bar.update(len(items))
-
-
-def _tolerate(bad: Sequence[str], limit: int) -> None:
-    """Raise UserError if more images are bad than `--skip-bad` allows; `bad` holds a message for each."""
-    if len(bad) > limit:
-        counts = f"{len(bad)} images are bad, --skip-bad allows {limit}"
-        raise UserError(
-            f"{bad[-1]}; repair or remove it ({counts if limit else 'or leave out a few with --skip-bad N'})"
-        )
 
 
 def _encode_batch(job: Encoding, codec: Codec, batch: Batch, device: torch.device) -> np.ndarray:

@@ -211,16 +211,6 @@ def match_labels(names: list[str], text: bytes, where: Path) -> np.ndarray:
     Raises:
         UserError: the file is damaged, or its items and the names differ.
     """
-    given = _parse_labels(text, where)
-    if absent := given.keys() - set(names):
-        raise UserError(f"{where} gives a label to {min(absent)}, which is not there; correct one of them")
-    unlabelled = next((name for name in names if name not in given), None)
-    require(unlabelled is None, f"{where} has no label for {unlabelled}; correct one of them")
-    return np.array([given[name] for name in names], np.int64)
-
-
-def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
-    """Name -> label of a label file. Raises UserError if it is damaged."""
     try:
         pairs = json.loads(text)["labels"]
         given = dict(pairs)
@@ -235,7 +225,11 @@ def _parse_labels(text: bytes, where: Path) -> dict[str, int]:
             type(label) is int and 0 <= label < LARGEST_LABEL,
             f"{where} gives {name} the label {label!r}; labels must be whole numbers from 0 to {LARGEST_LABEL - 1}",
         )
-    return given
+    if absent := given.keys() - set(names):
+        raise UserError(f"{where} gives a label to {min(absent)}, which is not there; correct one of them")
+    unlabelled = next((name for name in names if name not in given), None)
+    require(unlabelled is None, f"{where} has no label for {unlabelled}; correct one of them")
+    return np.array([given[name] for name in names], np.int64)
 
 
 def decode(data: bytes, name: str) -> Image.Image:

@@ -19,13 +19,12 @@ import io
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -58,31 +57,22 @@ class Options:
     )
 
 
-class Layout(Protocol):
-    """One kind of folder: its content as a whole, and its shards one by one."""
-
-    peer: str  # whose layout it is
-    space: LatentSpace
-    shape: tuple[int, ...]  # (views, parts, C, H, W)
-    labels: np.ndarray  # (n,) int64
-    bounds: list[int]  # shard s holds items bounds[s] .. bounds[s + 1] - 1
-    fingerprint: str
-
-    def shard(self, number: int) -> dict[str, Any]:
-        """Latents (n, views, parts, C, H, W) of one shard, with names and images if there are any."""
-        ...
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Import a folder."""
     options = read(
         Options,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m preprocessing.import_latents",
         description=__doc__,
         first="source",
     )
     layout = recognised(options)
+    channels = layout.shape[2]
+    require(
+        layout.space.channels == channels,
+        f"{options.source} holds latents of {channels} channels, those of {layout.space.name} have "
+        f"{layout.space.channels}; give their own --vae or --statistics",
+    )
     print(f"{options.source}: {layout.peer} latents, {len(layout.labels):,} items of {layout.shape}")
     classes = int(layout.labels.max()) + 1 if options.num_classes is None else options.num_classes
     require(
@@ -92,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(layout, options, classes)
 
 
-def recognised(options: Options) -> Layout:
+def recognised(options: Options) -> RepaFolder | LightningDitFolder:
     """The layout of `options.source`. Raises UserError if it is not one of the two."""
     source = Path(options.source)
     repa = source / "vae-sd" if (source / "vae-sd").is_dir() else source
@@ -111,7 +101,7 @@ def recognised(options: Options) -> Layout:
     return LightningDitFolder(source, options)
 
 
-def run(layout: Layout, options: Options, classes: int) -> None:
+def run(layout: RepaFolder | LightningDitFolder, options: Options, classes: int) -> None:
     """Write the shards that are missing, then the manifest."""
     job = Job(
         folder=Path(options.out),
@@ -149,7 +139,11 @@ def run(layout: Layout, options: Options, classes: int) -> None:
 
 
 class RepaFolder:
-    """One .npy per image: posterior mean and standard deviation of SD-VAE, unscaled."""
+    """One .npy per image: posterior mean and standard deviation of SD-VAE, unscaled.
+
+    `shape` is (views, parts, C, H, W) of an item, `labels` (n,) int64; shard s holds the items bounds[s] to
+    bounds[s + 1] - 1.
+    """
 
     peer = "REPA"
 
@@ -175,10 +169,10 @@ class RepaFolder:
                 vae="stabilityai/sd-vae-ft-mse",
             )
         )
-        _require_channels(self.space, channels, folder)
         self.shape = (1, 2, channels, *first.shape[1:])
 
     def shard(self, number: int) -> dict[str, Any]:
+        """Latents (n, views, parts, C, H, W) of one shard, with names and, if they are kept, images."""
         names = self.names[self.bounds[number] : self.bounds[number + 1]]
         loaded = np.empty((len(names), *self.shape), np.float32)
         # Threads read the files; one thread parses them, see `_moments`.
@@ -219,7 +213,10 @@ class RepaFolder:
 
 
 class LightningDitFolder:
-    """Safetensors files of fixed samples, of the image and its mirror image, with statistics to scale them."""
+    """Safetensors files of fixed samples, of the image and its mirror image, with statistics to scale them.
+
+    The fields are those of `RepaFolder`.
+    """
 
     peer = "LightningDiT"
 
@@ -247,7 +244,6 @@ class LightningDitFolder:
         else:
             shift, scale = read_statistics(statistics)
             self.space = LatentSpace(name="va-vae", channels=shape[0], stride=16, shift=shift, scale=scale)
-        _require_channels(self.space, shape[0], folder)
         self.shape = (len(self.keys), 1, *shape)
 
     def shard(self, number: int) -> dict[str, Any]:
@@ -273,19 +269,8 @@ def _require_arrays(file: Path, arrays: Mapping[str, np.ndarray], keys: Sequence
 
 def _content(file: Path, remedy: str) -> bytes:
     """The bytes of a file. Raises UserError with `remedy` if it cannot be read."""
-    files.require_plain(file)
-    try:
+    with files.reading(file, remedy):
         return file.read_bytes()
-    except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file} cannot be read ({reason}); {remedy}") from error
-
-
-def _require_channels(space: LatentSpace, channels: int, folder: Path) -> None:
-    require(
-        space.channels == channels,
-        f"{folder} holds latents of {channels} channels, those of {space.name} have {space.channels}",
-    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from runtime.errors import UserError, require
 from runtime.options import option
 
 JOB = "job.json"
+# Marks that a process of the present start met an error: the others need not go on.
 STOPPED = ".stopped"
-"""Marks that a process of the present start met an error: the others need not go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +149,9 @@ def _whole_shards(job: Job) -> dict[int, Shard]:
     """The entries of the shards on disk whose bytes are those that were written."""
     whole = {}
     for shard in job.shard_numbers:
-        entry = shards.recorded(job.folder, shard)
-        if entry is not None and (job.folder / entry["file"]).exists():
+        if (job.folder / shards.shard_name(shard)).exists():
             try:
-                dataset.require_intact(job.folder, entry)
-                whole[shard] = entry
+                whole[shard] = shards.recorded(job.folder, shard)
             except UserError as error:
                 print(f"{error}: making this shard anew")
     return whole

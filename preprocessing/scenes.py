@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,10 @@ from runtime.options import group, option, read
 from runtime.streams import Stream
 
 MASKS = "masks.npz"
+# Scenes in a set, at most.
 MOST = 10_000_000
-"""Scenes in a set, at most."""
+# Parts into which the real digits are dealt; the last is held out to measure on unseen handwriting.
 GROUPS = 5
-"""Parts into which the real digits are dealt; the last is held out to measure on unseen handwriting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +190,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write scenes as a latent set, and their masks, unless both are there already."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m preprocessing.scenes", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m preprocessing.scenes", description=__doc__)
     scenes = Scenes(options.dials, options.count, options.seed)
     encode(
         scenes,

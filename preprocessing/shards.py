@@ -17,7 +17,7 @@ import torch
 
 from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
-from models.manifest import Shard
+from models.manifest import Shard, require_intact
 from runtime import files, schema
 from runtime.errors import UserError, require
 
@@ -63,26 +63,20 @@ def write_shard(
             )
             tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
-    written = entry(folder, number, len(latents))
+    written: Shard = {"file": file.name, "count": len(latents), "sha256": files.digest(file)}
     files.write_json(_record(folder, number), written)
     return written
 
 
-def recorded(folder: Path, number: int) -> Shard | None:
-    """The entry of a shard, as recorded when it was written; None if the record is missing or damaged."""
-    try:
-        return schema.read(Shard, _record(folder, number))
-    except UserError:
-        return None
+def recorded(folder: Path, number: int) -> Shard:
+    """The entry of a shard, as recorded when it was written. Raises UserError unless its bytes are still the same."""
+    entry = schema.read(Shard, _record(folder, number))
+    require_intact(folder, entry)
+    return entry
 
 
 def _record(folder: Path, number: int) -> Path:
     return folder / f".{shard_name(number)}.json"
-
-
-def entry(folder: Path, number: int, count: int) -> Shard:
-    """The manifest's entry of a shard that is on disk."""
-    return {"file": shard_name(number), "count": count, "sha256": files.digest(folder / shard_name(number))}
 
 
 def write_manifest(

@@ -12,7 +12,6 @@ autoencoder that does not reconstruct, a scale that is far from 1.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Verify a latent set."""
     options = read(
         Options,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m preprocessing.verify",
         description=__doc__,
         first="data_dir",

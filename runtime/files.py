@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from runtime.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -118,15 +116,13 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Turn the operating system's errors inside the block into a UserError that names `path`."""
+def reading(path: Path | str, remedy: str = "check the path, or restore it from a copy") -> Iterator[None]:
+    """Turn the operating system's errors inside the block into a UserError that names `path` and `remedy`."""
     require_plain(path)
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; check the path, or restore it from a copy"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
 
 
 def _flush(path: Path, mode: int) -> None:
@@ -164,7 +160,7 @@ def _flush_names(folder: Path) -> None:
 def digest(path: Path | str) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises UserError if it is a folder or cannot be read."""
     state = hashlib.sha256()
-    with _reading(path), open(path, "rb") as handle:
+    with reading(path), open(path, "rb") as handle:
         while block := handle.read(1 << 20):
             state.update(block)
     return state.hexdigest()
@@ -179,7 +175,7 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str) -> Any:
     """Read JSON. Raises UserError if the file is missing or broken."""
     try:
-        with _reading(path):
+        with reading(path):
             return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged: restore it from a copy") from error
@@ -220,12 +216,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        with _reading(path):
+        with reading(path):
             return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); restore it from a copy") from error
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping."""
-    return psutil.virtual_memory().available

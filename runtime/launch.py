@@ -22,8 +22,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from runtime.errors import UserError, note, require
 
 T = TypeVar("T")
+# Seconds between two checks that the launcher is alive, and seconds a process may go on without it.
 WATCH, GRACE = 5.0, 600.0
-"""Seconds between two checks that the launcher is alive, and seconds a process may go on without it."""
 
 
 def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelerator:
@@ -151,8 +151,10 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     The flag wins, then the launcher's bf16; otherwise bf16 on CUDA hardware that has it, float32 elsewhere.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if wanted is None and launcher not in ("no", "bf16"):
-        raise UserError(f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no")
+    require(
+        wanted is not None or launcher in ("no", "bf16"),
+        f"the accelerate configuration asks for {launcher}: use bf16, or pass --mixed-precision no",
+    )
     if wanted is None:
         wanted = "bf16" if launcher == "bf16" or (device.type == "cuda" and native_bf16(device)) else "no"
     return torch.bfloat16 if wanted == "bf16" else None
@@ -206,12 +208,12 @@ def require_tf32() -> None:
     require(able, "--tf32 needs a CUDA device of compute capability 8 or above; leave it out to run in float32")
 
 
+# Names of precisions as they are printed and saved, and the options that ask for them.
 PRECISIONS = {
     "bf16": "--mixed-precision bf16",
     "fp32": "--mixed-precision no --no-tf32",
     "tf32": "--mixed-precision no --tf32",
 }
-"""Names of precisions as they are printed and saved, and the options that ask for them."""
 
 
 def precision_name(dtype: torch.dtype | None, tf32: bool = False) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import sys
 import types
 import typing
 import unicodedata
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+# Option names and values, as words or a layer of settings gave them.
 Given = dict[str, Any]
-"""Option names and values, as words or a layer of settings gave them."""
 
 
 def option(
@@ -102,7 +103,7 @@ def options_of(schema: type) -> Iterator[Option]:
 
 def read(
     schema: type[T],
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     *,
     prog: str,
     description: str | None = None,
@@ -114,6 +115,7 @@ def read(
     """The options of a command.
 
     Args:
+        argv: the words after the command's name; None: those that this process was started with.
         first: the option that takes a leading word without a flag.
         between: returns settings between the defaults and the command line, from the given values (a preset).
         epilog: text after the options in `--help`, such as the names of presets.
@@ -123,7 +125,7 @@ def read(
         UserError: an unknown flag, a value of the wrong type, a missing required option, or a value that the dataclass
             refuses.
     """
-    words = list(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     if first is not None and words and not words[0].startswith("-"):
         words = [f"--{first.replace('_', '-')}", *words]
     given = parse({"": schema}, words, prog=prog, description=description, epilog=epilog, hints=hints)[""]
@@ -317,8 +319,7 @@ def build(schema: type[T], *layers: Given, section: str = "") -> T:
         for name, field in known.items()
         if name not in values and field.default is MISSING and field.default_factory is MISSING
     ]
-    if missing:
-        raise UserError(f"missing {', '.join(missing)}; see --help")
+    require(not missing, f"missing {', '.join(missing)}; see --help")
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return _filled(schema, tuples, section)
 

@@ -17,8 +17,8 @@ from runtime import files
 from runtime.errors import UserError
 
 T = TypeVar("T")
+# A finite number.
 Number = Annotated[float, Field(allow_inf_nan=False)]
-"""A finite number."""
 
 # Building an adapter takes milliseconds, and the same few types are checked again and again.
 _adapter: Callable[[Any], TypeAdapter[Any]] = functools.lru_cache(maxsize=64)(TypeAdapter)

@@ -8,7 +8,6 @@ the digest anew.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +23,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Seal the file as it is now."""
-    words = sys.argv[1:] if argv is None else argv
-    file = read(Options, words, prog="python -m runtime.seal", description=__doc__, first="file").file
+    file = read(Options, argv, prog="python -m runtime.seal", description=__doc__, first="file").file
     value = files.read_json(file)
     require(
         isinstance(value, dict) and files.SEAL in value,

@@ -76,11 +76,10 @@ class SamplingConfig:
             not self.adaptive or (self.num_steps, self.grid, self.timestep_shift) == (250, "evaluations", 1.0),
             f"--solver {self.solver} chooses its own steps: leave out --num-steps, --grid and --timestep-shift",
         )
-        if self.mode == "sde":
-            require(
-                self.solver == "euler" and self.grid == "evaluations" and self.timestep_shift == 1,
-                "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode",
-            )
+        require(
+            self.mode == "ode" or (self.solver, self.grid, self.timestep_shift) == ("euler", "evaluations", 1.0),
+            "--solver, --grid and --timestep-shift are options of the ODE: add --mode ode",
+        )
 
     @property
     def adaptive(self) -> bool:

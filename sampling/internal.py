@@ -28,18 +28,13 @@ from sampling.config import SamplingConfig
 class Inner:
     """The velocity of a shallow block: a head, what it reads, and the times low to high at which it guides."""
 
+    # The alignment that trained it.
     name: str
-    """The alignment that trained it."""
     spec: VelocityHead
     head: nn.Module
     patch: int
     low: float
     high: float
-
-    @property
-    def taps(self) -> tuple[Tap, ...]:
-        """What the head reads of a forward pass."""
-        return self.spec.taps
 
     def __call__(self, features: Mapping[Tap, Tensor]) -> Tensor:
         """(N, C, H, W) velocity from the tapped `features`."""

@@ -15,14 +15,7 @@ FONT = 13
 
 
 def write(path: Path, rows: Sequence[np.ndarray], names: Sequence[str] = (), column_titles: Sequence[str] = ()) -> None:
-    """Write `composed` as a PNG."""
-    picture = composed(rows, names, column_titles)
-    with files.replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def composed(rows: Sequence[np.ndarray], names: Sequence[str] = (), column_titles: Sequence[str] = ()) -> Image.Image:
-    """Rows of uint8 images, each (n, H, W, C), on white: `names` left of the rows, titles above the columns."""
+    """Write a PNG of rows of uint8 images, each (n, H, W, C), on white: `names` left of them, titles above columns."""
     side = rows[0].shape[1]
     scale, gap = max(1, -(-TILE // side)), max(2, side // 16)
     tile = side * scale
@@ -46,7 +39,8 @@ def composed(rows: Sequence[np.ndarray], names: Sequence[str] = (), column_title
         while title and font.getlength(title) > tile:
             title = title[:-1]
         draw.text((left + column * (tile + gap), gap // 2), title, "black", font)
-    return picture
+    with files.replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def by_class(labels: np.ndarray, rows: int = 8, columns: int = 8) -> list[tuple[int, np.ndarray]]:

@@ -17,9 +17,8 @@ from runtime.text import aligned
 from sampling.config import SamplingConfig
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
-FREE = ("seed",)
+# REPA, SiT and LightningDiT sample in float32 with TF32 products.
 PRECISION = {"mixed_precision": "no", "tf32": True}
-"""REPA, SiT and LightningDiT sample in float32 with TF32 products."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,13 @@ class Preset:
 
     network: str
     settings: dict[str, Any]
+    # The published row (arguments of `models.published.find`); empty for a protocol without a number of its own.
     result: dict[str, Any] = field(default_factory=dict)
-    """The published row (arguments of `models.published.find`); empty for a protocol without a number of its own."""
+    # Decoder of SD-VAE's latents; None: the one that the checkpoint names (VA-VAE).
     vae: str | None = SD_VAE
-    """Decoder of SD-VAE's latents; None: the one that the checkpoint names (VA-VAE)."""
     note: str = ""
+    # Number of samples if the protocol does not draw 50,000.
     samples: int | None = None
-    """Number of samples if the protocol does not draw 50,000."""
 
     @property
     def published(self) -> float | None:
@@ -174,19 +173,16 @@ def find(name: str) -> Preset:
     return PRESETS[name]
 
 
-def sampling(name: str, seed: int = 0) -> SamplingConfig:
-    """The settings of the preset `name`."""
-    return SamplingConfig(**find(name).settings, seed=seed)
-
-
-def settings(name: str, given: Given) -> Given:
-    """All settings of the preset `name`, defaults written out, as a layer of options.
+def settings(given: Given) -> Given:
+    """All settings of the preset among the `given` options, defaults written out, as a layer below them.
 
     Raises:
         UserError: an unknown preset, or a given option that the preset fixes.
     """
+    if (name := given.get("preset")) is None:
+        return {}
     preset = find(name)
-    defaults = {option.name: option.default for option in fields(SamplingConfig) if option.name not in FREE}
+    defaults = {option.name: option.default for option in fields(SamplingConfig) if option.name != "seed"}
     count = {} if preset.samples is None else {"num_fid_samples": preset.samples}
     fixed = {**defaults, **preset.settings, **PRECISION, **count}
     if clash := [option for option in given if option in fixed]:

@@ -15,8 +15,8 @@ from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
 
 SETTINGS = SamplingConfig(mode="ode", solver="heun", num_steps=25)
+# Settings to check, before a run begins, that samples can be drawn at all.
 REHEARSAL = SamplingConfig(mode="ode", solver="heun", num_steps=2)
-"""Settings to check, before a run begins, that samples can be drawn at all."""
 
 
 def write(

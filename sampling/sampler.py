@@ -25,8 +25,8 @@ from sampling.config import SamplingConfig
 from sampling.internal import Inner
 from sampling.solvers import SOLVERS, Velocity, euler_maruyama
 
+# Indices (n,), labels (n,) and uint8 images (n, H, W, C) of a batch of samples.
 Drawn = tuple[Sequence[int], np.ndarray, np.ndarray]
-"""Indices (n,), labels (n,) and uint8 images (n, H, W, C) of a batch of samples."""
 
 
 class Sampler:
@@ -164,7 +164,7 @@ class Sampler:
         times = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
         inner = self.inner if self.inner is not None and self.inner.low <= t <= self.inner.high else None
         with nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype):
-            output = self.network(x.float(), times, labels, taps=inner.taps if inner else ())
+            output = self.network(x.float(), times, labels, taps=inner.spec.taps if inner else ())
             shallow = inner(output.features) if inner else output.velocity
         velocity = output.velocity.double()
         return interpolant.guide(shallow.double(), velocity, self.settings.internal_scale) if inner else velocity

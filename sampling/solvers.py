@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Velocity = Callable[["Tensor", float], "Tensor"]
-Noise = Callable[[int], "Tensor"]
 
 
 def ode_grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -72,8 +71,8 @@ class Solver(NamedTuple):
     """A solver of the ODE: how it goes through a grid of times, and at which times it evaluates the velocity."""
 
     integrate: Callable[[Velocity, Tensor, Sequence[float]], Tensor]
+    # Grid -> every time of an evaluation, repeated where it evaluates twice; None if it chooses the times itself.
     times: Callable[[Sequence[float]], Sequence[float]] | None
-    """Grid -> every time of an evaluation, repeated where it evaluates twice; None if it chooses the times itself."""
 
 
 SOLVERS = {
@@ -83,7 +82,7 @@ SOLVERS = {
 }
 
 
-def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: Noise) -> Tensor:
+def euler_maruyama(velocity: Velocity, x: Tensor, grid: Sequence[float], noise: Callable[[int], Tensor]) -> Tensor:
     """Euler-Maruyama for the reverse SDE with diffusion w = 2 t; the last step is the drift alone.
 
     It evaluates where Euler's method does. `noise(k)` is the standard normal draw of step k, of x's shape.

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
 
 from models import Backbone, attention
 from models.checkpoint import Checkpoint
@@ -20,11 +24,6 @@ from sampling.config import SamplingConfig, SourceOptions
 from sampling.internal import Inner
 from sampling.sampler import Sampler
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from accelerate import Accelerator
-
 
 @dataclass(frozen=True)
 class Source:
@@ -37,10 +36,10 @@ class Source:
     codec: Codec
     dtype: torch.dtype | None
     precision: str
+    # The VAE's name.
     decoder: str
-    """The VAE's name."""
+    # The velocity of a shallow block, under internal guidance.
     inner: Inner | None = None
-    """The velocity of a shallow block, under internal guidance."""
 
     @classmethod
     def open(cls, options: SourceOptions, sampling: SamplingConfig, preset: str | None = None) -> Source:
@@ -91,11 +90,6 @@ class Source:
         return Sampler(self.network, self.codec, sampling, count, self.dtype, chosen, self.inner)
 
     @property
-    def name(self) -> str:
-        """The checkpoint's name: see `name_of`."""
-        return name_of(self.checkpoint)
-
-    @property
     def folder(self) -> Path:
         """Where results go without --out: the run, the checkpoint folder, or exps/user--name for one from the hub."""
         if self.options.ckpt.startswith(PREFIX):
@@ -114,7 +108,8 @@ class Source:
         )
         guidance += f", internal guidance {s.internal_scale:g} by {self.inner}" if self.inner else ""
         return (
-            f"{count:,} samples of {self.name} ({self.checkpoint.spec.name}, {s.weights} weights): {solver}, "
+            f"{count:,} samples of {self.checkpoint.name} ({self.checkpoint.spec.name}, {s.weights} weights): "
+            f"{solver}, "
             f"{'an adaptive number of' if each is None else each} network evaluations each, {guidance}, seed {s.seed}, "
             f"decoder {self.decoder}, {self.precision}"
         )
@@ -137,9 +132,3 @@ class Source:
             "decoder": self.decoder,
             **({"internal": self.inner.describe()} if self.inner else {}),
         }
-
-
-def name_of(checkpoint: Checkpoint) -> str:
-    """RUN@STEP, or the checkpoint folder's name."""
-    path = checkpoint.path
-    return f"{path.parent.parent.name}@{checkpoint.step}" if path.parent.name == "checkpoints" else path.name

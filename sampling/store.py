@@ -63,7 +63,12 @@ class Store:
         mark = self.partial / SETTINGS
         files.remove_leftovers(self.out)
         if self.partial.exists():
-            require_ours(self.out)
+            names = [path.name for path in self.partial.iterdir()] if self.partial.is_dir() else [PARTIAL]
+            foreign = sorted(set(names) - set(FILES))
+            require(
+                not foreign,
+                f"{self.partial} holds {', '.join(foreign[:3])}, which generate.py did not write; choose another --out",
+            )
             earlier = files.read_json(mark) if mark.is_file() else None
             same = earlier == self.settings
             require(
@@ -194,16 +199,6 @@ def difference(then: Any, now: dict[str, Any]) -> str:
     return next(
         (f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
         f"with {', '.join(sorted(then.keys() - now.keys()))}",
-    )
-
-
-def require_ours(out: Path) -> None:
-    """Raise UserError if the folder of unfinished samples holds anything that `Store` did not write."""
-    partial = out / PARTIAL
-    others = [path.name for path in partial.iterdir() if path.name not in FILES] if partial.is_dir() else [PARTIAL]
-    require(
-        not others,
-        f"{partial} holds {', '.join(sorted(others)[:3])}, which generate.py did not write; choose another --out",
     )
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,7 +215,7 @@ def test_an_unknown_residence_and_a_set_beyond_memory_are_refused(tmp_path, monk
     write_set(tmp_path, random_latents(), np.zeros(30, int))
     with pytest.raises(UserError, match="not cloud"):
         LatentSet(tmp_path, resident="cloud")
-    monkeypatch.setattr(dataset.files, "available_memory", lambda: 100)
+    monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
     with pytest.raises(UserError, match="leave it on disk"):
         LatentSet(tmp_path, resident="ram")
 

@@ -255,7 +255,7 @@ def test_networks_that_are_not_finite_draw_nothing(
 
 def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from models.latents import LatentSpace
-    from sampling.presets import PRESETS, decoder, sampling, settings
+    from sampling.presets import PRESETS, decoder, find, settings
 
     published = {
         "table1-sde": None,
@@ -288,8 +288,8 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         and "not certain" in listed
     )
     for name in PRESETS:
-        build(GenerateConfig, {"ckpt": "x"}, settings(name, {}))  # no contradiction within
-    repa = settings("repa-cfg", {})
+        build(GenerateConfig, {"ckpt": "x"}, settings({"preset": name}))  # no contradiction within
+    repa = settings({"preset": "repa-cfg"})
     assert (
         repa["mode"],
         repa["num_steps"],
@@ -301,7 +301,7 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         repa["mixed_precision"],
         repa["tf32"],
     ) == ("sde", 250, 1.8, 0.7, "truncate", "random", "ema", "no", True)
-    assert settings("fid10k", {})["num_fid_samples"] == 10_000 and "num_fid_samples" not in repa
+    assert settings({"preset": "fid10k"})["num_fid_samples"] == 10_000 and "num_fid_samples" not in repa
     sd = LatentSpace(
         name="sd-vae", channels=4, stride=8, shift=(0.0,), scale=(0.18215,), vae="stabilityai/sd-vae-ft-mse"
     )
@@ -316,10 +316,11 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         generate.main(["--ckpt", str(guided), "--preset", "repa-cgf"])
     # evaluations per sample: LightningDiT's 249 and their guided share
     dropped = ("num_steps", "mixed_precision", "tf32")
-    lightning = sampler(guided, **{k: v for k, v in settings("lightningdit-64ep", {}).items() if k not in dropped})
+    chosen = settings({"preset": "lightningdit-64ep"})
+    lightning = sampler(guided, **{k: v for k, v in chosen.items() if k not in dropped})
     assert len(lightning.grid) == 4
     for name, guided_steps in (("lightningdit-64ep", 181), ("lightningdit-800ep", 168)):
-        assert sampling(name).evaluations == 249 + guided_steps
+        assert SamplingConfig(**find(name).settings).evaluations == 249 + guided_steps
 
 
 def test_rounding_rules() -> None:

@@ -25,22 +25,22 @@ from loss import Batch
 from runtime.streams import Stream
 from runtime.transfer import to_device
 
+# Steps that are read beyond the current one, so that a slow read of images does not hold up the device.
 AHEAD = 2
-"""Steps that are read beyond the current one, so that a slow read of images does not hold up the device."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Host draws of one optimiser step for the global batch of B samples."""
 
+    # (B,) items of the data set.
     index: np.ndarray
-    """(B,) items of the data set."""
+    # (B,) 0 for the image, 1 for its stored mirror.
     view: np.ndarray
-    """(B,) 0 for the image, 1 for its stored mirror."""
+    # (B,) float32 times.
     t: np.ndarray
-    """(B,) float32 times."""
+    # (B,) bool, True where the label becomes the null label.
     dropped: np.ndarray
-    """(B,) bool, True where the label becomes the null label."""
 
 
 def plan(config: TrainConfig, data: LatentSet, step: int) -> Plan:

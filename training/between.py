@@ -21,9 +21,9 @@ from training.log import Meter, RunLog
 from training.run import Run
 from training.vote import Vote
 
+# File in the run's folder while the run waits to be continued. A batch script can look for it under `accelerate
+# launch`, which exits with 1 whatever its processes exit with.
 ENDED_EARLY = "ended-early.json"
-"""File in the run's folder while the run waits to be continued. A batch script can look for it under `accelerate
-launch`, which exits with 1 whatever its processes exit with."""
 
 
 class Callback(Protocol):
@@ -60,10 +60,10 @@ class Between:
         self.ratio_monitor = balance.RatioMonitor()
         self.launcher = os.getppid()
         self.saved_at = time.monotonic()
+        # Of the longest save so far.
         self.save_seconds = 0.0
-        """Of the longest save so far."""
+        # A checkpoint was due while gradients were not finite.
         self.postponed = False
-        """A checkpoint was due while gradients were not finite."""
 
     def __call__(self, meter: Meter, end: int) -> None:
         """Report, measure, save and end, in this order, as due. `end` is the last step of the segment."""

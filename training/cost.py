@@ -30,8 +30,8 @@ from runtime.streams import Stream
 from runtime.text import aligned
 from training.setup import Setup
 
+# Images of the counted batch. FLOPs per image do not depend on it.
 IMAGES = 2
-"""Images of the counted batch. FLOPs per image do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Part:
     parameters: int
     trained: bool
     flops: float
+    # The step after which the part is gone, None for never.
     stop: int | None = None
-    """The step after which the part is gone, None for never."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Cost:
     steps: int
     epoch_steps: int
     batch_size: int
+    # FLOPs per image that activation checkpointing adds.
     recomputed: float
-    """FLOPs per image that activation checkpointing adds."""
 
     @property
     def plain(self) -> float:

@@ -42,8 +42,8 @@ class Power:
     EDM2, arXiv 2312.02696, eq. 127.
     """
 
+    # The profile's standard deviation over the time trained, which fixes gamma.
     length: float
-    """The profile's standard deviation over the time trained, which fixes gamma."""
 
     def __call__(self, step: int) -> float:
         """d of update `step`, counted from 1."""

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from training.log import Meter
     from training.run import Run
 
+# So many steps in a row without a finite gradient stop the run. Fewer are skipped and counted.
 MOST = 10
-"""So many steps in a row without a finite gradient stop the run. Fewer are skipped and counted."""
 
 FILE = "not-finite.json"
+# Items of the first such step in the message; the file lists all.
 SHOWN = 4
-"""Items of the first such step in the message; the file lists all."""
 
 
 def require_healthy(run: Run, meter: Meter, last: bool) -> None:

@@ -13,8 +13,8 @@ from runtime import launch
 from runtime.options import as_dict
 from training.run import Run
 
+# A run of more epochs gets a warning. The longest run on ImageNet has 1,400.
 MANY_EPOCHS = 3000
-"""A run of more epochs gets a warning. The longest run on ImageNet has 1,400."""
 
 
 def introduction(run: Run) -> list[str]:

@@ -38,13 +38,13 @@ class Meter:
         self._counts = torch.zeros(5, device=accelerator.device)
         # a report resets all of them but the current row
         self._carried = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device)
+        # Gradient-norm ratio of each alignment, if measured since the last report (`training.balance`).
         self.ratios: dict[str, Tensor] = {}
-        """Gradient-norm ratio of each alignment, if measured since the last report (`training.balance`)."""
         self._steps = 0
         self._seconds = 0.0
         self._start = time.perf_counter()
+        # At the last report: steps skipped in a row at its end; the longest such row, and the steps since it ended.
         self.streak = self.longest = self.ago = 0
-        """At the last report: steps skipped in a row at its end; the longest such row, and the steps since it ended."""
 
     def add(self, losses: dict[str, Tensor], t: Tensor, parts: int) -> None:
         """One micro-batch out of `parts`: `diffusion` (N,) per sample, the others scalars; t (N,)."""

@@ -30,8 +30,8 @@ class Muon:
         adamw: the optimiser of every other parameter.
     """
 
+    # () float32 on the device: not 0 if the step must be skipped. The host never reads it.
     found_inf: Tensor | None = None
-    """() float32 on the device: not 0 if the step must be skipped. The host never reads it."""
 
     def __init__(self, network: Backbone, adamw: torch.optim.AdamW, *, lr: float, weight_decay: float) -> None:
         weights = dict(network.named_parameters())

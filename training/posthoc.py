@@ -33,8 +33,8 @@ from runtime.errors import note, require
 from runtime.options import option, read
 from training.ema import exponent, stored_name
 
+# A result gets a warning if its profile is farther than this from the requested one.
 NEAR = 0.02
-"""A result gets a warning if its profile is farther than this from the requested one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,8 +177,8 @@ def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
     return trunk
 
 
+# Options of an alignment that set when and how strongly it acts.
 TIMED = ("weight", "schedule", "stop_steps", "stop_epochs")
-"""Options of an alignment that set when and how strongly it acts."""
 
 
 def _require_same_weights(

@@ -51,8 +51,8 @@ class Run:
             launch.on_main(self.accelerator, lambda: held.enter_context(lock))
         precision = launch.precision_name(self.dtype, self.tf32)
         self.resumed = resume.find(self.folder, self.setup, precision, self.accelerator, tidy=held is not None)
+        # Options and resolved choices of each alignment, those of ended ones included.
         self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
-        """Options and resolved choices of each alignment, those of ended ones included."""
         self.step: int = self.resumed.step if self.resumed else 0
         network, self.origin = resume.network(self.setup, self.resumed)
         self.network, self.spec = network.to(self.device).train(), network.spec

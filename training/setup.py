@@ -32,11 +32,11 @@ class Setup:
     config: TrainConfig
     data: LatentSet
     spec: models.ModelSpec
+    # Options of each alignment, resolved for this network.
     options: dict[str, AlignOptions]
-    """Options of each alignment, resolved for this network."""
     epoch_steps: int
+    # The step after which each alignment is gone, None for never.
     stops: dict[str, int | None]
-    """The step after which each alignment is gone, None for never."""
 
     @classmethod
     def of(

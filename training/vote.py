@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+# Steps between two votes. All processes grant a request at the same step, at most two votes after it was made.
 EVERY = 4
-"""Steps between two votes. All processes grant a request at the same step, at most two votes after it was made."""
 
 
 class Vote:

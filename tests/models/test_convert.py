@@ -273,7 +273,7 @@ def test_internal_guidance_brings_its_second_velocity(name, patch, reversed_time
         1.0,
     )
     t = 1 - stored["t"] if reversed_time else stored["t"]
-    velocity = inner(checkpoint.network()(stored["x"], t, stored["y"], taps=inner.taps).features)
+    velocity = inner(checkpoint.network()(stored["x"], t, stored["y"], taps=inner.spec.taps).features)
     expected = second_velocity(weights, stored["t"], stored["y"], stored["block2"], patch)
     torch.testing.assert_close(velocity, -expected if reversed_time else expected, rtol=0, atol=2e-5)
     assert expected.abs().mean() > 0.05
@@ -283,7 +283,7 @@ def test_internal_guidance_brings_its_second_velocity(name, patch, reversed_time
         convert.main([*argv, "--out", str(again), "--internal-block", "2", "--noise-at", str(int(reversed_time))])
     )
     inner = open_inner(turned, SamplingConfig(internal_scale=1.4))
-    opposite = inner(turned.network()(stored["x"], 1 - t, stored["y"], taps=inner.taps).features)
+    opposite = inner(turned.network()(stored["x"], 1 - t, stored["y"], taps=inner.spec.taps).features)
     torch.testing.assert_close(opposite, -velocity, rtol=0, atol=2e-5)
 
 

@@ -99,7 +99,6 @@ def test_a_truncated_network_equals_the_full_one_up_to_its_depth(name):
 def test_output_is_zero_at_initialisation_and_the_null_label_follows_the_classes(name, num_classes, in_channels):
     spec = models.spec(name, in_channels=in_channels, input_size=8, num_classes=num_classes)
     network = models.build(spec)
-    assert network.null_label == num_classes
     x, t, _ = inputs(spec)
     velocity = network(x, t, torch.tensor([0, num_classes - 1, num_classes])).velocity
     assert velocity.shape == x.shape and not velocity.any()

@@ -198,7 +198,10 @@ def test_two_processes_finish_what_one_began_with_the_bytes_of_one(folder, tmp_p
     (tmp_path / "two").mkdir()
     for name in ("job.json", "shard-00002.safetensors"):
         shutil.copy(tmp_path / "whole" / name, tmp_path / "two")
-    files.write_json(tmp_path / "two" / ".shard-00002.safetensors.json", shards.entry(tmp_path / "two", 2, 4))
+    files.write_json(
+        tmp_path / "two" / ".shard-00002.safetensors.json",
+        files.read_json(tmp_path / "whole" / "manifest.json")["shards"][2],
+    )
     images = class_folders(tmp_path / "bad")
     (images / "n01" / "3.png").write_bytes(b"")  # in shard 2, which the first process encodes
     (tmp_path / "probe.py").write_text(PROBE)
