@@ -50,7 +50,7 @@ def _timed(call: Callable[[], None], repetitions: int) -> float | None:
             call()
     except RuntimeError:
         return None
-    # imported here: it looks for CUDA's compiler at once, and warns where there is none
+    # imported here: it looks for CUDA's compiler at once, and warns if there is no compiler
     from torch.utils.benchmark import Timer
 
     # torch's timer waits for the GPU before it reads the clock.

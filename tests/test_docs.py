@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-import generate
 import train
 from alignment import Alignment
 from config import TrainConfig
@@ -22,6 +21,7 @@ from models.peers import PEERS
 from recipes import rows
 from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
+from sampling import presets
 from tests.helpers import ROOT
 from training import command
 
@@ -84,7 +84,7 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
     if rest[0] in ("train.py", "train_guide.py"):
         command.resolve(rest[1:], rest[0], None, ("guided",) if "guide" in rest[0] else ())
     elif rest[0] == "generate.py" and "--list-presets" not in rest:
-        read(GenerateConfig, rest[1:], prog="generate.py", between=generate._preset)
+        read(GenerateConfig, rest[1:], prog="generate.py", between=presets.settings)
     elif rest[:2] == ["-m", "recipes"]:
         wanted = [word for word in rest[3:] if "/" in word]
         assert rest[2] in COMMANDS and [rows.find(name).name for name in wanted] == wanted

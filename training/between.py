@@ -72,16 +72,13 @@ class Between:
         last = step == config.max_train_steps
         granted = self.vote(step, end=self.reason() is not None, save=self._overdue())
         ending = "end" in granted and not last
-        saves = last or ending or self.postponed or "save" in granted or step % config.checkpointing_steps == 0
-        reporting = saves or step == end or step % config.log_steps == 0
+        scheduled = last or step % config.checkpointing_steps == 0
+        saves = scheduled or self.postponed or bool(granted)
+        reports = saves or step == end or step % config.log_steps == 0
         due = [callback for callback in self.callbacks if step % callback.every == 0]
 
-        losses = self._report(meter, last) if reporting else {}
-        scores, pictures = self._measure(due)
-        if losses or scores:
-            self.log.write(step, losses | scores)
-        for name, path in pictures.items():
-            self.log.picture(step, name, path)
+        losses = self._report(meter, last) if reports else {}
+        self._write(losses, *self._measure(due))
         if config.keeps_averages_at(step):
             saving.save_averages(self.run)
         if saves:
@@ -91,8 +88,15 @@ class Between:
                 self._save()
         if ending:
             self._end()
-        if reporting or due:
-            meter.restart_clock()
+        if reports or due:
+            meter.restart_clock()  # the rate leaves out what happened here
+
+    def _write(self, losses: dict[str, float], scores: dict[str, float], pictures: dict[str, Path]) -> None:
+        """Log what a step brought."""
+        if losses or scores:
+            self.log.write(self.run.step, losses | scores)
+        for name, path in pictures.items():
+            self.log.picture(self.run.step, name, path)
 
     def _report(self, meter: Meter, last: bool) -> dict[str, float]:
         """Losses since the last report. Stops the run if they, or too many gradients in a row, are not finite."""

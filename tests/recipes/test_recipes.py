@@ -99,7 +99,7 @@ def test_every_command_of_every_row_parses(name: str) -> None:
                 config, _options = command.resolve(words, program, None, ("guided",) if "guide" in program else ())
                 assert config.seed == 3 and f"{config.max_train_steps:07d}" in str(link.makes)
             elif program == "generate.py":
-                read(generate.GenerateConfig, words, prog=program, between=generate._preset)
+                read(generate.GenerateConfig, words, prog=program, between=presets.settings)
         assert plan.scores and plan.scores[-1].step == plan.step
         places = {score.link.makes for score in plan.scores}
         assert size.name == "tiny" or len(places) == len(plan.scores)  # there several epochs end at one step
