@@ -75,10 +75,10 @@ class Between:
         scheduled = last or step % config.checkpointing_steps == 0
         saves = scheduled or self.postponed or bool(granted)
         reports = saves or step == end or step % config.log_steps == 0
-        due = [callback for callback in self.callbacks if step % callback.every == 0]
 
         losses = self._report(meter, last) if reports else {}
-        self._write(losses, *self._measure(due))
+        scores, pictures = self._measure()
+        self._write(losses, scores, pictures)
         if config.keeps_averages_at(step):
             saving.save_averages(self.run)
         if saves:
@@ -88,7 +88,7 @@ class Between:
                 self._save()
         if ending:
             self._end()
-        if reports or due:
+        if reports or scores or pictures:
             meter.restart_clock()  # the rate leaves out what happened here
 
     def _write(self, losses: dict[str, float], scores: dict[str, float], pictures: dict[str, Path]) -> None:
@@ -108,9 +108,10 @@ class Between:
             self.log.say(warning)
         return values
 
-    def _measure(self, due: Sequence[Callback]) -> tuple[dict[str, float], dict[str, Path]]:
-        """Numbers of the callbacks, printed too, and the paths of their pictures."""
+    def _measure(self) -> tuple[dict[str, float], dict[str, Path]]:
+        """Numbers of the callbacks that are due, printed too, and the paths of their pictures."""
         networks = {"ema": self.run.ema.network, "raw": self.run.network}
+        due = [callback for callback in self.callbacks if self.run.step % callback.every == 0]
         numbers: dict[str, float] = {}
         pictures: dict[str, Path] = {}
         for callback in due:
