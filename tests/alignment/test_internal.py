@@ -275,7 +275,7 @@ def test_a_stage_1_with_velocity_target_serves_and_one_without_is_refused(
     raw = {key.removeprefix("latent.head."): value for key, value in stage1.tensors("heads").items()}
     average = stage1.tensors("latent-head-ema")
     assert raw.keys() == average.keys() and not torch.equal(raw["2.weight"], average["2.weight"])
-    velocity = opened(network(x, t, y, taps=opened.taps).features)
+    velocity = opened(network(x, t, y, taps=opened.spec.taps).features)
     tokens = network(x, t, y, taps=[1]).features[1]
     for layer in (0, 2, 4):
         tokens = torch.nn.functional.linear(tokens, average[f"0.{layer}.weight"], average[f"0.{layer}.bias"])
