@@ -72,21 +72,26 @@ class Scores:
         """
         values: dict[str, float] = {}
         for weights in self.weights:
-            sampler = Sampler(networks[weights], self.codec, self.settings, self.count, None if self.preset else dtype)
-            with launch.tf32_inside(self.accelerator.device) if self.preset else nullcontext():
-                measured = self._score(sampler, f"evaluation of {weights} weights: sampling")
+            measured = self._score(
+                networks[weights], self.settings, self.count, dtype, f"evaluation of {weights} weights: sampling"
+            )
             place = "/".join(["eval", *([self.preset] if self.preset else []), *(["raw"] if weights == "raw" else [])])
             values |= {f"{place}/{name}@{self.count}": value for name, value in measured.items()}
         return values
 
     def rehearse(self, network: Backbone, dtype: torch.dtype | None) -> None:
         """Score a few samples of two steps, so that a failure shows before the first step of training."""
-        self._score(Sampler(network, self.codec, preview.REHEARSAL, 8, dtype), "rehearsal: sampling")
+        self._score(network, preview.REHEARSAL, 8, dtype, "rehearsal: sampling")
 
-    def _score(self, sampler: Sampler, title: str) -> dict[str, float]:
+    def _score(
+        self, network: Backbone, settings: SamplingConfig, count: int, dtype: torch.dtype | None, title: str
+    ) -> dict[str, float]:
+        """Metrics of `count` samples, in the precision of the preset, else in that of the run."""
+        sampler = Sampler(network, self.codec, settings, count, None if self.preset else dtype)
         scorer = Scorer(self.reference, self.extractor, accelerator=self.accelerator, mind=self.mind)
-        add_drawn(scorer, sampler, sampler.count, BATCH, title)
-        return scorer.result()["metrics"]
+        with launch.tf32_inside(self.accelerator.device) if self.preset else nullcontext():
+            add_drawn(scorer, sampler, count, BATCH, title)
+            return scorer.result()["metrics"]
 
 
 class Previews:

@@ -67,16 +67,17 @@ def choose(
 ) -> str:
     """Set the fastest kernel for batches of `images` in every block of `network`; returns a description for the log.
 
-    The choice stays when batches vary (the samples that an interval selects): another kernel would need another
-    compilation.
+    It serves inputs of `dtype` (None: float32) alone. The choice stays when batches vary (the samples that an interval
+    selects): another kernel would need another compilation.
     """
     spec, device = network.spec, next(network.parameters()).device
     head_dim = spec.hidden_size // spec.num_heads
-    times = measure(spec.num_heads, spec.tokens, head_dim, images, dtype or torch.float32, device, backward)
+    dtype = dtype or torch.float32
+    times = measure(spec.num_heads, spec.tokens, head_dim, images, dtype, device, backward)
     if not times:
         return "PyTorch's choice"
     fastest = min(times, key=times.__getitem__)
     for module in network.modules():
         if isinstance(module, Attention):
-            module.kernel = fastest
+            module.kernels[dtype] = fastest
     return f"{fastest} (" + ", ".join(f"{kernel} {value:.2f} ms" for kernel, value in times.items()) + ")"

@@ -144,7 +144,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, query_norm: nn.Module, key_norm: nn.Module) -> None:
         super().__init__()
         self.heads = heads
-        self.kernel: str | None = None  # see `models.attention.choose`
+        # the kernel chosen for inputs of a dtype (`models.attention.choose`); PyTorch chooses for any other: a kernel
+        # of half precision refuses float32
+        self.kernels: dict[torch.dtype, str] = {}
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = query_norm
         self.k_norm = key_norm
@@ -159,7 +161,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         # norm and rotation leave float32 under autocast; the kernels want one dtype
         q, k = q.to(v.dtype), k.to(v.dtype)
-        return self.proj(attention(q, k, v, self.kernel).transpose(1, 2).flatten(2)), q, k
+        return self.proj(attention(q, k, v, self.kernels.get(v.dtype)).transpose(1, 2).flatten(2)), q, k
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

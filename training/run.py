@@ -120,10 +120,15 @@ class Run:
         """
         if self.device.type != "cuda" or self.config.deterministic:
             return "fp32" if self.device.type == "cpu" else "PyTorch's choice"
+
+        def measured(*shape: Any) -> dict[str, float]:
+            # all processes take the choice of the main one: their clocks differ
+            return launch.on_main(self.accelerator, lambda: attention.milliseconds(*shape))
+
         frozen = [network for alignment in self.alignments.values() for network in alignment.frozen]
         for network in [self.ema.network, *(network for network in frozen if isinstance(network, Backbone))]:
-            attention.choose(network, self.micro_batch, self.dtype, backward=False)
-        return attention.choose(self.network, self.micro_batch, self.dtype, backward=True)
+            attention.choose(network, self.micro_batch, self.dtype, False, measured)
+        return attention.choose(self.network, self.micro_batch, self.dtype, True, measured)
 
     def learner(self) -> nn.Module:
         """The learner of the alignments that act now, wrapped for the processes of the run."""

@@ -57,7 +57,8 @@ def test_the_fastest_kernel_is_fixed_in_every_block_for_any_batch(monkeypatch: p
         == "cudnn (flash 2.00 ms, cudnn 1.00 ms, efficient 3.00 ms)"
     )
     assert asked == [(4, 16, 32, 32, torch.bfloat16, CPU, True)]
-    assert {block.attn.kernel for block in network.blocks} == {"cudnn"}
+    assert all(block.attn.kernels == {torch.bfloat16: "cudnn"} for block in network.blocks)
+    assert attention.choose(network, 32, None, True, measured).startswith("cudnn")
     # the name decides the kernel that runs: here the plain one of matrix products
     monkeypatch.setitem(attention.KERNELS, "cudnn", SDPBackend.MATH)
     with Operators() as operators:
@@ -66,6 +67,17 @@ def test_the_fastest_kernel_is_fixed_in_every_block_for_any_batch(monkeypatch: p
     assert "_scaled_dot_product_flash_attention_for_cpu" not in names and {"bmm", "_softmax"} & names
     torch.testing.assert_close(chosen, expected)
     assert attention.choose(network, 32, None, False, lambda *_: {}) == "PyTorch's choice"
+
+
+def test_a_kernel_serves_the_type_for_which_it_was_chosen_alone(monkeypatch: pytest.MonkeyPatch):
+    """A teacher or a score in float32 beside a run in bf16 must not meet a kernel that refuses float32."""
+    network = perturbed(SPEC)
+    expected = network(*inputs(SPEC)).velocity
+    attention.choose(network, 32, torch.bfloat16, False, lambda *_: {"cudnn": 1.0})  # it runs on CUDA alone
+    torch.testing.assert_close(network(*inputs(SPEC)).velocity, expected, rtol=0, atol=0)
+    attention.choose(network, 32, None, False, lambda *_: {"cudnn": 1.0})
+    with pytest.raises(RuntimeError, match="No (viable|available)"):
+        network(*inputs(SPEC))
 
 
 def test_kernels_that_refuse_the_inputs_are_left_out():
@@ -77,7 +89,7 @@ def test_a_chosen_kernel_compiles_without_a_graph_break():
     network = perturbed(SPEC)
     expected = network(*inputs(SPEC)).velocity
     for block in network.blocks:
-        block.attn.kernel = "flash"
+        block.attn.kernels[torch.float32] = "flash"
         block.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(network(*inputs(SPEC)).velocity, expected)
 

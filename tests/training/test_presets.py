@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import train_guide
 from alignment import BuildContext, Context, find
 from alignment.haste import logits
 from config import RECIPES
+from evaluations import monitor
 from models import published
 from models.checkpoint import Checkpoint
 from models.pixels import pixels
@@ -444,7 +446,9 @@ def test_a_branch_of_another_method_or_without_its_head_is_refused(
 # --- scores while training, and 512 pixels ---------------------------------------------------------------------------
 
 
-def test_scores_while_training_take_any_preset_and_either_weights(tmp_path: Path, words: Words, data: Path) -> None:
+def test_scores_while_training_take_any_preset_and_either_weights(
+    tmp_path: Path, words: Words, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = [
         "--max-train-steps",
         2,
@@ -459,6 +463,19 @@ def test_scores_while_training_take_any_preset_and_either_weights(tmp_path: Path
     ]
     both = read(train.main(words(tmp_path, "both", *common, eval_weights=["ema", "raw"])) / "log.jsonl")[-1]
     assert both["eval/fd@8"] != both["eval/raw/fd@8"]
+    precisions = []
+
+    class Recorded(monitor.Sampler):
+        def __init__(self, *args: Any) -> None:
+            precisions.append(args[4])
+            super().__init__(*args)
+
+    monkeypatch.setattr(monitor, "Sampler", Recorded)
+    bf16 = words(tmp_path, "bf16", *common, "--mixed-precision", "bf16", eval_preset="table1-sde")
+    train.main([*bf16, "--num-fid-samples", "4"])
+    assert len(precisions) == 2 and set(precisions) == {
+        None
+    }  # the rehearsal and the score: the preset's, not the run's
     run = train.main(words(tmp_path, "preset", *common, eval_preset="table1-sde"))
     assert read(run / "log.jsonl")[-1]["eval/table1-sde/fd@8"] > 0
     out = generate.main(
