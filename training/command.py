@@ -105,6 +105,7 @@ def taken_over(given: dict[str, Given]) -> Given:
     place = plain.get("branch_from") or plain.get("init_ckpt") or given.get("guided", {}).get("guiding_ckpt")
     if place is None or "exp_name" not in plain or not {"model", "qk_norm", "recipe"} - plain.keys():
         return {}
+    # after the first checkpoint the run itself is the source: the other one may have changed since
     resumed = latest(Path(plain.get("output_dir", TrainConfig.output_dir)) / plain["exp_name"])
     source = Checkpoint.open(resumed or place)
     trained = source.config.get("train") or {}

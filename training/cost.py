@@ -87,6 +87,7 @@ def report(cost: Cost, rate: float | None = None) -> str:
     def flops(label: str, parameters: str, ratio: float) -> list[str]:
         return [label, parameters, f"{ratio * cost.plain / 1e9:.2f}", f"{ratio:.4f}"]
 
+    # ratios are to a step of plain training, the unit in which methods are compared at equal compute
     rows = [["", "parameters", "GFLOP per image", "of a plain step"]]
     rows += [flops(part.name, f"{part.parameters / 1e6:.2f}M", part.flops / cost.plain) for part in cost.parts]
     rows.append(flops("total", f"{sum(part.parameters for part in cost.parts) / 1e6:.2f}M", cost.ratio()))

@@ -31,9 +31,11 @@ def require_healthy(run: Run, meter: Meter, last: bool) -> None:
     """
     if meter.longest < MOST and not (last and meter.streak):
         return
+    # the last steps of the run, else the longest row since the last report
     final, count = (run.step, meter.streak) if last and meter.streak else (run.step - meter.ago, meter.longest)
     first = final - count + 1
     steps = range(first, min(final, first + MOST - 1) + 1)
+    # the order of the data is a function of seed and step, so the items need no record
     items = {step: dataset.order(run.config.seed, step - 1, run.config.batch_size, len(run.data)) for step in steps}
     culprits = _not_finite(run, items[first])
     file = run.folder / FILE

@@ -39,6 +39,7 @@ def facts(run: Run) -> Iterator[str]:
         f"batch {config.batch_size} = {world} process(es) x {accumulation} micro-batch(es) x {run.micro_batch}; "
         f"{config.max_train_steps} steps = {config.max_train_steps / run.epoch_steps:.1f} epochs"
     )
+    # where the weights come from: a checkpoint, and what changed on the way
     yield from run.origin
     for name, choices in run.resolved.items():
         yield f"alignment {name}: {', '.join(_choices(choices))}"
@@ -67,6 +68,7 @@ def warnings(run: Run) -> Iterator[str]:
         yield "note: this CPU multiplies bf16 natively: --mixed-precision bf16 is faster here"
     if run.tf32_note:
         yield run.tf32_note
+    # a published number holds for its authors' data: flips double the images
     for name in run.resolved:
         authors = published.first(method=name, variant="", model=config.model, guidance="none", samples=50_000)
         if authors and authors.flips not in (None, data.views == 2):
@@ -74,6 +76,7 @@ def warnings(run: Run) -> Iterator[str]:
                 f"note: the published {name} of {config.model} trained with{'' if authors.flips else 'out'} flips; "
                 f"this latent set has {'no flips' if authors.flips else 'flips'}"
             )
+    # an average of decay d spans about 1 / (1 - d) steps
     if not config.ema_warmup and config.max_train_steps < 5 / (1 - config.ema_decay):
         yield (
             f"warning: {config.max_train_steps} steps are few for EMA decay {config.ema_decay}; EMA weights stay near "

@@ -110,6 +110,7 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
         introduction.introduction(run),
     )
     try:
+        # what would fail at the first save or score fails here, before hours of training
         if run.step < config.max_train_steps:
             preflight.check(run, callbacks)
         with signals.noted() as asked:

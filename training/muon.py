@@ -40,6 +40,7 @@ class Muon:
         self._split: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
         for name, count in network.matrices().items():
             parts = [weights[name]]
+            # each matrix becomes a parameter over the weight's own storage, so an update of one is an update of both
             if count > 1:
                 parts = [nn.Parameter(part) for part in weights[name].detach().chunk(count)]
                 self._split.append((weights[name], parts))

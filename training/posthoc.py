@@ -112,6 +112,7 @@ def write(path: Path, stored: Sequence[Checkpoint], length: float) -> Path:
     members = [(snapshot, of) for snapshot in stored for of in snapshot.config["train"]["ema_lengths"]]
     shares, distance = coefficients([(snapshot.step, of) for snapshot, of in members], last.step, length)
     sums = _weighted_sums(members, shares.tolist(), f"length {length:g}")
+    # the description is that of the run's last snapshot, of which this is another average
     copied = ("data", "train", "align", "resolved", "velocity_heads", "precision")
     about: dict[str, Any] = {key: last.config[key] for key in copied if key in last.config}
     checkpoint.write(

@@ -55,6 +55,7 @@ def _newest(folder: Path, tidy: bool) -> Path | None:
     for damaged, fault in faults.items():
         if newest is None:
             raise UserError(f"no checkpoint of {folder} is intact; the newest: {fault}; use another --exp-name")
+        # set aside, not removed: it may hold what the user needs
         aside = damaged.with_name(f"{damaged.name}.damaged")
         renamed = f"; {damaged.name} is now {aside.name}" if tidy else ""
         note(f"{fault}: continuing from {newest.name}, the newest intact one{renamed}")
@@ -145,6 +146,7 @@ def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
     trunk, where = Checkpoint.open(name), f"--branch-from {name}"
     require("train" in trunk.config, f"{where}: {trunk.path} holds imported weights, not a run; use --init-ckpt")
     _require_same_base(where, trunk, setup, precision)
+    # options of the run: only those that name the alignments may differ, and these are compared below
     for key, then, now in changes(setup.config, trunk.config["train"]):
         if key not in ("align", "preset", "branch_from"):
             raise UserError(
@@ -168,6 +170,7 @@ def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
         _require_same_weights(
             where, alignment, build(type(options), saved[alignment]), options, trunk.step, setup.epoch_steps
         )
+        # an alignment that had ended took its head and optimiser state with it
         has_head = any(key.startswith(f"{alignment}.") for key in heads)
         stopped = trunk.config["resolved"][alignment]["stop"]
         require(
@@ -208,6 +211,7 @@ def network(setup: Setup, earlier: Checkpoint | None) -> tuple[models.Backbone, 
         difference is None,
         f"--init-ckpt {source.path} was trained on other latents than {config.data_dir} ({difference})",
     )
+    # rows of the label table are classes by number; other names for them are no error, but worth a line
     started, changes = start_from(source, setup.spec, config.seed, config.init_weights)
     names = source.config.get("data", {}).get("class_names")
     if names and names != setup.data.manifest["class_names"] and len(names) == setup.data.num_classes:
@@ -230,6 +234,7 @@ def start_from(
     Raises:
         UserError: the networks differ in anything else.
     """
+    # everything but latent size and classes must agree
     resized = source.spec.sized(spec.input_size)
     spec = dataclasses.replace(spec, position_span=resized.position_span)
     same = dataclasses.replace(resized, num_classes=spec.num_classes)
