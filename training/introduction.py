@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,7 +43,10 @@ def facts(run: Run) -> Iterator[str]:
     # where the weights come from: a checkpoint, and what changed on the way
     yield from run.origin
     for name, choices in run.resolved.items():
-        yield f"alignment {name}: {', '.join(_choices(choices))}"
+        # fields without metadata are internals that presets set
+        internal = {field.name for field in dataclasses.fields(run.setup.options[name]) if not field.metadata}
+        shown = {key: value for key, value in choices.items() if key not in internal | {"taps"}}
+        yield f"alignment {name}: {', '.join(_choices(shown))}"
     for alignment in run.alignments.values():
         yield from alignment.notes()
 

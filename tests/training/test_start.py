@@ -197,3 +197,13 @@ def test_thousands_of_epochs_are_warned_of(tmp_path: Path, words: Words) -> None
             )
             == warned
         )
+
+
+def test_the_introduction_shows_choices_and_no_internals(tmp_path: Path, words: Words, teacher: Path) -> None:
+    argv = words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32)
+    lines = introduction.introduction(build_run(argv, "train_guide"))
+    (line,) = (line for line in lines if line.startswith("alignment guided: "))
+    assert "guide scale 30" in line and "guiding depth 4" in line and "guided depth 3" in line
+    assert not {"{", "[", "_"} & set(line.replace(str(teacher), "")) and "None" not in line
+    latent = introduction.introduction(build_run(words(tmp_path, "one", "--align", "latent", "--align-hidden", 32)))
+    assert not any("share" in line or "taps" in line for line in latent)
