@@ -75,6 +75,7 @@ class Checkpoint:
             isinstance(config, dict) and config.get("kind") == "checkpoint" and config.get("format") == FORMAT,
             f"{folder} is not a checkpoint of format {FORMAT}: its config.json says otherwise; use another checkpoint",
         )
+        # the seal finds damage, the schema a config that somebody wrote, the step a folder that was renamed
         files.require_sealed(file, config)
         schema.checked(Config, config, file, "use another checkpoint")
         require(
@@ -189,6 +190,7 @@ def locate(name: Path | str) -> Path:
         f"{name} is a file, not a checkpoint: python -m models.convert {name} --out ckpts/{folder.stem} makes a "
         f"checkpoint of published weights",
     )
+    # a folder whose own name has an @ comes first
     run, at, step = str(name).rpartition("@")
     if at and step.isdigit() and not folder.exists():
         steps = {int(path.name): path for path in reversed(saved(run))}
@@ -290,6 +292,7 @@ def write(
                 files.save_tensors(folder / f"{name}.safetensors", dict(tensors))
         if optimizer:
             files.write_json(folder / "optimizer.json", optimizer[1])
+        # config.json comes last: it holds the digests of all other files, and a folder without it is no checkpoint
         digests = {file.name: files.digest(file) for file in sorted(folder.iterdir())}
         files.write_sealed(
             folder / "config.json",

@@ -87,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     files.require_replaceable(
         options.out, ours, "choose another place, or add --overwrite to replace a checkpoint or VAE"
     )
+    # a file may hold several sets of weights (raw, EMA) beside what nothing here reads
     archive = read_archive(source)
     sets, ignored = weight_sets(archive, source)
     for weights in sets.values():
         models.require_finite(weights, source)
+    # the digest ties the checkpoint to the published file
     origin: dict[str, Any] = {"file": source.name, "digest": files.digest(source)}
     if vavae.recognises(next(iter(sets.values()))):
         return convert_vae(sets, ignored, origin, options)
@@ -194,6 +196,7 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
     elif options.statistics is not None:
         shift, scale = read_statistics(options.statistics)
         space = LatentSpace(name="va-vae", channels=len(shift), stride=16, shift=shift, scale=scale)
+    # every published SiT of four channels was trained on SD-VAE latents
     elif spec.architecture == "sit" and spec.in_channels == SD_VAE.channels:
         space = SD_VAE
     else:

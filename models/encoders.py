@@ -175,6 +175,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
     except (OSError, RuntimeError, ValueError) as error:
         if not pretrained:
             raise
+        # the hub's own message has many lines; the first says what failed
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         f"{source.path} is a {source.spec.name}{' with stretched positions' if source.spec.position_span else ''}: "
         f"REPA's and SiT's code reads only SiT networks as published",
     )
+    # their loaders take "ema" for sampling and "model" for training
     sets = {"ema": source.tensors("ema")} | ({"model": source.tensors("raw")} if "raw" in source.weights else {})
     for name, weights in sets.items():
         models.require_finite(weights, f"{source.path} ({name})")

@@ -146,6 +146,7 @@ def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_spec(weights: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ModelSpec:
     """The description in the shapes; the number of heads from `num_heads`, QK-norms, or the published sizes."""
+    # shapes give everything but the number of heads, which splits the width without a trace unless QK-norm is there
     hidden, in_channels, patch, _ = weights["x_embedder.proj.weight"].shape
     depth = 1 + max(int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name)))
     architecture = "lightningdit" if "blocks.0.mlp.w12.weight" in weights else "sit"

@@ -64,6 +64,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     )
     files.require_sealed(file, manifest)
     schema.checked(Manifest, manifest, file, "encode the set again")
+    # a name with a path in it would read files of other folders
     for shard in manifest["shards"]:
         require(
             Path(shard["file"]).name == shard["file"],

@@ -200,6 +200,7 @@ def _space_of(vae: str, model: AutoencoderKL, statistics: Path | str | None) -> 
         shift, scale = tuple(mean), tuple(config["scaling_factor"] / value for value in std)
     else:
         shift, scale = (config.get("shift_factor") or 0.0,), (config["scaling_factor"],)
+    # a familiar prefix names the space, so that latents of one family are recognised under any folder name
     name = Path(vae).name
     prefix = name.lower().replace("vavae", "va-vae")[: len("sd-vae")]
     encoder = {

@@ -218,6 +218,7 @@ def match_labels(names: list[str], text: bytes, where: Path) -> np.ndarray:
         raise UserError(
             f'{where} is not of the form {{"labels": [["a/b.png", 3], ...]}}; correct or remove it'
         ) from error
+    # the dict has kept the last of two labels
     twice = _first_twice(name for name, _ in pairs)
     require(twice is None, f"{where} lists {twice} twice; give each file one label")
     for name, label in given.items():

@@ -54,6 +54,7 @@ def write_shard(
         raise UserError(
             f"{which} has a latent that is not finite in {latents.dtype}; if the images are sound, use --dtype float32"
         )
+    # strings and PNG files are one array of bytes with offsets: safetensors holds arrays alone, and a map can slice it
     tensors = {"latents": torch.from_numpy(latents), "labels": torch.from_numpy(labels.astype(np.int64))}
     columns = {"image": images, "name": None if names is None else [os.fsencode(name) for name in names]}
     for column, items in columns.items():
@@ -63,6 +64,7 @@ def write_shard(
             )
             tensors[f"{column}_bytes"] = torch.from_numpy(np.frombuffer(b"".join(items), np.uint8).copy())
     files.save_tensors(file, tensors)
+    # a job that was killed keeps the shards that have such a record
     written: Shard = {"file": file.name, "count": len(latents), "sha256": files.digest(file)}
     files.write_json(_record(folder, number), written)
     return written

@@ -166,6 +166,7 @@ def reconstruct(latents: LatentSet, options: Options) -> float | None:
             raise
         _line("reconstruction", f"left out: {error}")
         return None
+    # the same items every time, evenly over the set
     chosen = quality.spread(len(latents), options.num_images)
     rows = [quality.decoded(latents, chosen, codec)]
     originals = _originals(latents, options, chosen)
@@ -179,6 +180,7 @@ def reconstruct(latents: LatentSet, options: Options) -> float | None:
             f"{latents.name(chosen[worst])}",
         )
         rows.insert(0, originals)
+    # one row of images above one of reconstructions
     picture = Path(options.picture or latents.path / "verify.png")
     with files.replacing(picture) as temporary:
         temporary.write_bytes(png(np.concatenate([np.concatenate(list(row), 1) for row in rows])))
