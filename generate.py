@@ -160,6 +160,7 @@ def generate(config: GenerateConfig) -> Path:
     out = Path(config.out) if config.out else default_folder(source, config)
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
+        # one process looks, since another could write between two looks
         if on_main(accelerator, lambda: finished(out, settings, config.overwrite)):
             accelerator.print(f"{out} already holds these samples")
             return out

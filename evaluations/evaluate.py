@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shuffle=options.shuffle,
         mind=options.scores.mind,
     )
+    # all files are checked before the first is scored: an extractor runs for minutes
     for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
     runs = []

@@ -158,6 +158,7 @@ def _timm_model(given: str, name: str, weights: Path | str | None) -> Any:
                 f"({str(error).splitlines()[0]}); where there is a network, run: hf download timm/{name}; or give "
                 f"--feature-weights FILE where the command takes it"
             ) from error
+    # through timm's own loader, which adapts published files to the model without its classifier
     try:
         return timm.create_model(
             name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"state_dict": read_weights(weights)}

@@ -205,6 +205,7 @@ def tsne(options: TsneOptions) -> Figure:
     for axes in grid:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, (title, x) in zip(grid, progress.bar(panels, desc="t-SNE", unit="panel")):
+        # a perplexity of 30 needs three times as many points; sklearn's seed has 32 bits
         points = TSNE(
             perplexity=min(30.0, (len(x) - 1) / 3), init="pca", random_state=options.seed % 2**32
         ).fit_transform(representation.standardise(x, x).numpy())

@@ -138,6 +138,7 @@ def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
         metric = metric or next((known for known in FIRST if known in score["metrics"]), None)
         if metric not in score["metrics"]:
             raise UserError(f"{file} has no {metric}; choose --metric among {', '.join(score['metrics'])}")
+        # one figure shows one protocol: the first file sets it
         first = first or (str(file), settings)
         other = next((key for key, value in settings.items() if value != first[1][key]), "")
         require(

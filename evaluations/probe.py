@@ -224,6 +224,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     if config.encoder is not None:
         encoder = open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
     references = compared(items, encoder, config.batch_size, device)
+    # listed first, so that the bar knows its end
     todo = list(readings(config, items, opened, encoder, device))
     require(bool(todo), "--features and --encoder leave nothing to measure: give some of u, c, g and latents")
     rows: list[Row] = []
@@ -231,6 +232,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         for name, t, reading in todo:
             measured = measure(reading, items, side, references, config.batch_size, bar)
             rows += [{"checkpoint": name, "t": t, **row} for row in measured]
+    # paths and the batch size do not change a number, so they are no part of the protocol
     unlisted = ("ckpt", "data_dir", "out", "masks", "batch_size")
     protocol = {
         **{key: value for key, value in as_dict(config).items() if key not in unlisted},

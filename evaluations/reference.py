@@ -243,6 +243,7 @@ def read_compact(path: Path | str) -> Reference:
     pool, labels = (
         torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels")
     )
+    # the archive may come from anywhere: its arrays must fit each other before a metric reads them
     width = len(first.mean)
     if pool is not None and not (
         pool.ndim == 2 and pool.shape[1] == width and pool.is_floating_point() and pool.isfinite().all()

@@ -88,6 +88,7 @@ class Scorer:
             values["sfd"] = metrics.frechet(samples.spatial, reference.spatial)
         if self.extractor.head is not None:
             values["is"] = metrics.inception_score(self._logits(samples.pool, self.extractor.head.T.cpu()))
+        # these compare single images, so the reference needs features, not only statistics
         if reference.pool is not None:
             x, r = samples.pool.to(device), reference.pool.to(device)
             if self.mind:

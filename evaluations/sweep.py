@@ -156,6 +156,7 @@ def heat_map(points: dict[Point, dict[str, float]], metric: str, title: str) -> 
     picture = axes.imshow(image, origin="upper", aspect="auto", cmap="viridis")
     best = np.unravel_index(image.argmin(), image.shape)
     axes.plot(best[1], best[0], "o", markersize=14, markerfacecolor="none", markeredgecolor="white", markeredgewidth=2)
+    # dark cells get white numbers
     middle = (image.min() + image.max()) / 2
     for (row, column), value in np.ndenumerate(image):
         axes.text(

@@ -76,6 +76,7 @@ class Store:
                 f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose "
                 f"another --out, or add --overwrite",
             )
+            # an array that a full disk cut short cannot be continued
             if same and all(self._whole(name) for name in self.layout):
                 self._forget_damaged()
                 return
@@ -84,6 +85,7 @@ class Store:
             self.partial.mkdir(parents=True)
             for name, (dtype, shape) in self.layout.items():
                 _allocate(self.partial / f"{name}.npy", dtype, shape)
+        # the settings come last: with them the folder can be continued
         files.write_json(mark, self.settings)
 
     def _whole(self, name: str) -> bool:
