@@ -103,6 +103,7 @@ class Guided(Alignment[GuidedOptions]):
         self.null = teacher.num_classes
         stream = Stream(build_context.seed, "init/guided")
         self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, stream)
+        # blocks beyond the guiding one are never run, so they are not loaded
         self.teacher = Frozen(
             checkpoint.network(options.guiding_weights, depth=self.guiding),
             build_context.device,

@@ -126,6 +126,7 @@ def alternate(
     for call in calls.values():
         for _ in range(warmup):
             call()
+    # in turns, so that a machine that slows down does so for all calls
     rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(repetitions)]
     rows = {name: {"images_per_second": spread([steps * images / times[name] for times in rounds])} for name in calls}
     first = next(iter(calls))

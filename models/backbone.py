@@ -193,6 +193,7 @@ class Backbone(nn.Module):
             )
             for _ in range(spec.depth if depth is None else depth)
         )
+        # a teacher is read at a block: what comes after is not built
         out = spec.patch_size**2 * spec.in_channels
         self.register_module("final_layer", FinalLayer(width, out, self.norm(width)) if depth is None else None)
 

@@ -51,6 +51,7 @@ def build(
         channels = config["latent_channels"]
         require(len(shift) == channels, f"{source} has {channels} latent channels, the statistics have {len(shift)}")
         config |= {"latents_mean": list(shift), "latents_std": [1 / value for value in scale]}
+    # on the meta device nothing is initialised: every tensor comes from the file
     with torch.device("meta"):
         model = AutoencoderKL(**config)
     tensors = _renamed(weights, len(config["block_out_channels"]))

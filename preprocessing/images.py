@@ -116,6 +116,7 @@ class ImageFiles:
         sizes: dict[str, int] = {}
         seen: dict[tuple[int, int], str] = {}
         for folder, below, names in os.walk(self.path, followlinks=True):
+            # links are followed, so a link to a parent would never end
             about = os.stat(folder)
             earlier = seen.setdefault((about.st_dev, about.st_ino), folder)
             require(

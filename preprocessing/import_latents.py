@@ -155,6 +155,7 @@ class RepaFolder:
         self.labels = match_labels(self.names, text, folder / LABELS)
         self.bounds = [*range(0, len(self.names), options.shard_size), len(self.names)]
         self.fingerprint = hashlib.sha256(text).hexdigest()
+        # the first file shows the shape; the shards check that all others agree
         first = self._moments(self.names[0], self._read(self.names[0]))
         channels = len(first) // 2
         self.space = (
@@ -237,6 +238,7 @@ class LightningDitFolder:
             f"{folder} has labels from {lowest} to {highest}; they count from 0 and end below {LARGEST_LABEL}",
         )
         self.bounds = np.cumsum([0] + [len(arrays["labels"]) for arrays in opened]).tolist()
+        # names, sizes and labels tell two folders apart without reading the latents
         sizes = [[file.name, os.path.getsize(file)] for file in self.files]
         self.fingerprint = hashlib.sha256(json.dumps(sizes).encode() + self.labels.tobytes()).hexdigest()
         if options.vae:

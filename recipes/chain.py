@@ -84,6 +84,7 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
         links.append(replace(link, name=f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)"))
         teacher = (run, scale.steps(row, row.teacher.epochs))
     link, run = _training(row, scale, seed, work, teacher)
+    # a run that stops its alignment early branches from one that many rows share
     if row.trunk is not None:
         long = replace(row, trunk=None, stop=0, epochs=max(80, row.epochs))
         long_link, trunk = _training(long, scale, seed, work, teacher)

@@ -19,6 +19,7 @@ def read(path: Path) -> list[dict[str, float]]:
             values = json.loads(line)
         except ValueError:
             continue
+        # half a line can still be valid JSON, such as a number
         if (
             isinstance(values, dict)
             and type(values.get("step")) is int

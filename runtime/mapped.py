@@ -43,6 +43,7 @@ def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[
             otherwise reach outside the file, and reading there raises SIGBUS.
     """
     header.pop("__metadata__", None)
+    # in the order of their bytes each array must begin where the one before ends
     ends = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         require(entry["dtype"] in DTYPES, f"{file} holds {name} as {entry['dtype']}; known are {', '.join(DTYPES)}")

@@ -173,6 +173,7 @@ def parse(
                 titled[title] = parser.add_argument_group(title)
             name = opt.field.name
             _add(titled[title], opt, flags_of(opt.field, section, alone=owners[name] == 1), dest=f"{section}.{name}")
+    # argparse would end the process at an unknown flag without the hint that helps
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(_unknown(unknown[0].split("=")[0], parser, replies))

@@ -35,6 +35,7 @@ class Asked:
 def noted() -> Iterator[Asked]:
     """Note the signals of `ASKING` inside the block; signals that the process ignores (nohup) stay ignored."""
     asked = Asked()
+    # Python lets the main thread alone set handlers
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
