@@ -141,7 +141,7 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
     shards.require_space(folder, job.bytes_needed(written))
     if written:
         print(f"continuing: {len(written)} of {len(job.shard_numbers)} shards are done")
-    # only now is the folder ours: an earlier failure leaves it as it was
+    # written last, so that a job which the checks refuse does not claim the folder
     files.write_json(folder / JOB, job.settings)
     return written
 
