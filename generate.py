@@ -183,6 +183,7 @@ def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names:
         for indices, labels, images in sampler.stream(slices(todo, batch_size)):
             store.put(indices, images, labels)
             bar.update(len(indices))
+    # all parts are on disk before the main process joins them
     store.flush()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

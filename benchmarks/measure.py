@@ -145,6 +145,7 @@ def counts(call: Call, device: torch.device) -> dict[str, float]:
     row = {"operators": sum(event.count for event in events if event.key.startswith("aten::")) / times}
     if device.type == "cuda":
         row["launches"] = sum(event.count for event in events if "LaunchKernel" in event.key) / times
+        # the fastest of several calls: what remains is the host's own work
         host = []
         for _ in range(times):
             torch.cuda.synchronize(device)

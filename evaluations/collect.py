@@ -111,6 +111,7 @@ def collect(
 ) -> Collected:
     """Features of all `images`, each process taking one contiguous share, with a progress bar on the main one."""
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    # consecutive shares, so that the features of all processes join in the order of the images
     start, stop = len(images) * rank // processes, len(images) * (rank + 1) // processes
     collector = Collector(extractor, accelerator, keep)
     with progress.bar(total=stop - start, desc=title, unit="image", main=rank == 0, leave=False) as bar:

@@ -98,6 +98,7 @@ def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -
             name in val,
             f"--val lacks a reference of {name} features, which --train has; make one with evaluations.reference",
         )
+        # a distance between features of two networks would be no unit
         other = val[name]
         require(
             None in (real.weights, other.weights) or real.weights == other.weights,

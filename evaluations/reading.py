@@ -35,6 +35,7 @@ class Reading:
 
 def of_blocks(probed: Probed, items: Items, t: float, kinds: Sequence[Kind]) -> Reading:
     """Reads z = (f_u, f_c - f_u) of each token, of which every feature in `kinds` is a linear map."""
+    # u, c and every guided feature are linear in (u, c - u), so one pass serves all omegas
     both = any(kind != "c" for kind, _ in kinds)
 
     def tokens(places: np.ndarray) -> dict[int | None, Tensor]:
@@ -107,6 +108,7 @@ def measure(
                 if patches is not None:
                     masks[block].add(part, tokens.flatten(0, 1), patches.to(tokens.device))
             bar.update(len(chunk))
+    # the parts were read one after the other: back to the order of the items
     order = torch.from_numpy(np.argsort(np.concatenate(items.parts)))
     return [
         row

@@ -62,6 +62,7 @@ class VelocityHead:
         if self.kind == "final-layer":
             with torch.device("meta"):
                 head = FinalLayer(width, out, architecture(model).norm(width))
+            # zeros but for the norm's weights, as the network's own last layer begins
             start = {
                 name: torch.full(value.shape, float(name == "norm_final.weight"))
                 for name, value in head.state_dict().items()

@@ -112,6 +112,7 @@ def open_codec(
     recorded = _space_of(vae, model, statistics)
     if space is not None:
         same = recorded.channels == space.channels
+        # shift and scale belong to the set (they may be measured on it), so only the encoder is compared
         encoder = dataclasses.replace(recorded, shift=space.shift, scale=space.scale) if same else recorded
         difference = space.difference(encoder)
         require(

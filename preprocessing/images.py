@@ -93,6 +93,7 @@ class ImageFiles:
         else:
             self.labels, self.class_names = _labels_of_folders(self.names, folders, self.path)
         lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
+        # names, labels and sizes tell two sets apart without reading the images
         self.fingerprint = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
         self.description = self.path.resolve().name
         first = shown("".join(self.ignored[:1]))
@@ -183,6 +184,7 @@ def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tupl
         return np.zeros(len(names), np.int64), [where.stem]
     loose = next((name for name in names if "/" not in name), "")
     require(not loose, f"{where / loose} lies beside the class folders, without a class; move it into one")
+    # train/cats/1.jpg given by the folder above `train`: the classes would be train and val
     if hollow := folders - {name.split("/")[0] for name in names if name.count("/") == 1}:
         around = Counter(str(PurePosixPath(name).parents[1]) for name in names if name.split("/")[0] in hollow)
         likely = max(sorted(around), key=around.__getitem__)

@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"python -m recipes has no {words[0]}{nearest(words[0], COMMANDS)}; there are {', '.join(COMMANDS)}",
     )
     command, prog = COMMANDS[words[0]], f"python -m recipes {words[0]}"
+    # names come before the first flag, since a flag may take several values
     flags = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     names = words[1:flags]
     options = read(command.options, words[flags:], prog=prog, description=command.action.__doc__)

@@ -95,6 +95,7 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
     files.write_json(folder / "config.json", config)
     shutil.copy(chain.run / "log.jsonl", folder / "log.jsonl")
 
+    # hours are counted from the logs: pauses between two starts of a run are left out
     batch_size, stage1 = config["train"]["batch_size"], 0.0
     if chain.teacher is not None:
         run, step = chain.teacher
@@ -262,6 +263,7 @@ def check(folder: Path) -> list[str]:
     faults = _changed_files(folder, summary)
     if summary["status"] != "finished" or faults:
         return faults
+    # from here on the files are those that were written: compare what they say with what row and log give
     batch_size = schema.read(RecordedConfig, folder / "config.json")["train"]["batch_size"]
     for score in summary["scores"]:
         faults += _wrong_numbers(score, folder, summary, batch_size)

@@ -69,6 +69,7 @@ def open_inner(checkpoint: Checkpoint, sampling: SamplingConfig, device: torch.d
     require(
         0 <= low <= high <= 1, f"--internal-low {low:g} and --internal-high {high:g} must satisfy 0 <= low <= high <= 1"
     )
+    # the seed does not matter: the checkpoint's weights replace it
     head = spec.build(checkpoint.spec, Stream(0, "replaced by the checkpoint's"))
     head.load_state_dict(_weights(checkpoint, name, sampling.weights))
     return Inner(name, spec, head.to(device).eval().requires_grad_(False), checkpoint.spec.patch_size, low, high)

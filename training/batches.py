@@ -108,6 +108,7 @@ class Batches:
             rows["image"] = torch.from_numpy(self.data.images(index, view))
         if "row" in columns:
             rows["row"] = torch.from_numpy(index * self.data.views + view)
+        # pinned memory is copied to the device while it computes
         if self.device.type == "cuda":
             rows = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in rows.items()}
         return drawn, rows

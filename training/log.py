@@ -68,6 +68,7 @@ class Meter:
         self._quarters += self._quarters_now.where(taken, 0)
         self._now = {}
         self._quarters_now.zero_()
+        # counted on the device, so that no step waits for the host
         good = taken.float()
         _, _, streak, longest, ago = self._counts
         streak = (streak + 1) * (1 - good)

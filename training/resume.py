@@ -298,6 +298,7 @@ def restore(
                 {key.removeprefix(f"{name}."): value for key, value in heads.items() if key.startswith(f"{name}.")}
             )
     earlier.require_intact("optimizer.json")
+    # state of heads that have ended may still be in the file; it is not needed
     active = ("network.", *(f"{name}." for name in alignments))
     state = {key: value for key, value in earlier.tensors("optimizer").items() if key.startswith(active)}
     optimizers.restore(optimizer, state, names)
