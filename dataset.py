@@ -231,7 +231,7 @@ class LatentSet:
     def _check(self) -> None:
         """Raise UserError for a shard or a count that does not agree with the manifest."""
         needed = {"latents", "labels"} | ({"image_offsets", "image_bytes"} if self.manifest["images"] else set())
-        # a manifest copied beside other shards must not be read as labels or pixels of its own
+        # shards of another set beside this manifest would give wrong items
         for entry, shard in zip(self.manifest["shards"], self._shards):
             file, count = self.path / entry["file"], entry["count"]
             if absent := needed - shard.keys():
