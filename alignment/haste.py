@@ -60,9 +60,11 @@ class Haste(Alignment[HasteOptions]):
             f"--haste-attention-depths names {len(student_blocks)} blocks and --haste-encoder-depths "
             f"{len(encoder_blocks)}, which are compared in pairs: name as many of each",
         )
+        # only for its error: it refuses a block that the student does not have
         for number in student_blocks:
             block_number(student.depth, 1, number, "--haste-attention-depths")
         stop_given = options.stop_steps is not None or options.stop_epochs is not None
+        # other depths stop as SiT-B if they have fewer than 12 blocks, else as SiT-XL
         stop = max(1, round(IMAGES.get(student.depth, IMAGES[12] if student.depth < 12 else IMAGES[28]) / batch_size))
         return replace(
             options,

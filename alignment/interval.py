@@ -74,6 +74,7 @@ class Selection:
         count, step = len(index), max(1, size // 16)
         if few_sizes:
             filled = min(size, max(1, -(-count // step)) * step)
+            # `mean` cuts the fillers off; if none is in range, sample 0 stands in and a factor of 0 cancels its loss
             index = np.concatenate([index, np.full(filled - count, index[0] if count else 0)])
         return cls(to_device(torch.from_numpy(index), device), count / size, count)
 

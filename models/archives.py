@@ -71,7 +71,10 @@ def _require_sound(path: Path) -> None:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
             packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
             bounds = [*(entry.header_offset for entry in entries[1:]), path.stat().st_size]
+            # strictly below the next entry's start, because an entry's own header lies before its data
             sound = all(entry.header_offset + entry.file_size < end for entry, end in zip(entries, bounds, strict=True))
+            # last, because it reads all that the entries declare: compressed or overlapping entries of a small file can
+            # declare any amount
             damaged = archive.testzip() if sound and packed is None else None
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error

@@ -161,6 +161,7 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
         f"{source} holds no weights: expected tensors by name, or ema, model or state_dict; its entries are "
         f"{', '.join(map(str, list(archive)[:5])) or 'none'}",
     )
+    # without an average, the first set takes its place; raw weights are written only beside an average
     first = next(iter(state_dicts))
     used = {first, "model"} if first == "ema" else {first}
     sets = {"ema" if name == first else name: weights for name, weights in state_dicts.items() if name in used}
@@ -222,11 +223,13 @@ def convert_vae(
     )
     statistics = read_statistics(options.statistics) if options.statistics else None
     model, left_out = vavae.build(sets["ema"], options.source, statistics)
+    # without --overwrite, only an empty folder or one that this command wrote is replaced
     with files.replacing(
         options.out, functools.partial(checkpoint.is_converted, any_origin=options.overwrite)
     ) as folder:
         model.save_pretrained(folder)
         files.write_json(folder / "source.json", {**origin, "ignored": ignored + left_out})
+    # every level of the encoder but the last halves the image
     stride = 2 ** (len(model.config["block_out_channels"]) - 1)
     print(
         f"{Path(options.source).name}: VA-VAE, {model.config['latent_channels']} channels, stride {stride}, "

@@ -58,11 +58,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
         self.name = name
+        # pixels along one side: one patch for each of the student's tokens
         self.side = grid * model.patch_embed.patch_size[0]
         self.channels: int = model.patch_embed.proj.in_channels
         self.width: int = model.embed_dim
         self.blocks = model.blocks
         self.heads: int = self._attention(1).num_heads
+        # ImageNet's mean and std, unless the model records its own
         for key, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = (getattr(model, "pretrained_cfg", None) or {}).get(key) or default
             self.register_buffer(key, torch.tensor(values[: self.channels]).view(1, -1, 1, 1), persistent=False)
@@ -149,6 +151,7 @@ def open_encoder(name: str, *, grid: int, weights: Path | str | None = None, pre
         )
     if pretrained and weights is not None:
         _load(model, Path(weights), name)
+    # after the weights, because it resamples their positions to the grid
     model.set_input_size(img_size=(grid * model.patch_embed.patch_size[0],) * 2)
     return Encoder(model, name, grid).eval().requires_grad_(False)
 
@@ -194,6 +197,7 @@ def _load(model: VisionTransformer, file: Path, name: str) -> None:
     try:
         model.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("head.")})
     except RuntimeError as error:
+        # the first line of torch's message names the class, the second line shows the first misfit
         reason = str(error).splitlines()[1].strip()
         raise UserError(
             f"encoder {name}: {file} is of another network ({reason}); give the file of this one"

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path | str:
     options = read(Options, argv, prog="python -m models.hub", description=__doc__, first="ckpt")
     source = Checkpoint.open(options.ckpt)
     result = None
+    # metrics of another checkpoint are refused before anything is written
     if options.metrics is not None:
         result = files.read_json(options.metrics)
         schema.checked(Metrics, result, options.metrics, "give the metrics.json of this checkpoint's samples")
@@ -88,6 +89,7 @@ def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) ->
     name = options.to.removeprefix(PREFIX)
     with tempfile.TemporaryDirectory() as folder, answered(f"push to {options.to}"):
         packed = Path(folder) / "checkpoint"
+        # packed first: the hub gets no repository for a checkpoint whose files are damaged
         pack(source, packed, result)
         huggingface_hub.create_repo(name, private=options.private, exist_ok=True)
         address = huggingface_hub.upload_folder(repo_id=name, folder_path=packed, commit_message=f"step {source.step}")
@@ -107,6 +109,7 @@ def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
 
 def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
     """Write the copy of a checkpoint to the folder `out`, atomically."""
+    # what sampling reads: weights and averages; the alignments' own heads and the optimiser's state stay behind
     names = [
         name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name
     ]

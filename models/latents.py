@@ -67,12 +67,14 @@ class LatentSpace:
             if getattr(self, name) != getattr(other, name):
                 return f"{name} {getattr(self, name)} against {getattr(other, name)}"
         for name in ("shift", "scale"):
+            # one value stands for all channels, so (a,) and (a, a, a, a) are the same space
             here, there = (
                 (values * self.channels if len(values) == 1 else values)
                 for values in (getattr(self, name), getattr(other, name))
             )
             if not all(map(functools.partial(math.isclose, rel_tol=1e-5), here, there)):
                 return f"{name} {getattr(self, name)[0]:g}... against {getattr(other, name)[0]:g}..."
+        # a space from statistics alone has no digest; `unverified_match` warns if the names differ too
         if None not in (self.digest, other.digest) and self.digest != other.digest:
             return f"the encoder of {self.vae} against that of {other.vae}"
         return None

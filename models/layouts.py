@@ -129,6 +129,7 @@ def second_velocity(
         f"{source}: block {head.block} of its second final layer is not among blocks 1 to {spec.depth}: give its block "
         f"with --internal-block",
     )
+    # built for its names and shapes; its random weights are not used
     models.check_weights(
         head.build(spec, Stream(0, "shapes")), tensors, f"the second final layer ({SECOND}*) of {spec.name}"
     )

@@ -179,6 +179,8 @@ def _folder(vae: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     for name in ("config.json", WEIGHTS):
+        # the cache first, because a download asks the hub even for a cached file; for a file that the hub once did not
+        # have, the cache gives a marker, which is neither a path nor None
         cached = try_to_load_from_cache(vae, name)
         try:
             path = cached if isinstance(cached, str) else hf_hub_download(vae, name)

@@ -43,6 +43,7 @@ def labels_of(words: Sequence[str], names: Sequence[str]) -> list[int]:
     labels = []
     for word in words:
         matching = [label for label, name in enumerate(names) if name.lower() == word.lower()]
+        # names come first: a class that is called 7 need not have the label 7
         if word.isdigit() and not matching:
             require(int(word) < len(names), f"--classes {word}: there are {len(names)} classes, 0 to {len(names) - 1}")
             matching = [int(word)]

@@ -92,6 +92,7 @@ class Sampler:
         streams = [Stream(self.settings.seed, "sample/noise", i) for i in indices]
 
         def draw() -> Tensor:
+            # a new buffer for each step: the copy of the last step to the device may still run
             values = torch.empty(len(streams), *self.shape, pin_memory=self.device.type == "cuda")
             for row, stream in zip(values.numpy(), streams, strict=True):
                 stream.fill_normal(row)
