@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if "--list-presets" in words:
         print(presets.table())
         return None
+    # before `read`, which merges the preset: a preset's TF32 may fall back to float32, --tf32 may not
     if peek(GenerateConfig, "tf32", words):
         from runtime import launch
 
@@ -128,12 +129,14 @@ def score(config: GenerateConfig, against: str) -> Path:
     source = Source.open(config.source, config.sampling, config.preset)
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
     reference, extractor = open_pair(against, config.scores, accelerator, batch_size)
+    # fails before the first sample is drawn, not with the first batch
     reference.require_shape("the samples", sampler.image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
     accelerator.print(source.introduction(config.sampling, count))
     add_drawn(scorer, sampler, count, batch_size)
     out = Path(config.out) if config.out else default_folder(source, config)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
+    # the samples are not written: there is no file to digest
     result = scorer.result() | {"samples": {"name": out.name, "sha256": None, "settings": settings}}
     if accelerator.is_main_process:
         report(result, out / "metrics.json")
@@ -242,6 +245,7 @@ def default_folder(source: Source, config: GenerateConfig) -> Path:
     what = str(config.num_fid_samples)
     if config.classes:
         words = "-".join(config.classes).replace(" ", "_").replace("/", "_")
+        # a long list becomes its count and a digest: file systems limit the length of a name
         many = f"{len(config.classes)}classes-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         what = f"{words if len(words) < 60 else many}x{config.per_class or PER_CLASS}"
     internal = f"-internal{sampling.internal_scale:g}" if sampling.internal_scale != 1 else ""

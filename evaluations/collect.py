@@ -66,6 +66,7 @@ class Collector:
         """The features of all processes, in order, on each process. Every process must call it."""
         shares, parts = self._shares, [tuple(moments.cpu() for moments in self._moments)]
         if self.accelerator is not None and self.accelerator.num_processes > 1:
+            # a process without images sends no share, because `_joined` needs at least one
             shares, parts = gather_object([_joined(shares)] if shares else []), gather_object(parts)
         if not shares:
             raise UserError("there are no images to score")
@@ -73,6 +74,7 @@ class Collector:
         whole = whole.of(whole.indices.argsort())
         if (whole.indices.diff() == 0).any():
             raise ValueError("an index was added twice")
+        # merged in the order of the ranks on each process, so that all get the same statistics
         (pool, spatial), *others = parts
         for other_pool, other_spatial in others:
             pool.merge(other_pool)

@@ -70,6 +70,7 @@ def tiles(
     `names` stand left of the rows, `titles` above the columns.
     """
     columns = max(map(len, rows))
+    # beside the squares, 0.09 inches for each character of the longest name, and a line for the titles
     figure = canvas(
         size * columns + 0.09 * max(map(len, names), default=0), size * len(rows) + (0.3 if titles else 0.1)
     )
@@ -80,6 +81,7 @@ def tiles(
             image = row[column] if column < len(row) else None
             if image is not None:
                 image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+                # fixed limits: matplotlib would stretch each grey image to its own range
                 axes.imshow(
                     image, cmap="gray", vmin=0, vmax=255 if image.dtype == np.uint8 else 1, interpolation="nearest"
                 )

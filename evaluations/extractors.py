@@ -16,6 +16,7 @@ def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") 
     Raises UserError for an unknown name, or weights that belong to another extractor.
     """
     name = options.features
+    # pixels have no weights, and those of scenes lie in this package
     if options.feature_weights and not name.startswith(("inception", "timm:", "fdr:")):
         raise UserError(f"--feature-weights: --features {name} brings its own weights; leave it out")
     if name == "pixels":

@@ -157,11 +157,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         options.inception_weights is None or "inception" in train,
         f"--inception-weights: {options.train} holds no reference of inception features; leave it out",
     )
+    # computed before the samples are read: a missing normaliser fails before the first network runs
     units = normalisers(train, None if options.val is None else references(options.val))
     path = samples_file(options.samples)
     files.require_not_read(options.out, [path])
     samples, accelerator = open_samples(path), launch.accelerator()
     rows = ratios(samples, train, units, options, accelerator)
+    # the name has the number of extractors alone; `six` says whether they are those of the published FDr6
     name = f"fdr{len(rows)}"
     result: dict[str, Any] = {
         "metrics": {name: statistics.fmean(row["ratio"] for row in rows)},

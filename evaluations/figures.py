@@ -120,6 +120,7 @@ class TimeOptions:
 def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tuple[str, str, Tensor]]:
     """Source, name and tokens (N, T, D), or (N, D) `pooled`, of each checkpoint, time, block and feature."""
     kinds = look.kinds()
+    # f_c alone needs no pass with the null label
     both = any(kind != "c" for kind, _ in kinds)
     for name in progress.bar(look.ckpt, desc="reading features", unit="checkpoint"):
         probed = Probed.open(name, items, look.weights, look.blocks)
@@ -233,6 +234,7 @@ def steps(options: StepsOptions) -> Figure:
     figure = drawing.canvas(6.4, 4.2)
     axes = figure.subplots()
     drawing.curves(axes, points)
+    # empty with --scores: score files do not say when an alignment ended
     ended = histories.stops(options.runs)
     for number, name in enumerate(points):
         if name in ended:
@@ -251,6 +253,7 @@ def seeds(options: SeedsOptions) -> Figure:
         labels = np.array(labels_of(options.classes, names_of(source.checkpoint)))
         images = source.sampler(options.sampling, len(labels), labels).images(range(len(labels)))
         for label, image in zip(options.classes, images, strict=True):
+            # a checkpoint of a run is called RUN@STEP: the run chooses the row, the step the column
             row = table.setdefault((label, source.checkpoint.name.split("@")[0]), {})
             require(
                 source.checkpoint.step not in row,
@@ -258,8 +261,10 @@ def seeds(options: SeedsOptions) -> Figure:
             )
             row[source.checkpoint.step] = image
     across = sorted({step for row in table.values() for step in row})
+    # classes in the order given, and the runs of each in theirs, because `sorted` is stable
     order = sorted(table, key=lambda key: options.classes.index(key[0]))
     names = [run if len(options.classes) == 1 else f"{run}, {label}" for label, run in order]
+    # None, a gap, where a run has no checkpoint of that step
     rows = [[table[key].get(step) for step in across] for key in order]
     return drawing.tiles(rows, names, [str(step) for step in across])
 
@@ -292,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     schema, draw = KINDS[words[0]]
     options: Any = read(schema, words[1:], prog=f"python -m evaluations.figures {words[0]}", description=draw.__doc__)
     figure = draw(options)
+    # `time` draws no figure: it prints its table and writes --out itself
     if figure is not None:
         print("wrote", *drawing.save(figure, Path(options.out or words[0])), flush=True)
 

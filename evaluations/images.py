@@ -63,9 +63,11 @@ class NpzImages:
         with self._archive.stream("arr_0") as (stream, _, _):
             for part in slices(indices, size):
                 data = bytearray()
+                # a range is one run of bytes; other indices are read image by image
                 for first, count in (
                     [(part.start, len(part))] if isinstance(part, range) else [(index, 1) for index in part]
                 ):
+                    # relative and forwards: to go back, a zip stream starts again at the member's first byte
                     stream.seek((first - at) * stride, 1)
                     data += (read := stream.read(count * stride))
                     if len(read) < count * stride:

@@ -36,6 +36,7 @@ def watch(
     if not (config.sampling_steps or config.eval_steps):
         return []
     compiling, _ = launch.compiles(config.compile, accelerator.device)
+    # scores and previews share the decoder: if the preset brings it, the previews use it too
     vae = config.vae or presets.decoder(config.eval_preset, data.space) or data.space.vae
     codec = open_codec(vae, space=data.space, device=accelerator.device, compile=compiling)
     watched: list[Scores | Previews] = []

@@ -156,6 +156,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     metrics = [metric for metric in ("accuracy", "knn", "miou") if metric in rows[0]]
     figure = drawing.canvas(3.2 * len(times) + 1.4, 2.4 * len(names) * len(metrics) + 0.6)
     grid = figure.subplots(len(names) * len(metrics), len(times), squeeze=False, sharey="row", sharex=True)
+    # from top to bottom: the metrics of the first checkpoint, then those of the next
     panels = [(name, metric) for name in names for metric in metrics]
     for (line, column), axes in np.ndenumerate(grid):
         name, metric = panels[line]
@@ -163,6 +164,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     for axes in grid[-1]:
         axes.set_xlabel("block")
         axes.locator_params(axis="x", integer=True)
+    # every panel draws the same features in the same styles, so one legend serves all
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
@@ -271,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         files.write_json(out / "probe.json", result)
         print(table(result["rows"]))
         written = [out / "probe.json"]
+        # latents and an external encoder have no blocks to draw their numbers against
         if any(row["block"] for row in result["rows"]):
             written += drawing.save(plot(result["rows"]), out / "probe")
     print(

@@ -46,6 +46,7 @@ def of_blocks(probed: Probed, items: Items, t: float, kinds: Sequence[Kind]) -> 
         identity = torch.eye(size, dtype=torch.float64, device=probed.device)
         if not both:
             return {("c", None): identity}
+        # tokens are row vectors z = (u, c - u): u is z's first half, c the sum of its halves
         u, c = identity[:, : size // 2], identity[:, : size // 2] + identity[:, size // 2 :]
         plain = {"u": u, "c": c}
         return {
@@ -129,6 +130,7 @@ def _rows(
     rows = []
     parts, aligned = [torch.from_numpy(part) for part in items.parts], torch.from_numpy(items.first(ALIGNED))
     for number, ((kind, omega), by) in enumerate(reading.maps(pooled.shape[1]).items()):
+        # pooling is linear too: the mapped mean is the mean of the mapped tokens
         x = pooled @ by.cpu()
         row: Row = {
             "features": kind,
@@ -139,6 +141,7 @@ def _rows(
         }
         if counts:
             row["miou"] = representation.iou(counts[number])
+        # `references` holds kernels of the same images; a kernel of all N would have N^2 entries
         own = representation.kernel(representation.standardise(x[aligned], x[aligned]))
         rows.append(row | {f"cknna {name}": representation.cknna(own, other) for name, other in references.items()})
     return rows

@@ -197,6 +197,7 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
     """`mu`, `sigma` and, if present, `mu_s`, `sigma_s`, as float64."""
     pairs = []
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        # a pair is complete or absent; only sFID needs the second
         present = {mean, covariance} & archive.names
         if len(present) == 1:
             raise UserError(f"{archive.path} holds {present.pop()} but not its partner of {mean} and {covariance}")
@@ -208,6 +209,7 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
                 f"{archive.path}: {mean} {tuple(pair.mean.shape)} and {covariance} "
                 f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D); get the file again"
             )
+        # `metrics.frechet` refuses such values too, but cannot name the file
         if not (pair.mean.isfinite().all() and pair.covariance.isfinite().all()):
             raise UserError(f"{archive.path}: {mean} or {covariance} holds NaN or infinite values; get the file again")
         pairs.append(pair)
@@ -348,7 +350,9 @@ def write_images(options: Options) -> None:
             options.num_images <= len(images),
             f"--num-images {options.num_images}: {options.images} holds {len(images)} images",
         )
+        # ascending, as `batches` needs it: the members of an .npz file are read forwards
         chosen = np.sort(Stream(options.seed, "reference").permutation(len(images))[: options.num_images]).tolist()
+    # `write_npz` writes a label for each image: 0 if the images have no classes
     labels = np.zeros(len(images), np.int64) if images.labels is None else images.labels
     batches = images.batches(chosen, options.batch_size)
     count = math.ceil(len(chosen) / options.batch_size)

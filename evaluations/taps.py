@@ -235,9 +235,11 @@ class Probed:
         )
         times = torch.full((len(x0),), t, device=self.device)
         xt = interpolant.corrupt(x0, noise, times)
+        # one doubled batch, the unconditional half first, as in the sampler
         if unconditional:
             xt, times = torch.cat([xt, xt]), torch.cat([times, times])
             labels = torch.cat([torch.full_like(labels, self.network.spec.num_classes), labels])
+        # `open` loaded the blocks up to the last tap and no final layer: the pass ends there
         features = self.network(xt, times, labels, taps=self.blocks, exit_early=True).features
         tokens = {block: features[block].double() for block in self.blocks}
         if not unconditional:
