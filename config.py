@@ -399,7 +399,6 @@ FREE_ON_RESUME = frozenset(
         "num_fid_samples",
         "features",
         "feature_weights",
-        "mind",
         "gradient_accumulation_steps",
         "compile",
         "activation_checkpointing",

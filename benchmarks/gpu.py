@@ -115,8 +115,7 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
 
 def main(argv: Sequence[str] | None = None) -> bool:
     """Run the command; returns whether everything is done."""
-    words = sys.argv[1:] if argv is None else argv
-    config = read(GpuConfig, words, prog="python -m benchmarks.gpu", description=__doc__)
+    config = read(GpuConfig, argv, prog="python -m benchmarks.gpu", description=__doc__)
     require(
         config.scale == "tiny" or torch.cuda.is_available(),
         "--scale full measures a GPU, and torch sees none here; --scale tiny goes through the same parts on a CPU",

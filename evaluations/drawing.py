@@ -5,14 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from runtime import files
+
+# imported where a figure is drawn: matplotlib would slow the start of every command that may draw one
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Line, marker and colour (Okabe and Ito's) of each curve, in order.
 STYLES: tuple[dict[str, Any], ...] = tuple(
@@ -37,11 +39,15 @@ def style(number: int) -> dict[str, Any]:
 
 def canvas(width: float, height: float) -> Figure:
     """An empty figure, in inches, that needs no display."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `figure` as stem.png and stem.svg, atomically; returns both. The same figure gives the same bytes."""
+    import matplotlib
+
     written = []
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
         for kind, about in (("png", {}), ("svg", {"Date": None})):  # without the date, which would change the bytes

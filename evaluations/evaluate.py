@@ -136,9 +136,7 @@ def report(result: dict[str, Any], path: Path | str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.evaluate", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m evaluations.evaluate", description=__doc__)
     paths = [samples_file(path) for path in options.samples]
     files.require_not_read(options.out, [*paths, options.reference])
     samples = open_all(paths, options.grey)

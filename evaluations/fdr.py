@@ -16,7 +16,6 @@ normaliser, so each is printed and stored.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,9 +148,7 @@ def ratios(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command; returns what it wrote."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.fdr", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m evaluations.fdr", description=__doc__)
     train = references(options.train)
     require(
         options.inception_weights is None or "inception" in train,

@@ -22,11 +22,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import interpolant
@@ -38,6 +37,9 @@ from runtime.options import group, option, read
 from runtime.slices import slices
 from sampling.classes import labels_of, names_of
 from sampling.config import SamplingConfig, SourceOptions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Markers of classes in t-SNE, which differ without colour.
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

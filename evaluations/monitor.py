@@ -63,7 +63,7 @@ class Scores:
         self.codec, self.accelerator = codec, accelerator
         assert config.reference is not None  # config.py asks for it with --eval-steps
         self.reference, self.extractor = open_pair(config.reference, config.scores, accelerator)
-        self.mind = self.reference.pool is not None if config.scores.mind is None else config.scores.mind
+        self.mind = self.reference.pool is not None
         self.reference.require_shape("the samples", image_shape(codec, latent, accelerator.device))
 
     def __call__(self, step: int, networks: Mapping[str, Backbone], dtype: torch.dtype | None) -> dict[str, float]:

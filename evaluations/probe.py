@@ -26,16 +26,13 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 import models
 from evaluations import drawing, representation
@@ -49,6 +46,10 @@ from runtime.errors import require
 from runtime.locks import locked
 from runtime.options import as_dict, option, read
 from runtime.text import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KINDS = ("u", "c", "g", "latents")
 TIE = 0.005  # two settings whose scores differ by less are level
@@ -264,9 +265,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the result's folder."""
-    config = read(
-        ProbeConfig, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.probe", description=__doc__
-    )
+    config = read(ProbeConfig, argv, prog="python -m evaluations.probe", description=__doc__)
     out = Path(config.out)
     with locked(out, "wait for it, or choose another --out"):
         result = probe(config)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,9 +314,7 @@ IMAGES = "none"  # in place of features: the reference holds the images themselv
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options = read(
-        Options, sys.argv[1:] if argv is None else argv, prog="python -m evaluations.reference", description=__doc__
-    )
+    options = read(Options, argv, prog="python -m evaluations.reference", description=__doc__)
     files.require_not_read(options.out, [options.images])
     if options.scores.features == IMAGES:
         write_images(options)

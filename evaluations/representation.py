@@ -13,16 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from runtime.errors import require
+
+# imported where a probe is fitted: scikit-learn would slow the start of the commands
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weights of the squared norm, against a loss that is a mean
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the nearest-neighbour probe, as in DINO (arXiv 2104.14294)
@@ -55,6 +56,8 @@ def logistic(x: Tensor, labels: Tensor, penalty: float, start: LogisticRegressio
 
     x (N, D), labels (N,). `start` is fitted again from where it stands; it must know the same classes.
     """
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(solver="newton-cg", tol=1e-5, max_iter=1000, warm_start=True) if start is None else start
     # At scikit-learn's tolerance of 1e-4, fits under weak penalties stop short of their minimum. Below it, Newton's
     # method takes half the time of L-BFGS.
@@ -69,6 +72,8 @@ def class_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor]) -> float:
 
     x (N, D), labels (N,) int64; parts: indices of the images to fit, to choose the penalty by (cross-entropy), to test.
     """
+    from sklearn.metrics import log_loss
+
     fit, validate, test = parts
     if len(labels[fit].unique()) == 1:
         return (labels[test] == labels[fit[0]]).double().mean().item()
@@ -97,6 +102,8 @@ def neighbour_accuracy(x: Tensor, labels: Tensor, parts: Sequence[Tensor]) -> fl
     exp(s / TEMPERATURE).
     x (N, D), labels (N,) int64; parts as in `class_accuracy`.
     """
+    from sklearn.neighbors import KNeighborsClassifier
+
     train, test = torch.cat(list(parts[:2])), parts[2]
     known, queries = (standardise(x[part], x[train]).numpy() for part in (train, test))
     model = KNeighborsClassifier(
@@ -210,6 +217,8 @@ def principal(tokens: Tensor, count: int = 3) -> Tensor:
 
     scikit-learn makes the largest loading of each axis positive, so colours do not flip between runs.
     """
+    from sklearn.decomposition import PCA
+
     require(
         min(tokens.shape) >= count,
         f"{count} principal components need at least as many tokens and dimensions, not {tokens.shape}",

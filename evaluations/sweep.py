@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from typing_extensions import TypedDict
 
 from config import FeatureOptions, require_samples
@@ -37,6 +35,9 @@ from runtime.options import group, option, read
 from runtime.text import aligned
 from sampling.config import SamplingConfig, SourceOptions
 from sampling.source import Source
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Point = tuple[float, float]  # guidance scale, upper end of the interval
 
@@ -257,8 +258,7 @@ def conclude(config: SweepConfig, results: Results, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the result's folder."""
-    words = sys.argv[1:] if argv is None else argv
-    return sweep(read(SweepConfig, words, prog="python -m evaluations.sweep", description=__doc__, hints=PEERS))
+    return sweep(read(SweepConfig, argv, prog="python -m evaluations.sweep", description=__doc__, hints=PEERS))
 
 
 if __name__ == "__main__":

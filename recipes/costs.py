@@ -20,6 +20,7 @@ from recipes.scale import Scale, find
 from runtime import files
 from training import command, cost
 from training.cost import Cost
+from training.setup import spec_of
 
 # What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak.
 TERAFLOPS = 396.0
@@ -111,14 +112,9 @@ def _cost_of(command_line: tuple[str, ...], data: Sketch) -> Cost:
     if "--align-encoder" in words:  # the chain makes the encoder; one of its shape costs the same
         words[words.index("--align-encoder") + 1] = "test_vit"
     config, options = command.resolve(words, program, None, ("guided",) if guided else ())
-    spec = models.spec(
-        config.model,
-        in_channels=data.channels,
-        input_size=data.latent_size,
-        num_classes=data.num_classes,
-        qk_norm=config.qk_norm,
-    )
-    return cost.estimate(config, options, data=cast(LatentSet, data), load=lambda path: _teacher(spec, data.space))
+    latents = cast(LatentSet, data)
+    spec = spec_of(config, latents)
+    return cost.estimate(config, options, data=latents, load=lambda path: _teacher(spec, data.space))
 
 
 def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:

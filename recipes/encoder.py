@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +70,7 @@ def scene_examples(dials: Dials) -> Examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    config = read(
-        EncoderConfig, sys.argv[1:] if argv is None else argv, prog="python -m recipes.encoder", description=__doc__
-    )
+    config = read(EncoderConfig, argv, prog="python -m recipes.encoder", description=__doc__)
     accuracy = train_encoder(Path(config.out), config.epochs, config.scenes if config.data == "scenes" else None)
     print(f"{config.out}: {100 * accuracy:.1f}% of what was held out")
 

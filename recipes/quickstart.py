@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     config = read(
         QuickstartConfig,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         prog="python -m recipes.quickstart",
         description=__doc__,
     )

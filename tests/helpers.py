@@ -30,6 +30,19 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 
+# the network of the parity files
+PARITY_SIT = models.ModelSpec(
+    name="custom",
+    architecture="sit",
+    depth=4,
+    hidden_size=48,
+    num_heads=4,
+    patch_size=2,
+    in_channels=4,
+    input_size=8,
+    num_classes=10,
+)
+
 Words = Callable[..., list[str]]
 """The fixture `words`: the command line of a tiny run."""
 
@@ -105,6 +118,12 @@ def tiny_vae(folder: Path, channels: int = 4) -> str:
     )
     vae.save_pretrained(folder)
     return str(folder)
+
+
+def encoding(images: Path, vae: str, out: Path, *more: str) -> list[str]:
+    """The command line of `preprocessing.encode` at 16 x 16 in this process; a later flag wins."""
+    words = ["--images", str(images), "--vae", vae, "--out", str(out), "--resolution", "16", "--workers", "0"]
+    return [*words, *more]
 
 
 class SmallCodec:

@@ -299,6 +299,7 @@ def test_a_file_of_options_stands_below_flags(tmp_path: Path) -> None:
         ({"train": {"keep_every": 0, "checkpoints_total_limit": 1}}, "keep_every 0 must lie in .1, inf"),
         ({"align": {"repa": {}}}, "has options of repa, which this command does not train"),
         ({"train": [1]}, "is not of the form"),
+        ({"batch_size": 4}, "is not of the form"),
         ([1], "is not of the form"),
     ],
 )

@@ -16,7 +16,6 @@ share of its norm. Each result is a checkpoint. A branch also uses the snapshots
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +90,7 @@ def snapshots(run: Path | str) -> list[Checkpoint]:
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Run the command; returns the checkpoints written."""
-    words = sys.argv[1:] if argv is None else argv
-    options = read(Options, words, prog="python -m training.posthoc", description=__doc__, first="run")
+    options = read(Options, argv, prog="python -m training.posthoc", description=__doc__, first="run")
     stored = snapshots(options.run)
     require(bool(stored), f"{options.run} has no averages to combine: train with --ema-lengths 0.05 0.1")
     step = stored[-1].step if options.step is None else options.step

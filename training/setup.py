@@ -21,6 +21,17 @@ from models import Backbone
 from models.recompute import recompute
 
 
+def spec_of(config: TrainConfig, data: LatentSet) -> models.ModelSpec:
+    """The network of `config` on the latents and classes of `data`."""
+    return models.spec(
+        config.model,
+        in_channels=data.channels,
+        input_size=data.latent_size,
+        num_classes=data.num_classes,
+        qk_norm=config.qk_norm,
+    )
+
+
 @dataclass(frozen=True)
 class Setup:
     """A configuration resolved on its data set.
@@ -49,13 +60,7 @@ class Setup:
         """Open the data set, unless `data` is given, and resolve the options. `device` may hold the latents."""
         data = data or LatentSet(config.data_dir, resident=config.resident, device=device)
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
-        spec = models.spec(
-            config.model,
-            in_channels=data.channels,
-            input_size=data.latent_size,
-            num_classes=data.num_classes,
-            qk_norm=config.qk_norm,
-        )
+        spec = spec_of(config, data)
         resolved = {name: find(name).resolve(chosen, spec, config.batch_size) for name, chosen in options.items()}
         return cls(
             config,

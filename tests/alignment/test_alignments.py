@@ -25,7 +25,7 @@ from models import QK
 from models.checkpoint import Checkpoint
 from models.pixels import pixels
 from runtime.errors import UserError
-from tests.helpers import context_of, micro_batch, parity, perturbed
+from tests.helpers import PARITY_SIT, context_of, micro_batch, parity, perturbed
 
 SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 ALL = sorted(Alignment.registry)
@@ -249,19 +249,8 @@ def test_repa_gives_the_authors_numbers() -> None:
 
     weights, _ = parity("repa_sit")
     _, stored = parity("repa_loss")
-    spec = models.ModelSpec(
-        name="custom",
-        architecture="sit",
-        depth=4,
-        hidden_size=48,
-        num_heads=4,
-        patch_size=2,
-        in_channels=4,
-        input_size=8,
-        num_classes=10,
-    )
-    names = models.outline(spec).state_dict()
-    network = models.build(spec, weights={name: value for name, value in weights.items() if name in names})
+    names = models.outline(PARITY_SIT).state_dict()
+    network = models.build(PARITY_SIT, weights={name: value for name, value in weights.items() if name in names})
     repa = Repa.__new__(Repa)
     torch.nn.Module.__init__(repa)
     repa.taps = (2,)

@@ -10,7 +10,7 @@ from evaluations import reference
 from preprocessing import digits
 from preprocessing.images import ImageFiles, cropped
 from runtime.errors import UserError
-from tests.helpers import class_folders, photograph, tiny_vae, zipped
+from tests.helpers import class_folders, encoding, photograph, tiny_vae, zipped
 
 
 def written(out, *arguments: str) -> tuple[np.ndarray, np.ndarray]:
@@ -24,21 +24,7 @@ def test_folder_zip_and_latent_set_give_the_training_crops(tmp_path):
     source = ImageFiles(folder)
     expected = np.stack([cropped(source, index, 16) for index in range(15)])
     vae = tiny_vae(tmp_path / "vae")
-    preprocessing.encode.main(
-        [
-            "--images",
-            str(folder),
-            "--vae",
-            vae,
-            "--resolution",
-            "16",
-            "--out",
-            str(tmp_path / "latents"),
-            "--keep-images",
-            "--workers",
-            "0",
-        ]
-    )
+    preprocessing.encode.main(encoding(folder, vae, tmp_path / "latents", "--keep-images"))
     for images in (folder, zipped(folder, tmp_path / "set.zip")):
         pictures, labels = written(tmp_path / "r.npz", "--images", images, "--resolution", 16, "--workers", 0)
         np.testing.assert_array_equal(pictures, expected)
@@ -76,20 +62,7 @@ def test_wrong_requests_are_one_clear_line(tmp_path, arguments, message):
 
 def test_what_a_latent_set_cannot_give_is_one_clear_line(tmp_path):
     folder = class_folders(tmp_path / "set")
-    preprocessing.encode.main(
-        [
-            "--images",
-            str(folder),
-            "--vae",
-            tiny_vae(tmp_path / "vae"),
-            "--resolution",
-            "16",
-            "--out",
-            str(tmp_path / "latents"),
-            "--workers",
-            "0",
-        ]
-    )
+    preprocessing.encode.main(encoding(folder, tiny_vae(tmp_path / "vae"), tmp_path / "latents"))
     for arguments, message in (([], "--keep-images"), (["--resolution", "32"], "--keep-images")):
         with pytest.raises(UserError, match=message):
             written(tmp_path / "r.npz", "--images", tmp_path / "latents", *arguments)

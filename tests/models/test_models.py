@@ -8,19 +8,7 @@ import torch
 import models
 from models.layers import patchify, unpatchify
 from runtime.errors import UserError
-from tests.helpers import inputs, parity, perturbed
-
-TINY = models.ModelSpec(
-    name="custom",
-    architecture="sit",
-    depth=4,
-    hidden_size=48,
-    num_heads=4,
-    patch_size=2,
-    in_channels=4,
-    input_size=8,
-    num_classes=10,
-)
+from tests.helpers import PARITY_SIT, inputs, parity, perturbed
 
 both = pytest.mark.parametrize("name", ["SiT-Tiny/2", "LightningDiT-Tiny/1"])
 
@@ -42,15 +30,15 @@ def test_parameter_counts_are_the_published_ones(size):
 def test_state_dict_has_the_published_names_and_the_position_table_is_recomputed():
     weights, _ = parity("repa_sit")
     published = {name for name in weights if not name.startswith("projectors.")}
-    network = models.build(TINY)
+    network = models.build(PARITY_SIT)
     assert set(network.state_dict()) == published - {"pos_embed"}
     torch.testing.assert_close(network.pos_embed, weights["pos_embed"], rtol=0, atol=1e-7)
 
 
 def test_repa_sit_velocity_and_every_block():
     weights, stored = parity("repa_sit")
-    names = set(models.outline(TINY).state_dict())
-    network = models.build(TINY, weights={name: value for name, value in weights.items() if name in names})
+    names = set(models.outline(PARITY_SIT).state_dict())
+    network = models.build(PARITY_SIT, weights={name: value for name, value in weights.items() if name in names})
     velocity, features = network(stored["x"], stored["t"], stored["y"], taps=[1, 2, 3, 4])
     torch.testing.assert_close(velocity, stored["velocity"], rtol=0, atol=2e-5)
     for number, feature in features.items():
@@ -147,9 +135,9 @@ def test_initialisation_is_a_function_of_seed_and_name_alone(name):
 
 
 def test_given_weights_are_copied_and_must_fit():
-    network = models.build(TINY)
+    network = models.build(PARITY_SIT)
     weights = dict(network.state_dict())
-    copy = models.build(TINY, weights=weights)
+    copy = models.build(PARITY_SIT, weights=weights)
     with torch.no_grad():
         copy.x_embedder.proj.bias += 1
     assert not network.x_embedder.proj.bias.any()
@@ -159,7 +147,7 @@ def test_given_weights_are_copied_and_must_fit():
         (dict(weights, **{"x_embedder.proj.bias": torch.zeros(3)}), r"is \(3,\) where \(48,\)"),
     ):
         with pytest.raises(UserError, match=message):
-            models.build(TINY, weights=broken)
+            models.build(PARITY_SIT, weights=broken)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +164,13 @@ def test_specs_that_make_no_network_are_refused(arguments, message):
 
 
 def test_specs_survive_json_and_damage_is_named():
-    assert models.ModelSpec.from_json(TINY.to_json()) == TINY
-    value = TINY.to_json()
+    assert models.ModelSpec.from_json(PARITY_SIT.to_json()) == PARITY_SIT
+    value = PARITY_SIT.to_json()
     del value["depth"]
     with pytest.raises(UserError, match="depth"):
         models.ModelSpec.from_json(value)
     with pytest.raises(UserError, match="has blocks 1 to 4"):
-        models.build(TINY, depth=5)
+        models.build(PARITY_SIT, depth=5)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

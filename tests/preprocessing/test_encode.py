@@ -23,7 +23,7 @@ from preprocessing.images import ImageFiles, cropped
 from preprocessing.job import STOPPED
 from runtime import files, locks
 from runtime.errors import UserError
-from tests.helpers import ROOT, SmallCodec, class_folders, held_elsewhere, photograph, tiny_vae, zipped
+from tests.helpers import ROOT, SmallCodec, class_folders, encoding, held_elsewhere, photograph, tiny_vae, zipped
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def arguments(images: Path, vae: str, out: Path, *more: str) -> list[str]:
-    return [
-        "--images",
-        str(images),
-        "--vae",
-        vae,
-        "--resolution",
-        "16",
-        "--out",
-        str(out),
-        "--batch-size",
-        "2",
-        "--shard-size",
-        "4",
-        "--workers",
-        "0",
-        *more,
-    ]
+    return encoding(images, vae, out, "--batch-size", "2", "--shard-size", "4", *more)
 
 
 def encode(images: Path, vae: str, out: Path, *more: str) -> LatentSet:

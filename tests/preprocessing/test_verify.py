@@ -15,7 +15,7 @@ from models.latents import LatentSpace
 from preprocessing import digits, shards, verify
 from runtime import files
 from runtime.errors import UserError
-from tests.helpers import class_folders, tiny_vae
+from tests.helpers import class_folders, encoding, tiny_vae
 
 
 def write_set(folder: Path, latents: np.ndarray, labels: np.ndarray, scale: float = 1.0, classes: int = 2) -> None:
@@ -68,19 +68,9 @@ def test_reconstructions_with_and_without_kept_images(tmp_path, capsys, monkeypa
     folder, vae = class_folders(tmp_path / "set"), tiny_vae(tmp_path / "vae")
 
     def run(name: str, keep: list[str], *more: str) -> str:
-        common = [
-            "--images",
-            str(folder),
-            "--resolution",
-            "16",
-            "--out",
-            str(tmp_path / name),
-            "--workers",
-            "0",
-            "--vae",
-        ]
         if not (tmp_path / name).exists():
-            preprocessing.encode.main([*common, "pixels" if "pixels" in name else vae, *keep])
+            codec = "pixels" if "pixels" in name else vae
+            preprocessing.encode.main(encoding(folder, codec, tmp_path / name, *keep))
         capsys.readouterr()
         verify.main([str(tmp_path / name), "--picture", str(tmp_path / "p.png"), *more])
         return capsys.readouterr().out
@@ -151,21 +141,7 @@ def test_an_autoencoder_that_does_not_reconstruct_is_warned_of(tmp_path, capsys,
     from preprocessing import quality
 
     folder, vae = class_folders(tmp_path / "set"), tiny_vae(tmp_path / "vae")
-    preprocessing.encode.main(
-        [
-            "--images",
-            str(folder),
-            "--vae",
-            vae,
-            "--resolution",
-            "16",
-            "--out",
-            str(tmp_path / "latents"),
-            "--keep-images",
-            "--workers",
-            "0",
-        ]
-    )
+    preprocessing.encode.main(encoding(folder, vae, tmp_path / "latents", "--keep-images"))
     printed = capsys.readouterr().out
     psnr, std = (float(printed.split(word)[1].split()[0].rstrip(".;")) for word in ("PSNR ", "standard deviation of "))
     assert psnr < 18 and "warning: reconstructions of" in printed and "8 items decoded again" in printed

@@ -23,7 +23,7 @@ from runtime.options import as_dict
 from sampling import solvers
 from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
-from tests.helpers import DATA, ROOT, perturbed
+from tests.helpers import DATA, PARITY_SIT, ROOT, perturbed
 
 SPEC = models.spec("SiT-Tiny/2", in_channels=4, input_size=8, num_classes=10)
 
@@ -175,18 +175,7 @@ def test_published_samplers(case: str) -> None:
         for k, v in load_file(DATA / "repa_sit.safetensors").items()
         if k.startswith("weights.") and "projectors" not in k and "pos_embed" not in k
     }
-    spec = models.ModelSpec(
-        name="custom",
-        architecture="sit",
-        depth=4,
-        hidden_size=48,
-        num_heads=4,
-        patch_size=2,
-        in_channels=4,
-        input_size=8,
-        num_classes=10,
-    )
-    network = models.build(spec, weights=weights).eval()
+    network = models.build(PARITY_SIT, weights=weights).eval()
     stored = load_file(DATA / "repa_samplers.safetensors")
     scale, low, high = {"euler_cfg_interval": (2.5, 0.2, 0.7), "sde_cfg_interval": (1.9, 0.0, 0.65)}.get(
         case, (1.0, 0.0, 1.0)

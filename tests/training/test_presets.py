@@ -25,7 +25,7 @@ from models.pixels import pixels
 from runtime import files, launch
 from runtime.errors import UserError
 from runtime.streams import Stream
-from tests.helpers import Words, class_folders, perturbed, tiny_vae
+from tests.helpers import Words, class_folders, encoding, perturbed, tiny_vae
 from training import command
 from training.log import read
 
@@ -508,20 +508,8 @@ def test_the_commands_for_512_pixels_at_tiny_size(tmp_path: Path) -> None:
 
     vae, latents = tiny_vae(tmp_path / "vae"), {}
     for resolution in (32, 64):
-        preprocessing.encode.main(
-            [
-                "--images",
-                str(class_folders(tmp_path / f"images{resolution}")),
-                "--vae",
-                vae,
-                "--resolution",
-                str(resolution),
-                "--out",
-                str(tmp_path / str(resolution)),
-                "--workers",
-                "0",
-            ]
-        )
+        images, out = class_folders(tmp_path / f"images{resolution}"), tmp_path / str(resolution)
+        preprocessing.encode.main(encoding(images, vae, out, "--resolution", str(resolution)))
         argv = [
             "--recipe",
             "digits",

@@ -17,7 +17,7 @@ from models.checkpoint import Checkpoint
 from preprocessing import encode
 from runtime import seal
 from runtime.errors import UserError
-from tests.helpers import Words, build_run, class_folders
+from tests.helpers import Words, build_run, class_folders, encoding
 from training import command, introduction
 
 
@@ -107,24 +107,8 @@ def test_weights_are_named_and_selectable(
 def test_another_size_stretches_positions_and_other_classes_renew_the_label_table(
     tmp_path: Path, words: Words, teacher: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    class_folders(tmp_path / "images", classes=3, per_class=6)
-    encode.main(
-        [
-            "--images",
-            str(tmp_path / "images"),
-            "--vae",
-            "pixels",
-            "--grey",
-            "--resolution",
-            "16",
-            "--dtype",
-            "float32",
-            "--out",
-            str(tmp_path / "set"),
-            "--workers",
-            "0",
-        ]
-    )
+    images = class_folders(tmp_path / "images", classes=3, per_class=6)
+    encode.main(encoding(images, "pixels", tmp_path / "set", "--grey", "--dtype", "float32"))
     argv = [*words(tmp_path, "run", "--init-ckpt", teacher), "--data-dir", str(tmp_path / "set"), "--max-train-steps"]
     run = train.main([*argv, "1"])
     output = capsys.readouterr().out
