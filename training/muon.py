@@ -2,13 +2,17 @@
 
     B <- mu B + (1 - mu) G,    O = orthogonalised (1 - mu) G + mu B,    W <- W - 0.2 sqrt(max(rows, columns)) lr O
 
-with mu = 0.95: `torch.optim.Muon`, with steps scaled to AdamW's (Moonlight, arXiv 2502.16982), so that both take one
-rate. A weight may hold several matrices (queries, keys and values; a block's six modulations). Each is orthogonalised
-by itself, as the backbone declares them (`Backbone.matrices`): as one matrix they hold Muon back in diffusion
-transformers (CMuon, arXiv 2608.02502).
+with mu = 0.95 and steps scaled to AdamW's (Moonlight, arXiv 2502.16982), so that both take one rate. A weight may hold
+several matrices (queries, keys and values; a block's six modulations). Each is orthogonalised by itself, as the
+backbone declares them (`Backbone.matrices`): as one matrix they hold Muon back in diffusion transformers (CMuon, arXiv
+2608.02502). All matrices of one shape are orthogonalised in one batch.
 """
 
 from __future__ import annotations
+
+import collections
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +21,28 @@ from models import Backbone
 
 GROUP = "network/muon"
 MOMENTUM = 0.95
+# Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon: X <- a X + (b A + c A^2) X with A = X X^T
+COEFFICIENTS, ITERATIONS, EPSILON = (3.4445, -4.7750, 2.0315), 5, 1e-7
+PRECISION = torch.bfloat16
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """(k, rows, columns): each matrix with its singular values moved to about 1 (0.7 to 1.2), in `PRECISION`."""
+    a, b, c = COEFFICIENTS
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPSILON)).to(PRECISION)
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon:
     """The part of an optimiser's interface that a run uses: groups, state, `step` and `zero_grad`.
 
-    torch's optimisers refuse views, so each matrix of a weight is its own parameter over the weight's storage. `parts`
-    has their names (`name[number]`, from 0), under which a checkpoint saves their state. Between steps they have no
-    gradient.
+    Each matrix of a weight that holds several is a parameter over the weight's storage. `parts` has their names
+    (`name[number]`, from 0), under which a checkpoint saves their state. Between steps they have no gradient.
 
     Args:
         adamw: the optimiser of every other parameter.
@@ -46,16 +64,9 @@ class Muon:
                 self._split.append((weights[name], parts))
                 self.parts |= {part: f"{name}[{number}]" for number, part in enumerate(parts)}
             matrices += parts
-        self._adamw = adamw
-        self._muon = torch.optim.Muon(
-            [{"name": GROUP, "params": matrices}],
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=MOMENTUM,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        self.param_groups = [*adamw.param_groups, *self._muon.param_groups]
-        self.state = self._muon.state = adamw.state
+        self._adamw, self.state = adamw, adamw.state
+        self._group: dict[str, Any] = {"name": GROUP, "params": matrices, "lr": lr, "weight_decay": weight_decay}
+        self.param_groups = [*adamw.param_groups, self._group]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -66,21 +77,35 @@ class Muon:
                     part.grad = gradient
         # the run removes the groups of heads that have ended
         self._adamw.param_groups = [group for group in self.param_groups if group["name"] != GROUP]
-        before = []
-        # AdamW's fused kernel skips the step by itself; Muon's values are restored afterwards
         if self.found_inf is not None:
             self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
-            before = [
-                (value, value.clone())
-                for part in self._muon.param_groups[0]["params"]
-                for value in (part, self.state[part].setdefault("momentum_buffer", torch.zeros_like(part)))
-            ]
         self._adamw.step()
-        self._muon.step()
-        for value, earlier in before:
-            torch.where(self.found_inf.bool(), earlier, value, out=value)  # type: ignore[union-attr]
+        stacks = collections.defaultdict(list)
+        for part in self._group["params"]:
+            if part.grad is not None:
+                stacks[part.shape].append(part)
+        for alike in stacks.values():
+            self._step(alike)
         for part in self.parts:
             part.grad = None
+
+    def _step(self, matrices: list[Tensor]) -> None:
+        """Muon's step of `matrices` of one shape."""
+        lr, decay = self._group["lr"], self._group["lr"] * self._group["weight_decay"]
+        rate = 0.2 * math.sqrt(max(matrices[0].shape)) * lr
+        gradients = torch.stack([matrix.grad for matrix in matrices])  # type: ignore[misc]
+        buffers = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        keep: Tensor | float = 1.0
+        # a skipped step multiplies by 1 and adds 0: nothing is read by the host, nothing has to be restored
+        if self.found_inf is not None:
+            skip = self.found_inf != 0
+            keep, gradients = (~skip).to(gradients.dtype), gradients.masked_fill(skip, 0)
+        gradients *= 1 - MOMENTUM
+        torch._foreach_mul_(buffers, 1 - (1 - MOMENTUM) * keep)
+        torch._foreach_add_(buffers, list(gradients.unbind()))
+        moves = orthogonalised(gradients.add_(torch.stack(buffers), alpha=MOMENTUM)).to(gradients.dtype)
+        torch._foreach_mul_(matrices, 1 - decay * keep)
+        torch._foreach_sub_(matrices, list((moves * (rate * keep)).unbind()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
