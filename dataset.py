@@ -32,7 +32,7 @@ from models.manifest import FORMAT, MANIFEST, read_manifest, read_space, require
 from models.pixels import is_pixels, to_uint8
 from runtime import files, progress
 from runtime.errors import UserError, require
-from runtime.mapped import map_shard
+from runtime.mapped import map_shard, will_need
 from runtime.streams import Stream
 from runtime.transfer import to_device
 
@@ -159,7 +159,10 @@ class LatentSet:
                 f"{file} was cut short while it was in use; copy or encode it again",
             )
         latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
-        for place, (shard, row) in enumerate(zip(shard_of.tolist(), (rows - self._bounds[shard_of]).tolist())):
+        within = rows - self._bounds[shard_of]
+        for shard in np.unique(shard_of) if self._mapped else ():
+            will_need(self._rows[shard], within[shard_of == shard].tolist())
+        for place, (shard, row) in enumerate(zip(shard_of.tolist(), within.tolist())):
             latents[place] = self._rows[shard][row]
         return latents
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,24 @@ def map_shard(file: Path) -> dict[str, np.ndarray]:
             return _arrays(file, size, length, json.loads(handle.read(length)))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its header does not fit ({error}); copy or encode it again") from error
+
+
+def will_need(array: np.ndarray, rows: Iterable[int]) -> None:
+    """Let the kernel read `rows` of the mapped `array` into memory at once, all in parallel.
+
+    Rows in random order fault one by one otherwise, each with megabytes of the kernel's read-ahead. Does nothing for an
+    array that is not mapped, or where the system has no such advice.
+    """
+    mapping: object = array
+    while isinstance(mapping, np.ndarray):
+        mapping = mapping.base
+    if not isinstance(mapping, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    first = array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    for row in rows:
+        begin = first + row * array.strides[0]
+        start = begin - begin % mmap.PAGESIZE  # advice begins at a page
+        mapping.madvise(mmap.MADV_WILLNEED, start, begin - start + array.strides[0])
 
 
 def _arrays(file: Path, size: int, length: int, header: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
+import mmap
 import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,7 @@ import dataset
 from dataset import LatentSet
 from models.latents import LatentSpace
 from preprocessing import digits, shards
-from runtime import files
+from runtime import files, mapped
 from runtime.errors import UserError
 
 
@@ -266,3 +269,28 @@ def test_a_shard_that_is_cut_short_while_mapped_is_one_clear_line(tmp_path):
     os.truncate(shard, 100)
     with pytest.raises(UserError, match="shard-00001.safetensors was cut short"):
         opened.read(np.arange(30))
+
+
+def test_the_kernel_reads_announced_rows_before_they_are_touched(tmp_path):
+    """Their pages come into memory, where the file is on a disk; rows of an array in memory need nothing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    latents = np.zeros((512, 1, 1, 4, 32, 32), np.float16)
+    data = write_set(tmp_path, latents, np.zeros(512, int), per_shard=512)
+    array, rows = data._rows[0], [3, 500, 77]
+    with open(next(tmp_path.glob("*.safetensors")), "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def resident(row: int) -> bool:
+        begin = array[row].ctypes.data
+        start, size = begin - begin % mmap.PAGESIZE, array.strides[0]
+        vector = (ctypes.c_ubyte * (size // mmap.PAGESIZE + 1))()
+        assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(begin - start + size), vector) == 0
+        return all(value & 1 for value in vector[: (begin - start + size) // mmap.PAGESIZE])
+
+    mapped.will_need(array, rows)
+    deadline = time.monotonic() + 10
+    while not all(map(resident, rows)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    mapped.will_need(np.zeros((4, 4)), [0, 3])

@@ -14,14 +14,8 @@ from runtime.errors import UserError
 from training.muon import Muon
 
 
-def build(
-    config: TrainConfig, network: Backbone, heads: Mapping[str, nn.Module], fused: bool
-) -> torch.optim.Optimizer | Muon:
-    """The optimiser of `network` and of the trained parameters of `heads`, a group each, by their names.
-
-    Args:
-        fused: one kernel for all of AdamW, instead of its loop over parameters, which differs in the last bits.
-    """
+def build(config: TrainConfig, network: Backbone, heads: Mapping[str, nn.Module]) -> torch.optim.Optimizer | Muon:
+    """The optimiser of `network` and of the trained parameters of `heads`, a group each, by their names."""
     matrices = network.matrices() if config.optimizer == "muon" else {}
     groups = [{"name": "network", "params": [p for name, p in network.named_parameters() if name not in matrices]}]
     groups += [
@@ -33,7 +27,7 @@ def build(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=fused,
+        fused=True,  # one kernel for all parameters
     )
     return Muon(network, adamw, lr=config.learning_rate, weight_decay=config.adam_weight_decay) if matrices else adamw
 
@@ -62,12 +56,9 @@ def restore(
 ) -> None:
     """Give each parameter the state saved under its name, on its device. State of unknown names is refused."""
     parameters = {name: parameter for parameter, name in names.items()}
-    # AdamW counts its steps on the CPU unless fused or capturable
-    counts_on_host = not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for key, value in tensors.items():
         name, slot = key.rsplit("/", 1)
         if name not in parameters:
             raise UserError(f"the optimiser state names {name}, which this run does not train")
         parameter = parameters[name]
-        on_host = slot == "step" and counts_on_host
-        optimizer.state[parameter][slot] = value.to("cpu" if on_host else parameter.device)
+        optimizer.state[parameter][slot] = value.to(parameter.device)

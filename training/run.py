@@ -59,9 +59,7 @@ class Run:
         self.alignments = self._build_alignments()
         self.averages = ema.averages(config, self.network, self.alignments)
         self.ema: ema.EMA[Backbone] = self.averages["ema"]
-        # the loop over parameters keeps the bits of earlier CPU runs in float32
-        fused = self.device.type == "cuda" or self.dtype is not None
-        self.optimizer = optimizers.build(config, self.network, self.alignments, fused=fused)
+        self.optimizer = optimizers.build(config, self.network, self.alignments)
         if self.resumed:
             averages = {name: average.network for name, average in self.averages.items()}
             resume.restore(self.resumed, averages, self.alignments, self.optimizer, self.parameter_names())
