@@ -19,6 +19,8 @@ from runtime.errors import UserError, require
 from runtime.options import group, option
 
 MOST_SAMPLES = 100_000_000
+# How distances of precision and recall are computed: as ADM does, in part in float16, or in float32.
+PRECISION_MODES = ("adm_fp16", "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

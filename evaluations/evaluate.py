@@ -17,13 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from config import FeatureOptions
-from evaluations import metrics
-from evaluations.collect import collect
+from config import PRECISION_MODES, FeatureOptions
 from evaluations.images import Images, NpzArchive, open_images
-from evaluations.reference import open_pair
-from evaluations.score import Scorer
-from runtime import errors, files, launch
+from runtime import errors, files
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
 from runtime.text import aligned
@@ -42,7 +38,7 @@ class Options:
     scores: FeatureOptions = group(FeatureOptions)
     precision_recall_mode: str | None = option(
         None,
-        choices=metrics.MODES,
+        choices=PRECISION_MODES,
         help="distances of precision and recall (default adm_fp16 for inception, as in published tables, else fp32)",
         heading="metrics",
     )
@@ -137,6 +133,11 @@ def report(result: dict[str, Any], path: Path | str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = read(Options, argv, prog="python -m evaluations.evaluate", description=__doc__)
+    from evaluations.collect import collect
+    from evaluations.reference import open_pair
+    from evaluations.score import Scorer
+    from runtime import launch
+
     paths = [samples_file(path) for path in options.samples]
     files.require_not_read(options.out, [*paths, options.reference])
     samples = open_all(paths, options.grey)

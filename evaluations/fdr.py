@@ -19,21 +19,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from config import FeatureOptions
-from evaluations import metrics
-from evaluations.collect import collect
 from evaluations.evaluate import about, open_samples, samples_file
-from evaluations.extractors import open_extractor
 from evaluations.images import Images
 from evaluations.reference import Reference, read_compact
-from runtime import errors, files, launch
+from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
 from runtime.text import aligned
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # The extractors of FDr6 with their published FD(val, train) of ImageNet at 256 pixels, rounded as published (0.04 is
 # anything from 0.035 to 0.045). The authors computed them in bfloat16, except for Inception, whose training statistics
@@ -83,6 +81,8 @@ def references(folder: str) -> dict[str, Reference]:
 
 def normalisers(train: dict[str, Reference], val: dict[str, Reference] | None) -> dict[str, tuple[float, str]]:
     """FD(val, train) of each extractor, and its origin. Raises UserError if it is unknown or not positive."""
+    from evaluations import metrics
+
     units = {}
     for name, real in train.items():
         if val is None:
@@ -121,6 +121,10 @@ def ratios(
     accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
     """For each extractor: distance of the samples, normaliser and ratio. Every process must call it."""
+    from evaluations import metrics
+    from evaluations.collect import collect
+    from evaluations.extractors import open_extractor
+
     rows = []
     for name, real in train.items():
         with accelerator.main_process_first():  # which downloads the weights
@@ -149,6 +153,8 @@ def ratios(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command; returns what it wrote."""
     options = read(Options, argv, prog="python -m evaluations.fdr", description=__doc__)
+    from runtime import launch
+
     train = references(options.train)
     require(
         options.inception_weights is None or "inception" in train,

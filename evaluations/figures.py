@@ -25,12 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-import interpolant
-from evaluations import drawing, histories, representation
-from evaluations.taps import Items, Probed, TapOptions
+from evaluations import drawing, histories
+from evaluations.config import TapOptions
 from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
 from runtime.options import group, option, read
@@ -40,6 +37,9 @@ from sampling.config import SamplingConfig, SourceOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from evaluations.taps import Items, Probed
 
 # Markers of classes in t-SNE, which differ without colour.
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -121,6 +121,9 @@ class TimeOptions:
 
 def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tuple[str, str, Tensor]]:
     """Source, name and tokens (N, T, D), or (N, D) `pooled`, of each checkpoint, time, block and feature."""
+    import interpolant
+    from evaluations.taps import Probed
+
     kinds = look.kinds()
     # f_c alone needs no pass with the null label
     both = any(kind != "c" for kind, _ in kinds)
@@ -140,6 +143,8 @@ def _pairs(
     probed: Probed, items: Items, t: float, both: bool, batch: int, pooled: bool
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Block -> f_u and f_c of all items, both (N, T, D), or (N, D) `pooled`."""
+    import torch
+
     parts: list[dict[int, tuple[Tensor, Tensor]]] = []
     for chunk in slices(np.arange(len(items)), batch):
         pairs = probed.pairs(items, chunk, t, both)
@@ -158,6 +163,7 @@ def _pairs(
 
 def chosen_items(look: LookOptions, count: int) -> tuple[Items, list[str]]:
     """The images to show, and the names of all classes of the set."""
+    from evaluations.taps import Items
     from models.checkpoint import Checkpoint
 
     names = names_of(Checkpoint.open(look.ckpt[0]))
@@ -171,6 +177,10 @@ def colours(tokens: Tensor) -> np.ndarray:
 
     Each component is stretched between its 1st and 99th percentile.
     """
+    import torch
+
+    from evaluations import representation
+
     parts = representation.principal(tokens.flatten(0, 1))
     low, high = torch.quantile(parts, torch.tensor([0.01, 0.99], dtype=parts.dtype), dim=0)
     side, spread = round(tokens.shape[1] ** 0.5), high - low
@@ -193,6 +203,8 @@ def pca(options: PcaOptions) -> Figure:
 def tsne(options: TsneOptions) -> Figure:
     """t-SNE of mean-pooled, standardised tokens: a panel for each feature, a glyph for each class."""
     from sklearn.manifold import TSNE
+
+    from evaluations import representation
 
     items, names = chosen_items(options, options.items)
     present = sorted(set(items.labels.tolist()))

@@ -14,8 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from dataset import MANIFEST, LatentSet
-from preprocessing import loading
+from models.manifest import MANIFEST
 from preprocessing.images import ImageFiles
 from runtime import files
 from runtime.errors import UserError, require
@@ -113,6 +112,8 @@ class FolderImages:
         if self._resolution is None:
             yield from (np.stack([self._read(index) for index in part]) for part in plan)
         elif plan:
+            from preprocessing import loading
+
             for batch in loading.batches(
                 self._files, plan, resolution=self._resolution, grey=self._mode == "L", workers=self._workers
             ):
@@ -133,6 +134,8 @@ class LatentSetImages:
     """The images of a latent set: its image column, or the items themselves if its latents are pixels."""
 
     def __init__(self, path: Path | str) -> None:
+        from dataset import LatentSet
+
         self._set, self.name = LatentSet(path), Path(path).name
         self._set.check_digests()
         require(

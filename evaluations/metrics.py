@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import PRECISION_MODES
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
 
-MODES = ("adm_fp16", "fp32")
 NEIGHBOURS = 3  # k of precision and recall
 CHUNK = 5000  # samples per chunk of the Inception Score
 PROJECTIONS, SEED = 1000, 2020  # of MIND, as published
@@ -193,8 +193,9 @@ class _Points:
     """Features (N, D) with their squared norms, exact and, in ADM's mode, rounded to half precision."""
 
     def __init__(self, features: Tensor, mode: str) -> None:
-        if mode not in MODES:
-            raise UserError(f"unknown precision mode {mode}{nearest(mode, MODES)}; use {' or '.join(MODES)}")
+        if mode not in PRECISION_MODES:
+            modes = " or ".join(PRECISION_MODES)
+            raise UserError(f"unknown precision mode {mode}{nearest(mode, PRECISION_MODES)}; use {modes}")
         self.half = mode == "adm_fp16"
         self.exact = features.float()
         self.norms = self.exact.square().sum(1)

@@ -32,15 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-import models
-from evaluations import drawing, representation
-from evaluations.reading import Reading, Row, compared, measure, of_blocks, unmapped
-from evaluations.taps import Items, Probed, TapOptions, encoded
-from models.backbone import block_number
+from evaluations import drawing
+from evaluations.config import TapOptions
 from models.checkpoint import versions
-from models.encoders import Encoder, open_encoder
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.locks import locked
@@ -48,8 +43,13 @@ from runtime.options import as_dict, option, read
 from runtime.text import aligned
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from evaluations.reading import Reading, Row
+    from evaluations.taps import Items, Probed
+    from models.encoders import Encoder
 
 KINDS = ("u", "c", "g", "latents")
 TIE = 0.005  # two settings whose scores differ by less are level
@@ -103,6 +103,8 @@ def recommend(rows: Sequence[Row], depths: Mapping[str, int], given: Mapping[str
     depths: checkpoint -> its number of blocks; given: checkpoint -> what was typed for it. With several checkpoints the
     flags name the best one.
     """
+    from models.backbone import block_number
+
     chosen = best(rows)
     if chosen is None:
         return None
@@ -190,6 +192,8 @@ def _panel(axes: Axes, rows: Sequence[Row], name: str, metric: str, t: float) ->
 
 def open_all(config: ProbeConfig, items: Items) -> list[Probed]:
     """Open the checkpoints. Raises UserError if two share a name, their token grids differ, or one lacks a feature."""
+    from evaluations.taps import Probed
+
     opened = [Probed.open(name, items, config.weights, config.blocks) for name in config.ckpt]
     names = [probed.name for probed in opened]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -208,9 +212,13 @@ def readings(
     config: ProbeConfig, items: Items, opened: Sequence[Probed], encoder: Encoder | None, device: torch.device
 ) -> Iterator[tuple[str | None, float | None, Reading]]:
     """Each measurement: checkpoint and time (both None for latents and encoder), and how to read its tokens."""
+    from evaluations.reading import of_blocks, unmapped
+    from evaluations.taps import encoded
+    from models import patchify
+
     patch = items.data.latent_size // opened[0].checkpoint.spec.side
     if "latents" in config.features:
-        yield None, None, unmapped("latents", lambda places: models.patchify(items.clean(places), patch).double())
+        yield None, None, unmapped("latents", lambda places: patchify(items.clean(places), patch).double())
     if encoder is not None:
         yield None, None, unmapped("encoder", lambda places: encoded(encoder, items, places, device).cpu())
     for probed in opened if config.kinds() else ():
@@ -220,6 +228,11 @@ def readings(
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure all that `config` asks for; returns the content of probe.json."""
+    from evaluations import representation
+    from evaluations.reading import compared, measure
+    from evaluations.taps import Items
+    from models.encoders import open_encoder
+
     items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
     opened = open_all(config, items)
     held_out, side, device = len(items.parts.test), opened[0].checkpoint.spec.side, opened[0].device

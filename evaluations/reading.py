@@ -16,8 +16,9 @@ from torch import Tensor
 
 import interpolant
 from evaluations import representation
+from evaluations.config import Kind
 from evaluations.representation import Linear, TokenSums, class_accuracy, neighbour_accuracy
-from evaluations.taps import Items, Kind, Probed, encoded
+from evaluations.taps import Items, Probed, encoded
 from models.encoders import Encoder
 from runtime.slices import slices
 

@@ -21,24 +21,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from config import FeatureOptions
-from evaluations.collect import collect
-from evaluations.extractors import open_extractor
-from evaluations.features import Extractor
 from evaluations.images import Images, NpzArchive, NpzImages, open_images, write_npz
-from evaluations.metrics import Statistics
-from runtime import errors, files, launch, progress, schema
+from runtime import errors, files, progress, schema
 from runtime.errors import UserError, require
 from runtime.options import group, option, read
 from runtime.streams import Stream
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from evaluations.features import Extractor
+    from evaluations.metrics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,8 @@ class Reference:
         stored: NpzArchive | None = None,
     ) -> Reference:
         """Features of real images, at most `keep` random ones; statistics of all images, unless `stored`."""
+        from evaluations.collect import collect
+
         chosen = None
         if keep is not None and keep < len(images):
             chosen = np.sort(Stream(0, "reference").permutation(len(images))[:keep])
@@ -194,6 +196,10 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
     """`mu`, `sigma` and, if present, `mu_s`, `sigma_s`, as float64."""
+    import torch
+
+    from evaluations.metrics import Statistics
+
     pairs = []
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         # a pair is complete or absent; only sFID needs the second
@@ -230,6 +236,8 @@ class About(TypedDict):
 
 def read_compact(path: Path | str) -> Reference:
     """A reference that this command wrote, whatever its features. Raises UserError for any other file."""
+    import torch
+
     archive = NpzArchive(path)
     require(
         "about" in archive.names,
@@ -272,6 +280,8 @@ def open_pair(
     reference: str, options: FeatureOptions, accelerator: Accelerator, batch_size: int = 64, grey: bool = False
 ) -> tuple[Reference, Extractor]:
     """A reference and its extractor, on the accelerator's device. Every process must call it."""
+    from evaluations.extractors import open_extractor
+
     with accelerator.main_process_first():  # which downloads the weights
         extractor = open_extractor(options, accelerator.device)
     return Reference.open(reference, extractor, accelerator=accelerator, batch_size=batch_size, grey=grey), extractor
@@ -319,6 +329,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.scores.features == IMAGES:
         write_images(options)
         return
+    from evaluations.extractors import open_extractor
+    from runtime import launch
+
     accelerator = launch.accelerator()
     with accelerator.main_process_first():  # which downloads the weights
         extractor = open_extractor(options.scores, accelerator.device)

@@ -24,20 +24,18 @@ from typing_extensions import TypedDict
 
 from config import FeatureOptions, require_samples
 from evaluations import drawing
-from evaluations.reference import open_pair
-from evaluations.score import Scorer, add_drawn
 from models.peers import PEERS
 from runtime import errors, files, schema
 from runtime.errors import UserError, require
-from runtime.launch import on_main
 from runtime.locks import locked
 from runtime.options import group, option, read
 from runtime.text import aligned
 from sampling.config import SamplingConfig, SourceOptions
-from sampling.source import Source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from sampling.source import Source
 
 Point = tuple[float, float]  # guidance scale, upper end of the interval
 
@@ -188,6 +186,11 @@ def command(config: SweepConfig, point: Point) -> str:
 
 def sweep(config: SweepConfig) -> Path:
     """Sample and score every point; returns the result's folder."""
+    from evaluations.reference import open_pair
+    from evaluations.score import Scorer, add_drawn
+    from runtime.launch import on_main
+    from sampling.source import Source
+
     points = config.points()
     source = Source.open(config.source, config.at(points[-1]))  # the last point has guidance, which asks for most
     accelerator, count = source.accelerator, config.num_fid_samples

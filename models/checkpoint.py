@@ -18,17 +18,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 import models
-from models import Backbone, ModelSpec, hub_client
+from models import hub_client
 from models.latents import LatentSpace
 from runtime import files, schema
 from runtime.errors import UserError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models import Backbone, ModelSpec
 
 FORMAT = 2
 
@@ -58,7 +62,7 @@ class Checkpoint:
         self.step: int = config["step"]
         self.files: dict[str, str] = config["files"]
         self._intact: set[str] = set()
-        self.spec = ModelSpec.from_json(config["model"])
+        self.spec = models.ModelSpec.from_json(config["model"])
         self.space = LatentSpace.from_json(config["space"])
 
     @classmethod

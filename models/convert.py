@@ -21,20 +21,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import models
-from models import ModelSpec, checkpoint, layouts, vavae
-from models.archives import read_archive, tensors_of
+from models import checkpoint
 from models.latents import LatentSpace
-from models.layouts import Converted
 from models.pixels import PIXELS, pixels
-from models.vae import open_codec, read_statistics
 from runtime import errors, files
 from runtime.errors import UserError, require
 from runtime.options import option, read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models import ModelSpec
+    from models.layouts import Converted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         description=__doc__,
         first="source",
     )
+    from models import layouts, vavae
+    from models.archives import read_archive
+
     source = Path(options.source)
     ours = functools.partial(checkpoint.is_converted, any_origin=options.overwrite)
     files.require_replaceable(
@@ -148,6 +152,8 @@ def weight_sets(archive: Any, source: Path) -> tuple[dict[str, dict[str, Tensor]
 
     A single state dict is assumed to be the averaged weights, which are what authors publish.
     """
+    from models.archives import tensors_of
+
     if flat := tensors_of(archive):
         return {"ema": _unwrapped(flat)}, []
     require(isinstance(archive, Mapping), f"{source} holds a {type(archive).__name__}, not weights by name")
@@ -186,6 +192,8 @@ def latent_space(spec: ModelSpec, options: Options) -> LatentSpace:
     Raises:
         UserError: the space is unknown, or has other channels than the network.
     """
+    from models.vae import open_codec, read_statistics
+
     if options.vae == PIXELS:
         require(
             options.statistics is None,
@@ -216,6 +224,9 @@ def convert_vae(
     sets: dict[str, dict[str, Tensor]], ignored: list[str], origin: dict[str, Any], options: Options
 ) -> Path:
     """VA-VAE's LDM layout -> a diffusers folder, with the latents' statistics in its config if they are given."""
+    from models import vavae
+    from models.vae import read_statistics
+
     inapplicable = (options.num_heads, options.noise_at, options.internal_block, options.vae)
     require(
         all(value is None for value in inapplicable),

@@ -14,17 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import models
-from models import ModelSpec
 from models.checkpoint import Checkpoint
-from models.layouts import reverse_time
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         description=__doc__,
         first="ckpt",
     )
+    import torch
+
     source = Checkpoint.open(options.ckpt)
     require(
         source.spec.architecture == "sit" and source.spec.position_span is None,
@@ -69,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def layout(weights: Mapping[str, Tensor], spec: ModelSpec, kind: str) -> dict[str, Tensor]:
     """A network's tensors with the names and order of `kind`, repa or sit."""
+    import torch
+
+    from models.layouts import reverse_time
+
     tensors = {name: value.clone() for name, value in weights.items()}
     tensors["pos_embed"] = models.build(spec, weights=weights).pos_embed
     if kind == "sit":

@@ -11,13 +11,14 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from runtime import schema
 from runtime.errors import require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Larger numbers of channels or pixels of stride mean that a description is damaged.
 LIMIT = 65_536
@@ -97,6 +98,8 @@ class LatentSpace:
 @functools.lru_cache(maxsize=16)
 def _channelwise(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(C, 1, 1) constants, made once: the host would wait for a copy to the device in every step."""
+    import torch
+
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 

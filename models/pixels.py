@@ -6,11 +6,12 @@ A stored image is uint8 (N, H, W, C); a network and a VAE see (N, C, H, W) in [-
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from models.latents import LatentSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The name of the space, which every option for a VAE accepts
 PIXELS = "pixels"
@@ -33,7 +34,7 @@ class PixelCodec:
         self.space = space
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return images.float(), torch.zeros_like(images, dtype=torch.float32)
+        return images.float(), images.new_zeros(images.shape).float()
 
     def decode(self, x: Tensor) -> Tensor:
         return self.space.denormalise(x.float())
@@ -51,4 +52,4 @@ def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
     darker.
     """
     offset = {"round": 128.0, "truncate": 127.5}[rule]
-    return (127.5 * images.float() + offset).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (127.5 * images.float() + offset).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()

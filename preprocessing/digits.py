@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from preprocessing import job
-from preprocessing.encode import encode
 from runtime import errors
 from runtime.options import option, read
 
@@ -52,6 +51,8 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the digits as a latent set, unless it is there already."""
     options = read(Options, argv, prog="python -m preprocessing.digits", description=__doc__)
+    from preprocessing.encoding import encode
+
     encode(
         Digits(),
         job.Options(

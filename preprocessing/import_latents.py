@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 
-import dataset
 from models.latents import LatentSpace
-from models.vae import open_codec, read_statistics
+from models.manifest import FORMAT
 from preprocessing import shards
 from preprocessing.images import LABELS, LARGEST_LABEL, match_labels
 from preprocessing.job import Job, begin
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
+from runtime.mapped import map_shard
 from runtime.options import option, read
 
 STATISTICS = "latents_stats.pt"
@@ -111,7 +111,7 @@ def run(layout: RepaFolder | LightningDitFolder, options: Options, classes: int)
         bounds=layout.bounds,
         image_channels=3 if options.keep_images else 0,
         settings={
-            "format": dataset.FORMAT,
+            "format": FORMAT,
             "import": layout.fingerprint,
             "space": layout.space.to_json(),
             "dtype": options.dtype,
@@ -148,6 +148,8 @@ class RepaFolder:
     peer = "REPA"
 
     def __init__(self, folder: Path, options: Options) -> None:
+        from models.vae import open_codec
+
         self.folder, self.keep = folder, options.keep_images
         self.names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.npy"))
         require(bool(self.names), f"{folder} holds no .npy file")
@@ -222,10 +224,12 @@ class LightningDitFolder:
     peer = "LightningDiT"
 
     def __init__(self, folder: Path, options: Options) -> None:
+        from models.vae import open_codec, read_statistics
+
         self.files = sorted(folder.glob("*.safetensors"))
         statistics = Path(options.statistics) if options.statistics else folder / STATISTICS
         require(statistics.exists(), f"{statistics} is missing: it scales the latents; name it with --statistics")
-        opened = [dataset.map_shard(file) for file in self.files]
+        opened = [map_shard(file) for file in self.files]
         self.keys = ["latents", "latents_flip"] if "latents_flip" in opened[0] else ["latents"]
         shape = opened[0]["latents"].shape[1:] if "latents" in opened[0] else ()
         for file, arrays in zip(self.files, opened):
@@ -249,7 +253,7 @@ class LightningDitFolder:
         self.shape = (len(self.keys), 1, *shape)
 
     def shard(self, number: int) -> dict[str, Any]:
-        arrays = dataset.map_shard(self.files[number])
+        arrays = map_shard(self.files[number])
         return {"latents": np.stack([arrays[key] for key in self.keys], 1)[:, :, None]}
 
 

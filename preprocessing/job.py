@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-import dataset
 from models.latents import LatentSpace
-from models.manifest import Shard
+from models.manifest import MANIFEST, Shard
 from preprocessing import shards
 from runtime import files, locks
 from runtime.errors import UserError, require
@@ -89,6 +88,8 @@ class Job:
         self, entries: Mapping[int, Shard], class_names: Sequence[str], source: str, skipped: Sequence[str] = ()
     ) -> None:
         """Write the manifest from the `entries` of all shards, which are on disk."""
+        from dataset import LatentSet
+
         views, parts, _, side, _ = self.shape
         shards.write_manifest(
             self.folder,
@@ -106,7 +107,7 @@ class Job:
             skipped=skipped,
         )
         left_out = f", {len(skipped)} images left out" if skipped else ""
-        print(f"{self.folder}: {len(dataset.LatentSet(self.folder)):,} items in {len(entries)} shards{left_out}")
+        print(f"{self.folder}: {len(LatentSet(self.folder)):,} items in {len(entries)} shards{left_out}")
 
 
 def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
@@ -117,6 +118,8 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
     Raises:
         UserError: another process writes there, the folder holds something else, the disk is too small.
     """
+    from dataset import LatentSet
+
     folder = job.folder
     held.enter_context(locks.locked(folder, "wait for it, or choose another --out"))
     resumed = (folder / JOB).exists()
@@ -132,8 +135,8 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
             all(path.name in (locks.LOCK, STOPPED) for path in folder.iterdir()),
             f"{folder} holds something else already (no {JOB}); choose another --out",
         )
-    if (folder / dataset.MANIFEST).exists():
-        print(f"{folder} is finished already: {len(dataset.LatentSet(folder)):,} items")
+    if (folder / MANIFEST).exists():
+        print(f"{folder} is finished already: {len(LatentSet(folder)):,} items")
         return None
     files.remove_leftovers(folder)
     (folder / STOPPED).unlink(missing_ok=True)

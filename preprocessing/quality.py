@@ -6,14 +6,17 @@ photographs at about 26 dB, and its scaled latents have a standard deviation of 
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
-from dataset import LatentSet
+import numpy as np
+
 from models.latents import Codec
 from models.pixels import is_pixels, to_uint8
 from preprocessing.images import ImageSet, cropped
 from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dataset import LatentSet
 
 PSNR = 18.0  # dB; a lower one means that the reconstruction shows another picture
 SCALE = (0.5, 2.0)  # usual standard deviations of scaled latents
@@ -27,6 +30,8 @@ def spread(count: int, chosen: int) -> np.ndarray:
 
 def decoded(latents: LatentSet, chosen: np.ndarray, codec: Codec) -> np.ndarray:
     """The images (n, R, R, channels) uint8 that `codec` decodes from the items `chosen`."""
+    import torch
+
     raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
     return to_uint8(torch.cat([codec.decode(latents.space.normalise(latent[None])) for latent in raw])).cpu().numpy()
 
@@ -75,6 +80,8 @@ def of_scale(std: float) -> list[str]:
 
 def report(latents: LatentSet, source: ImageSet, codec: Codec) -> list[str]:
     """Lines to print after `source` was encoded: figures of a few items, and warnings."""
+    import torch
+
     chosen = spread(len(latents), SAMPLE)
     raw = torch.from_numpy(latents.read(chosen)[0][:, 0])
     std = float(latents.space.normalise(raw).std())

@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 
 from preprocessing import digits, job
-from preprocessing.encode import encode
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.options import group, option, read
@@ -191,6 +190,8 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write scenes as a latent set, and their masks, unless both are there already."""
     options = read(Options, argv, prog="python -m preprocessing.scenes", description=__doc__)
+    from preprocessing.encoding import encode
+
     scenes = Scenes(options.dials, options.count, options.seed)
     encode(
         scenes,

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from dataset import FORMAT, MANIFEST, map_shard
 from models.latents import LatentSpace
-from models.manifest import Shard, require_intact
+from models.manifest import FORMAT, MANIFEST, Shard, require_intact
 from runtime import files, schema
 from runtime.errors import UserError, require
+from runtime.mapped import map_shard
 
 
 def shard_name(number: int) -> str:
@@ -46,6 +45,8 @@ def write_shard(
     Raises:
         UserError: a latent is not finite, or the place cannot be written.
     """
+    import torch
+
     file = folder / shard_name(number)
     finite = np.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
     if not finite.all():

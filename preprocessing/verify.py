@@ -15,19 +15,22 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-import dataset
-from dataset import LatentSet
+from models.manifest import read_manifest, require_intact
 from models.pixels import is_pixels
-from models.vae import open_codec
 from preprocessing import quality
 from preprocessing.images import ImageFiles, png
 from runtime import errors, files, progress
 from runtime.errors import UserError, require
 from runtime.options import option, read
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataset import LatentSet
 
 _STEP = 1024  # items in memory at a time
 _SCALE = (0.1, 3.0)  # scaled latents have a standard deviation of about 1; SD-VAE's unscaled latents have 4 to 5
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         first="data_dir",
     )
+    from dataset import LatentSet
+
     check_digests(Path(options.data_dir))
     latents = LatentSet(options.data_dir)
     _line("items", f"{len(latents):,} in {len(latents.manifest['shards'])} shards, checksums agree")
@@ -75,8 +80,8 @@ def _line(what: str, result: str) -> None:
 
 def check_digests(folder: Path) -> None:
     """Raise UserError at the first shard whose checksum is not the manifest's."""
-    for entry in progress.bar(dataset.read_manifest(folder)["shards"], desc="checksums", unit="shard"):
-        dataset.require_intact(folder, entry)
+    for entry in progress.bar(read_manifest(folder)["shards"], desc="checksums", unit="shard"):
+        require_intact(folder, entry)
 
 
 def check_classes(latents: LatentSet) -> None:
@@ -96,6 +101,8 @@ def check_values(latents: LatentSet) -> float:
 
     Raises UserError at the first latent that is not finite or has a negative deviation, and if the scale is wrong.
     """
+    import torch
+
     total = torch.zeros(latents.channels, dtype=torch.float64)
     squares = torch.zeros_like(total)
     for begin, view, raw in _chunks(latents):
@@ -131,6 +138,8 @@ def check_values(latents: LatentSet) -> float:
 
 def _chunks(latents: LatentSet) -> Iterator[tuple[int, int, torch.Tensor]]:
     """All raw latents in float32, a chunk at a time: its first item, its view, (n, parts, C, H, W)."""
+    import torch
+
     with progress.bar(total=len(latents) * latents.views, desc="values", unit="item") as bar:
         for begin in range(0, len(latents), _STEP):
             indices = np.arange(begin, min(begin + _STEP, len(latents)))
@@ -159,6 +168,8 @@ def reconstruct(latents: LatentSet, options: Options) -> float | None:
 
     None if there are no images to compare with, or the autoencoder is not on this machine.
     """
+    from models.vae import open_codec
+
     try:
         codec = open_codec(options.vae, space=latents.space)
     except UserError as error:

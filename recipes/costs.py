@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-import models
-from dataset import LatentSet
 from models.latents import LatentSpace
 from recipes import chain, rows
 from recipes.rows import Row
 from recipes.scale import Scale, find
 from runtime import files
-from training import command, cost
-from training.cost import Cost
-from training.setup import spec_of
+
+if TYPE_CHECKING:
+    from dataset import LatentSet
+    from models import ModelSpec
+    from training.cost import Cost
 
 # What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak.
 TERAFLOPS = 396.0
@@ -80,8 +80,10 @@ def sketch(row: Row, scale: Scale) -> Sketch:
     return Sketch(4, row.resolution // 8, 1000, IMAGENET, row.resolution, 2 if "flips" in row.extras else 1, 2)
 
 
-def _teacher(spec: models.ModelSpec, space: LatentSpace) -> Any:
+def _teacher(spec: ModelSpec, space: LatentSpace) -> Any:
     """A stand-in for the teacher's checkpoint, of which only shapes are read."""
+    from training import cost
+
     return SimpleNamespace(
         spec=spec,
         space=space,
@@ -107,12 +109,15 @@ def training_cost(row: Row, scale: Scale) -> Cost:
 @functools.cache
 def _cost_of(command_line: tuple[str, ...], data: Sketch) -> Cost:
     """The account of a training command on `data`."""
+    from training import command, cost
+    from training.setup import spec_of
+
     program, *words = command_line
     guided = program == "train_guide.py"
     if "--align-encoder" in words:  # the chain makes the encoder; one of its shape costs the same
         words[words.index("--align-encoder") + 1] = "test_vit"
     config, options = command.resolve(words, program, None, ("guided",) if guided else ())
-    latents = cast(LatentSet, data)
+    latents = cast("LatentSet", data)
     spec = spec_of(config, latents)
     return cost.estimate(config, options, data=latents, load=lambda path: _teacher(spec, data.space))
 

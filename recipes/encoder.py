@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from preprocessing import digits
 from preprocessing.scenes import GROUPS, Dials, Scenes
@@ -93,6 +91,7 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
         )
         return there["accuracy"]
     import timm
+    import torch
 
     images, labels, held = digit_examples() if scenes is None else scene_examples(scenes)
     count = len(labels) - held  # of the images to learn from
@@ -115,7 +114,7 @@ def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -
         optimizer.param_groups[0]["lr"] = 1e-3 if scenes is None else 1e-3 * (1 - epoch / epochs)
         order = Stream(0, "encoder/order", epoch).permutation(count)
         for index in torch.from_numpy(order).split(64):
-            F.cross_entropy(model(x[index]), y[index]).backward()
+            torch.nn.functional.cross_entropy(model(x[index]), y[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
     model.eval()

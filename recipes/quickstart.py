@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from config import require_precision
 from evaluations import drawing
 from recipes import runner
-from runtime import errors, files, launch
+from runtime import errors, files
 from runtime.errors import require
 from runtime.jsonlines import read as read_log
 from runtime.options import option, read
@@ -157,6 +156,10 @@ def _score(row: Row, folder: Path, config: QuickstartConfig, precision: str) -> 
 
 def _precision() -> str:
     """bf16 if the device multiplies it natively, which saves a third of the time on a CPU; else float32."""
+    import torch
+
+    from runtime import launch
+
     return "bf16" if launch.native_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from typing_extensions import TypedDict
 
 from evaluations.histories import protocol, spent
@@ -33,10 +32,10 @@ from models.checkpoint import Checkpoint, versions
 from recipes import costs, rows, scale
 from recipes.chain import Chain
 from recipes.scale import Scale
-from runtime import files, launch, schema
+from runtime import files, schema
 from runtime.errors import require
+from runtime.jsonlines import read
 from runtime.schema import Number
-from training.log import read
 
 # Names of the Frechet distance; a table shows the first of these that a score has.
 METRICS = ("fid", "fd")
@@ -58,6 +57,10 @@ def write(
     failure: str | None = None,
 ) -> Path:
     """Write the record of a chain that has run, or that failed with `failure`; returns its folder."""
+    import torch
+
+    from runtime import launch
+
     today = datetime.date.today().isoformat()
     name = f"{today}-{chain.row.name.replace('/', '-')}-{size.name}-s{seed}"
     folder, number = results / "records" / name, 1

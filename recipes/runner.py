@@ -17,7 +17,6 @@ from recipes.rows import Row
 from recipes.scale import Scale
 from runtime import files, signals
 from runtime.errors import TRY_AGAIN, UserError, require
-from training.between import ENDED_EARLY
 
 
 def run(row: Row, scale: Scale, seed: int, work: Path, results: Path, processes: int, nodes: int = 1) -> Path:
@@ -78,6 +77,8 @@ def _start(link: Link, command: str, processes: int, nodes: int) -> None:
         words = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     else:
         words = [sys.executable, *words[1:]]
+    from training.between import ENDED_EARLY
+
     with signals.noted() as asked, subprocess.Popen(words) as process:
         while process.poll() is None and not asked.by:
             with suppress(subprocess.TimeoutExpired):

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Stream:
@@ -42,6 +45,8 @@ class Stream:
 
     def normal(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Standard normal float32 tensor of `shape`, drawn on `device`."""
+        import torch
+
         device = torch.device(device)
         if device.type == "cpu":  # the CPU's torch generator keeps only 32 bits of its seed
             return torch.from_numpy(self.host.standard_normal(tuple(shape), dtype=np.float32))

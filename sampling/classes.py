@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.checkpoint import Checkpoint
 from runtime.errors import UserError, nearest, require
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,14 +12,16 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import Accelerator
 
-from runtime import files, launch
+from runtime import files
 from runtime.errors import note, require
 from sampling import picture
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FORMAT = 2
 PARTIAL = "partial"
@@ -52,7 +54,9 @@ class Store:
             "labels": (np.int64, (count,)),
             "images": (np.uint8, (count, *shape)),
         }
-        launch.on_main(processes, lambda: self._prepare(overwrite))
+        from runtime.launch import on_main
+
+        on_main(processes, lambda: self._prepare(overwrite))
         self._arrays: dict[str, np.memmap] = {}
 
     def _prepare(self, overwrite: bool) -> None:

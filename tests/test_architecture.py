@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +129,36 @@ def test_no_two_parts_import_each_other_and_no_files_go_in_a_circle() -> None:
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_objectives_do_not_know_each_other(name: str) -> None:
     assert not IMPORTS[f"alignment.{name}"] & {f"alignment.{other}" for other in OBJECTIVES}
+
+
+COMMANDS = sorted(
+    name
+    for name, file in MODULES.items()
+    # the help of training lists networks and methods, which need torch
+    if "errors.run(main)" in file.read_text() and name.split(".")[0] not in ("train", "train_guide", "benchmarks")
+)
+
+START = """
+import importlib, sys
+for name in sys.argv[1:]:
+    main = importlib.import_module(name).main
+    for words in (["--help"], ["--nonsense"]):
+        try:
+            main(words)
+        except (SystemExit, Exception) as end:
+            print(type(end).__name__, end)
+        assert "torch" not in sys.modules, name
+"""
+
+
+def test_commands_read_their_options_before_they_import_torch() -> None:
+    """`--help` and a wrong option answer at once: torch, whose import takes seconds, comes when the work begins."""
+    assert len(COMMANDS) > 15
+    result = subprocess.run(
+        [sys.executable, "-c", START, *COMMANDS], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("--nonsense") == len(COMMANDS), result.stdout
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -1,14 +1,15 @@
 """What a configuration costs before it runs: `train.py --dry-run`.
 
-Nothing is computed. The learner that would train runs once, forward and backward, on tensors without values (torch's
-FakeTensorMode), while FlopCounterMode counts the products of matrices. So no part declares its cost, and the count is
-that of the code.
+The learner that would train runs once, forward and backward, while FlopCounterMode counts the products of matrices. So
+no part declares its cost, and the count is that of the code. Unless networks are small, nothing is computed: tensors
+have no values (torch's FakeTensorMode).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from training.setup import Setup
 
 # Images of the counted batch. FLOPs per image do not depend on it.
 IMAGES = 2
+# Parameters below which the step of the counted batch takes less time than fake tensors take to start, two seconds.
+SMALL = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,8 @@ class _Counter:
         self.setup, self.dtype, self.alignments = setup, dtype, alignments
         self.network, self.ema = empty_network(setup.spec), empty_network(setup.spec)
         images = any("image" in alignment.columns for alignment in alignments.values())
+        frozen = [network for alignment in alignments.values() for network in alignment.frozen]
+        self.small = sum(map(_parameters, [self.network, *alignments.values(), *frozen])) < SMALL
         self.image = setup.data.images(np.zeros(1, int)).shape[1:] if images else ()
 
     def count(self, names: list[str], checkpointing: str = "none") -> tuple[float, float]:
@@ -200,7 +205,7 @@ class _Counter:
         learner = self.setup.learner(self.network, alignments, self.dtype, self.ema)
         recompute(self.network, checkpointing)
         with (
-            FakeTensorMode(allow_non_fake_inputs=True),
+            nullcontext() if self.small else FakeTensorMode(allow_non_fake_inputs=True),
             FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
         ):
             losses = learner(self._batch(alignments))

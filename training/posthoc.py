@@ -19,10 +19,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from config import require_lengths
 from models import checkpoint
@@ -30,7 +29,9 @@ from models.checkpoint import Checkpoint
 from runtime import errors, progress
 from runtime.errors import note, require
 from runtime.options import option, read
-from training.ema import exponent, stored_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A result gets a warning if its profile is farther than this from the requested one.
 NEAR = 0.02
@@ -68,6 +69,8 @@ def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) 
 
     Returns the weights, which sum to 1, and the distance of the two profiles as a share of the requested one's norm.
     """
+    from training.ema import exponent
+
     steps, exponents = np.array([at for at, _ in stored], float), np.array([exponent(of) for _, of in stored])
     at, wanted = np.float64(step), np.float64(exponent(length))
     gram = inner_products(steps[:, None], exponents[:, None], steps, exponents)
@@ -138,6 +141,8 @@ def _weighted_sums(
     members: Sequence[tuple[Checkpoint, float]], shares: Sequence[float], title: str
 ) -> dict[str, dict[str, Tensor]]:
     """Sums of the stored averages, each weighted by its share: of the network ("") and of each head ("NAME-head-")."""
+    from training.ema import stored_name
+
     last, suffix = members[-1][0], f"{stored_name(members[-1][1])}.safetensors"
     prefixes = [name.removesuffix(suffix) for name in last.files if name.endswith(suffix)]
     # a head that an earlier snapshot lacks cannot be averaged

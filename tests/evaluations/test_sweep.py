@@ -15,7 +15,7 @@ import pytest
 
 import generate
 import train
-from evaluations import evaluate, reference, sweep
+from evaluations import evaluate, reference, score, sweep
 from evaluations.sweep import SweepConfig, values
 from generate import GenerateConfig
 from runtime import options
@@ -327,8 +327,8 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     capsys.readouterr()
 
     drawn = []
-    add = sweep.add_drawn
-    monkeypatch.setattr(sweep, "add_drawn", lambda *words: drawn.append(words) or add(*words))
+    add = score.add_drawn
+    monkeypatch.setattr(score, "add_drawn", lambda *words: drawn.append(words) or add(*words))
     run(guided, real, out, "--cfg-scale", "1:3:1", "--guidance-high", "0.5:1:0.5")  # wider: what is done is kept
     text = capsys.readouterr().out
     assert len(drawn) == 3 and text.startswith("3 of 5 points to do")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import preprocessing.encode
+import preprocessing.encoding
 from dataset import LatentSet
 from models.vae import open_codec
 from preprocessing import digits, shards
@@ -160,7 +161,7 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
 
 
 PROBE = """
-import sys, accelerate, preprocessing.encode
+import sys, accelerate, preprocessing.encode, preprocessing.encoding
 from runtime import errors
 from tests.helpers import SmallCodec
 bad, *arguments = sys.argv[1:]
@@ -169,7 +170,7 @@ try:
                                "--out", bad + "-out"])
 except errors.UserError as error:
     print("refused", error, flush=True)
-preprocessing.encode.open_codec = lambda *_, **__: SmallCodec()
+preprocessing.encoding.open_codec = lambda *_, **__: SmallCodec()
 preprocessing.encode.main(arguments)
 assert accelerate.PartialState().num_processes == 2
 sys.stdout.write("two\\n")  # one write: processes share the pipe
@@ -177,7 +178,7 @@ sys.stdout.write("two\\n")  # one write: processes share the pipe
 
 
 def test_two_processes_finish_what_one_began_with_the_bytes_of_one(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing.encode, "open_codec", lambda *_, **__: SmallCodec())
+    monkeypatch.setattr(preprocessing.encoding, "open_codec", lambda *_, **__: SmallCodec())
     whole = encode(folder, "small", tmp_path / "whole", "--flip")
     (tmp_path / "two").mkdir()
     for name in ("job.json", "shard-00002.safetensors"):

@@ -213,3 +213,15 @@ def test_a_dry_run_prints_and_touches_nothing(
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="belongs to --dry-run"):
         train.main(words(tmp_path, "x", "--images-per-second", 5))
+
+
+def test_a_small_network_is_counted_on_real_tensors_with_the_counts_of_fake_ones(
+    tmp_path: Path, words: Words, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = words(tmp_path, "x", "--guiding-ckpt", teacher, "--activation-checkpointing", "full")
+    real = estimate(argv, "train_guide")
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "SMALL", 0)
+        assert estimate(argv, "train_guide") == real
+    monkeypatch.setattr("torch._subclasses.fake_tensor.FakeTensorMode", None)  # would fail
+    assert estimate(argv, "train_guide") == real
