@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from config import FeatureOptions
-from evaluations import evaluate, inception, metrics, reference
+from evaluations import evaluate, extractors, inception, metrics, reference
 from evaluations.extractors import open_extractor
 from evaluations.inception import Inception
 from runtime.errors import UserError
@@ -174,7 +174,7 @@ def cheap_distance(a, b):
 def test_adms_five_numbers_from_files(weights, extractor, tmp_path, monkeypatch):
     """The whole command with stored statistics, a compact reference of the same, and the numbers recomputed by hand."""
     extractor = Remembering(extractor)
-    monkeypatch.setattr(reference, "open_extractor", lambda *words, **more: extractor)
+    monkeypatch.setattr(extractors, "open_extractor", lambda *words, **more: extractor)
     np.savez(tmp_path / "samples.npz", arr_0=pictures(0, 4, 32), labels=[0, 0, 1, 1])
     features = extractor(torch.from_numpy(pictures(1, 4, 32)))
     stored = {}
