@@ -503,26 +503,6 @@ def test_lightningdit_trains_both_stages_on_its_own_recipe(tmp_path: Path) -> No
     np.testing.assert_allclose(batch.x0.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_step_never_waits_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
-    from loss import Learner
-    from training.batches import Batches
-    from training.log import Meter
-    from training.loop import update
-
-    run = build_run(
-        words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.9),
-        "train_guide",
-    )
-    learner, meter = Learner(run.network, run.alignments, autocast=run.dtype), Meter(run.accelerator)
-    for step, micros in enumerate(Batches(run.config, run.data, run.device, 0, 1).steps(0, 6, run.alignments)):
-        if step == 3:
-            torch.cuda.set_sync_debug_mode("error")
-        update(learner, micros, {"guided": 0.5}, run.optimizer, 1.0, meter)
-        run.ema.update(step + 1)
-    torch.cuda.set_sync_debug_mode("default")
-
-
 def test_checkpoints_rebuild_their_networks(guided: Path, teacher: Path) -> None:
     checkpoint = Checkpoint.open(guided)
     assert (
