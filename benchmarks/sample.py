@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from benchmarks import measure, peer
 from models import Backbone, attention
 from models.latents import LatentSpace
 from models.layers import cast_block_linears
+from models.pixels import PixelCodec, pixels
 from models.vae import open_codec
 from runtime import errors, launch
-from runtime.errors import require
+from runtime.errors import note, require
 from runtime.options import option
 from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
@@ -80,7 +82,7 @@ def report(rows: Mapping[str, Any]) -> str:
 def rows(config: SampleConfig, folder: Path, known: Mapping[str, Any]) -> measure.Rows:
     """The rows that are not known yet."""
     device = launch.accelerator().device
-    sampler = open_sampler(config, device, folder)
+    sampler = open_sampler(config, device)
     batch = config.batch_size
 
     def rates(calls: dict[str, measure.Call], images: int) -> dict[str, dict[str, Any]]:
@@ -92,7 +94,12 @@ def rows(config: SampleConfig, folder: Path, known: Mapping[str, Any]) -> measur
         row = rates({"latents": latents}, batch)["latents"]
         peak = measure.peak_memory(latents, device)
         yield "latents", row if peak is None else {**row, "peak_gib": peak}
-    if "images" not in known:
+    if find_spec("diffusers") is None:
+        note("the row images is left out: its decoder needs diffusers")
+    elif "images" not in known:
+        space = LatentSpace(name="generated", channels=4, stride=8, shift=(0.0,), scale=(0.18215,))
+        compiling, _ = launch.compiles(config.compile, device)
+        sampler.codec = open_codec(decoder(folder, config.decoder), space=space, device=device, compile=compiling)
         # two batches as one stream, so that the device works on one while the other is decoded
         batches = [range(batch), range(batch, 2 * batch)]
         yield "images", rates({"images": lambda: list(sampler.stream(batches))}, 2 * batch)["images"]
@@ -105,8 +112,8 @@ def rows(config: SampleConfig, folder: Path, known: Mapping[str, Any]) -> measur
         yield "REPA's sampler", pair["REPA's sampler"]
 
 
-def open_sampler(config: SampleConfig, device: torch.device, folder: Path) -> Sampler:
-    """A sampler as in `generate.py`, from a network and a decoder with random weights."""
+def open_sampler(config: SampleConfig, device: torch.device) -> Sampler:
+    """A sampler as in `generate.py`, of a network with random weights; it does not decode."""
     spec = models.spec(config.model, in_channels=4, input_size=config.latent_size, num_classes=config.classes)
     network: Backbone = models.build(spec).to(device).eval().requires_grad_(False)
     dtype = launch.precision(config.mixed_precision, device)
@@ -119,9 +126,7 @@ def open_sampler(config: SampleConfig, device: torch.device, folder: Path) -> Sa
     settings = SamplingConfig(
         num_steps=config.num_steps, cfg_scale=config.cfg_scale, guidance_high=config.guidance_high
     )
-    space = LatentSpace(name="generated", channels=4, stride=8, shift=(0.0,), scale=(0.18215,))
-    codec = open_codec(decoder(folder, config.decoder), space=space, device=device, compile=compiling)
-    return Sampler(network, codec, settings, 4 * config.batch_size, dtype)
+    return Sampler(network, PixelCodec(pixels(4)), settings, 4 * config.batch_size, dtype)
 
 
 def decoder(folder: Path, shape: str) -> str:

@@ -27,6 +27,7 @@ from training import command, cost, loop, saving
 from training.log import Meter
 from training.run import Run
 
+# Every method, then the loader.
 ROWS = {
     "plain": "",
     "stage 1": "--align latent",
@@ -37,6 +38,8 @@ ROWS = {
     "dispersive": "--align dispersive",
     "layersync": "--align layersync",
     "sra": "--align sra",
+    "contrastive": "--align contrastive",
+    "internal": "--align internal",
     "batches": "",
     "batches, images": "--align repa --align-encoder {encoder}",
 }

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 import models
@@ -28,6 +27,7 @@ from models import hub_client
 from models.latents import LatentSpace
 from runtime import files, schema
 from runtime.errors import UserError, require
+from runtime.schema import Field
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 import models
@@ -26,7 +25,7 @@ from models.hub_client import PREFIX, answered
 from runtime import errors, files, schema
 from runtime.errors import require
 from runtime.options import option, read
-from runtime.schema import Number
+from runtime.schema import Field, Number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from models.latents import LatentSpace
 from runtime import files, schema
 from runtime.errors import UserError, require
 from runtime.mapped import map_shard
+from runtime.schema import Field
 
 FORMAT = 2
 MANIFEST = "manifest.json"

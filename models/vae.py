@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
@@ -21,6 +20,7 @@ from models.latents import Codec, LatentSpace
 from models.pixels import PIXELS, PixelCodec, is_pixels, pixels
 from runtime import files, schema
 from runtime.errors import UserError, require
+from runtime.schema import Field
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

@@ -1,7 +1,8 @@
 """JSON from disk checked against the shape that it should have, by pydantic, with the path of the wrong field.
 
 pydantic comes with wandb, which is required anyway. Its strict mode turns neither "3" into 3 nor True into 1, and its
-errors name the field that is wrong. Checks written by hand had missed one wrong shape in ten.
+errors name the field that is wrong. Checks written by hand had missed one wrong shape in ten. Where it is missing (on
+a machine rented for measurements, which reads only what it has just written) one line says that nothing is checked.
 """
 
 from __future__ import annotations
@@ -9,12 +10,37 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
-
-from pydantic import Field, TypeAdapter, ValidationError
+from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from runtime import files
-from runtime.errors import UserError
+from runtime.errors import UserError, note
+
+if TYPE_CHECKING or find_spec("pydantic"):
+    from pydantic import Field, TypeAdapter, ValidationError
+else:
+    note("pydantic is not installed: descriptions in files are read unchecked; pip install -r requirements.txt")
+
+    class ValidationError(Exception):
+        """Never raised."""
+
+    def Field(**_: Any) -> None:
+        """Bounds, unused."""
+
+    class TypeAdapter:
+        """Makes a dataclass of JSON as pydantic does, and lets everything else through."""
+
+        def __init__(self, kind: type) -> None:
+            self.kind = kind
+
+        def validate_json(self, text: str, strict: bool) -> Any:
+            value = json.loads(text)
+            if not is_dataclass(self.kind):
+                return value
+            known = {field.name for field in fields(self.kind)} & value.keys()
+            return self.kind(**{k: tuple(value[k]) if isinstance(value[k], list) else value[k] for k in known})
+
 
 T = TypeVar("T")
 # A finite number.

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
+from alignment import Alignment
 from benchmarks import gpu, measure, peer, sample, trace, train_step
 from runtime.errors import UserError
 from runtime.options import option, read
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "SiT-Tiny/2", "--latent-size", "8", "--batch-size", "2"]
@@ -176,7 +185,14 @@ def test_the_gpu_command_has_every_part_once_at_both_scales(tmp_path: Path):
             if "benchmarks.train_step" in part.words:
                 read(train_step.TrainStepConfig, part.words[2:], prog="train_step")
     assert names["full"] == names["tiny"] and len(set(names["full"])) == len(names["full"])
-    assert names["full"][:3] == ["suite", "train-SiT-B-2-256", "train-SiT-XL-2-256"] and names["full"][-1] == "run"
+    methods = len(train_step.ROWS) - 2
+    assert all(name.startswith("first-") for name in names["full"][:methods])
+    assert names["full"][methods : methods + 3] == [gpu.PARITY, "train-SiT-B-2-256", "train-SiT-XL-2-256"]
+    rows = " ".join(train_step.ROWS.values())
+    assert all(f"--align {name}" in rows for name in Alignment.registry.keys() - {"guided"})
+    assert names["full"][-2].startswith("loader") and names["full"][-1] == "run"
+    suite = [name for name in names["full"] if name.startswith("test_")]
+    assert "bf16_and_compiled" in suite[-1] and "test_memory_stays_flat" in names["full"]
     assert {"sample-SiT-XL-2", "peer-SiT-B-2-32", "peer-sample", "trace", "loader-SiT-B-2-256"} <= set(names["full"])
 
 
@@ -219,3 +235,80 @@ def test_the_page_of_the_gpu_command_has_words_that_can_be_pasted_and_no_noise(t
     assert "ERROR: something of ours\naten::mm 26.1%" in page and "USDT" not in page
     lines = [line for line in page.splitlines() if line.startswith("`python ")]
     assert [tuple(shlex.split(line.strip("`"))[1:]) for line in lines] == [part.words for part in every]
+
+
+# What a rented machine has; what these packages require comes with them.
+BARE = ("torch", "numpy", "safetensors", "timm", "accelerate", "torchdiffeq", "scikit-learn", "matplotlib", "pytest")
+
+ON_A_BARE_MACHINE = """
+import importlib, sys
+from importlib.machinery import PathFinder
+import pytest
+
+missing, folder = set(sys.argv[1].split()), sys.argv[2]
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in missing else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+from alignment import Alignment
+from benchmarks import gpu, sample, train_step
+
+small = sys.argv[3:]
+generated = ["--classes", "10", "--items", "16", "--warmup", "1", "--steps", "1", "--repetitions", "1"]
+train_step.main([*small, *generated, "--rows", "plain"])
+sample.main([*small, "--num-steps", "2", "--repetitions", "1"])
+# what the quickstart's commands import
+for name in "preprocessing.encoding sampling.source sampling.store evaluations.collect evaluations.score".split():
+    importlib.import_module(name)
+raise SystemExit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(gpu.SUITE)]))
+"""
+
+
+def normal(name: str) -> str:
+    """The name of a distribution as package indices compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def with_requirements(names: Sequence[str]) -> set[str]:
+    """These distributions and all that they require, as far as they are installed."""
+    known, todo = set(), [*names]
+    while todo:
+        name = normal(todo.pop())
+        if name not in known:
+            known.add(name)
+            with suppress(metadata.PackageNotFoundError):
+                needs = [line for line in metadata.requires(name) or [] if "extra ==" not in line]
+                todo += [re.match(r"[\w.-]+", line)[0] for line in needs]
+    return known
+
+
+def test_the_gpu_command_needs_no_more_than_a_rented_machine_has(tmp_path: Path):
+    there, modules = with_requirements(BARE), metadata.packages_distributions()
+    # a package ships a folder called tests
+    missing = [name for name, of in modules.items() if not there & set(map(normal, of)) and not (ROOT / name).exists()]
+    assert {"pydantic", "diffusers", "wandb"} <= set(missing) and not set(missing) & {"torch", "tqdm", "PIL"}
+    result = subprocess.run(
+        [sys.executable, "-c", ON_A_BARE_MACHINE, " ".join(missing), str(tmp_path), *SMALL],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    for text in ("pydantic is not installed", "its decoder needs diffusers", "latents: ", "plain: ", str(gpu.SUITE)):
+        assert text in result.stdout, text
+
+
+def test_a_part_that_never_ends_starves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    endless = gpu.Part("endless", ("-c", "import time; time.sleep(60)"), 0.01)
+    others = [gpu.Part(name, ("-c", "print('done')"), 0.01) for name in ("second", "third")]
+    monkeypatch.setattr(gpu, "parts", lambda *_: [endless, *others])
+    words = ["--out", str(tmp_path), "--scale", "tiny", "--minutes", "0.02"]
+    assert not gpu.main(words) and not gpu.main(words)
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert [state[part.name].get("exit") for part in (endless, *others)] == [None, 0, 0]
+    assert state["endless"]["cut_off"] and state["endless"]["tries"] == 2
