@@ -128,13 +128,14 @@ def score(config: GenerateConfig, against: str) -> Path:
     count, batch_size = config.num_fid_samples, config.source.batch_size
     source = Source.open(config.source, config.sampling, config.preset)
     accelerator, sampler = source.accelerator, source.sampler(config.sampling, count)
+    out = Path(config.out) if config.out else default_folder(source, config)
+    accelerator.project_configuration.set_directories(str(out))
     reference, extractor = open_pair(against, config.scores, accelerator, batch_size)
     # fails before the first sample is drawn, not with the first batch
     reference.require_shape("the samples", sampler.image_shape)
     scorer = Scorer(reference, extractor, accelerator=accelerator, mind=config.scores.mind)
     accelerator.print(source.introduction(config.sampling, count))
     add_drawn(scorer, sampler, count, batch_size)
-    out = Path(config.out) if config.out else default_folder(source, config)
     settings = {**source.settings(config.sampling, count), "preset": config.preset}
     # the samples are not written: there is no file to digest
     result = scorer.result() | {"samples": {"name": out.name, "sha256": None, "settings": settings}}

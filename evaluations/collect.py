@@ -1,9 +1,14 @@
-"""Features of a set of images that arrives in batches, on one process or several: the first half of every score."""
+"""Features of a set of images that arrives in batches, on one process or several: the first half of every score.
+
+Processes exchange features through files in the output folder (`Accelerator.project_dir`): collective operations would
+take them through the memory of each device, of which training has little left.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +20,7 @@ from torch import Tensor
 from evaluations.features import Extractor
 from evaluations.images import Images
 from evaluations.metrics import Moments, Statistics
-from runtime import progress
+from runtime import files, progress
 from runtime.errors import UserError
 
 Array = np.ndarray | Tensor
@@ -23,7 +28,10 @@ Array = np.ndarray | Tensor
 
 @dataclass(frozen=True)
 class Collected:
-    """Features of a whole set, on the CPU and in the set's order."""
+    """Features of a whole set, on the CPU and in the set's order. `pool` and `labels` are whole on the main process.
+
+    On the others they are those of its own share.
+    """
 
     count: int
     statistics: Statistics  # of all
@@ -63,15 +71,13 @@ class Collector:
         self._shares.append(share if self._keep is None else share.of(torch.isin(share.indices, self._keep)))
 
     def collect(self) -> Collected:
-        """The features of all processes, in order, on each process. Every process must call it."""
-        shares, parts = self._shares, [tuple(moments.cpu() for moments in self._moments)]
+        """The features of all processes, in order. Every process must call it."""
+        share, parts = _joined(self._shares), [[moments.cpu() for moments in self._moments]]
         if self.accelerator is not None and self.accelerator.num_processes > 1:
-            # a process without images sends no share, because `_joined` needs at least one
-            shares, parts = gather_object([_joined(shares)] if shares else []), gather_object(parts)
-        if not shares:
+            share, parts = _exchanged(share, parts[0], self.accelerator)
+        if not sum(pool.count for pool, _ in parts):
             raise UserError("there are no images to score")
-        whole = _joined(shares)
-        whole = whole.of(whole.indices.argsort())
+        whole = share.of(share.indices.argsort())
         if (whole.indices.diff() == 0).any():
             raise ValueError("an index was added twice")
         # merged in the order of the ranks on each process, so that all get the same statistics
@@ -94,12 +100,53 @@ class _Share(NamedTuple):
 
 
 def _joined(shares: Sequence[_Share]) -> _Share:
+    # a process may have no images, and says nothing of their labels then
+    shares = [share for share in shares if len(share.indices)]
+    if not shares:
+        return _Share(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), None)
     labels = [share.labels for share in shares if share.labels is not None]
     return _Share(
         torch.cat([share.indices for share in shares]),
         torch.cat([share.pool for share in shares]),
         torch.cat(labels) if len(labels) == len(shares) else None,
     )
+
+
+def _exchanged(
+    share: _Share, moments: Sequence[Moments], accelerator: Accelerator
+) -> tuple[_Share, list[list[Moments]]]:
+    """On the main process the shares of all joined, on the others their own; on each the moments of all.
+
+    Raises:
+        UserError: a process cannot write into the output folder.
+    """
+    assert accelerator.project_dir is not None
+    ranks, rank = range(accelerator.num_processes), accelerator.process_index
+    # named as temporary files are, so that a later start clears away what a killed one left
+    features, sums = (
+        [Path(accelerator.project_dir, f".{kind}.{number}.tmp") for number in ranks] for kind in ("features", "sums")
+    )
+    values = {f"{number}.{key}": value for number, part in enumerate(moments) for key, value in vars(part).items()}
+    message = None
+    # an error is gathered before it is raised: a process that left early would let the others wait for it
+    try:
+        files.save_tensors(features[rank], {key: value for key, value in share._asdict().items() if value is not None})
+        files.save_tensors(sums[rank], {key: torch.as_tensor(value) for key, value in values.items()})
+    except UserError as error:
+        message = str(error)
+    if messages := [other for other in gather_object([message]) if other]:
+        raise UserError(messages[0])
+    if accelerator.is_main_process:
+        stored = map(files.load_tensors, features)
+        share = _joined([_Share(each["indices"], each["pool"], each.get("labels")) for each in stored])
+    parts = [
+        [Moments(int(each[f"{n}.count"]), each[f"{n}.mean"], each[f"{n}.scatter"]) for n in range(len(moments))]
+        for each in map(files.load_tensors, sums)
+    ]
+    accelerator.wait_for_everyone()  # all have read
+    for file in (features[rank], sums[rank]):
+        file.unlink()
+    return share, parts
 
 
 def collect(

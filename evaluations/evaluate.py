@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = [samples_file(path) for path in options.samples]
     files.require_not_read(options.out, [*paths, options.reference])
     samples = open_all(paths, options.grey)
-    accelerator = launch.accelerator()
+    accelerator = launch.accelerator(project_dir=str(Path(options.out).parent))
     reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size, options.grey)
     scorer = Scorer(
         reference,

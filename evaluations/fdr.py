@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     units = normalisers(train, None if options.val is None else references(options.val))
     path = samples_file(options.samples)
     files.require_not_read(options.out, [path])
-    samples, accelerator = open_samples(path), launch.accelerator()
+    samples, accelerator = open_samples(path), launch.accelerator(project_dir=str(Path(options.out).parent))
     rows = ratios(samples, train, units, options, accelerator)
     # the name has the number of extractors alone; `six` says whether they are those of the published FDr6
     name = f"fdr{len(rows)}"

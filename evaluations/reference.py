@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evaluations.extractors import open_extractor
     from runtime import launch
 
-    accelerator = launch.accelerator()
+    accelerator = launch.accelerator(project_dir=str(Path(options.out).parent))
     with accelerator.main_process_first():  # which downloads the weights
         extractor = open_extractor(options.scores, accelerator.device)
     reference = Reference.open(

@@ -194,6 +194,8 @@ def sweep(config: SweepConfig) -> Path:
     points = config.points()
     source = Source.open(config.source, config.at(points[-1]))  # the last point has guidance, which asks for most
     accelerator, count = source.accelerator, config.num_fid_samples
+    out = Path(config.out) if config.out else source.folder / "sweep" / source.checkpoint.path.name
+    accelerator.project_configuration.set_directories(str(out))
     reference, extractor = open_pair(config.reference, config.scores, accelerator, config.source.batch_size)
     settings = source.settings(config.at(points[0]), count) | {
         "reference": reference.digest,
@@ -203,7 +205,6 @@ def sweep(config: SweepConfig) -> Path:
     }
     for swept in ("cfg_scale", "guidance_high", "evaluations"):
         del settings[swept]
-    out = Path(config.out) if config.out else source.folder / "sweep" / source.checkpoint.path.name
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
         results = Results(out / "sweep.json", settings)

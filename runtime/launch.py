@@ -24,9 +24,11 @@ from runtime.errors import UserError, note, require
 T = TypeVar("T")
 # Seconds between two checks that the launcher is alive, and seconds a process may go on without it.
 WATCH, GRACE = 5.0, 600.0
+# Minutes that processes wait while the main one writes and digests: torch gives up after ten, NCCL's default.
+WAIT = 720.0
 
 
-def accelerator(timeout_minutes: float | None = None, **kwargs: Any) -> Accelerator:
+def accelerator(timeout_minutes: float | None = WAIT, **kwargs: Any) -> Accelerator:
     """The Accelerator of this process, with mixed precision off: autocast sits inside the learner.
 
     `timeout_minutes` is how long a process waits for the others before it gives up; None for torch's own default.

@@ -75,9 +75,16 @@ def test_score_while_drawing_equals_score_of_the_files(guided, real, tmp_path, c
 
 
 BOTH = """
-import sys
+import pickle, sys
 import generate
-from evaluations import evaluate
+from evaluations import collect, evaluate
+
+def small(objects, gather=collect.gather_object):
+    # features go through files, not through the devices' memory
+    assert len(pickle.dumps(objects)) < 1000
+    return gather(objects)
+
+collect.gather_object = small
 cut = sys.argv.index("--then")
 evaluate.main(sys.argv[1:cut])
 generate.main(sys.argv[cut + 1:])
@@ -141,6 +148,7 @@ def test_two_processes_score_as_one(guided, real, tmp_path):
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
+    assert not list(tmp_path.rglob(".*.tmp"))
     evaluate.main([*files, str(tmp_path / "one.json")])
     generate.main([*fresh, str(tmp_path / "one")])
     for single, double in (("one.json", "two.json"), ("one/metrics.json", "two/metrics.json")):
