@@ -294,8 +294,8 @@ def cropped(source: ImageSet, index: int, size: int, grey: bool = False) -> np.n
     return array[..., None] if grey else array
 
 
-def png(image: np.ndarray, compress_level: int = 6) -> bytes:
-    """The PNG file of a uint8 (H, W, 1 or 3) image; `compress_level` from 0 (none) to 9."""
+def png(image: np.ndarray) -> bytes:
+    """The PNG file of a uint8 (H, W, 1 or 3) image, at zlib's fastest level: a tenth larger than Pillow's."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.save(buffer := io.BytesIO(), "PNG", compress_level=compress_level)
+    picture.save(buffer := io.BytesIO(), "PNG", compress_level=1)
     return buffer.getvalue()

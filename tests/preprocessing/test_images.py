@@ -239,6 +239,7 @@ def test_png_keeps_a_crop(tmp_path, grey):
     crop = cropped(ImageFiles(tmp_path), 0, 16, grey)
     assert crop.shape == (16, 16, 1 if grey else 3)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png(crop)))).reshape(crop.shape), crop)
+    assert b"IDAT\x78\x01" in png(crop)  # the fastest of zlib's levels
 
 
 @pytest.mark.parametrize("archive", [False, True])
