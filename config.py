@@ -181,8 +181,8 @@ class TrainConfig:
         help="minutes that a process waits for the others before it gives up (default: torch's)",
     )
     dry_run: bool = option(False, help="print what the run would cost, and do not train")
-    images_per_second: float | None = option(
-        None, within="(0, inf)", help="with --dry-run: measured training rate, to estimate hours"
+    measure: int | None = option(
+        None, within="[1, inf)", help="with --dry-run: time this many real steps here, in place of computed hours"
     )
 
     log_steps: int = option(100, within="[1, inf)", heading="logging", help="log every N steps")
@@ -239,7 +239,7 @@ class TrainConfig:
             f"--skip-steps {' '.join(map(str, self.skip_steps or ()))}: give the first and the last step, counted from "
             f"1 up to --max-train-steps {self.max_train_steps}",
         )
-        require(self.images_per_second is None or self.dry_run, "--images-per-second belongs to --dry-run; add it")
+        require(self.measure is None or self.dry_run, "--measure belongs to --dry-run; add it")
         require(
             self.uniform_from_epoch is None or self.time_sampling != "uniform",
             "uniform_from_epoch ends another --time-sampling: add --time-sampling logit-normal",
@@ -405,7 +405,7 @@ FREE_ON_RESUME = frozenset(
         "compile",
         "activation_checkpointing",
         "dry_run",
-        "images_per_second",
+        "measure",
         "checkpointing_minutes",
         "max_hours",
         "skip_steps",

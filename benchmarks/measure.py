@@ -29,11 +29,10 @@ from runtime import files, launch
 from runtime.options import as_dict, read
 from runtime.streams import Stream
 from runtime.text import aligned
+from training import cost
 
 # Options that choose rows and files, and change no row.
 ASIDE = ("rows", "ablation", "peer", "chrome", "out")
-# Dense bf16 operations a second, as the vendor states them; MFU is in these units whatever the precision.
-PEAKS = {"H100": 990e12, "H200": 990e12, "H800": 990e12, "A100": 312e12, "A800": 312e12}
 
 Call = Callable[[], Any]
 # Rows with their names, as they are measured.
@@ -167,8 +166,11 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
 
 
 def mfu(images_per_second: float, flops_per_image: float) -> float | None:
-    """Share of the device's stated peak that the network's own products reach; None if the peak is unknown."""
-    peak = next((value for name, value in PEAKS.items() if name in device_name()), None)
+    """Share of the device's stated bf16 peak, whatever the precision, that the network's own products reach.
+
+    None if the peak is unknown.
+    """
+    peak = next((value for name, value in cost.PEAKS.items() if name in device_name()), None)
     return None if peak is None else round(images_per_second * flops_per_image / peak, 4)
 
 

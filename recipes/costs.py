@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from models import ModelSpec
     from training.cost import Cost
 
-# What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak.
+# What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak (`training.cost`, which needs torch).
 TERAFLOPS = 396.0
 # FLOPs of every row at the paper's scale; made by `python -m recipes.costs`.
 COUNTED = Path(__file__).with_name("costs.json")

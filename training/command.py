@@ -6,9 +6,12 @@ A run that starts from a checkpoint takes over model, QK-norm and recipe from it
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 import models
 from alignment import Alignment, AlignOptions, find
@@ -20,7 +23,11 @@ from runtime.errors import UserError, nearest, require
 from runtime.options import Given, build, parse, peek, values_of
 from training import cost, loop
 from training.between import Callback
+from training.log import Meter
 from training.run import Run
+
+# Steps before --measure looks at the clock: compilation and first allocations.
+WARM_UP = 3
 
 
 def resolve(
@@ -136,6 +143,27 @@ def catalogue() -> str:
     return "\n".join(["models:", *by_family, "", "alignments (options of one: --align NAME --help):", *lines])
 
 
+def measured(config: TrainConfig, options: dict[str, AlignOptions], steps: int) -> float:
+    """Images per second of `steps` steps of the run that would train, in all processes; nothing is written."""
+    run = Run(config, options)
+    stepping = loop.steps(run, run.step + WARM_UP + steps, Meter(run.accelerator))
+
+    def clock_after(count: int) -> float:
+        for _ in range(count):
+            next(stepping)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        return time.perf_counter()
+
+    began = clock_after(WARM_UP)
+    rate = steps * config.batch_size / (clock_after(steps) - began)
+    run.accelerator.print(
+        f"measured: {rate:.4g} images per second over {steps} steps of {run.accelerator.num_processes} process(es) on "
+        f"{run.device.type}, after {WARM_UP} to warm up"
+    )
+    return rate
+
+
 def main(
     argv: Sequence[str],
     prog: str,
@@ -152,7 +180,7 @@ def main(
     if peek(TrainConfig, "tf32", argv):
         launch.require_tf32()
     if config.dry_run:
-        cost.main(config, options)
+        cost.main(config, options, measured(config, options, config.measure) if config.measure else None)
         return Path(config.output_dir) / config.exp_name
     with ExitStack() as held:
         run = Run(config, options, held)

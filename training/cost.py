@@ -31,6 +31,10 @@ from runtime.streams import Stream
 from runtime.text import aligned
 from training.setup import Setup
 
+# Dense bf16 operations a second, as the vendor states them.
+PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 990e12, "H200": 990e12, "H800": 990e12}
+# The share of its peak that a GPU is assumed to sustain, and the GPUs for which hours are computed.
+SHARE, SHOWN = 0.4, ("A800", "H100", "H200")
 # Images of the counted batch. FLOPs per image do not depend on it.
 IMAGES = 2
 # Parameters below which the step of the counted batch takes less time than fake tensors take to start, two seconds.
@@ -83,9 +87,14 @@ class Cost:
         slow = self.steps * self.batch_size / rate / 3600
         return slow, slow * self.mean_ratio() / self.ratio()
 
+    def computed_hours(self, peak: float) -> float:
+        """Hours of one device that sustains `SHARE` of `peak` FLOPs a second, recomputation included."""
+        flops = self.flops(self.steps) + self.recomputed * self.batch_size * self.steps
+        return flops / (SHARE * peak) / 3600
+
 
 def report(cost: Cost, rate: float | None = None) -> str:
-    """The cost as aligned text; with `rate`, images per second measured at the start of such a run, the hours too."""
+    """The cost as aligned text, with hours: at `rate`, measured images per second, else computed from peaks of GPUs."""
 
     def flops(label: str, parameters: str, ratio: float) -> list[str]:
         return [label, parameters, f"{ratio * cost.plain / 1e9:.2f}", f"{ratio:.4f}"]
@@ -106,7 +115,14 @@ def report(cost: Cost, rate: float | None = None) -> str:
             f"computed twice in the backward pass: {cost.recomputed / 1e9:.2f} GFLOP per image, "
             f"{cost.recomputed / cost.plain:.4f} of a plain step"
         )
-    if rate is not None:
+    if rate is None:
+        hours = {name: cost.computed_hours(PEAKS[name]) for name in SHOWN}
+        lines.append(
+            f"computed, not measured: hours of one GPU at {SHARE:.0%} of its bf16 peak: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in hours.items())
+            + "; --measure N times N real steps here"
+        )
+    else:
         slow, fast = cost.hours(rate)
         faster = f", or {fast:.2f} if the rate grows as the FLOPs fall" if fast < slow else ""
         lines.append(f"time at {rate:g} images per second: {slow:.2f} hours{faster}")
@@ -157,8 +173,8 @@ def estimate(
     return Cost(parts, config.max_train_steps, setup.epoch_steps, config.batch_size, recomputed)
 
 
-def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
-    """Print the cost of a run, on the main process."""
+def main(config: TrainConfig, options: dict[str, AlignOptions], rate: float | None = None) -> None:
+    """Print the cost of a run, on the main process; `rate` is that of its steps, images per second, if measured."""
     cost = estimate(config, options)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -169,7 +185,7 @@ def main(config: TrainConfig, options: dict[str, AlignOptions]) -> None:
         if getattr(chosen, "cache", False)
     ]
     known = reported(config.model, options) if config.preset in (None, "paper") else []
-    print(report(cost, config.images_per_second), *cached, *known, sep="\n")
+    print(report(cost, rate), *cached, *known, sep="\n")
 
 
 def reported(model: str, names: Iterable[str]) -> list[str]:

@@ -106,7 +106,7 @@ BY_HAND = {
         --align contrastive --align-weight -1
         --eval-steps 5
         --num-fid-samples 2
-        --images-per-second 5
+        --measure 5
         --model SiT-B/3
         --model ''
         --align latnt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,12 @@ def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words
     slow, fast = estimated.hours(200.0)
     assert slow == pytest.approx(100 * 16 / 200 / 3600) and fast == pytest.approx(slow * (1 + extra / 4) / (1 + extra))
     assert estimated.epoch_steps == 1797 // 16
+    hours = estimated.computed_hours(cost.PEAKS["H100"])
+    assert hours * 3600 * cost.SHARE * 990e12 == pytest.approx(estimated.flops(100))
+    (line,) = [line for line in cost.report(estimated).splitlines() if line.startswith("computed, not measured")]
+    a800, h100, h200 = map(float, re.findall(r"[AH]\d00 ([\d.e-]+)", line))
+    assert "at 40% of its bf16 peak" in line and h100 == h200 and a800 / h100 == pytest.approx(990 / 312, rel=0.01)
+    assert "computed" not in cost.report(estimated, 200.0)
 
 
 def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, encoder: Path) -> None:
@@ -188,8 +195,8 @@ def test_a_dry_run_prints_and_touches_nothing(
             "--max-train-steps",
             100,
             "--dry-run",
-            "--images-per-second",
-            500,
+            "--measure",
+            2,
         )
     )
     text = capsys.readouterr().out
@@ -201,7 +208,8 @@ def test_a_dry_run_prints_and_touches_nothing(
         "from step 10 on",
         "mean over the run",
         "112 per epoch",
-        "time at 500 images per second",
+        "images per second over 2 steps of 1 process(es) on cpu",
+        "time at ",
     ):
         assert word in text, word
     protocol = "ImageNet 256, no guidance"
@@ -212,7 +220,7 @@ def test_a_dry_run_prints_and_touches_nothing(
     assert cost.reported("SiT-Tiny/2", ["repa"]) == []
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="belongs to --dry-run"):
-        train.main(words(tmp_path, "x", "--images-per-second", 5))
+        train.main(words(tmp_path, "x", "--measure", 5))
 
 
 def test_a_small_network_is_counted_on_real_tensors_with_the_counts_of_fake_ones(
