@@ -47,7 +47,7 @@ PEERS: dict[str, str] = {
     "--sample-dir": "write --out FOLDER",
     "--global-seed": "write --seed N",
     "--heun": "write --mode ode --solver heun",
-    "--sampling-method": "write --solver euler, heun or dopri5 (with --mode ode)",
+    "--sampling-method": "write --solver euler, heun, heun2 or dopri5 (with --mode ode)",
     "--num-sampling-steps": "write --num-steps N",
     "--qk-norm": "the checkpoint knows whether its network has QK-norm",
 }

@@ -54,8 +54,7 @@ _LIGHTNING = {
     "timestep_shift": 0.3,
     "guidance_channels": "first3",
 }
-_INTERNAL = {"mode": "ode", "solver": "heun", "num_steps": 125, "grid": "points", "timestep_shift": 0.3}
-_LAST = "the authors' last step is Heun's, ours Euler's"
+_INTERNAL = {"mode": "ode", "solver": "heun2", "num_steps": 125, "grid": "points", "timestep_shift": 0.3}
 _XL = "SiT-XL/2"
 
 
@@ -146,20 +145,24 @@ PRESETS: dict[str, Preset] = {
         _of("none", "LightningDiT-XL/1", 800, "cfg 6.7, t <= 0.875, 3 channels", status="reported"),
         vae=None,
     ),
-    # Internal Guidance, from the configuration of its weights; SiT's script does not say at which times it guides.
+    # Internal Guidance: LightningDiT from the configuration of its weights, SiT from its script
     "internal-680ep-nocfg": Preset(
         "LightningDiT-XL/1 with Internal Guidance, 680 epochs",
         {**_INTERNAL, "internal_scale": 1.7},
         _of("internal", "LightningDiT-XL/1", 680, "internal 1.7"),
         vae=None,
-        note=_LAST,
     ),
     "internal-680ep": Preset(
         "LightningDiT-XL/1 with Internal Guidance, 680 epochs",
         {**_INTERNAL, "cfg_scale": 1.45, "guidance_high": 0.81, "internal_scale": 1.4},
         _of("internal", "LightningDiT-XL/1", 680, "cfg 1.45, t <= 0.81, internal 1.4"),
         vae=None,
-        note=_LAST,
+    ),
+    "internal-800ep": Preset(
+        "SiT-XL/2 with Internal Guidance, 800 epochs",
+        {**_REPA, "cfg_scale": 1.35, "guidance_high": 0.7, "internal_scale": 1.4},
+        _of("internal", _XL, 800, "cfg 1.35, t <= 0.7, internal 1.4"),
+        note="its script leaves the times of internal guidance unset: all, the default of its program",
     ),
 }
 

@@ -46,15 +46,18 @@ def euler(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
-    """Heun's second-order method: two evaluations a step, one in the last (which is an Euler step)."""
-    for step, (t, after) in enumerate(itertools.pairwise(grid)):
+def heun2(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
+    """Heun's second-order method: two evaluations in every step, the last included (torchdiffeq's heun2)."""
+    for t, after in itertools.pairwise(grid):
         here = velocity(x, t).to(x.dtype)
-        ahead = x + (after - t) * here
-        if step < len(grid) - 2:
-            ahead = x + (after - t) * 0.5 * (here + velocity(ahead, after).to(x.dtype))
-        x = ahead
+        there = velocity(x + (after - t) * here, after).to(x.dtype)
+        x = x + (after - t) * 0.5 * (here + there)
     return x
+
+
+def heun(velocity: Velocity, x: Tensor, grid: Sequence[float]) -> Tensor:
+    """Heun's method up to the last step, which is an Euler step: REPA's and EDM's."""
+    return euler(velocity, heun2(velocity, x, grid[:-1]), grid[-2:])
 
 
 def dopri5(velocity: Velocity, x: Tensor, grid: Sequence[float], atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
@@ -78,6 +81,7 @@ class Solver(NamedTuple):
 SOLVERS = {
     "euler": Solver(euler, lambda grid: grid[:-1]),
     "heun": Solver(heun, lambda grid: [*grid[:-1], *grid[1:-1]]),
+    "heun2": Solver(heun2, lambda grid: [*grid[:-1], *grid[1:]]),
     "dopri5": Solver(dopri5, None),
 }
 

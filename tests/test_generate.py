@@ -278,6 +278,7 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         "lightningdit-800ep": 1.35,
         "internal-680ep-nocfg": 1.34,
         "internal-680ep": 1.19,
+        "internal-800ep": 1.46,
         "study": None,
     }
     assert {name: preset.published for name, preset in PRESETS.items()} == published
@@ -321,6 +322,8 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
     assert len(lightning.grid) == 4
     for name, guided_steps in (("lightningdit-64ep", 181), ("lightningdit-800ep", 168)):
         assert SamplingConfig(**find(name).settings).evaluations == 249 + guided_steps
+    # 124 steps of two evaluations each, the last included
+    assert SamplingConfig(**find("internal-680ep-nocfg").settings).evaluations == 248
 
 
 def test_rounding_rules() -> None:

@@ -33,12 +33,25 @@ def gaussian(x: Tensor, t: float, s: float = 0.5) -> Tensor:
     return x * (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("heun2", 2)])
 def test_order_of_convergence(solver: str, order: int) -> None:
     """The ODE maps x(1) to s x(1) for Gaussian data; the error falls as steps^-order."""
     x, integrate = torch.ones(1, 1, dtype=torch.float64), solvers.SOLVERS[solver].integrate
     errors = [abs(integrate(gaussian, x, solvers.ode_grid(n)).item() - 0.5) for n in (64, 128)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+
+
+def test_heun2_is_torchdiffeqs_and_heun_differs_in_the_last_step() -> None:
+    """Internal Guidance samples by torchdiffeq's heun2 on a shifted grid."""
+    from torchdiffeq import odeint
+
+    x, grid = torch.ones(1, 1, dtype=torch.float64), solvers.ode_grid(9, 0.3)
+    times = torch.tensor(grid, dtype=torch.float64)
+    reference = odeint(lambda t, state: gaussian(state, t.item()), x, times, method="heun2")
+    torch.testing.assert_close(solvers.heun2(gaussian, x, grid), reference[-1], rtol=1e-14, atol=0)
+    shorter = solvers.heun(gaussian, x, grid)
+    torch.testing.assert_close(shorter, reference[-2] + (grid[-1] - grid[-2]) * gaussian(reference[-2], grid[-2]))
+    assert abs(shorter - reference[-1]).item() > 1e-4
 
 
 def test_dopri5_is_accurate() -> None:
@@ -128,7 +141,7 @@ def test_a_new_solver_is_one_entry(
     monkeypatch.setitem(solvers.SOLVERS, "midpoint", solvers.Solver(midpoint, midpoint_times))
     with pytest.raises(SystemExit):
         generate.main(["--help"])
-    assert "{euler,heun,dopri5,midpoint}" in capsys.readouterr().out
+    assert "{euler,heun,heun2,dopri5,midpoint}" in capsys.readouterr().out
     rows: list[int] = []
     forward = Backbone.forward
     monkeypatch.setattr(
@@ -142,7 +155,7 @@ def test_a_new_solver_is_one_entry(
     assert midpoint(gaussian, x, grid).item() == pytest.approx(0.5, abs=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "heun2"])
 def test_the_times_of_a_solver_are_those_at_which_it_evaluates(solver: str) -> None:
     grid, times = solvers.ode_grid(5, 0.3), []
     solvers.SOLVERS[solver].integrate(lambda x, t: (times.append(t), x)[1], torch.ones(1), grid)
