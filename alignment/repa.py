@@ -5,8 +5,10 @@
 The encoder sees the clean image: DINOv2 ViT-B/14 in the paper, 224 pixels for images of 256, class token dropped. The
 cosine is taken over channels, token by token. Weight 0.5, all times, to the end of training.
 
-Preset `irepa` is iREPA (arXiv 2512.10794): h is a 3x3 convolution over the grid of tokens, and the encoder's tokens are
-standardised over space, channel by channel: (z - a mean) / (std + 1e-6), with a = 0.6 in its authors' training script.
+Presets `irepa` and `irepa-jit` are iREPA (arXiv 2512.10794): h is a convolution over the grid of tokens with PyTorch's
+initialisation, and the encoder's tokens are standardised over space, channel by channel: (z - a mean) / (std + 1e-6).
+`irepa` is what its authors' command for SiT runs: weight 1, a = 0.6, and a 1x1 convolution, the default of its script,
+where the paper has 3x3. `irepa-jit` is their program for JiT: weight 0.5, a = 0.8, 3x3.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class RepaOptions(ExternalOptions):
     """Options of REPA; `depth` is 4 of 12 blocks, 8 of 24 and 28, a third of any other depth."""
 
     projector: str = option(
-        "mlp", choices=("mlp", "conv"), help="head: the MLP on each token, or iREPA's 3x3 convolution"
+        "mlp", choices=("mlp", "conv1x1", "conv3x3"), help="head: the MLP on each token, or a convolution (iREPA)"
     )
     spatial_norm: float | None = option(
         None, help="standardise the encoder's tokens over space after subtracting this share of their mean"
@@ -48,7 +50,8 @@ class Repa(Alignment[RepaOptions]):
     Options = RepaOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
-        "irepa": {"options": {"projector": "conv", "spatial_norm": 0.6}},
+        "irepa": {"options": {"weight": 1.0, "projector": "conv1x1", "spatial_norm": 0.6}},
+        "irepa-jit": {"options": {"projector": "conv3x3", "spatial_norm": 0.8}},
     }
     spatial_norm: float | None = None
 
@@ -66,7 +69,9 @@ class Repa(Alignment[RepaOptions]):
         width, out = build_context.student.hidden_size, self.external.encoder.width
         stream = Stream(build_context.seed, "init/repa")
         self.head = (
-            Convolution(width, out, stream) if options.projector == "conv" else mlp(width, options.hidden, out, stream)
+            mlp(width, options.hidden, out, stream)
+            if options.projector == "mlp"
+            else Convolution(width, out, 1 if options.projector == "conv1x1" else 3, stream)
         )
 
     def forward(self, context: Context) -> Tensor:

@@ -102,19 +102,18 @@ def mlp(width: int, hidden: int, out: int, stream: Stream, layers: int = 3) -> n
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution over the square grid of tokens with zero padding: (N, T, width) -> (N, T, out).
+    """A convolution over the square grid of tokens with zero padding: (N, T, width) -> (N, T, out).
 
-    Its weights are Xavier-uniform, its biases zero.
+    Weights and biases are PyTorch's: uniform within 1 / sqrt(fan-in).
     """
 
-    def __init__(self, width: int, out: int, stream: Stream) -> None:
+    def __init__(self, width: int, out: int, side: int, stream: Stream) -> None:
         super().__init__()
-        self.conv = nn.utils.skip_init(nn.Conv2d, width, out, kernel_size=3, padding=1)
-        bound = math.sqrt(6 / (9 * (width + out)))
-        self.conv.weight.data.copy_(
-            torch.from_numpy((stream.uniform(9 * width * out) * 2 - 1) * bound).view(out, width, 3, 3)
-        )
-        self.conv.bias.data.zero_()
+        self.conv = nn.utils.skip_init(nn.Conv2d, width, out, kernel_size=side, padding=side // 2)
+        bound = 1 / math.sqrt(width * side**2)
+        for parameter in self.conv.parameters():
+            values = (stream.uniform(parameter.numel()) * 2 - 1) * bound
+            parameter.data.copy_(torch.from_numpy(values).view(parameter.shape))
 
     def forward(self, tokens: Tensor) -> Tensor:
         side = math.isqrt(tokens.shape[1])

@@ -285,11 +285,16 @@ def test_repa_against_a_loop_over_tokens(build: Callable[..., Alignment]) -> Non
         assert float(value[n].detach()) == pytest.approx(-total / 16, abs=1e-5)
 
 
-def test_irepa_against_loops(build: Callable[..., Alignment]) -> None:
+@pytest.mark.parametrize(
+    ("preset", "lambda_", "share", "reach"), [("irepa", 1.0, 0.6, (0,)), ("irepa-jit", 0.5, 0.8, (-1, 0, 1))]
+)
+def test_irepa_against_loops(
+    preset: str, lambda_: float, share: float, reach: tuple[int, ...], build: Callable[..., Alignment]
+) -> None:
     """The convolution and the mean and deviation over space, element by element."""
-    network, share = perturbed(SPEC), 0.6
-    irepa = build("repa", projector="conv", spatial_norm=share)
-    assert find("repa").presets["irepa"]["options"] == {"projector": "conv", "spatial_norm": share}
+    network = perturbed(SPEC)
+    irepa = build("repa", **find("repa").presets[preset]["options"])
+    assert irepa.options.weight == lambda_
     seen = context_of(network, micro_batch(irepa), irepa.taps)
     value, feature = irepa(seen).detach(), seen.features[irepa.taps[0]].detach()
     weight, bias = irepa.head.conv.weight.detach(), irepa.head.conv.bias.detach()
@@ -302,12 +307,20 @@ def test_irepa_against_loops(build: Callable[..., Alignment]) -> None:
         for row in range(4):
             for column in range(4):
                 a = bias.clone()
-                for down, right in ((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)):
+                for down, right in ((down, right) for down in reach for right in reach):
                     if 0 <= row + down < 4 and 0 <= column + right < 4:
-                        a += weight[:, :, down + 1, right + 1] @ feature[n, 4 * (row + down) + column + right]
+                        tap = weight[:, :, down - reach[0], right - reach[0]]
+                        a += tap @ feature[n, 4 * (row + down) + column + right]
                 b = (tokens[4 * row + column] - share * centre) / (spread + 1e-6)
                 total += float(a @ b / (a.norm() * b.norm()))
         assert float(value[n]) == pytest.approx(-total / 16, abs=1e-5)
+    # PyTorch's initialisation, of which the authors change only that of linear layers
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(128, 32, len(reach), padding=len(reach) // 2)
+    for ours, other in zip(irepa.head.conv.parameters(), layer.parameters(), strict=True):
+        assert ours.shape == other.shape
+        assert ours.std().item() == pytest.approx(other.std().item(), rel=0.2 if ours.ndim == 1 else 0.05)
+        assert ours.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1)
 
 
 def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) -> None:
