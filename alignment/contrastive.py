@@ -3,8 +3,10 @@
     L_neg = - mean |v_theta(x_t, t, y) - (eps' - x0')|^2
 
 beside the flow-matching loss, with weight 0.05, at all times. (x0', eps') are data and noise of another sample of the
-batch. It is drawn among the samples of another class, or among all others if the batch has a single class; a sample
-that is alone has no loss. The batch is what one process holds in one micro-batch.
+batch, and a sample that is alone has no loss. The batch is what one process holds in one micro-batch. With `negatives`
+`all`, the default, the other sample is any ("arbitrary sample pairs" in the paper; in the released code this is the
+loss that runs). With `other-class` it has another class, or is any if the batch has a single class: the released code
+has this too, but its flag (--is-class-conditioned) changes nothing but the run's name.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ class ContrastiveOptions(AlignOptions):
     weight: float = option(
         0.05, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss"
     )
+    negatives: str = option(
+        "all", choices=("all", "other-class"), help="the other sample: any of the batch, or one of another class"
+    )
 
 
 class Contrastive(Alignment[ContrastiveOptions]):
@@ -45,7 +50,9 @@ class Contrastive(Alignment[ContrastiveOptions]):
         return {"choice": stream.uniform(count)}
 
     def forward(self, context: Context) -> Tensor:
-        other, exists = others(context.labels, context.draws["choice"])
+        # to draw among all, every class counts as the same
+        classes = context.labels if self.options.negatives == "other-class" else torch.zeros_like(context.labels)
+        other, exists = others(classes, context.draws["choice"])
         target = interpolant.velocity(context.x0, context.eps)[other]
         return -(squared_error(context.features[VELOCITY], target) * exists).mean()
 

@@ -323,10 +323,21 @@ def test_irepa_against_loops(
         assert ours.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1)
 
 
-def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) -> None:
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        # the floor(5 u)-th of the five other samples, in order
+        ({}, [1, 3, 5, 2, 1, 4]),
+        # the floor(3 u)-th of the three samples of the other class
+        ({"negatives": "other-class"}, [2, 3, 5, 1, 1, 4]),
+    ],
+)
+def test_contrastive_against_a_loop_over_pairs(
+    options: dict[str, str], pairs: list[int], build: Callable[..., Alignment]
+) -> None:
     from alignment.contrastive import others
 
-    network, alignment = perturbed(SPEC), build("contrastive")
+    network, alignment = perturbed(SPEC), build("contrastive", **options)
     whole = micro_batch(alignment)
     whole = Batch(
         whole.x0,
@@ -336,7 +347,6 @@ def test_contrastive_against_a_loop_over_pairs(build: Callable[..., Alignment]) 
         torch.tensor([0, 0, 1, 1, 1, 0]),
         draws={"contrastive": {"choice": torch.tensor([0.0, 0.4, 0.99, 0.5, 0.34, 0.999])}},
     )
-    pairs = [2, 3, 5, 1, 1, 4]  # the floor(3 u)-th of the three samples of the other class, in order
     velocity = network(interpolant.corrupt(whole.x0, whole.eps, whole.t), whole.t, whole.y).velocity.detach()
     total = sum(float(((velocity[i] - (whole.eps[j] - whole.x0[j])) ** 2).mean()) for i, j in enumerate(pairs))
     assert float(alignment(context_of(network, whole, alignment.taps, "contrastive")).detach()) == pytest.approx(
