@@ -13,7 +13,8 @@ are not loaded.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from alignment.base import Alignment, AlignOptions, BuildContext, Context, Froze
 from models import ARCHITECTURES, ModelSpec, architecture
 from models.backbone import block_number
 from models.heads import mlp
+from runtime import launch
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
@@ -54,9 +56,10 @@ class GuidedOptions(AlignOptions):
     )
     guiding_precision: str = option(
         "run",
-        choices=("run", "fp32"),
+        choices=("run", "fp32", "tf32"),
         flag="guiding-precision",
-        help="the teacher's precision: the run's, or float32 without autocast (the authors' code)",
+        help="the teacher's precision: the run's, float32 without autocast, or that with TF32 products (the authors' "
+        "code; on a CPU float32)",
     )
     guiding_depth: int | None = option(None, help="teacher's block (default: 2/3 of its depth)", flag="guiding-depth")
     guided_depth: int | None = option(None, help="student's block (default: half its depth)", flag="guided-depth")
@@ -75,7 +78,7 @@ class Guided(Alignment[GuidedOptions]):
         "paper": {"options": {}},
         # the authors' --stop-epoch is compared with the optimiser step, whatever the size
         "upstream": {
-            "options": {"interval": (0.4, 0.7), "mask": "upstream", "stop_steps": 100_000, "guiding_precision": "fp32"},
+            "options": {"interval": (0.4, 0.7), "mask": "upstream", "stop_steps": 100_000, "guiding_precision": "tf32"},
             "train": {"qk_norm": True},
         },
         "efficient": {"options": {"interval": (0.4, 0.7), "mask": "select", "guiding_weights": "ema"}},
@@ -117,6 +120,7 @@ class Guided(Alignment[GuidedOptions]):
             "weights": options.guiding_weights,
             "epochs": checkpoint.epochs,
         }
+        self.lacks_tf32 = options.guiding_precision == "tf32" and not launch.has_tf32(build_context.device)
         self.unverified = checkpoint.space.unverified_match(build_context.space)
 
     def forward(self, context: Context) -> Tensor:
@@ -126,11 +130,7 @@ class Guided(Alignment[GuidedOptions]):
     def target(self, context: Context) -> Tensor:
         """f_g, (N, T, D of the teacher), float32 (equation 3)."""
         labels = context.y if self.options.guiding_labels == "dropped" else context.labels
-        with (
-            torch.autocast(labels.device.type, enabled=False)
-            if self.options.guiding_precision == "fp32"
-            else nullcontext()
-        ):
+        with self._precision(labels.device):
             doubled = self.teacher(
                 torch.cat([context.xt, context.xt]),
                 torch.cat([context.t, context.t]),
@@ -141,6 +141,16 @@ class Guided(Alignment[GuidedOptions]):
         unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
         # For mypy: `resolve` has filled in the scale.
         return interpolant.guide(unconditional, conditional, self.options.guide_scale)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _precision(self, device: torch.device) -> Iterator[None]:
+        """The arithmetic of the teacher's pass, whatever the student's."""
+        precision = self.options.guiding_precision
+        if precision == "run":
+            yield
+        else:
+            with torch.autocast(device.type, enabled=False), launch.tf32_inside(device, precision == "tf32"):
+                yield
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "guiding_depth": self.guiding, "teacher": self.origin}
@@ -158,6 +168,8 @@ class Guided(Alignment[GuidedOptions]):
                 f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its "
                 f"checkpoint with --guiding-ckpt RUN@STEP"
             )
+        if self.lacks_tf32:
+            lines.append("note: --guiding-precision tf32: this device has no TF32, the teacher runs in float32")
         return lines + ([f"warning: the teacher {self.origin['path']}: {self.unverified}"] if self.unverified else [])
 
     @property

@@ -171,6 +171,11 @@ def native_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
+def has_tf32(device: torch.device) -> bool:
+    """Whether `device` multiplies float32 matrices in TF32 if asked to: CUDA from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -> tuple[bool, str]:
     """Turn TF32 on or off for matrix products and convolutions of float32 tensors.
 
@@ -179,7 +184,7 @@ def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -
     Returns:
         Whether TF32 is on, and a note if it was wanted but the device lacks it ('' otherwise).
     """
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    able = has_tf32(device)
     on = bool(wanted) and dtype is None and able
     if wanted is not None and device.type == "cuda":
         torch.set_float32_matmul_precision("high" if on else "highest")
@@ -193,10 +198,10 @@ def tf32(wanted: bool | None, dtype: torch.dtype | None, device: torch.device) -
 
 
 @contextmanager
-def tf32_inside(device: torch.device) -> Iterator[None]:
-    """TF32 is on inside the block if the device has it; the block's end restores the earlier state."""
+def tf32_inside(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """TF32 is on inside the block if `wanted` and if the device has it; the block's end restores the earlier state."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    tf32(True, None, device)
+    tf32(wanted, None, device)
     try:
         yield
     finally:
@@ -206,7 +211,7 @@ def tf32_inside(device: torch.device) -> Iterator[None]:
 
 def require_tf32() -> None:
     """Raise UserError unless the GPU has TF32."""
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    able = torch.cuda.is_available() and has_tf32(torch.device("cuda"))
     require(able, "--tf32 needs a CUDA device of compute capability 8 or above; leave it out to run in float32")
 
 

@@ -59,7 +59,7 @@ def test_the_authors_stop_after_100000_optimiser_steps_whatever_the_size(size: s
         [*ARGV, "--guiding-ckpt", "c", "--preset", "upstream"], "train_guide.py", None, ("guided",)
     )
     assert find("guided").resolve(options["guided"], spec(size)).stop(5004) == 100_000
-    assert options["guided"].guiding_precision == "fp32"
+    assert options["guided"].guiding_precision == "tf32"
     _, options = command.resolve([*ARGV, "--guiding-ckpt", "c"], "train_guide.py", None, ("guided",))
     assert find("guided").resolve(options["guided"], spec(size)).stop(5004) == (
         100_080 if size == "SiT-B/2" else 50_040
@@ -184,7 +184,9 @@ def test_the_teacher_can_be_kept_in_float32_under_a_bf16_student(teacher: Path) 
     x, y = Stream(3, "x").normal((4, 1, 8, 8)), torch.tensor([1, 2, 3, 4])
     for name, precision, dtype in (
         ("exact", "run", None),
-        ("authors", "fp32", torch.bfloat16),
+        ("fp32", "fp32", torch.bfloat16),
+        # TF32 is float32 on a CPU
+        ("tf32", "tf32", torch.bfloat16),
         ("run", "run", torch.bfloat16),
     ):
         options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), guiding_precision=precision, hidden=8), student)
@@ -193,14 +195,46 @@ def test_the_teacher_can_be_kept_in_float32_under_a_bf16_student(teacher: Path) 
         alignment.teacher.network.load_state_dict(network.state_dict())
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             targets[name] = alignment.target(Context(x, x, x, torch.full((4,), 0.5), y, y, {}, {}, {}))
-    assert torch.equal(targets["authors"], targets["exact"]) and not torch.equal(targets["run"], targets["exact"])
+    assert torch.equal(targets["fp32"], targets["exact"]) and torch.equal(targets["tf32"], targets["exact"])
+    assert not torch.equal(targets["run"], targets["exact"])
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("tf32", "high"), ("fp32", "highest"), ("run", "medium")])
+def test_tf32_is_on_during_the_teachers_pass_alone(
+    precision: str, inside: str, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
+    kind, cuda, tf32_inside = find("guided"), torch.device("cuda"), launch.tf32_inside
+    options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), guiding_precision=precision, hidden=8), student)
+    alignment, seen = kind(options, setting(student)), []
+    # the switches exist without a GPU: they are set as for one
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(launch, "tf32_inside", lambda _, wanted: tf32_inside(cuda, wanted))
+
+    def switches() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    alignment.teacher.network.register_forward_pre_hook(lambda *_: seen.append(switches()))
+    x, y = Stream(3, "x").normal((4, 1, 8, 8)), torch.tensor([1, 2, 3, 4])
+    before = switches()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = precision == "fp32"
+        around = switches()
+        alignment.target(Context(x, x, x, torch.full((4,), 0.5), y, y, {}, {}, {}))
+        assert switches() == around and seen == [(inside, precision == "tf32")]
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_the_introduction_names_the_teacher_and_its_age(
     tmp_path: Path, words: Words, capsys: pytest.CaptureFixture, teacher: Path
 ) -> None:
-    train_guide.main(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 16, "--max-train-steps", 1))
+    more = ("--align-hidden", 16, "--max-train-steps", 1, "--guiding-precision", "tf32")
+    train_guide.main(words(tmp_path, "run", "--guiding-ckpt", teacher, *more))
     output = capsys.readouterr().out
+    assert ("runs in float32" in output) == (not torch.cuda.is_available())
     assert (
         f"teacher: {Checkpoint.open(teacher).path} at step 4 = 0.0357143 epochs" in output and "raw weights" in output
     )
