@@ -9,6 +9,7 @@ training loop has no code for any one of them. It declares what it reads and ret
     presets   named settings: {"paper": {"options": {...}, "train": {...}}}
     coupled   True if the loss depends on which samples share a rank; forward then returns a scalar
     reads_ema True if the context must hold the EMA network
+    labelled_only  True if samples whose label was dropped have no loss; forward does not see them
     columns   extra data columns that it reads: "image" (N, R, R, channels) uint8, mirrored as the latent is, or
               "row" (N,) int64, item x views + view
     taps      what it reads of the student: n for f_n, the raw output of block n (from 1); QK(n) for the queries and
@@ -165,6 +166,7 @@ class Alignment(nn.Module, Generic[OptionsT]):
     reads_ema: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Alignment]]] = {}
 
+    labelled_only: bool = False
     columns: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
     velocity_head: VelocityHead | None = None

@@ -8,7 +8,7 @@ extrapolated far beyond the conditional ones, and a head on the student's guided
 
 The loss ends after 20 epochs for base models and 10 for larger ones (section 4.1). omega is the student's
 `Backbone.guide_scale`. Both passes of the teacher are one doubled batch, cut after the guiding block; blocks beyond it
-are not loaded.
+are not loaded, and a pass that omega does not need is not made.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class Guided(Alignment[GuidedOptions]):
         self.taps = (not_none(options.guided_depth),)
         self.guiding = block_number(teacher.depth, 2 / 3, options.guiding_depth, "--guiding-depth")
         self.null = teacher.num_classes
+        self.labelled_only = options.guiding_labels == "skip"
         stream = Stream(build_context.seed, "init/guided")
         self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, stream)
         # blocks beyond the guiding one are never run, so they are not loaded
@@ -124,23 +125,24 @@ class Guided(Alignment[GuidedOptions]):
         self.unverified = checkpoint.space.unverified_match(build_context.space)
 
     def forward(self, context: Context) -> Tensor:
-        loss = squared_error(self.head(context.features[self.taps[0]]), self.target(context))
-        return loss * (context.y != self.null) if self.options.guiding_labels == "skip" else loss
+        return squared_error(self.head(context.features[self.taps[0]]), self.target(context))
 
     def target(self, context: Context) -> Tensor:
         """f_g, (N, T, D of the teacher), float32 (equation 3)."""
         labels = context.y if self.options.guiding_labels == "dropped" else context.labels
+        omega, null = not_none(self.options.guide_scale), torch.full_like(labels, self.null)
+        # f_g is f_c at omega 1 and f_u at omega 0: the other pass is left out
+        passes = {0.0: [null], 1.0: [labels]}.get(omega, [null, labels])
         with self._precision(labels.device):
-            doubled = self.teacher(
-                torch.cat([context.xt, context.xt]),
-                torch.cat([context.t, context.t]),
-                torch.cat([torch.full_like(labels, self.null), labels]),
+            output = self.teacher(
+                torch.cat([context.xt] * len(passes)),
+                torch.cat([context.t] * len(passes)),
+                torch.cat(passes),
                 taps=(self.guiding,),
                 exit_early=True,
             )
-        unconditional, conditional = doubled.features[self.guiding].float().chunk(2)
-        # For mypy: `resolve` has filled in the scale.
-        return interpolant.guide(unconditional, conditional, self.options.guide_scale)  # type: ignore[arg-type]
+        features = output.features[self.guiding].float().chunk(len(passes))
+        return interpolant.guide(features[0], features[-1], omega)
 
     @contextmanager
     def _precision(self, device: torch.device) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The interval of times: which samples an alignment sees, and the mean that goes with them.
+"""Which samples an alignment sees, by the interval of times and by their labels, and the mean that goes with them.
 
 With `--align-interval a b` an alignment acts at the times a <= t <= b, in one of two ways (`--align-mask`):
 
@@ -7,8 +7,9 @@ With `--align-interval a b` an alignment acts at the times a <= t <= b, in one o
     upstream   all samples, the mean weighted by the global batch's share in range (the authors' code):
                L = share x (1 / N) sum over all i of l_i
 
-Without an interval L is the plain mean. The host draws the times, so it knows which samples are in range, and no step
-waits for the device.
+Without an interval L is the plain mean. Samples whose label was dropped count as zero for an alignment that sees the
+others only. The host draws times and dropped labels, so it knows which samples are chosen, and no step waits for the
+device.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def check(interval: Interval | None, mask: str) -> None:
 class Selection:
     """The part that one alignment's interval selects of one micro-batch of N samples."""
 
-    # (m,) int64, of which the first `count` are the samples in range; None for all N
+    # (m,) int64, of which the first `count` are the samples chosen; None for all N
     index: Tensor | None = None
-    # factor on the mean: count / N with an `index`, the share in range for mask `upstream`
+    # factor on their mean: count / N with an `index`, times the share in range for mask `upstream`
     factor: float = 1.0
-    # samples in range, with an `index`
+    # samples chosen, with an `index`
     count: int = 0
 
     @classmethod
@@ -59,24 +60,28 @@ class Selection:
         part: slice,
         device: torch.device,
         few_sizes: bool = False,
+        labelled: np.ndarray | None = None,
     ) -> Selection:
         """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host.
 
-        With `few_sizes` the index is padded to a multiple of N / 16 with samples whose loss is then left out: on a GPU,
-        compiled code, its choice of kernels and the allocator then see only a few shapes.
+        Samples that are not `labelled` (B,) are left out too and count as zero, with either mask. With `few_sizes` the
+        index is padded to a multiple of N / 16 with samples whose loss is then left out: on a GPU, compiled code, its
+        choice of kernels and the allocator then see only a few shapes.
         """
-        if interval is None:
-            return cls()
-        inside = (times >= interval[0]) & (times <= interval[1])
-        if mask == "upstream":
-            return cls(factor=float(inside.mean()))
-        index, size = np.flatnonzero(inside[part]), len(inside[part])
+        inside = np.ones(len(times), bool) if interval is None else (times >= interval[0]) & (times <= interval[1])
+        chosen = (np.ones_like(inside) if mask == "upstream" else inside)[part]
+        if labelled is not None:
+            chosen = chosen & labelled[part]
+        share = float(inside.mean()) if mask == "upstream" else 1.0
+        if chosen.all():
+            return cls(factor=share)
+        index, size = np.flatnonzero(chosen), len(chosen)
         count, step = len(index), max(1, size // 16)
         if few_sizes:
             filled = min(size, max(1, -(-count // step)) * step)
-            # `mean` cuts the fillers off; if none is in range, sample 0 stands in and a factor of 0 cancels its loss
+            # `mean` cuts the fillers off; if none is chosen, sample 0 stands in and a factor of 0 cancels its loss
             index = np.concatenate([index, np.full(filled - count, index[0] if count else 0)])
-        return cls(to_device(torch.from_numpy(index), device), count / size, count)
+        return cls(to_device(torch.from_numpy(index), device), share * count / size, count)
 
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
         """The mean of `loss(context)` over the micro-batch, a scalar.
@@ -86,7 +91,7 @@ class Selection:
         """
         if self.index is None:
             return loss(context).mean() * self.factor
-        # A rank without a sample in range still gives its head a gradient, of zero: some kernels refuse an empty batch.
+        # A rank without a chosen sample still gives its head a gradient, of zero: some kernels refuse an empty batch.
         chosen = self.index if len(self.index) else self.index.new_zeros(1)
         value = loss(context.take(chosen))
         return (value if coupled else value[: self.count or None].mean()) * self.factor

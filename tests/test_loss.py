@@ -112,8 +112,12 @@ def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path)
         dropped = full(xt, samples.t, samples.y, taps=(4,)).features[4]
     context = Context(samples.x0, samples.eps, xt, samples.t, samples.y, samples.labels, {}, {}, {})
 
+    rows: list[int] = []
+
     def target(**options: object) -> Tensor:
-        return make("guided", guiding_ckpt=str(teacher), **options).target(context)
+        alignment = make("guided", guiding_ckpt=str(teacher), **options)
+        alignment.teacher.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        return alignment.target(context)
 
     alignment = make("guided", guiding_ckpt=str(teacher))
     assert len(alignment.teacher.network.blocks) == 4 and alignment.teacher.network.final_layer is None
@@ -122,6 +126,7 @@ def test_guided_target_is_the_guided_feature_of_the_whole_teacher(teacher: Path)
     )
     torch.testing.assert_close(target(guide_scale=1.0), conditional)
     torch.testing.assert_close(target(guide_scale=0.0), unconditional)
+    assert rows == [6, 6]  # one pass of the six samples, where both would be twelve rows
     # labels after dropout: a dropped sample has f_c = f_u, so its target is the unconditional feature at any scale
     with_dropped = target(guiding_labels="dropped")
     torch.testing.assert_close(with_dropped, unconditional + 30 * (dropped - unconditional), atol=1e-4, rtol=1e-4)

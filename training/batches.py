@@ -129,7 +129,7 @@ class Batches:
             micro_draws: dict[str, dict[str, Tensor]] = {name: {} for name in alignments}
             for name, key in draws:
                 micro_draws[name][key] = draws[name, key][part]
-            selections = self._selections(drawn.t, self.share.start + start, alignments)
+            selections = self._selections(drawn, self.share.start + start, alignments)
             batches.append(
                 Batch(x0[part], eps[part], rows["t"][part], y[part], labels[part], columns, micro_draws, selections)
             )
@@ -144,16 +144,19 @@ class Batches:
                 draws[name, key] = to_device(torch.from_numpy(value[self.share]), self.device)
         return draws
 
-    def _selections(self, t: np.ndarray, start: int, alignments: dict[str, Alignment]) -> dict[str, Selection]:
-        """The samples that alignments with an interval select, of the micro-batch at `start` in the global batch."""
+    def _selections(self, drawn: Plan, start: int, alignments: dict[str, Alignment]) -> dict[str, Selection]:
+        """The samples that alignments see, where not all, of the micro-batch at `start` in the global batch."""
         selections = {}
         for name, alignment in alignments.items():
             options = alignment.options
-            if options.interval is not None:
+            if options.interval is not None or alignment.labelled_only:
                 # compiled code should meet few sizes on a GPU; a coupled loss must not see the samples that fill up
                 few_sizes = self.device.type == "cuda" and not alignment.coupled
                 part = slice(start, start + self.micro)
-                selections[name] = Selection.of(options.interval, options.mask, t, part, self.device, few_sizes)
+                labelled = ~drawn.dropped if alignment.labelled_only else None
+                selections[name] = Selection.of(
+                    options.interval, options.mask, drawn.t, part, self.device, few_sizes, labelled
+                )
         return selections
 
     def noise(self, step: int, latents: Tensor) -> tuple[Tensor, Tensor]:

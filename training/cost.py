@@ -155,6 +155,8 @@ def estimate(
     for name, alignment in alignments.items():
         total, frozen = counter.count([name])
         share = expected_share(alignment.options.interval, alignment.options.mask, config.time_sampling)
+        if alignment.labelled_only:
+            share *= 1 - config.cfg_prob
         stop = setup.stops[name]
         parts.append(
             Part(f"{name}: head and loss", _parameters(alignment), True, share * (total - plain - frozen), stop)

@@ -116,10 +116,14 @@ def test_the_teachers_share_follows_its_depth_and_the_interval(tmp_path: Path, w
         for name, estimated in {
             "all": estimate(base, "train_guide"),
             "some": estimate([*base, "--align-interval", "0.4", "0.7"], "train_guide"),
+            "less": estimate(
+                [*base, "--guiding-labels", "skip", "--cfg-prob", "0.2", "--guide-scale", "1"], "train_guide"
+            ),
         }.items()
     }
     assert share["all"] == pytest.approx(4 / 9, rel=0.02)
     assert share["some"] == pytest.approx(0.3 * share["all"])
+    assert share["less"] == pytest.approx(0.8 * 0.5 * share["all"])  # labelled samples, and the conditional pass alone
     normal = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal(200_000)))
     for low, high in ((0.4, 0.7), (0.5, 1.0), (0.0, 0.2)):
         assert expected_share((low, high), "select", "uniform") == pytest.approx(high - low)

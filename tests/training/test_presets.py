@@ -25,7 +25,7 @@ from models.pixels import pixels
 from runtime import files, launch
 from runtime.errors import UserError
 from runtime.streams import Stream
-from tests.helpers import Words, class_folders, encoding, perturbed, tiny_vae
+from tests.helpers import Words, build_run, class_folders, context_of, encoding, perturbed, tiny_vae
 from training import command
 from training.log import read
 
@@ -154,28 +154,28 @@ def test_dispersive_warns_of_another_micro_batch(preset: str, published_batch: i
     assert "256" in note and str(published_batch) in note and f"{256 // published_batch} times" in note
 
 
-def test_labels_that_were_dropped_can_be_left_out_of_the_guide_loss(
-    tmp_path: Path, words: Words, teacher: Path
+@pytest.mark.parametrize(
+    "more", [(), ("--align-interval", 0.3, 0.8), ("--align-interval", 0.3, 0.8, "--align-mask", "upstream")]
+)
+def test_labels_that_were_dropped_are_left_out_of_the_guide_loss_and_of_the_teachers_batch(
+    tmp_path: Path, words: Words, teacher: Path, more: tuple
 ) -> None:
-    more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--cfg-prob", 0.5, "--max-train-steps", 1]
-    student = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
-    losses = {}
-    for labels in ("true", "skip"):
-        kind = find("guided")
-        options = kind.resolve(kind.Options(guiding_ckpt=str(teacher), guiding_labels=labels, hidden=8), student)
-        alignment = kind(options, setting(student))
-        x, y = Stream(3, "x").normal((4, 1, 8, 8)), torch.tensor([1, 2, 3, 4])
-        seen = torch.where(torch.tensor([True, False, False, True]), 10, y)
-        features = {options.guided_depth: Stream(4, "f").normal((4, 16, 128))}
-        losses[labels] = alignment(Context(x, x, x, torch.full((4,), 0.5), seen, y, features, {}, {}))
-    labelled = torch.tensor([False, True, True, False])
-    assert (
-        torch.equal(losses["skip"][labelled], losses["true"][labelled])
-        and (losses["true"] > 0).all()
-        and (losses["skip"][~labelled] == 0).all()
-    )
-    run = train_guide.main(words(tmp_path, "run", *more, "--guiding-labels", "skip"))
-    assert read(run / "log.jsonl")[0]["loss/guided"] > 0
+    """The mean over all samples of the loss times [label not dropped] (times [in range], or the share in range)."""
+    guided = ("--guiding-ckpt", teacher, "--align-hidden", 32, "--guiding-labels", "skip", "--cfg-prob", 0.5)
+    run = build_run(words(tmp_path, "run", *guided, *more), "train_guide")
+    alignment, learner, rows = run.alignments["guided"], run.learner(), []
+    for (batch,), _ in zip(run.batches(3), range(3)):
+        labelled = (batch.y == batch.labels).float()
+        inside = ((batch.t >= 0.3) & (batch.t <= 0.8)).float() if more else torch.ones(16)
+        each = alignment(context_of(run.network, batch, alignment.taps)).detach()
+        hook = alignment.teacher.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        loss = learner(batch)["guided"].detach()
+        hook.remove()
+        weight = inside.mean() if "upstream" in more else inside
+        torch.testing.assert_close(loss, (each * labelled * weight).mean())
+        chosen = labelled if "upstream" in more else labelled * inside
+        assert rows.pop() == 2 * chosen.sum() < 32 and loss > 0 and not rows
+    train_guide.main(words(tmp_path, "trained", *guided, *more, "--max-train-steps", 1))
 
 
 def test_the_teacher_can_be_kept_in_float32_under_a_bf16_student(teacher: Path) -> None:
