@@ -8,7 +8,8 @@ For each checkpoint, block and time (1 is noise), the probe measures f_u (null l
 f_g = f_u + omega (f_c - f_u), beside the clean latents and, with --encoder, an external encoder. `accuracy` is logistic
 regression of the class on mean-pooled tokens, `knn` their nearest neighbours. `miou` predicts the mask of a token's
 patch by ridge regression on that token, over foreground and background. `cknna` is the alignment with classes, clean
-latents and encoder. All numbers are of held-out images; `evaluations.representation` defines them.
+latents and encoder by the formula of its paper, `cknna-hsic` by the code of its authors. All numbers are of held-out
+images; `evaluations.representation` defines them.
 f_c and f_g were computed with the label as input, so their accuracy measures how strongly they encode it and saturates
 at 1. With --labels shuffled the network gets the label of another image: then the accuracy for the image's own class
 measures what the network sees in the image.

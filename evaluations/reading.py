@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,26 @@ from torch import Tensor
 import interpolant
 from evaluations import representation
 from evaluations.config import Kind
-from evaluations.representation import Linear, TokenSums, class_accuracy, neighbour_accuracy
+from evaluations.representation import Kernel, Linear, TokenSums, class_accuracy, neighbour_accuracy
 from evaluations.taps import Items, Probed, encoded
 from models.encoders import Encoder
 from runtime.slices import slices
 
 ALIGNED = 1000  # CKNNA compares this many images, the first that were drawn (`Items.first`)
 Row = dict[str, Any]  # one block and feature: its names (features, omega, block) and its numbers
+
+
+class Kernels(NamedTuple):
+    """Of the same features: standardised, as all probes see them, and as they are, for the code of CKNNA's authors."""
+
+    standardised: Kernel
+    plain: Kernel
+
+
+def kernels(x: Tensor, standard: bool = True) -> Kernels:
+    """Of features x (N, D); both as they are if not `standard`."""
+    plain = representation.kernel(x)
+    return Kernels(representation.kernel(representation.standardise(x, x)) if standard else plain, plain)
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class MaskProbes:
 
 
 def measure(
-    reading: Reading, items: Items, side: int, references: dict[str, tuple[Tensor, Tensor]], batch: int, bar: Any
+    reading: Reading, items: Items, side: int, references: dict[str, Kernels], batch: int, bar: Any
 ) -> list[Row]:
     """One row for each block and feature.
 
@@ -124,7 +137,7 @@ def _rows(
     pooled: Tensor,
     reading: Reading,
     items: Items,
-    references: dict[str, tuple[Tensor, Tensor]],
+    references: dict[str, Kernels],
     counts: Sequence[Tensor],
 ) -> list[Row]:
     """The rows of one block from its pooled tokens (N, A) and the pixel counts of each of its features."""
@@ -143,14 +156,15 @@ def _rows(
         if counts:
             row["miou"] = representation.iou(counts[number])
         # `references` holds kernels of the same images; a kernel of all N would have N^2 entries
-        own = representation.kernel(representation.standardise(x[aligned], x[aligned]))
-        rows.append(row | {f"cknna {name}": representation.cknna(own, other) for name, other in references.items()})
+        own = kernels(x[aligned])
+        for name, other in references.items():
+            row[f"cknna {name}"] = representation.cknna(own.standardised, other.standardised)
+            row[f"cknna-hsic {name}"] = representation.cknna_hsic(own.plain, other.plain)
+        rows.append(row)
     return rows
 
 
-def compared(
-    items: Items, encoder: Encoder | None, batch: int, device: torch.device
-) -> dict[str, tuple[Tensor, Tensor]]:
+def compared(items: Items, encoder: Encoder | None, batch: int, device: torch.device) -> dict[str, Kernels]:
     """The kernels that CKNNA compares features with: classes (one-hot), flattened clean latents, and the encoder."""
     places = items.first(ALIGNED)
     features = {
@@ -161,7 +175,4 @@ def compared(
         features["encoder"] = torch.cat(
             [encoded(encoder, items, chunk, device).mean(1).cpu() for chunk in slices(places, batch)]
         )
-    return {
-        name: representation.kernel(x if name == "class" else representation.standardise(x, x))
-        for name, x in features.items()
-    }
+    return {name: kernels(x, standard=name != "class") for name, x in features.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -185,31 +185,56 @@ def iou(counts: Tensor) -> float:
     return sum(shares) / len(shares)
 
 
-def kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What CKNNA compares of features x (N, D).
+class Kernel(NamedTuple):
+    """What CKNNA compares of N features, both (N, N)."""
 
-    Returns the inner products of the unit vectors (N, N), centred per row, and [j is among the k nearest of i]
-    (N, N) bool. A point is not its own neighbour; all that tie for the last place count.
-    """
+    # inner products of the unit vectors
+    products: Tensor
+    # bool: j (column) is among the k nearest of i (row); i is not its own neighbour
+    near: Tensor
+
+
+def kernel(x: Tensor) -> Kernel:
+    """Of features x (N, D). All that tie for the last place among the neighbours count."""
     unit = torch.nn.functional.normalize(x)
     products = unit @ unit.T
     others = products.clone().fill_diagonal_(-math.inf)
     k = min(NEAREST, len(x) - 1)
-    return products - products.mean(1, keepdim=True), others >= others.topk(k, dim=1).values[:, -1:] - 1e-12
+    return Kernel(products, others >= others.topk(k, dim=1).values[:, -1:] - 1e-12)
 
 
-def cknna(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Centred kernel nearest-neighbour alignment (arXiv 2405.07987, section A) of two kernels over the same images.
+def cknna(a: Kernel, b: Kernel) -> float:
+    """Centred kernel nearest-neighbour alignment as the paper writes it (arXiv 2405.07987, section A).
 
     With mutual neighbours alpha(i, j) = [j is among the k nearest of i in both] and kernels K, L centred per row,
     Align(K, L) = sum_ij alpha(i, j) K_ij L_ij, and CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L)).
     """
+    (k, near_k), (m, near_m) = ((each.products - each.products.mean(1, keepdim=True), each.near) for each in (a, b))
 
-    def align(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> float:
-        return (p[0] * q[0])[p[1] & q[1]].sum().item()
+    def align(p: Tensor, q: Tensor, near: Tensor) -> float:
+        return (p * q)[near].sum().item()
 
-    own = align(a, a) * align(b, b)
-    return align(a, b) / math.sqrt(own) if own > 0 else 0.0
+    own = align(k, k, near_k) * align(m, m, near_m)
+    return align(k, m, near_k & near_m) / math.sqrt(own) if own > 0 else 0.0
+
+
+def cknna_hsic(a: Kernel, b: Kernel) -> float:
+    """The same quantity as its authors' code computes it (platonic-rep): HSIC of masked kernels that are not centred.
+
+    With K', L' the inner products where alpha(i, j) = 1 and 0 elsewhere, of m = N features, Align(K, L) is the unbiased
+    HSIC (Song et al. 2012, equation 5)
+    [tr K'L' + sum K' sum L' / ((m - 1)(m - 2)) - 2 / (m - 2) 1'K'L'1] / (m (m - 3)),
+    and the score Align(K, L) / (sqrt(Align(K, K) Align(L, L)) + 1e-6). Needs N > 3. 0 where a root does not exist.
+    """
+    m = len(a.products)
+
+    def align(p: Tensor, q: Tensor, near: Tensor) -> float:
+        p, q = p * near, q * near
+        hsic = (p * q.T).sum() + p.sum() * q.sum() / ((m - 1) * (m - 2)) - 2 / (m - 2) * (p.sum(0) @ q.sum(1))
+        return hsic.item() / (m * (m - 3))
+
+    own = align(a.products, a.products, a.near) * align(b.products, b.products, b.near)
+    return align(a.products, b.products, a.near & b.near) / (math.sqrt(own) + 1e-6) if own > 0 else 0.0
 
 
 def principal(tokens: Tensor, count: int = 3) -> Tensor:

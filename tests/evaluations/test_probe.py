@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -157,16 +158,16 @@ def test_miou_is_scikit_learns_jaccard_of_both_classes() -> None:
     assert representation.iou(representation.confusion(empty, empty)) == 1
 
 
+def neighbours(x: np.ndarray, k: int) -> tuple[np.ndarray, list[set[int]]]:
+    """Inner products of unit vectors, and the k nearest of each point."""
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    products = np.array([[p @ q for q in x] for p in x])
+    near = [set(sorted((j for j in range(len(x)) if j != i), key=lambda j: -products[i, j])[:k]) for i in range(len(x))]
+    return products, near
+
+
 def cknna_by_hand(a: np.ndarray, b: np.ndarray, k: int) -> float:
     """arXiv 2405.07987, written out as sums over pairs."""
-
-    def parts(x: np.ndarray) -> tuple[np.ndarray, list[set[int]]]:
-        x = x / np.linalg.norm(x, axis=1, keepdims=True)
-        products = np.array([[p @ q for q in x] for p in x])
-        near = [
-            set(sorted((j for j in range(len(x)) if j != i), key=lambda j: -products[i, j])[:k]) for i in range(len(x))
-        ]
-        return products, near
 
     def align(p: tuple, q: tuple) -> float:
         return sum(
@@ -175,21 +176,43 @@ def cknna_by_hand(a: np.ndarray, b: np.ndarray, k: int) -> float:
             for j in p[1][i] & q[1][i]
         )
 
-    p, q = parts(a), parts(b)
+    p, q = neighbours(a, k), neighbours(b, k)
     return align(p, q) / math.sqrt(align(p, p) * align(q, q))
 
 
-def test_cknna_is_its_definition() -> None:
+def cknna_hsic_by_hand(a: np.ndarray, b: np.ndarray, k: int) -> float:
+    """The unbiased HSIC of Song et al. (2012), of kernels that are zero beyond the mutual neighbours."""
+    m, ones = len(a), np.ones(len(a))
+
+    def hsic(p: tuple, q: tuple) -> float:
+        mask = np.array([[float(j in p[1][i] & q[1][i]) for j in range(m)] for i in range(m)])
+        k_, l_ = p[0] * mask, q[0] * mask
+        pairs = ones @ k_ @ ones * (ones @ l_ @ ones) / ((m - 1) * (m - 2))
+        return (np.trace(k_ @ l_) + pairs - 2 / (m - 2) * ones @ k_ @ l_ @ ones) / (m * (m - 3))
+
+    p, q = neighbours(a, k), neighbours(b, k)
+    return hsic(p, q) / (math.sqrt(hsic(p, p) * hsic(q, q)) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("measure", "by_hand"),
+    [(representation.cknna, cknna_by_hand), (representation.cknna_hsic, cknna_hsic_by_hand)],
+)
+def test_cknna_is_its_definition(measure: Callable[..., float], by_hand: Callable[..., float]) -> None:
     a = normal("a", 40, 6)
-    b = torch.cat([a[:, :3], normal("b", 40, 4)], 1)
-    value = representation.cknna(representation.kernel(a), representation.kernel(b))
-    assert value == pytest.approx(cknna_by_hand(a.numpy(), b.numpy(), 10)) and 0.05 < value < 0.95
+    b = torch.cat([a[:, :3], normal("b", 40, 4)], 1) + 2  # an offset, which the two treat differently
+    value = measure(representation.kernel(a), representation.kernel(b))
+    assert value == pytest.approx(by_hand(a.numpy(), b.numpy(), 10)) and 0.05 < value < 0.95
     turn = torch.linalg.qr(normal("turn", 6, 6)).Q
-    assert representation.cknna(representation.kernel(a), representation.kernel(3 * a @ turn)) == pytest.approx(1)
-    classes = representation.kernel(torch.nn.functional.one_hot(torch.arange(40) % 2).double())[
-        1
-    ]  # ties are all neighbours
-    assert classes.sum(1).tolist() == [19] * 40
+    turned = measure(representation.kernel(a), representation.kernel(3 * a @ turn))
+    assert turned == pytest.approx(1, abs=1e-4)  # 1e-6 in a denominator
+
+
+def test_the_neighbours_of_cknna_include_all_ties_and_an_undefined_score_is_zero() -> None:
+    classes = representation.kernel(torch.nn.functional.one_hot(torch.arange(40) % 2).double())
+    assert classes.near.sum(1).tolist() == [19] * 40
+    nothing = representation.kernel(torch.zeros(40, 3, dtype=torch.float64))
+    assert representation.cknna(classes, nothing) == representation.cknna_hsic(classes, nothing) == 0
 
 
 def test_principal_components_are_projections_on_the_axes_of_largest_variance() -> None:
@@ -315,6 +338,9 @@ def test_cknna_compares_the_images_drawn_first_and_not_those_first_on_disk(
         representation.kernel(representation.standardise(x, x)), representation.kernel(classes)
     )
     assert measured["cknna class"] == pytest.approx(wanted) and measured["cknna latents"] == pytest.approx(1)
+    # the code of CKNNA's authors sees the features as they are
+    plain = representation.cknna_hsic(representation.kernel(x), representation.kernel(classes))
+    assert measured["cknna-hsic class"] == pytest.approx(plain) != pytest.approx(wanted)
 
 
 def test_patches_of_masks_are_the_pixels_of_their_tokens(data: Path, masks: Path) -> None:
