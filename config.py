@@ -21,6 +21,8 @@ from runtime.options import group, option
 MOST_SAMPLES = 100_000_000
 # How distances of precision and recall are computed: as ADM does, in part in float16, or in float32.
 PRECISION_MODES = ("adm_fp16", "fp32")
+# The first steps at which gradient norms are compared: an alignment may last a few hundred steps.
+EARLY = (1, 10, 30, 100, 300)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +191,8 @@ class TrainConfig:
     grad_ratio_steps: int = option(
         1000,
         within="[0, inf)",
-        help="compare the gradient norms of alignments and denoising every N steps, at the cost of about two steps; "
-        "0: never",
+        help="compare the gradient norms of alignments and denoising every N steps, and at steps "
+        f"{', '.join(map(str, EARLY))}, each time at the cost of about two steps; 0: never",
     )
     report_to: str = option("none", choices=("none", "wandb", "tensorboard"), help="tracker beside the JSON-lines log")
     sampling_steps: int = option(0, within="[0, inf)", help="write a grid of samples every N steps; 0: never")
@@ -281,6 +283,11 @@ class TrainConfig:
     def skips(self, step: int) -> bool:
         """Whether --skip-steps leaves out optimiser step `step`, counted from 1."""
         return self.skip_steps is not None and self.skip_steps[0] <= step <= self.skip_steps[1]
+
+    def compares_gradients_at(self, step: int) -> bool:
+        """Whether the gradient norms of alignments and denoising are compared in optimiser step `step`, from 1."""
+        every = self.grad_ratio_steps
+        return every > 0 and (step in EARLY or step % every == 0)
 
     def keeps_averages_at(self, step: int) -> bool:
         """Whether the averages of --ema-lengths are stored after optimiser step `step`, counted from 1."""

@@ -6,6 +6,7 @@ draws, and tests can pass tensors made by hand. It is the only module that DDP w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import interpolant
 from alignment import Alignment, Context
 from alignment.interval import ALL, Selection
-from models import Backbone
+from models import Backbone, Tap
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Batch:
     draws: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # alignment name -> the samples on which it acts (`alignment.interval`); absent means all
     selections: dict[str, Selection] = field(default_factory=dict)
+
+    @functools.cached_property
+    def xt(self) -> Tensor:
+        """(N, C, H, W) noisy latents."""
+        return interpolant.corrupt(self.x0, self.eps, self.t)
+
+    def context(self, name: str, features: dict[Tap, Tensor], ema: Backbone | None = None) -> Context:
+        """What the alignment `name` may know of all N samples, given what it reads of the student."""
+        draws = self.draws.get(name, {})
+        return Context(self.x0, self.eps, self.xt, self.t, self.y, self.labels, features, self.columns, draws, ema)
 
 
 def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
@@ -72,26 +83,15 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named losses: `diffusion` (N,) per sample, and a scalar for each alignment, before its weight."""
         mixed = nullcontext() if self.autocast is None else torch.autocast(batch.x0.device.type, self.autocast)
-        xt = interpolant.corrupt(batch.x0, batch.eps, batch.t)
         with mixed:
-            output = self.network(xt, batch.t, batch.y, taps=self.taps)
+            output = self.network(batch.xt, batch.t, batch.y, taps=self.taps)
             losses = {
                 "diffusion": flow_matching(
                     output.velocity, interpolant.velocity(batch.x0, batch.eps), self.velocity_loss
                 )
             }
             for name, alignment in self.alignments.items():
-                context = Context(
-                    batch.x0,
-                    batch.eps,
-                    xt,
-                    batch.t,
-                    batch.y,
-                    batch.labels,
-                    {tap: output.features[tap] for tap in alignment.taps},
-                    batch.columns,
-                    batch.draws.get(name, {}),
-                    self._ema[0],
-                )
+                features = {tap: output.features[tap] for tap in alignment.taps}
+                context = batch.context(name, features, self._ema[0])
                 losses[name] = batch.selections.get(name, ALL).mean(alignment, context, alignment.coupled)
         return losses

@@ -19,6 +19,7 @@ training loop has no code for any one of them. It declares what it reads and ret
     draw      its own random numbers, one row per sample of the global batch
     frozen    its frozen networks, which are neither trained, saved nor synchronised; `compiled` lists those to compile
     notes     lines to print before the first step
+    sizes     more such lines, about what it sees of a few batches
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -205,6 +206,10 @@ class Alignment(nn.Module, Generic[OptionsT]):
 
     def notes(self) -> list[str]:
         """Lines to print before the first step: departures from what was published, and what it was given."""
+        return []
+
+    def sizes(self, contexts: Iterable[Context]) -> list[str]:
+        """Lines to print before the first step about its target in `contexts`, which lack the student's features."""
         return []
 
     @property

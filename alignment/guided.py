@@ -13,7 +13,7 @@ are not loaded, and a pass that omega does not need is not made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ from runtime.streams import Stream
 PUBLISHED = ", ".join(
     f"{kind.guide_scale:g} for {kind.__name__}" for kind in ARCHITECTURES.values() if kind.guide_scale is not None
 )
+SMALLER = (1.0, 3.0, 10.0, 30.0)  # omegas at which a run prints the size of f_g, besides its own
 EPOCHS = 40  # the age of the paper's teacher (section 4.1)
 
 
@@ -129,10 +130,14 @@ class Guided(Alignment[GuidedOptions]):
 
     def target(self, context: Context) -> Tensor:
         """f_g, (N, T, D of the teacher), float32 (equation 3)."""
+        return interpolant.guide(*self.features(context), not_none(self.options.guide_scale))
+
+    def features(self, context: Context) -> tuple[Tensor, Tensor]:
+        """f_u and f_c, both (N, T, D of the teacher), float32; the same tensor if omega needs but a single pass."""
         labels = context.y if self.options.guiding_labels == "dropped" else context.labels
-        omega, null = not_none(self.options.guide_scale), torch.full_like(labels, self.null)
+        null = torch.full_like(labels, self.null)
         # f_g is f_c at omega 1 and f_u at omega 0: the other pass is left out
-        passes = {0.0: [null], 1.0: [labels]}.get(omega, [null, labels])
+        passes = {0.0: [null], 1.0: [labels]}.get(not_none(self.options.guide_scale), [null, labels])
         with self._precision(labels.device):
             output = self.teacher(
                 torch.cat([context.xt] * len(passes)),
@@ -142,7 +147,19 @@ class Guided(Alignment[GuidedOptions]):
                 exit_early=True,
             )
         features = output.features[self.guiding].float().chunk(len(passes))
-        return interpolant.guide(features[0], features[-1], omega)
+        return features[0], features[-1]
+
+    def sizes(self, contexts: Iterable[Context]) -> list[str]:
+        """The root mean square of f_g at omega and at smaller ones; its square is about the first loss."""
+        omega = not_none(self.options.guide_scale)
+        omegas = sorted({omega, *(smaller for smaller in SMALLER if smaller < omega)})
+        squares = []
+        for context in contexts:
+            pair = self.features(context)
+            squares.append(torch.stack([interpolant.guide(*pair, scale).square().mean() for scale in omegas]))
+        roots = torch.stack(squares).mean(0).sqrt().tolist() if squares else []
+        values = [f"{root:.3g} at omega {scale:g}" for root, scale in zip(roots, omegas)]
+        return [f"target f_g, root mean square over {len(squares)} batches: {', '.join(values)}"] if values else []
 
     @contextmanager
     def _precision(self, device: torch.device) -> Iterator[None]:

@@ -83,17 +83,22 @@ class Selection:
             index = np.concatenate([index, np.full(filled - count, index[0] if count else 0)])
         return cls(to_device(torch.from_numpy(index), device), share * count / size, count)
 
+    def take(self, context: Any) -> Any:
+        """The chosen samples of `context` and those that fill up; its first if none is chosen.
+
+        A rank without a chosen sample still gives its head a gradient, of zero: some kernels refuse an empty batch.
+        `context.take(index)` is the context of some samples.
+        """
+        if self.index is None:
+            return context
+        return context.take(self.index if len(self.index) else self.index.new_zeros(1))
+
     def mean(self, loss: Callable[[Any], Tensor], context: Any, coupled: bool = False) -> Tensor:
         """The mean of `loss(context)` over the micro-batch, a scalar.
 
-        `context.take(index)` is the context of some samples. `loss` returns one value per sample, or a scalar if it
-        is `coupled`.
+        `loss` returns one value per sample, or a scalar if it is `coupled`.
         """
-        if self.index is None:
-            return loss(context).mean() * self.factor
-        # A rank without a chosen sample still gives its head a gradient, of zero: some kernels refuse an empty batch.
-        chosen = self.index if len(self.index) else self.index.new_zeros(1)
-        value = loss(context.take(chosen))
+        value = loss(self.take(context))
         return (value if coupled else value[: self.count or None].mean()) * self.factor
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import interpolant
 import models
 from alignment import Alignment, Context
 from loss import Batch
@@ -170,12 +169,8 @@ def context_of(
     network: models.Backbone, samples: Batch, taps: Collection[models.Tap], name: str = "", ema: Any = None
 ) -> Context:
     """What the alignment `name` sees of `samples` after a forward pass of `network`."""
-    xt = interpolant.corrupt(samples.x0, samples.eps, samples.t)
-    features = network(xt, samples.t, samples.y, taps=taps).features
-    draws = samples.draws.get(name, {})
-    return Context(
-        samples.x0, samples.eps, xt, samples.t, samples.y, samples.labels, features, samples.columns, draws, ema
-    )
+    features = network(samples.xt, samples.t, samples.y, taps=taps).features
+    return samples.context(name, features, ema)
 
 
 def build_run(argv: list[str], program: str = "train") -> Run:

@@ -57,7 +57,7 @@ class Between:
     def __init__(self, run: Run, log: RunLog, callbacks: Sequence[Callback], asked: Asked) -> None:
         self.run, self.log, self.callbacks, self.asked = run, log, callbacks, asked
         self.vote = Vote(run.accelerator)
-        self.ratio_monitor = balance.RatioMonitor()
+        self.ratio_monitor = balance.RatioMonitor({name: options.weight for name, options in run.setup.options.items()})
         self.launcher = os.getppid()
         self.saved_at = time.monotonic()
         # Of the longest save so far.
@@ -77,8 +77,10 @@ class Between:
         reports = saves or step == end or step % config.log_steps == 0
 
         losses = self._report(meter, last) if reports else {}
+        # a line of their own between reports, so that means are over the same steps with and without them
+        ratios = self._ratios(meter)
         scores, pictures = self._measure()
-        self._write(losses, scores, pictures)
+        self._write(losses | ratios, scores, pictures)
         if config.keeps_averages_at(step):
             saving.save_averages(self.run)
         if saves:
@@ -88,7 +90,7 @@ class Between:
                 self._save()
         if ending:
             self._end()
-        if reports or scores or pictures:
+        if reports or ratios or scores or pictures:
             meter.restart_clock()  # the rate leaves out what happened here
 
     def _write(self, losses: dict[str, float], scores: dict[str, float], pictures: dict[str, Path]) -> None:
@@ -104,9 +106,14 @@ class Between:
         values = {**meter.report(self.run.config.batch_size), "learning_rate": rate}
         health.require_healthy(self.run, meter, last)
         self._require_finite(name for name, value in values.items() if not math.isfinite(value))
-        for warning in self.ratio_monitor(values):
-            self.log.say(warning)
         return values
+
+    def _ratios(self, meter: Meter) -> dict[str, float]:
+        """The gradient-norm ratios that the step measured; warns of those outside the band."""
+        ratios = meter.take_ratios()
+        for warning in self.ratio_monitor(self.run.step, ratios):
+            self.log.say(warning)
+        return {f"{balance.PREFIX}{name}": ratio for name, ratio in ratios.items()}
 
     def _measure(self) -> tuple[dict[str, float], dict[str, Path]]:
         """Numbers of the callbacks that are due, printed too, and the paths of their pictures."""

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 import models
+from alignment import Context
+from alignment.interval import ALL
 from models import published
 from runtime import launch
 from runtime.options import as_dict
 from training.run import Run
 
+# Batches whose targets are measured.
+BATCHES = 4
 # A run of more epochs gets a warning. The longest run on ImageNet has 1,400.
 MANY_EPOCHS = 3000
 
@@ -47,8 +51,18 @@ def facts(run: Run) -> Iterator[str]:
         internal = {field.name for field in dataclasses.fields(run.setup.options[name]) if not field.metadata}
         shown = {key: value for key, value in choices.items() if key not in internal | {"taps"}}
         yield f"alignment {name}: {', '.join(_choices(shown))}"
-    for alignment in run.alignments.values():
+    for name, alignment in run.alignments.items():
         yield from alignment.notes()
+        # as in a step; the teacher's weights may be in bf16
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            sizes = alignment.sizes(_contexts(run, name))
+        yield from sizes
+
+
+def _contexts(run: Run, name: str) -> Iterator[Context]:
+    """What alignment `name` sees of the next few batches, without the student's features."""
+    for batch, *_ in run.batches(min(run.step + BATCHES, run.config.max_train_steps)):
+        yield batch.selections.get(name, ALL).take(batch.context(name, {}))
 
 
 def _choices(choices: dict[str, Any]) -> Iterator[str]:

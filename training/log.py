@@ -15,7 +15,6 @@ from torch import Tensor
 
 from runtime import files, progress
 from runtime.jsonlines import read
-from training import balance
 from training.tracker import Tracker
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
@@ -38,7 +37,7 @@ class Meter:
         self._counts = torch.zeros(5, device=accelerator.device)
         # a report resets all of them but the current row
         self._carried = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0], device=accelerator.device)
-        # Gradient-norm ratio of each alignment, if measured since the last report (`training.balance`).
+        # Gradient-norm ratio of each alignment, if it was measured in this step (`training.balance`).
         self.ratios: dict[str, Tensor] = {}
         self._steps = 0
         self._seconds = 0.0
@@ -77,8 +76,15 @@ class Meter:
             [self._counts[0] + good, self._counts[1] + 1 - good, streak, longest.maximum(streak), ago]
         )
 
+    def take_ratios(self) -> dict[str, float]:
+        """The gradient-norm ratios that this step measured, by alignment; if there are any, waits for the device."""
+        measured = {name: ratio.item() for name, ratio in self.ratios.items()}
+        self.ratios = {}
+        # at initialisation it divides by 0
+        return {name: ratio for name, ratio in measured.items() if math.isfinite(ratio)}
+
     def report(self, batch_size: int) -> dict[str, float]:
-        """Means since the last report over all processes; the only place where the host waits for the device."""
+        """Means since the last report over all processes; waits for the device."""
         names = list(self._sums)
         if not names:
             return {}
@@ -91,11 +97,6 @@ class Meter:
         for name, total, count in zip(QUARTERS, *quarters.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
-        measured = {f"{balance.PREFIX}{name}": ratio.item() for name, ratio in self.ratios.items()}
-        values |= {
-            name: ratio for name, ratio in measured.items() if math.isfinite(ratio)
-        }  # at initialisation it divides by 0
-        self.ratios = {}
         if skipped:
             values["skipped_steps"] = round(skipped)
         values["images_per_second"] = self._steps * batch_size / (self._seconds + time.perf_counter() - self._start)

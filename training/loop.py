@@ -75,8 +75,9 @@ def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
                 name: setup.options[name].weight_at(run.step, setup.stops[name], run.epoch_steps)
                 for name in run.alignments
             }
-            if meter is not None and weights and config.grad_ratio_steps and number % config.grad_ratio_steps == 0:
+            if meter is not None and weights and config.compares_gradients_at(number):
                 meter.ratios = balance.ratios(learner, micros, weights, run.accelerator)
+                meter.restart_clock()
             update(learner, micros, weights, run.optimizer, config.max_grad_norm, meter)
             for average in run.averages.values():
                 average.update(number)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -191,3 +193,31 @@ def test_the_introduction_shows_choices_and_no_internals(tmp_path: Path, words: 
     assert not {"{", "[", "_"} & set(line.replace(str(teacher), "")) and "None" not in line
     latent = introduction.introduction(build_run(words(tmp_path, "one", "--align", "latent", "--align-hidden", 32)))
     assert not any("share" in line or "taps" in line for line in latent)
+
+
+@pytest.mark.parametrize(
+    ("more", "omegas", "precision"),
+    [
+        ((), (1, 3, 10, 30), 1e-2),
+        (("--guide-scale", 5, "--align-interval", 0.3, 0.8), (1, 3, 5), 1e-2),
+        (("--guide-scale", 1, "--mixed-precision", "bf16"), (1,), 3e-2),
+    ],
+)
+def test_the_introduction_shows_the_size_of_the_guided_target(
+    more: tuple, omegas: tuple[float, ...], precision: float, tmp_path: Path, words: Words, teacher: Path
+) -> None:
+    run = build_run(words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, *more), "train_guide")
+    (line,) = (line for line in introduction.introduction(run) if line.startswith("target f_g"))
+    shown = {float(omega): float(root) for root, omega in re.findall(r"(\S+) at omega ([\d.]+)", line)}
+    assert tuple(shown) == omegas and "over 4 batches" in line
+    network = Checkpoint.open(teacher).network("raw")
+    squares: dict[float, list[float]] = {omega: [] for omega in omegas}
+    for (batch,) in run.batches(4):
+        inside = (batch.t >= 0.3) & (batch.t <= 0.8) if "--align-interval" in more else batch.t >= 0
+        xt, t, labels = batch.xt[inside], batch.t[inside], batch.labels[inside]
+        with torch.no_grad():
+            u, c = (network(xt, t, y, taps=(4,)).features[4] for y in (torch.full_like(labels, 10), labels))
+        for omega in omegas:
+            squares[omega].append(((1 - omega) * u + omega * c).square().mean().item())
+    for omega, values in squares.items():
+        assert shown[omega] == pytest.approx(math.sqrt(sum(values) / 4), rel=precision)

@@ -226,7 +226,7 @@ def test_after_the_stop_the_loss_is_the_plain_one_and_the_teacher_rests(
     called = []
     target = Guided.target
     monkeypatch.setattr(Guided, "target", lambda self, context: called.append(1) or target(self, context))
-    more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 2]
+    more = ["--guiding-ckpt", teacher, "--align-hidden", 32, "--align-stop-steps", 2, "--grad-ratio-steps", 0]
     train_guide.main(words(tmp_path, "run", *more, "--max-train-steps", 2))
     assert len(called) == 2
     # from here on, plain training takes the same steps from the checkpoint at the stop
