@@ -298,7 +298,8 @@ def _wrong_numbers(score: dict[str, Any], folder: Path, summary: dict[str, Any],
     faults = []
     row, size = rows.find(summary["row"]), scale.find(summary["scale"])
     step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
-    if score["step"] != step or not math.isclose(score["flops"], flops, rel_tol=1e-6):
+    # later code may compute a little less for the same row: records of omega 1 made a pass that is left out today
+    if score["step"] != step or not -1e-6 < score["flops"] / flops - 1 < 0.05:
         faults.append(
             f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, "
             f"not {score['step']} and {score['flops']:.6g}"
