@@ -99,7 +99,9 @@ class Selection:
         `loss` returns one value per sample, or a scalar if it is `coupled`.
         """
         value = loss(self.take(context))
-        return (value if coupled else value[: self.count or None].mean()) * self.factor
+        if self.index is not None and not coupled:
+            value = value[: self.count or None]
+        return value.mean() * self.factor
 
 
 ALL = Selection()
