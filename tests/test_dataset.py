@@ -274,7 +274,7 @@ def test_a_shard_that_is_cut_short_while_mapped_is_one_clear_line(tmp_path):
 def test_the_kernel_reads_announced_rows_before_they_are_touched(tmp_path):
     """Their pages come into memory, where the file is on a disk; rows of an array in memory need nothing."""
     libc = ctypes.CDLL(None, use_errno=True)
-    latents = np.zeros((512, 1, 1, 4, 32, 32), np.float16)
+    latents = np.zeros((512, 1, 1, 512, 4, 4), np.float16)
     data = write_set(tmp_path, latents, np.zeros(512, int), per_shard=512)
     array, rows = data._rows[0], [3, 500, 77]
     with open(next(tmp_path.glob("*.safetensors")), "rb") as file:
