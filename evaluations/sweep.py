@@ -208,8 +208,6 @@ def sweep(config: SweepConfig) -> Path:
     with ExitStack() as held:
         on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
         results = Results(out / "sweep.json", settings)
-        if accelerator.is_main_process:
-            files.remove_leftovers(out)
         accelerator.wait_for_everyone()  # all have read before one writes
         todo = [point for point in points if point not in results.points]
         accelerator.print(cost(config, source, todo, len(points)), flush=True)

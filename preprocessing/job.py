@@ -136,9 +136,9 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
             f"{folder} holds something else already (no {JOB}); choose another --out",
         )
     if (folder / MANIFEST).exists():
+        shards.forget(folder)  # a kill may have come between the manifest and this
         print(f"{folder} is finished already: {len(LatentSet(folder)):,} items")
         return None
-    files.remove_leftovers(folder)
     (folder / STOPPED).unlink(missing_ok=True)
     written = _whole_shards(job) if resumed else {}
     shards.require_space(folder, job.bytes_needed(written))

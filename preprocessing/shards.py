@@ -120,9 +120,13 @@ def write_manifest(
             "skipped": list(skipped),
         },
     )
-    # The manifest now holds what these files recorded.
-    for number in range(len(shards)):
-        _record(folder, number).unlink(missing_ok=True)
+    forget(folder)
+
+
+def forget(folder: Path) -> None:
+    """Remove the records of single shards, which the manifest of the finished set holds."""
+    for file in folder.glob(".shard-*.json"):
+        file.unlink(missing_ok=True)
 
 
 def names(file: Path) -> list[str]:

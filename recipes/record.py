@@ -56,11 +56,18 @@ def write(
     results: Path,
     failure: str | None = None,
 ) -> Path:
-    """Write the record of a chain that has run, or that failed with `failure`; returns its folder."""
+    """Write the record of a chain that has run, or that failed with `failure`; returns its folder.
+
+    A chain that has the same scores of the same checkpoint as a record keeps that record.
+    """
     import torch
 
     from runtime import launch
 
+    files.remove_leftovers(results / "records")
+    if failure is None and (earlier := _recorded(chain, size, seed, results)):
+        write_ledger(results)  # a kill may have come between the record and the ledger
+        return earlier
     today = datetime.date.today().isoformat()
     name = f"{today}-{chain.row.name.replace('/', '-')}-{size.name}-s{seed}"
     folder, number = results / "records" / name, 1
@@ -89,6 +96,17 @@ def write(
         files.write_json(made / "record.json", summary)
     write_ledger(results)
     return folder
+
+
+def _recorded(chain: Chain, size: Scale, seed: int, results: Path) -> Path | None:
+    """The folder of the record that holds what `chain` has made, if there is one."""
+    checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}").digest
+    made = [(score.preset, score.step, files.read_json(score.link.makes)["metrics"]) for score in chain.scores]
+    for entry in finished(load(results), row=chain.row.name, scale=size.name, seed=seed):
+        scores = [(score["preset"], score["step"], score["metrics"]) for score in entry["scores"]]
+        if entry["digests"].get("checkpoint") == checkpoint and scores == made:
+            return results / "records" / entry["folder"]
+    return None
 
 
 def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[str, Any]:
@@ -183,6 +201,7 @@ class Finished(Summary):
 
     step: int
     images_per_second: Number
+    digests: dict[str, str | None]
 
 
 def folders(results: Path) -> list[Path]:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from runtime.errors import UserError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 SEAL = "seal"
+# Parts of a folder in which `replacing` works: what is written, what it replaces, and the lock of the writer.
+_NEW, _OLD, _LOCK = "new", "old", "lock"
+# What lockf and flock answer on a file system without locks.
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextmanager
 def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed.
+    """Yield a temporary path near `path`; on success it replaces `path` in one step, on failure it is removed.
 
     The block may write a file or make a folder there. A folder may replace an empty folder, or one that `ours`
-    recognises; it never replaces anything else.
+    recognises; it never replaces anything else. What a killed writer of `path` left is removed first.
 
     Raises:
         UserError: the path cannot be written (it lies under a file, permission is missing, the disk is full).
@@ -35,28 +41,71 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
     path = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     require(path.name != "", f"{path} is the root of the file system: choose another place")
     require_plain(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    before = path.with_name(f".{path.name}.before.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the umask leaves of 0666; safetensors would give 0600
-            temporary.unlink()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _scratch(path) as (scratch, mode):
+            temporary = scratch / _NEW
             yield temporary
             _flush(temporary, mode)
-            if temporary.is_dir():
-                require_replaceable(path, ours)
-                if path.exists():
-                    os.replace(path, before)
-            os.replace(temporary, path)
+            try:
+                if temporary.is_dir():
+                    require_replaceable(path, ours)
+                    if path.exists():
+                        os.replace(path, scratch / _OLD)
+                os.replace(temporary, path)
+            finally:
+                if (scratch / _OLD).exists() and not path.exists():
+                    os.replace(scratch / _OLD, path)
             _flush_names(path.parent)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[tuple[Path, int]]:
+    """A folder beside `path` for this writer alone, and the mode of new files; it is removed at the end.
+
+    Its random name is unique where process numbers are not (containers). After a kill, its lock tells everybody else
+    that nobody writes there any more.
+    """
+    remove_leftovers(path.parent, path.name)
+    handle = None
+    while handle is None:
+        folder = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))
+        # until it is locked, another process may take it for a leftover and remove it
+        with suppress(FileNotFoundError):
+            handle = open(folder / _LOCK, "w")  # noqa: SIM115  # stays open while the lock is held
+            if take(handle, fcntl.flock) is False or not (folder / _LOCK).exists():
+                handle.close()
+                handle = None
+    try:
+        # what the umask leaves of 0666; safetensors would give 0600
+        yield folder, os.fstat(handle.fileno()).st_mode
     finally:
-        _remove(temporary)
-        if before.exists() and not path.exists():
-            os.replace(before, path)
-        _remove(before)
+        handle.close()
+        _remove_scratch(folder)
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Remove a folder of `_scratch` as far as that is possible; its lock comes last, which marks it as one."""
+    with suppress(OSError):
+        for part in sorted(folder.iterdir(), key=lambda part: part.name == _LOCK):
+            _remove(part)
+        folder.rmdir()
+
+
+def take(handle: TextIO, call: Callable[[TextIO, int], None]) -> bool | None:
+    """Take the kernel's lock of an open file by `call` (lockf, flock), which holds until it is closed.
+
+    Returns False if somebody else holds it, None on a file system without locks.
+    """
+    try:
+        call(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
 
 
 def require_plain(path: Path | str) -> None:
@@ -86,15 +135,25 @@ def require_replaceable(
     raise UserError(f"{path} exists and is not what this command wrote there: {remedy}")
 
 
-def remove_leftovers(folder: Path | str) -> list[str]:
-    """Remove the temporary files and folders that killed writers left in `folder`; returns their names.
+def remove_leftovers(folder: Path | str, name: str | None = None, alone: bool = False) -> list[str]:
+    """Remove what killed writers of `name` (None: of anything) left in `folder`; returns the names of it.
 
-    Call only while holding the folder's lock (`runtime.locks`): a writer at work has such files too.
+    The folder of a writer at work is locked and stays. Where the file system has no locks, nobody can know, and only
+    `alone` removes: the caller is the only one who writes in `folder`.
     """
-    left = [path for path in Path(folder).glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
-    for path in left:
-        _remove(path)
-    return sorted(path.name for path in left)
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
+    left = []
+    for path in sorted(path for path in Path(folder).glob(".*.tmp") if pattern.fullmatch(path.name)):
+        try:
+            with open(path / _LOCK, "r+") as handle:
+                taken = take(handle, fcntl.flock)
+                if taken or (taken is None and alone):
+                    _remove_scratch(path)
+                    left.append(path.name)
+        except OSError:  # killed before it was locked; what is not empty, or no folder, is somebody else's
+            with suppress(OSError):
+                path.rmdir()
+    return left
 
 
 @contextmanager
@@ -134,10 +193,8 @@ def _flush(path: Path, mode: int) -> None:
 
 def remove(path: Path) -> None:
     """Remove a folder in one step: a reader sees the whole folder or nothing under its name."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        os.replace(path, doomed)
-        _remove(doomed)
+    with writing(path), _scratch(path) as (scratch, _):
+        os.replace(path, scratch / _OLD)
 
 
 def _remove(path: Path) -> None:

@@ -6,7 +6,6 @@ locks, a note says that a second writer is not kept out.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -21,13 +20,13 @@ from runtime import files
 from runtime.errors import UserError, note
 
 LOCK = ".lock"
-# What lockf answers on a file system without locks.
-UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 @contextmanager
 def locked(folder: Path | str, remedy: str) -> Iterator[None]:
     """Hold `folder` for this process alone inside the block; the folder is made if it does not exist.
+
+    What killed writers left in it is removed first (`files.remove_leftovers`).
 
     Raises:
         UserError: another process holds it (the message names the process and ends with `remedy`), or the folder
@@ -39,6 +38,8 @@ def locked(folder: Path | str, remedy: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with _kernel_lock(folder, remedy):
+            if left := files.remove_leftovers(folder, alone=True):
+                note(f"removed what a killed command left in {folder}: {', '.join(left)}")
             yield
     finally:
         if made and not any(folder.iterdir()):
@@ -52,24 +53,25 @@ def _kernel_lock(folder: Path, remedy: str) -> AbstractContextManager[None]:
             handle = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  # stays open while the lock is held
         try:
             # a lock of this process alone: decoding workers that outlive a killed encoder must not hold it
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the holder before us may have removed the file since we opened it, and a lock on that file is no lock
-            if os.fstat(handle.fileno()).st_ino == os.stat(folder / LOCK).st_ino:
-                return _held(folder, handle)
-        except (BlockingIOError, PermissionError):
-            with handle:
-                raise _taken(folder, _holder(handle), remedy) from None
-        except FileNotFoundError:  # released, and so removed, between the two calls
-            pass
-        except OSError as error:
-            handle.close()
-            if error.errno in UNSUPPORTED:
+            taken = files.take(handle, fcntl.lockf)
+            if taken is None:
                 (folder / LOCK).unlink(missing_ok=True)
                 note(
                     f"the file system of {folder} has no locks, so a second command that writes there is not kept out: "
                     f"run one command at a time in this folder"
                 )
+                handle.close()
                 return nullcontext()
+            if not taken:
+                with handle:
+                    raise _taken(folder, _holder(handle), remedy)
+            # the holder before us may have removed the file since we opened it, and a lock on that file is no lock
+            if os.fstat(handle.fileno()).st_ino == os.stat(folder / LOCK).st_ino:
+                return _held(folder, handle)
+        except FileNotFoundError:  # released, and so removed, between the two calls
+            pass
+        except OSError as error:
+            handle.close()
             raise UserError(f"cannot lock {folder}: {error.strerror}; choose another place") from error
         handle.close()
 

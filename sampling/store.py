@@ -65,7 +65,6 @@ class Store:
         Raises UserError for settings that differ, and for files that this class did not write.
         """
         mark = self.partial / SETTINGS
-        files.remove_leftovers(self.out)
         if self.partial.exists():
             names = [path.name for path in self.partial.iterdir()] if self.partial.is_dir() else [PARTIAL]
             foreign = sorted(set(names) - set(FILES))

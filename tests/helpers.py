@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -21,6 +23,7 @@ from alignment import Alignment, Context
 from loss import Batch
 from models.checkpoint import Checkpoint
 from models.latents import LatentSpace
+from runtime import files
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -153,6 +156,20 @@ def held_elsewhere(file: Path) -> Iterator[None]:
         holder.stdin.close()
 
 
+def killed_writer(path: Path) -> Path:
+    """What a process leaves that is killed while it writes `path`, with a library's own temporary file."""
+    before = set(path.parent.glob(".*.tmp"))
+    child = os.fork()
+    if child == 0:
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            temporary.with_name(".tmpX1y2Z3").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = {*path.parent.glob(".*.tmp")} - before
+    return left
+
+
 def micro_batch(alignment: Alignment | None = None, count: int = 6, **more: Any) -> Batch:
     """Draws for images of the digits' size, with those of `alignment`; `image` has nothing to do with the latents."""
     generator = torch.Generator().manual_seed(1)
@@ -184,8 +201,8 @@ def build_run(argv: list[str], program: str = "train") -> Run:
 
 def saved_tensors(run: Path) -> dict[str, Tensor]:
     """Every tensor of a run's latest checkpoint, by file and name."""
-    files = Checkpoint.open(run).path.glob("*.safetensors")
-    return {f"{file.name}/{name}": value for file in files for name, value in load_file(file).items()}
+    shards = Checkpoint.open(run).path.glob("*.safetensors")
+    return {f"{file.name}/{name}": value for file in shards for name, value in load_file(file).items()}
 
 
 def assert_same_bits(first: Path, second: Path) -> None:

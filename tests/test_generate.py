@@ -20,7 +20,7 @@ from runtime.options import build
 from sampling.config import SamplingConfig
 from sampling.sampler import Sampler
 from sampling.store import Store
-from tests.helpers import held_elsewhere
+from tests.helpers import held_elsewhere, killed_writer
 
 
 def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -181,11 +181,11 @@ def test_other_settings_replace_nothing_unasked(guided: Path, tmp_path: Path, mo
 def test_only_what_was_written_here_is_removed(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun(guided, tmp_path, monkeypatch)
     (tmp_path / "partial" / "thesis.tex").write_text("mine")
-    (tmp_path / ".samples.npz.123.tmp").write_bytes(b"left by a killed process")
+    left = killed_writer(tmp_path / "samples.npz")
     for more in ((), ("--seed", 1, "--overwrite")):
         with pytest.raises(UserError, match="thesis.tex, which generate.py did not write"):
             draw(guided, tmp_path, *more)
-    assert not (tmp_path / ".samples.npz.123.tmp").exists()
+    assert not left.exists()
     (tmp_path / "other" / "samples.npz").parent.mkdir()
     (tmp_path / "other" / "samples.npz").write_text("mine")
     with pytest.raises(UserError, match="only one of samples.npz and samples.json"):

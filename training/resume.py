@@ -63,13 +63,9 @@ def _newest(folder: Path, tidy: bool) -> Path | None:
             with files.writing(aside):
                 damaged.rename(aside if not aside.exists() else damaged.with_name(f"{aside.name}-{time.time_ns()}"))
     if tidy:
-        left = [
-            name
-            for part in (folder, folder / "checkpoints", folder / "averages")
-            for name in files.remove_leftovers(part)
-        ]
-        if left:
-            note(f"removed what a killed save left in {folder}: {', '.join(left)}")
+        for part in (folder / "checkpoints", folder / "averages"):
+            if left := files.remove_leftovers(part, alone=True):
+                note(f"removed what a killed save left in {part}: {', '.join(left)}")
     return newest
 
 

@@ -24,7 +24,17 @@ from preprocessing.images import ImageFiles, cropped
 from preprocessing.job import STOPPED
 from runtime import files, locks
 from runtime.errors import UserError
-from tests.helpers import ROOT, SmallCodec, class_folders, encoding, held_elsewhere, photograph, tiny_vae, zipped
+from tests.helpers import (
+    ROOT,
+    SmallCodec,
+    class_folders,
+    encoding,
+    held_elsewhere,
+    killed_writer,
+    photograph,
+    tiny_vae,
+    zipped,
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,22 +137,22 @@ def test_worker_processes_change_nothing(folder, tmp_path):
 
 def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, tmp_path, monkeypatch, capsys):
     encode(folder, vae, tmp_path / "whole", "--flip", "--keep-images")
-    write, calls = shards.write_shard, []
+    write, calls, left = shards.write_shard, [], []
 
     def killed(folder: Path, number: int, *rest, **named):
         calls.append(number)
         if len(calls) == 3:
-            (folder / ".shard-00002.safetensors.1.tmp").write_bytes(b"half")
+            left.append(killed_writer(folder / "shard-00002.safetensors").name)
             raise KeyboardInterrupt
         return write(folder, number, *rest, **named)
 
     monkeypatch.setattr(shards, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
-    assert sorted(contents(tmp_path / "again")) == [
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
         ".shard-00000.safetensors.json",
         ".shard-00001.safetensors.json",
-        ".shard-00002.safetensors.1.tmp",
+        *left,
         "job.json",
         "shard-00000.safetensors",
         "shard-00001.safetensors",
@@ -156,7 +166,9 @@ def test_killed_and_started_again_it_finishes_with_the_same_bytes(folder, vae, t
     encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
     assert calls[3:] == [0, 2, 3] and "shard-00000.safetensors is damaged" in capsys.readouterr().out
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+    (tmp_path / "again" / ".shard-00003.safetensors.json").touch()  # as a kill after the manifest leaves it
     encode(folder, vae, tmp_path / "again", "--flip", "--keep-images")
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")
     assert len(calls) == 6 and "finished already" in capsys.readouterr().out
 
 

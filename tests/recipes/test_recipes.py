@@ -21,6 +21,7 @@ from recipes import chain, record, rows, runner, scale, table
 from runtime.errors import UserError
 from runtime.options import read
 from sampling import presets
+from tests.helpers import killed_writer
 from training import command
 
 RUN = (
@@ -192,19 +193,27 @@ def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pyt
     assert capsys.readouterr().out.count("holds") == len(RUN)
 
 
-def test_a_chain_goes_on_where_it_was_and_records_are_never_replaced(
+def test_a_repeated_chain_keeps_its_record_and_another_result_adds_one(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    shutil.copytree(place / "results", tmp_path / "results")
-    before = {file: file.read_bytes() for file in (tmp_path / "results" / "records").rglob("*.json")}
-    recipes.main(
-        ["run", RUN[3], "--scale", "tiny", "--work", str(place / "work"), "--results", str(tmp_path / "results")]
-    )
+    """The first time is that after a kill between a record and the ledger, which left a folder half written too."""
+    results = Path(shutil.copytree(place / "results", tmp_path / "results"))
+    before = {file: file.read_bytes() for file in results.rglob("*.json")}
+    ledger = (results / "ledger.csv").read_bytes()
+    (results / "ledger.csv").unlink()
+    killed_writer(results / "records" / "2026-01-01-row")
+    argv = ["run", RUN[3], "--scale", "tiny", "--work", str(place / "work"), "--results", str(results)]
+    recipes.main(argv)
     printed = capsys.readouterr().out
     assert printed.count("done: ") == 4 and "\n$ " not in printed
-    assert all(file.read_bytes() == text for file, text in before.items())
-    twice = [entry for entry in record.load(tmp_path / "results") if entry["row"] == RUN[3]]
-    assert len(twice) == 2 and twice[0]["scores"] == twice[1]["scores"]
+    assert (results / "ledger.csv").read_bytes() == ledger
+    assert {file: file.read_bytes() for file in results.rglob("*.json")} == before and not [*results.rglob(".*")]
+    (earlier,) = [entry["folder"] for entry in record.load(results) if entry["row"] == RUN[3]]
+    score = results / "records" / earlier / "metrics.json"
+    score.write_text(score.read_text().replace('"fd": ', '"fd": 1'))
+    recipes.main(argv)
+    assert [entry["row"] for entry in record.load(results)].count(RUN[3]) == 2
+    assert score.read_bytes() != before[score]
 
 
 def test_a_whole_table_leaves_out_what_has_a_record(

@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoint
 from runtime import errors, files, seal
 from runtime.errors import EndedEarly, UserError
 from runtime.locks import LOCK
-from tests.helpers import ROOT, Words, assert_same_bits, build_run, held_elsewhere
+from tests.helpers import ROOT, Words, assert_same_bits, build_run, held_elsewhere, killed_writer
 from training.between import ENDED_EARLY, Between
 from training.log import read
 from training.run import Run
@@ -143,13 +143,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note(
         content = bytearray((newest / how).read_bytes())
         content[len(content) // 2] ^= 4
         (newest / how).write_bytes(content)
-    (run / "checkpoints" / ".0000006.123.tmp").mkdir()
+    left = killed_writer(run / "checkpoints" / "0000006")
     capsys.readouterr()
     train.main(argv)
     output = capsys.readouterr().out
     assert (
         "continuing from 0000002, the newest intact one; 0000004 is now 0000004.damaged" in output
-        and ".0000006.123.tmp" in output
+        and left.name in output
     )
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["0000002", "0000004", "0000004.damaged"]

@@ -25,7 +25,7 @@ from alignment.guided import Guided
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
-from tests.helpers import ROOT, Words, assert_same_bits, build_run, saved_tensors
+from tests.helpers import ROOT, Words, assert_same_bits, build_run, killed_writer, saved_tensors
 from training import loop
 from training.log import read
 
@@ -64,8 +64,9 @@ def test_resume_after_a_kill_repeats_only_the_steps_since_the_checkpoint(tmp_pat
     run = train.main(words(tmp_path / "b", "run", *more, "--max-train-steps", 4))
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 5, "loss/diffusion": 99}\n{"step": 6, "loss/diff')
-    (run / "checkpoints" / ".0000006.123.tmp").mkdir()  # as a kill during a save leaves it
+    left = killed_writer(run / "checkpoints" / "0000006")
     train.main(words(tmp_path / "b", "run", *more, "--max-train-steps", 6))
+    assert not left.exists()
     assert losses(whole) == losses(run)
     assert_same_bits(whole, run)
 
