@@ -57,7 +57,7 @@ def samples_file(path: str) -> str:
 
     Raises UserError if such a folder is unfinished.
     """
-    require(not (Path(path) / "partial").is_dir(), f"the samples in {path} are unfinished: run generate.py again")
+    require(store.begun(Path(path)) is None, f"the samples in {path} are unfinished: run generate.py again")
     archive = Path(path) / "samples.npz"
     return str(archive) if archive.is_file() else path
 

@@ -1,6 +1,7 @@
 """A set of samples on disk: growing while it is drawn, then `samples.npz`, `samples.json` and `grid.png`.
 
-Finished samples live in `partial/` until all are there, so that a killed run continues where it was.
+Drawn samples live in `partial/` until the others are written, so that a killed run continues where it was. The folder
+is whole or absent: while it is there, its settings decide, and whatever else lies beside it is written again.
 """
 
 from __future__ import annotations
@@ -64,7 +65,6 @@ class Store:
 
         Raises UserError for settings that differ, and for files that this class did not write.
         """
-        mark = self.partial / SETTINGS
         if self.partial.exists():
             names = [path.name for path in self.partial.iterdir()] if self.partial.is_dir() else [PARTIAL]
             foreign = sorted(set(names) - set(FILES))
@@ -72,24 +72,23 @@ class Store:
                 not foreign,
                 f"{self.partial} holds {', '.join(foreign[:3])}, which generate.py did not write; choose another --out",
             )
-            earlier = files.read_json(mark) if mark.is_file() else None
+            earlier = begun(self.out)
             same = earlier == self.settings
             require(
                 same or earlier is None or overwrite,
                 f"{self.out} holds unfinished samples of other settings ({difference(earlier, self.settings)}); choose "
                 f"another --out, or add --overwrite",
             )
-            # an array that a full disk cut short cannot be continued
+            # an array that was cut short cannot be continued
             if same and all(self._whole(name) for name in self.layout):
                 self._forget_damaged()
                 return
-            remove_partial(self.partial)
-        with files.writing(self.out):
-            self.partial.mkdir(parents=True)
+            files.remove(self.partial)
+        with files.replacing(self.partial) as folder:
+            folder.mkdir()
             for name, (dtype, shape) in self.layout.items():
-                _allocate(self.partial / f"{name}.npy", dtype, shape)
-        # the settings come last: with them the folder can be continued
-        files.write_json(mark, self.settings)
+                _allocate(folder / f"{name}.npy", dtype, shape)
+            files.write_json(folder / SETTINGS, self.settings)
 
     def _whole(self, name: str) -> bool:
         """Whether the file of an earlier attempt has the type and the shape of this one's."""
@@ -115,7 +114,8 @@ class Store:
 
     def _open(self, name: str) -> np.memmap:
         if name not in self._arrays:
-            self._arrays[name] = np.lib.format.open_memmap(self.partial / f"{name}.npy", "r+")
+            with files.writing(self.partial):
+                self._arrays[name] = np.lib.format.open_memmap(self.partial / f"{name}.npy", "r+")
         return self._arrays[name]
 
     def missing(self, rank: int, world: int) -> list[int]:
@@ -159,7 +159,8 @@ class Store:
             self.out / "samples.json",
             {"format": FORMAT, **self.settings, "samples": files.digest(self.out / "samples.npz")},
         )
-        remove_partial(self.partial)
+        # last: until here the same command does all this again
+        files.remove(self.partial)
 
 
 def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bool:
@@ -169,9 +170,8 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
         UserError: without `overwrite`, for samples of other settings, damaged ones, or a samples.npz of unknown origin.
     """
     archive, record = out / "samples.npz", out / "samples.json"
-    if overwrite or not (archive.exists() or record.exists()):
-        return False
-    if not archive.exists() and (out / PARTIAL / SETTINGS).is_file():
+    # unfinished samples are for `Store` to compare
+    if overwrite or begun(out) is not None or not (archive.exists() or record.exists()):
         return False
     remedy = "choose another --out, or add --overwrite to replace them"
     require(archive.is_file() and record.is_file(), f"{out} has only one of samples.npz and samples.json; {remedy}")
@@ -179,15 +179,20 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     require("samples" in saved, f"{record} was not written by generate.py; {remedy}")
     then = {name: value for name, value in saved.items() if name != "samples"}
     now = json.loads(json.dumps(settings))
-    if then != now and (out / PARTIAL / SETTINGS).is_file():
-        # An --overwrite was interrupted: `Store` decides.
-        return False
     require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
     require(
         files.digest(archive) == saved["samples"],
         f"{archive} is damaged: its digest differs from samples.json; {remedy}",
     )
     return True
+
+
+def begun(out: Path) -> Any:
+    """The settings of the unfinished samples in `out`; None without such samples, or if their settings are damaged."""
+    file = out / PARTIAL / SETTINGS
+    with files.reading(file), suppress(ValueError):
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return None
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -205,14 +210,6 @@ def difference(then: Any, now: dict[str, Any]) -> str:
         (f"{name} {then.get(name)}, not {value}" for name, value in now.items() if then.get(name) != value),
         f"with {', '.join(sorted(then.keys() - now.keys()))}",
     )
-
-
-def remove_partial(partial: Path) -> None:
-    """Remove the folder of unfinished samples: our files by name, and the folder if nothing else is left."""
-    for name in FILES:
-        (partial / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        partial.rmdir()
 
 
 def checksum(image: np.ndarray, label: int) -> int:

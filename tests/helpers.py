@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from loss import Batch
 from models.checkpoint import Checkpoint
 from models.latents import LatentSpace
 from runtime import files
+from runtime.errors import UserError
 from runtime.streams import Stream
 
 if TYPE_CHECKING:
@@ -168,6 +170,43 @@ def killed_writer(path: Path) -> Path:
     os.waitpid(child, 0)
     (left,) = {*path.parent.glob(".*.tmp")} - before
     return left
+
+
+def ended_at(number: int, call: Callable[[], object], fault: int | None = None) -> int | None:
+    """Run `call` in a process of its own up to its `number`-th change of the file system; returns the exit code.
+
+    There it is killed, or meets the error `fault` then and ever after, as on a full disk. None if it made no such
+    change. The code is negative after a kill, 2 after a UserError, 1 after any other error.
+    """
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def count_changes(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            opened = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not opened and event not in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+                return
+            count += 1
+            if count >= number and fault is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            # a removal needs no space
+            if count >= number and event not in ("os.remove", "os.rmdir"):
+                raise OSError(fault, os.strerror(fault))
+
+        sys.addaudithook(count_changes)
+        code = 1
+        try:
+            call()
+            code = 0
+        except UserError:
+            code = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(3 if count < number else code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return None if code == 3 else code
 
 
 def micro_batch(alignment: Alignment | None = None, count: int = 6, **more: Any) -> Batch:

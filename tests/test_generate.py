@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,11 @@ from models.pixels import PixelCodec, pixels, to_uint8
 from runtime.errors import UserError
 from runtime.locks import LOCK
 from runtime.options import build
-from sampling.config import SamplingConfig
+from sampling.config import SamplingConfig, SourceOptions
 from sampling.sampler import Sampler
+from sampling.source import Source
 from sampling.store import Store
-from tests.helpers import held_elsewhere, killed_writer
+from tests.helpers import ended_at, held_elsewhere, killed_writer
 
 
 def draw(ckpt: Path, out: Path, *words: object) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -127,6 +133,40 @@ def test_a_killed_run_keeps_its_samples(guided: Path, tmp_path: Path, monkeypatc
     again = draw(guided, tmp_path / "killed", "--batch-size", 6)
     assert calls == [6, 6, 6, 6, 6, 2]  # 6 were there and 6 still on the device, 14 were left
     assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
+
+
+@pytest.mark.parametrize(
+    ("first", "before", "fault"),
+    [(1, (), None), (2, ("--seed", 1), None), (3, (), errno.ENOSPC), (4, ("--seed", 1), errno.EIO)],
+)
+def test_whatever_a_kill_or_an_error_leaves_the_same_command_finishes(
+    guided: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: int,
+    before: tuple[object, ...],
+    fault: int | None,
+) -> None:
+    """At every fourth change of the file system, in an empty folder and in one whose samples are to be replaced."""
+    opened = Source.open(SourceOptions(ckpt=str(guided)), SamplingConfig(num_steps=2))
+    monkeypatch.setattr(Source, "open", lambda *_: opened)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process has written all the same
+    words: tuple[object, ...] = ("--num-fid-samples", 3, "--num-steps", 2, *(["--overwrite"] if before else []))
+    draw(guided, tmp_path / "whole", *words)
+    draw(guided, tmp_path / "earlier", *words, *before)
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    ends = []
+    for number in itertools.count(first, 4):
+        out = tmp_path / "again"
+        if before:
+            shutil.copytree(tmp_path / "earlier", out)
+        ends.append(ended_at(number, lambda out=out: draw(guided, out, *words), fault))
+        draw(guided, out, *words)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == whole, number
+        shutil.rmtree(out)
+        if ends[-1] is None:
+            break
+    assert set(ends[:-1]) <= ({2, 0} if fault else {-signal.SIGKILL}) and len(ends) > 10
 
 
 def test_finished_samples_are_not_drawn_again(guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,6 +326,7 @@ def test_a_folder_of_generate_is_its_samples_and_never_its_grid(pair):
     by_file, by_folder = run(folder, samples="drawn/samples.npz"), run(folder, samples="drawn")
     assert by_file == by_folder and by_folder["samples"]["settings"] == {"seed": 3}
     (drawn / "partial").mkdir()
+    files.write_json(drawn / "partial" / "settings.json", {"seed": 3})
     with pytest.raises(UserError, match="unfinished"):
         run(folder, samples="drawn")
 
