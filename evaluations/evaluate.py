@@ -82,13 +82,17 @@ def open_all(paths: Sequence[str], grey: bool = False) -> list[Images]:
 
 
 def about(path: str, samples: Images) -> dict[str, Any]:
-    """A result's description of its samples: name, digest and the settings in the JSON beside them."""
-    sidecar = Path(path).with_suffix(".json")
-    return {
-        "name": samples.name,
-        "sha256": samples.digest(),
-        "settings": store.read_record(sidecar) if sidecar.is_file() else None,
-    }
+    """A result's description of its samples: name, digest and the settings in the JSON beside them.
+
+    Raises UserError if that JSON is damaged or of other samples: their settings would stand beside this score.
+    """
+    sidecar, digest = Path(path).with_suffix(".json"), samples.digest()
+    settings = store.read_record(sidecar) if sidecar.is_file() else None
+    require(
+        settings is None or settings.get("samples") == digest,
+        f"{sidecar} describes other samples than {path}: their digests differ; put the right file there, or remove it",
+    )
+    return {"name": samples.name, "sha256": digest, "settings": settings}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
 
 def report(result: dict[str, Any], path: Path | str) -> None:
     """Write metrics.json to `path` and print the result: table, reference and warnings."""
-    files.write_json(path, result)
+    files.write_sealed(path, result)
     runs, reference = result.get("runs", [result]), result["reference"]
     print(table(result))
     print(
@@ -154,12 +158,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # all files are checked before the first is scored: an extractor runs for minutes
     for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
+    described = [about(path, images) for path, images in zip(paths, samples, strict=True)]
     runs = []
-    for path, images in zip(paths, samples, strict=True):
+    for images, description in zip(samples, described, strict=True):
         collected = collect(
             images, extractor, accelerator=accelerator, batch_size=options.batch_size, title=images.name
         )
-        runs.append(scorer.compare(collected) | {"samples": about(path, images)})
+        runs.append(scorer.compare(collected) | {"samples": description})
     if accelerator.is_main_process:
         report(summary(runs), options.out)
 

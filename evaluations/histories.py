@@ -129,9 +129,8 @@ def from_scores(words: Sequence[str], metric: str | None) -> tuple[Curves, str]:
     curves: Curves = {}
     first: tuple[str, Any] | None = None
     for name, file in map(named, words):
-        score = schema.read(
-            ScoreFile, file, "give metrics.json of one file of samples, as generate.py --reference writes it"
-        )
+        remedy = "give metrics.json of one file of samples, as generate.py --reference writes it"
+        score = schema.read(ScoreFile, file, remedy, sealed=True)
         step, settings = score["samples"]["settings"].get("step"), protocol(score)
         if not isinstance(step, int):
             raise UserError(f"{file} does not say which step it scored: give scores of a run's checkpoint")

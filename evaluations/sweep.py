@@ -111,7 +111,7 @@ class Results:
         self.path, self.settings = path, settings
         self.points: dict[Point, dict[str, float]] = {}
         if path.is_file():
-            earlier = schema.read(Sweep, path, "give another --out")
+            earlier = schema.read(Sweep, path, "give another --out", sealed=True)
             for key, value in settings.items():
                 if earlier["settings"].get(key) != value:
                     raise UserError(
@@ -123,12 +123,12 @@ class Results:
             }
 
     def write(self) -> None:
-        """Write all points, atomically."""
+        """Write all points, atomically and sealed."""
         points = [
             {"cfg_scale": scale, "guidance_high": high, "metrics": metrics}
             for (scale, high), metrics in sorted(self.points.items())
         ]
-        files.write_json(self.path, {"settings": self.settings, "points": points})
+        files.write_sealed(self.path, {"settings": self.settings, "points": points})
 
 
 def rows(points: dict[Point, dict[str, float]], metric: str) -> tuple[list[float], list[float], np.ndarray]:

@@ -39,6 +39,7 @@ class Options:
 
 
 class _Samples(TypedDict):
+    sha256: str | None
     settings: dict[str, Any] | None
 
 
@@ -68,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> Path | str:
     result = None
     # metrics of another checkpoint are refused before anything is written
     if options.metrics is not None:
-        result = files.read_json(options.metrics)
-        schema.checked(Metrics, result, options.metrics, "give the metrics.json of this checkpoint's samples")
+        remedy = "give the metrics.json of this checkpoint's samples"
+        result = schema.read(Metrics, options.metrics, remedy, sealed=True)
         require_own(source, result, options.metrics)
     if not options.to.startswith(PREFIX):
         require(not options.private, "--private is for the hub: --to hub:user/name")
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path | str:
     return push(source, options, result)
 
 
-def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) -> str:
+def push(source: Checkpoint, options: Options, result: Metrics | None) -> str:
     """Put a checkpoint on the hub; returns its address. Raises UserError if the hub cannot be reached or refuses."""
     import tempfile
 
@@ -96,17 +97,29 @@ def push(source: Checkpoint, options: Options, result: dict[str, Any] | None) ->
     return str(address)
 
 
-def require_own(source: Checkpoint, result: dict[str, Any], path: str) -> None:
-    """Raise UserError unless the metrics belong to samples of this checkpoint."""
-    settings = result.get("runs", [result])[0].get("samples", {}).get("settings") or {}
-    require(
-        settings.get("checkpoint") == source.digest,
-        f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew "
-        f"from it",
-    )
+def require_own(source: Checkpoint, result: Metrics, path: str) -> None:
+    """Raise UserError unless the metrics belong to samples of this checkpoint, and their settings to these samples."""
+    for run in _runs(result):
+        settings = run["samples"]["settings"] or {}
+        require(
+            settings.get("checkpoint") == source.digest,
+            f"{path} does not say that its samples are of {source.path}: give a score of samples that generate.py drew "
+            f"from it",
+        )
+        # scores of samples that were not written have no digest in either place
+        require(
+            settings.get("samples") == run["samples"]["sha256"],
+            f"{path} has the settings of other samples than it scored: their digests differ; score the samples again",
+        )
 
 
-def pack(source: Checkpoint, out: Path, result: dict[str, Any] | None = None) -> None:
+def _runs(result: Metrics) -> list[_Run]:
+    """The scored files of samples: several seeds, or the only one."""
+    nothing: _Samples = {"sha256": None, "settings": None}
+    return result.get("runs") or [{"samples": result.get("samples", nothing)}]
+
+
+def pack(source: Checkpoint, out: Path, result: Metrics | None = None) -> None:
     """Write the copy of a checkpoint to the folder `out`, atomically."""
     # what sampling reads: weights and averages; the alignments' own heads and the optimiser's state stay behind
     names = [
@@ -134,7 +147,7 @@ def is_packed(path: Path) -> bool:
     )
 
 
-def card(source: Checkpoint, result: dict[str, Any] | None) -> str:
+def card(source: Checkpoint, result: Metrics | None) -> str:
     """The model card: the method, data, protocol, numbers and digests that the artefacts record."""
     spec, space = source.spec, source.space
     header = [
@@ -190,10 +203,10 @@ def _method(config: dict[str, Any], step: int) -> list[str]:
     ]
 
 
-def _numbers(result: dict[str, Any] | None) -> list[str]:
+def _numbers(result: Metrics | None) -> list[str]:
     if result is None:
         return []
-    settings, reference = result.get("runs", [result])[0]["samples"]["settings"], result["reference"]
+    settings, reference = _runs(result)[0]["samples"]["settings"] or {}, result["reference"]
     protocol = ", ".join(f"{key} {settings[key]}" for key in PROTOCOL if settings.get(key) is not None)
     return [
         "| metric | value |",

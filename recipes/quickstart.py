@@ -150,7 +150,7 @@ def _score(row: Row, folder: Path, config: QuickstartConfig, precision: str) -> 
     _call("generate.py", *words, "--out", drawn)
     words = ["--samples", drawn / "samples.npz", "--reference", target, "--features", "pixels"]
     _call("-m", "evaluations.evaluate", *words, "--out", drawn / "metrics.json")
-    metrics = files.read_json(drawn / "metrics.json")["metrics"]
+    metrics = files.read_sealed(drawn / "metrics.json")["metrics"]
     return {key: metrics[key] for key in METRICS}
 
 

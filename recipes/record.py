@@ -101,7 +101,7 @@ def write(
 def _recorded(chain: Chain, size: Scale, seed: int, results: Path) -> Path | None:
     """The folder of the record that holds what `chain` has made, if there is one."""
     checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}").digest
-    made = [(score.preset, score.step, files.read_json(score.link.makes)["metrics"]) for score in chain.scores]
+    made = [(score.preset, score.step, files.read_sealed(score.link.makes)["metrics"]) for score in chain.scores]
     for entry in finished(load(results), row=chain.row.name, scale=size.name, seed=seed):
         scores = [(score["preset"], score["step"], score["metrics"]) for score in entry["scores"]]
         if entry["digests"].get("checkpoint") == checkpoint and scores == made:
@@ -127,7 +127,7 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
 
     scores = []
     for score in chain.scores:
-        metrics = files.read_json(score.link.makes)
+        metrics = files.read_sealed(score.link.makes)
         conditions = protocol(metrics)
         scores.append(
             {

@@ -250,6 +250,14 @@ def write_sealed(path: Path | str, value: dict[str, Any]) -> None:
     write_json(path, {**plain, SEAL: seal(plain)})
 
 
+def read_sealed(path: Path | str) -> Any:
+    """The JSON object that `write_sealed` wrote. Raises UserError if the file is missing, broken or changed."""
+    value = read_json(path)
+    require(isinstance(value, dict), f"{path} holds no JSON object; restore it from a copy")
+    require_sealed(path, value)
+    return value
+
+
 def require_sealed(path: Path | str, value: dict[str, Any]) -> None:
     """Raise UserError unless `value`, read from `path`, is what was written there."""
     if value.get(SEAL) != seal(value):

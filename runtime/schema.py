@@ -69,9 +69,17 @@ def checked(kind: type[T], value: Any, where: object, remedy: str = "restore it 
         ) from error
 
 
-def read(kind: type[T], path: Any, remedy: str = "restore it from a copy") -> T:
-    """The JSON file at `path` as a `kind`. Raises UserError if it is missing, broken or of another shape."""
-    return checked(kind, files.read_json(path), path, remedy)
+def read(kind: type[T], path: Any, remedy: str = "restore it from a copy", sealed: bool = False) -> T:
+    """The JSON file at `path` as a `kind`.
+
+    Raises:
+        UserError: it is missing, broken, of another shape or, if it should be `sealed`, was changed.
+    """
+    value = files.read_json(path)
+    shaped = checked(kind, value, path, remedy)
+    if sealed:
+        files.require_sealed(path, value)
+    return shaped
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Accept an edit of a sealed JSON file (a checkpoint's config.json, a latent set's manifest.json).
+"""Accept an edit of a sealed JSON file (config.json of a checkpoint, manifest.json, samples.json, metrics.json, ...).
 
     python -m runtime.seal exps/plain/checkpoints/0400000/config.json
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     value = files.read_json(file)
     require(
         isinstance(value, dict) and files.SEAL in value,
-        f"{file} has no {files.SEAL}: give the config.json of a checkpoint or the manifest.json of a latent set",
+        f"{file} has no {files.SEAL}: give a file that has, such as the config.json of a checkpoint",
     )
     if value[files.SEAL] == files.seal(value):
         print(f"{file}: nothing to do, its seal fits")

@@ -197,10 +197,7 @@ def begun(out: Path) -> Any:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The settings and the digest in a samples.json, without format and seal. Raises UserError if it is damaged."""
-    value = files.read_json(path)
-    require(isinstance(value, dict), f"{path} was not written by generate.py; restore it from a copy, or remove it")
-    files.require_sealed(path, value)
-    return {name: part for name, part in value.items() if name not in ("format", files.SEAL)}
+    return {name: part for name, part in files.read_sealed(path).items() if name not in ("format", files.SEAL)}
 
 
 def difference(then: Any, now: dict[str, Any]) -> str:

@@ -65,16 +65,28 @@ def run(folder, *extra, samples="samples.npz", reference="reference.npz"):
 
 def test_the_command_writes_and_prints_what_a_scorer_returns(pair, capsys):
     folder, samples, labels = pair
-    files.write_sealed(folder / "samples.json", {"num_steps": 50})
+    settings = {"num_steps": 50, "samples": files.digest(folder / "samples.npz")}
+    files.write_sealed(folder / "samples.json", settings)
     result = run(folder)
+    files.require_sealed(folder / "metrics.json", result)
     assert result["metrics"] == pytest.approx(score(samples, labels, folder / "reference.npz")["metrics"], rel=1e-9)
     assert list(result["metrics"]) == ["fd", "precision", "recall", "class_accuracy"]
     assert result["metrics"]["class_accuracy"] == 1
-    assert result["samples"]["settings"] == {"num_steps": 50} and len(result["samples"]["sha256"]) == 64
+    assert result["samples"]["settings"] == settings and len(result["samples"]["sha256"]) == 64
     assert (result["num_samples"], result["reference"]["num_images"]) == (150, 200)
     assert result["precision_recall"]["mode"] == "fp32" and result["versions"]["torch"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines[0]) == len(lines[1]) and f"{result['metrics']['fd']:.4f}" in lines[1]
+
+
+def test_settings_of_other_samples_stand_beside_no_score(pair, monkeypatch):
+    """Refused before features are extracted, which takes minutes."""
+    folder, samples, _ = pair
+    files.write_sealed(folder / "samples.json", {"num_steps": 50, "samples": files.digest(folder / "samples.npz")})
+    np.savez(folder / "samples.npz", arr_0=samples[::-1])
+    monkeypatch.setattr(evaluate, "collect", None)
+    with pytest.raises(UserError, match="samples.json describes other samples than .*samples.npz"):
+        run(folder)
 
 
 def test_pixels_frechet_distance_by_its_definition(pair):
@@ -321,10 +333,11 @@ def test_a_folder_of_generate_is_its_samples_and_never_its_grid(pair):
     drawn = folder / "drawn"
     drawn.mkdir()
     np.savez(drawn / "samples.npz", arr_0=samples, labels=labels)
-    files.write_sealed(drawn / "samples.json", {"seed": 3})
+    settings = {"seed": 3, "samples": files.digest(drawn / "samples.npz")}
+    files.write_sealed(drawn / "samples.json", settings)
     Image.fromarray(np.zeros((99, 99), np.uint8)).save(drawn / "grid.png")
     by_file, by_folder = run(folder, samples="drawn/samples.npz"), run(folder, samples="drawn")
-    assert by_file == by_folder and by_folder["samples"]["settings"] == {"seed": 3}
+    assert by_file == by_folder and by_folder["samples"]["settings"] == settings
     (drawn / "partial").mkdir()
     files.write_json(drawn / "partial" / "settings.json", {"seed": 3})
     with pytest.raises(UserError, match="unfinished"):

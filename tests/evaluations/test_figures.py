@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 
 from evaluations import drawing, figures, histories
 from evaluations.taps import Items, Probed
+from runtime import files
 from runtime.errors import UserError
 from runtime.options import read
 from runtime.streams import Stream
@@ -155,28 +156,28 @@ def score(file: Path, step: int, value: float, **more: object) -> str:
         "weights": "ema",
         **more,
     }
-    file.write_text(
-        json.dumps(
-            {
-                "metrics": {"fid": value},
-                "features": {"name": "pixels"},
-                "reference": {"sha256": "r"},
-                "precision_recall": None,
-                "samples": {"settings": settings},
-            }
-        )
-    )
+    content = {
+        "metrics": {"fid": value},
+        "features": {"name": "pixels"},
+        "reference": {"sha256": "r"},
+        "precision_recall": None,
+        "samples": {"settings": settings},
+    }
+    files.write_sealed(file, content)
     return f"a={file}"
 
 
 def test_score_files_make_curves_of_one_protocol(tmp_path: Path) -> None:
-    files = [score(tmp_path / f"{step}.json", step, 100 / step) for step in (4, 2)]
-    assert histories.from_scores(files, None) == ({"a": {4: [25], 2: [50]}}, "fid")
-    assert drawn("steps", "--scores", *files).axes[0].containers[0].lines[0].get_xydata().tolist() == [[2, 50], [4, 25]]
+    scores = [score(tmp_path / f"{step}.json", step, 100 / step) for step in (4, 2)]
+    assert histories.from_scores(scores, None) == ({"a": {4: [25], 2: [50]}}, "fid")
+    assert drawn("steps", "--scores", *scores).axes[0].containers[0].lines[0].get_xydata().tolist() == [
+        [2, 50],
+        [4, 25],
+    ]
     with pytest.raises(UserError, match="different cfg_scale .2.0 and 1.0."):
-        drawn("steps", "--scores", *files, score(tmp_path / "guided.json", 6, 1, cfg_scale=2.0))
+        drawn("steps", "--scores", *scores, score(tmp_path / "guided.json", 6, 1, cfg_scale=2.0))
     with pytest.raises(UserError, match="different labels .balanced and None."):
-        drawn("steps", "--scores", *files, score(tmp_path / "labels.json", 6, 1, labels="balanced"))
+        drawn("steps", "--scores", *scores, score(tmp_path / "labels.json", 6, 1, labels="balanced"))
     for text, fault in (
         ('{"samples": {"settings": 3}}', "metrics: field required"),
         ("[]", "damaged or from another"),
@@ -185,6 +186,9 @@ def test_score_files_make_curves_of_one_protocol(tmp_path: Path) -> None:
         (tmp_path / "odd.json").write_text(text)
         with pytest.raises(UserError, match=f"odd.json .*{fault}.*give metrics.json"):
             drawn("steps", "--scores", f"a={tmp_path / 'odd.json'}")
+    (tmp_path / "2.json").write_text((tmp_path / "2.json").read_text().replace("50.0", "5.0"))
+    with pytest.raises(UserError, match="2.json was damaged or edited"):
+        drawn("steps", "--scores", *scores)
     with pytest.raises(UserError, match="does not say which step"):
         drawn("steps", "--scores", score(tmp_path / "stepless.json", None, 1))
     with pytest.raises(UserError, match="one of them"):

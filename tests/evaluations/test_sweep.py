@@ -18,7 +18,7 @@ import train
 from evaluations import evaluate, reference, score, sweep
 from evaluations.sweep import SweepConfig, values
 from generate import GenerateConfig
-from runtime import options
+from runtime import files, options
 from runtime.errors import UserError
 from runtime.locks import LOCK
 from sampling.preview import SETTINGS
@@ -340,7 +340,7 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     run(guided, real, out, "--cfg-scale", "1:3:1", "--guidance-high", "0.5:1:0.5")  # wider: what is done is kept
     text = capsys.readouterr().out
     assert len(drawn) == 3 and text.startswith("3 of 5 points to do")
-    points = json.loads((out / "sweep.json").read_text())["points"]
+    points = files.read_sealed(out / "sweep.json")["points"]
     best = min(points, key=lambda point: point["metrics"]["fd"])
     words = shlex.split(text.strip().splitlines()[-1])
     assert words[:2] == ["python", "generate.py"]
@@ -352,6 +352,12 @@ def test_a_sweep_costs_scores_resumes_and_ends_in_a_command(guided, real, tmp_pa
     assert [line.split()[0] for line in lines] == ["high", "0.5", "1"] and len({len(line) for line in lines}) == 1
     assert lines[1].split()[1] == lines[2].split()[1]  # scale 1 is the same whatever the interval
 
+    whole = (out / "sweep.json").read_text()
+    (out / "sweep.json").write_text(whole.replace('"fd": ', '"fd": 1', 1))
+    with pytest.raises(UserError, match="sweep.json was damaged or edited"):
+        run(guided, real, out, "--cfg-scale", "1:3:1", "--guidance-high", "0.5:1:0.5")
+    (out / "sweep.json").write_text(whole)
+    capsys.readouterr()
     run(guided, real, out, "--cfg-scale", "1:3:1", "--guidance-high", "0.5:1:0.5")
     assert capsys.readouterr().out.startswith("0 of 5 points")
     with pytest.raises(UserError, match="another seed .0, not 1."):

@@ -14,6 +14,7 @@ import generate
 from evaluations import evaluate
 from models import convert, export, hub
 from models.checkpoint import Checkpoint
+from runtime import files
 from runtime.errors import UserError
 from tests.helpers import parity
 
@@ -108,17 +109,20 @@ def test_what_the_hub_or_the_metrics_refuse_is_one_line(
     with pytest.raises(UserError, match="cannot fetch hub:lab/none@v2: no such repository: lab/none v2"):
         Checkpoint.open("hub:lab/none@v2")
     settings = {"checkpoint": Checkpoint.open(teacher).digest}
-    (tmp_path / "other.json").write_text(
-        json.dumps(
-            {
-                "metrics": {},
-                "num_samples": 4,
-                "reference": {"name": "r", "sha256": "0"},
-                "samples": {"settings": settings},
-            }
-        )
-    )
-    with pytest.raises(UserError, match="does not say that its samples are of"):
+    result = {"metrics": {}, "num_samples": 4, "reference": {"name": "r", "sha256": "0"}}
+    own = {"sha256": "a", "settings": {"checkpoint": Checkpoint.open(guided).digest, "samples": "a"}}
+    other = {"sha256": "a", "settings": settings}
+    for scored, message in (
+        ({"samples": other}, "does not say that its samples are of"),
+        ({}, "does not say that its samples are of"),
+        ({"runs": [{"samples": own}, {"samples": other}]}, "does not say that its samples are of"),
+        ({"samples": {**own, "sha256": "b"}}, "has the settings of other samples than it scored"),
+    ):
+        files.write_sealed(tmp_path / "other.json", {**result, **scored})
+        with pytest.raises(UserError, match=message):
+            hub.main([str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "other.json")])
+    files.write_json(tmp_path / "other.json", {**result, "samples": own})
+    with pytest.raises(UserError, match="other.json was damaged or edited"):
         hub.main([str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "other.json")])
     with pytest.raises(UserError, match="--private is for the hub"):
         hub.main([str(guided), "--to", str(tmp_path / "folder"), "--private"])

@@ -410,7 +410,7 @@ def _scores() -> Iterator[Row]:
         "metrics": (3, {"fd": "x"}, {"fd": 10**400}),
         "num_samples": (None, "4"),
         "reference": (3, {}),
-        "samples": (3, {}, {"settings": 3}),
+        "samples": (3, {}, {"sha256": None, "settings": 3}),
         "runs": ([], 3, [3]),
     }
     for key, values in contents.items():
@@ -423,7 +423,7 @@ def _scores() -> Iterator[Row]:
 
 def _score(key: str, value: Any, flag: str, before: str, world: World, scratch: Path) -> Arguments:
     scores = {**files.read_json(world.path("scores/metrics.json")), key: value}
-    (scratch / "metrics.json").write_text(json.dumps(scores))
+    files.write_sealed(scratch / "metrics.json", scores)
     return [flag, f"{before}{scratch / 'metrics.json'}"], ["metrics.json", key]
 
 
