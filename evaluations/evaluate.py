@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from config import PRECISION_MODES, FeatureOptions
-from evaluations.images import Images, NpzArchive, open_images
+from evaluations.images import Images, open_images
 from runtime import errors, files
 from runtime.errors import UserError, require
+from runtime.npy import NpzArchive
 from runtime.options import group, option, read
 from runtime.text import aligned
 from sampling import store

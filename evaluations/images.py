@@ -6,18 +6,16 @@ No class loads the whole set: an .npz member is read through its zip stream.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from models.manifest import MANIFEST
-from preprocessing.images import ImageFiles
+from preprocessing.images import LARGEST_LABEL, ImageFiles
 from runtime import files
 from runtime.errors import UserError, require
+from runtime.npy import NpzArchive
 from runtime.slices import slices
 
 LOSSLESS = (".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -35,18 +33,24 @@ class NpzImages:
                 f"{path} holds no arr_0 (it holds {', '.join(sorted(archive.names)) or 'nothing'}); "
                 "save the images as arr_0, uint8 (N, H, W, C)"
             )
-        with archive.stream("arr_0") as (_, shape, dtype):
-            check(str(path), shape, dtype)
+        with archive.stream("arr_0") as (_, head):
+            shape = head.shape
+            check(str(path), shape, head.dtype)
         self._archive, self._count = archive, shape[0]
         self.shape = tuple(shape[1:])  # H, W, C
         self.labels: np.ndarray | None = None  # (N,) int64
         if "labels" in archive.names:
-            labels = archive.read("labels")
-            if labels.shape != (self._count,) or labels.dtype.kind not in "iu":
+            head = archive.header("labels")
+            if head.shape != (self._count,) or head.dtype.kind not in "iu":
                 raise UserError(
-                    f"{path}: labels are {labels.dtype} {labels.shape}, not integers ({self._count},): give one for "
+                    f"{path}: labels are {head.dtype} {head.shape}, not integers ({self._count},): give one for "
                     f"each image"
                 )
+            labels = archive.read("labels")
+            require(
+                labels.min() >= 0 and labels.max() < LARGEST_LABEL,
+                f"{path}: labels are {labels.min()} to {labels.max()}, not below {LARGEST_LABEL}; get the file again",
+            )
             self.labels = labels.astype(np.int64)
 
     def __len__(self) -> int:
@@ -59,7 +63,7 @@ class NpzImages:
     def batches(self, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
         """uint8 (n, H, W, C), n <= size: the images at `indices`, in ascending order."""
         stride, at = int(np.prod(self.shape)), 0
-        with self._archive.stream("arr_0") as (stream, _, _):
+        with self._archive.stream("arr_0") as (stream, _):
             for part in slices(indices, size):
                 data = bytearray()
                 # a range is one run of bytes; other indices are read image by image
@@ -190,48 +194,6 @@ def write_npz(path: Path | str, images: Iterable[np.ndarray], labels: np.ndarray
                 stream.write(np.ascontiguousarray(batch).tobytes())
         with archive.open("labels.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array(stream, labels.astype(np.int64), allow_pickle=False)
-
-
-class NpzArchive:
-    """The members of an .npz file, read one at a time. Damage raises UserError. Nothing is unpickled."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        files.require_plain(path)
-        with self._guard(), zipfile.ZipFile(self.path) as archive:
-            self.names = {name.removesuffix(".npy") for name in archive.namelist()}
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                f"{self.path} is truncated, damaged or not an .npz file ({error}); copy it again"
-            ) from error
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
-        except ValueError as error:  # from NumPy: a broken header, or objects that only pickle could read
-            raise UserError(
-                f"{self.path} contains an object array or a broken header ({error}); save numeric arrays"
-            ) from error
-
-    @contextmanager
-    def stream(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-        """The member `name` as an open stream at its first value, with shape and dtype."""
-        with self._guard(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-            require(min(shape, default=0) >= 0, f"{self.path}: {name} claims the shape {shape}; copy it again")
-            if fortran and len(shape) > 1:
-                raise UserError(f"{self.path}: {name} is in Fortran order; save np.ascontiguousarray of it")
-            yield stream, shape, dtype
-
-    def read(self, name: str) -> np.ndarray:
-        """A whole member."""
-        with self._guard(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def check(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:

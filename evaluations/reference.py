@@ -27,9 +27,10 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from config import FeatureOptions
-from evaluations.images import Images, NpzArchive, NpzImages, open_images, write_npz
+from evaluations.images import Images, NpzImages, open_images, write_npz
 from runtime import errors, files, progress, schema
 from runtime.errors import UserError, require
+from runtime.npy import NpzArchive
 from runtime.options import group, option, read
 from runtime.streams import Stream
 
@@ -208,12 +209,14 @@ def _stored(archive: NpzArchive) -> tuple[Statistics, Statistics | None]:
             raise UserError(f"{archive.path} holds {present.pop()} but not its partner of {mean} and {covariance}")
         if not present:
             continue
-        pair = Statistics(*(torch.from_numpy(archive.read(name).astype(np.float64)) for name in (mean, covariance)))
-        if pair.mean.ndim != 1 or pair.covariance.shape != (len(pair.mean), len(pair.mean)):
+        headers = [archive.header(name) for name in (mean, covariance)]
+        first, second = (head.shape for head in headers)
+        if len(first) != 1 or second != first * 2 or any(head.dtype.kind not in "fiu" for head in headers):
             raise UserError(
-                f"{archive.path}: {mean} {tuple(pair.mean.shape)} and {covariance} "
-                f"{tuple(pair.covariance.shape)} are not a mean (D,) and covariance (D, D); get the file again"
+                f"{archive.path}: {mean} {first} and {covariance} {second} are not a mean (D,) and covariance (D, D); "
+                f"get the file again"
             )
+        pair = Statistics(*(torch.from_numpy(archive.read(name).astype(np.float64)) for name in (mean, covariance)))
         # `metrics.frechet` refuses such values too, but cannot name the file
         if not (pair.mean.isfinite().all() and pair.covariance.isfinite().all()):
             raise UserError(f"{archive.path}: {mean} or {covariance} holds NaN or infinite values; get the file again")
@@ -243,25 +246,24 @@ def read_compact(path: Path | str) -> Reference:
         "about" in archive.names,
         f"{path} was not written by evaluations.reference; make one with it for the wanted extractor",
     )
+    heads = {name: archive.header(name) for name in archive.names}
     try:
-        content = json.loads(str(archive.read("about")))
+        text = heads["about"].shape == () and heads["about"].dtype.kind == "U"
+        content = json.loads(str(archive.read("about"))) if text else None
     except ValueError as error:
         raise UserError(f"{archive.path}: about is not JSON ({error}); make the reference again") from error
     about = schema.checked(About, content, f"{archive.path}: about", "make it again")
     first, second = _stored(archive)
-    pool, labels = (
-        torch.from_numpy(archive.read(name)) if name in archive.names else None for name in ("pool", "labels")
-    )
-    # the archive may come from anywhere: its arrays must fit each other before a metric reads them
-    width = len(first.mean)
-    if pool is not None and not (
-        pool.ndim == 2 and pool.shape[1] == width and pool.is_floating_point() and pool.isfinite().all()
-    ):
-        raise UserError(f"{archive.path}: pool must be finite features of {width} numbers an image; make it again")
+    # the archive may come from anywhere: its arrays must fit each other before one is read
+    width, pooled, labelled = len(first.mean), heads.get("pool"), heads.get("labels")
+    finite = f"{archive.path}: pool must be finite features of {width} numbers an image; make it again"
+    require(pooled is None or (pooled.shape[1:] == (width,) and pooled.dtype.kind == "f"), finite)
     require(
-        labels is None or (pool is not None and labels.shape == pool.shape[:1] and labels.dtype == torch.int64),
+        labelled is None or (pooled is not None and labelled.shape == pooled.shape[:1] and labelled.dtype == np.int64),
         f"{archive.path}: labels must be whole numbers, one for each image of pool; make it again",
     )
+    pool, labels = (torch.from_numpy(archive.read(name)) if name in heads else None for name in ("pool", "labels"))
+    require(pool is None or bool(pool.isfinite().all()), finite)
     return Reference(
         statistics=first,
         spatial=second,

@@ -18,12 +18,12 @@ from torch import Tensor
 import interpolant
 import models
 from dataset import LatentSet
-from evaluations.images import NpzArchive
 from models import Backbone
 from models.checkpoint import Checkpoint
 from models.encoders import Encoder
 from runtime.arithmetic import exact_arithmetic
-from runtime.errors import UserError, require
+from runtime.errors import require
+from runtime.npy import NpzArchive
 from runtime.streams import Stream
 
 HELD_OUT = 5  # one in so many images is held out, and one in so many of the rest chooses the penalties
@@ -112,21 +112,19 @@ def read_masks(file: str, count: int) -> tuple[np.ndarray, np.ndarray | None]:
     Raises UserError if the masks or groups do not fit.
     """
     archive = NpzArchive(file)
-    masks, groups = (archive.read(name) if name in archive.names else None for name in ("masks", "groups"))
-    if (
-        masks is None
-        or masks.ndim != 3
-        or masks.dtype not in (np.uint8, np.bool_)
-        or not masks.shape[1] == masks.shape[2] > 0
-        or masks.max(initial=0) > 1
-    ):
-        raise UserError(f"--masks {file} needs an array masks of shape (N, H, H), uint8, with 0 and 1 in it")
+    heads = {name: archive.header(name) for name in {"masks", "groups"} & archive.names}
+    shape, dtype = heads["masks"][:2] if "masks" in heads else ((), None)
+    wanted = f"--masks {file} needs an array masks of shape (N, H, H), uint8, with 0 and 1 in it"
+    require(len(shape) == 3 and dtype in (np.uint8, np.bool_) and shape[1] == shape[2] > 0, wanted)
+    groups = heads.get("groups")
     require(
-        len(masks) == count and (groups is None or (groups.shape == (count,) and groups.dtype.kind in "iu")),
-        f"--masks {file} holds {len(masks)} masks, the data set {count} items: give one mask (and one group) for each "
+        shape[0] == count and (groups is None or (groups.shape == (count,) and groups.dtype.kind in "iu")),
+        f"--masks {file} holds {shape[0]} masks, the data set {count} items: give one mask (and one group) for each "
         f"item, in the order of the set",
     )
-    return masks.astype(np.uint8), groups
+    masks = archive.read("masks")
+    require(masks.max(initial=0) <= 1, wanted)
+    return masks.astype(np.uint8), None if groups is None else archive.read("groups")
 
 
 def split(groups: np.ndarray, seed: int) -> Parts:

@@ -33,7 +33,7 @@ from models.manifest import FORMAT
 from preprocessing import shards
 from preprocessing.images import LABELS, LARGEST_LABEL, match_labels
 from preprocessing.job import Job, begin
-from runtime import errors, files, progress
+from runtime import errors, files, npy, progress
 from runtime.errors import UserError, require
 from runtime.mapped import map_shard
 from runtime.options import option, read
@@ -199,15 +199,16 @@ class RepaFolder:
 
     def _moments(self, name: str, content: bytes) -> np.ndarray:
         """The array of a file. Call it from one thread: CPython 3.11.7 breaks if two parse headers (gh-106905)."""
+        stream = io.BytesIO(content)
         try:
-            moments = np.load(io.BytesIO(content))
-        except (OSError, ValueError, EOFError, MemoryError) as error:
+            head = npy.header(stream)
+            require(
+                len(head.shape) == 3 and head.shape[0] % 2 == 0 and head.dtype.kind == "f",
+                f"{self.folder / name} is {head.dtype} {head.shape}, not (2C, H, W) of mean and std",
+            )
+            return npy.read(stream, head, len(content) - stream.tell())
+        except (ValueError, EOFError) as error:
             raise UserError(f"{self.folder / name} cannot be read ({error}); copy or encode it again") from error
-        require(
-            moments.ndim == 3 and len(moments) % 2 == 0 and moments.dtype.kind == "f",
-            f"{self.folder / name} is {moments.dtype} {moments.shape}, not (2C, H, W) of mean and std",
-        )
-        return moments
 
     def _image(self, name: str) -> bytes:
         number = re.search(r"(\d+)\.npy$", name)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime import files
+from runtime import files, npy
 from runtime.errors import note, require
 from sampling import picture
 
@@ -91,14 +91,16 @@ class Store:
             files.write_json(folder / SETTINGS, self.settings)
 
     def _whole(self, name: str) -> bool:
-        """Whether the file of an earlier attempt has the type and the shape of this one's."""
+        """Whether the file of an earlier attempt has the type, the shape and the size of this one's."""
         dtype, shape = self.layout[name]
-        try:
-            array = np.load(self.partial / f"{name}.npy", mmap_mode="r")
-        except (OSError, ValueError):
-            note(f"{self.partial / name}.npy is damaged: its samples are drawn again")
-            return False
-        return array.dtype == dtype and array.shape == shape
+        file = self.partial / f"{name}.npy"
+        if file.is_file():
+            with files.reading(file), suppress(ValueError), open(file, "rb") as stream:
+                head = npy.header(stream)
+                if head[:2] == (shape, dtype) and file.stat().st_size == stream.tell() + head.size:
+                    return True
+        note(f"{file} is damaged: its samples are drawn again")
+        return False
 
     def _forget_damaged(self) -> None:
         """Mark samples whose checksum does not fit as missing."""
@@ -210,8 +212,8 @@ def difference(then: Any, now: dict[str, Any]) -> str:
 
 
 def checksum(image: np.ndarray, label: int) -> int:
-    """CRC-32 of one sample, never 0, which marks a missing sample."""
-    return zlib.crc32(image.tobytes(), int(label) & 0xFFFFFFFF) or 1
+    """CRC-32 of one sample, all 64 bits of its label included; never 0, which marks a missing sample."""
+    return zlib.crc32(np.int64(label).tobytes(), zlib.crc32(image.tobytes())) or 1
 
 
 def _allocate(file: Path, dtype: type, shape: tuple[int, ...]) -> None:

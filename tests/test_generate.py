@@ -235,7 +235,9 @@ def test_only_what_was_written_here_is_removed(guided: Path, tmp_path: Path, mon
     )
 
 
-@pytest.mark.parametrize("how", ["truncated images", "truncated checks", "flipped image", "flipped label", "missing"])
+@pytest.mark.parametrize(
+    "how", ["truncated images", "truncated checks", "flipped image", "flipped label", "header", "none"]
+)
 def test_damaged_unfinished_samples_are_drawn_again(
     guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, how: str
 ) -> None:
@@ -248,9 +250,11 @@ def test_damaged_unfinished_samples_are_drawn_again(
         / {"truncated checks": "checks.npy", "flipped label": "labels.npy"}.get(how, "images.npy")
     )
     content = bytearray(file.read_bytes())
-    content[-70] ^= 1
-    file.write_bytes(content if "flipped" in how else content[:-70])
-    if how == "missing":
+    # bit 40 of a label, as bit 0 of a pixel
+    content[-3 if how == "flipped label" else -70] ^= 1
+    content[20:22] = b"((" if how == "header" else content[20:22]
+    file.write_bytes(content[:-70] if "truncated" in how else content)
+    if how == "none":
         file.unlink()
     again = draw(guided, tmp_path / "cut")
     assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
