@@ -1,6 +1,6 @@
 """Share a checkpoint: put it on the Hugging Face hub or into a folder, with a model card.
 
-    python -m models.hub exps/stage2@400000 --to hub:user/name --metrics samples/stage2/metrics.json
+    python -m models.hub exps/stage2@400000 --to hub:user/name --samples samples/stage2 --metrics metrics.json
     python -m models.hub exps/stage2 --to /shared/stage2             # the same files in a folder
     python generate.py --ckpt hub:user/name                          # or hub:user/name@REVISION
 
@@ -26,6 +26,10 @@ from runtime import errors, files, schema
 from runtime.errors import require
 from runtime.options import option, read
 from runtime.schema import Field, Number
+from runtime.text import code
+
+PICTURE = "samples.png"
+SHOWN = 20  # class names on a card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Options:
     ckpt: str = option(help="checkpoint: a folder, a run (its latest) or RUN@STEP (may be given as first word)")
     to: str = option(help="hub:user/name, or a folder")
     metrics: str | None = option(None, help="metrics.json of this checkpoint's samples, for the model card")
+    samples: str | None = option(None, help="folder of this checkpoint's samples, for the picture on the model card")
     private: bool = option(False, help="make the hub's repository private")
 
 
@@ -72,15 +77,16 @@ def main(argv: Sequence[str] | None = None) -> Path | str:
         remedy = "give the metrics.json of this checkpoint's samples"
         result = schema.read(Metrics, options.metrics, remedy, sealed=True)
         require_own(source, result, options.metrics)
+    picture = None if options.samples is None else own_picture(source, Path(options.samples))
     if not options.to.startswith(PREFIX):
         require(not options.private, "--private is for the hub: --to hub:user/name")
-        pack(source, Path(options.to), result)
+        pack(source, Path(options.to), result, picture)
         print(f"written: {options.to}")
         return Path(options.to)
-    return push(source, options, result)
+    return push(source, options, result, picture)
 
 
-def push(source: Checkpoint, options: Options, result: Metrics | None) -> str:
+def push(source: Checkpoint, options: Options, result: Metrics | None, picture: Path | None) -> str:
     """Put a checkpoint on the hub; returns its address. Raises UserError if the hub cannot be reached or refuses."""
     import tempfile
 
@@ -90,7 +96,7 @@ def push(source: Checkpoint, options: Options, result: Metrics | None) -> str:
     with tempfile.TemporaryDirectory() as folder, answered(f"push to {options.to}"):
         packed = Path(folder) / "checkpoint"
         # packed first: the hub gets no repository for a checkpoint whose files are damaged
-        pack(source, packed, result)
+        pack(source, packed, result, picture)
         huggingface_hub.create_repo(name, private=options.private, exist_ok=True)
         address = huggingface_hub.upload_folder(repo_id=name, folder_path=packed, commit_message=f"step {source.step}")
     print(f"pushed: {address}")
@@ -113,18 +119,38 @@ def require_own(source: Checkpoint, result: Metrics, path: str) -> None:
         )
 
 
+def own_picture(source: Checkpoint, folder: Path) -> Path:
+    """The grid in a folder that generate.py drew from this checkpoint. Raises UserError for any other."""
+    record, picture = files.read_sealed(folder / "samples.json"), folder / "grid.png"
+    require(
+        record.get("checkpoint") == source.digest,
+        f"{folder} does not hold samples of {source.path}: give samples that generate.py drew from it",
+    )
+    require(
+        files.digest(picture) == record.get("grid"),
+        f"{picture} is not the picture that generate.py drew: its digest differs; draw the samples again",
+    )
+    return picture
+
+
 def _runs(result: Metrics) -> list[_Run]:
     """The scored files of samples: several seeds, or the only one."""
     nothing: _Samples = {"sha256": None, "settings": None}
     return result.get("runs") or [{"samples": result.get("samples", nothing)}]
 
 
-def pack(source: Checkpoint, out: Path, result: Metrics | None = None) -> None:
-    """Write the copy of a checkpoint to the folder `out`, atomically."""
-    # what sampling reads: weights and averages; the alignments' own heads and the optimiser's state stay behind
-    names = [
-        name for name in source.files if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name
-    ]
+def packed_files(source: Checkpoint) -> dict[str, str]:
+    """The files that sampling reads, with their digests: weights, and averages of them and of heads for sampling."""
+    return {
+        name: digest
+        for name, digest in source.files.items()
+        if name.split(".")[0].split("-")[0] in ("network", "ema") or "-head-" in name
+    }
+
+
+def pack(source: Checkpoint, out: Path, result: Metrics | None = None, picture: Path | None = None) -> None:
+    """Write the copy of a checkpoint to the folder `out`, atomically, with a `picture` of its samples."""
+    names = packed_files(source)
     with files.replacing(out, is_packed) as folder:
         folder.mkdir()
         for name in names:
@@ -132,9 +158,11 @@ def pack(source: Checkpoint, out: Path, result: Metrics | None = None) -> None:
             shutil.copyfile(source.path / name, folder / name)
         files.write_sealed(
             folder / "config.json",
-            {**source.config, "files": {name: source.files[name] for name in names}, "packed_from": source.digest},
+            {**source.config, "files": names, "packed_from": source.digest},
         )
-        (folder / "README.md").write_text(card(source, result), encoding="utf-8")
+        if picture is not None:
+            shutil.copyfile(picture, folder / PICTURE)
+        (folder / "README.md").write_text(card(source, result, picture is not None), encoding="utf-8")
 
 
 def is_packed(path: Path) -> bool:
@@ -143,17 +171,23 @@ def is_packed(path: Path) -> bool:
     return (
         "packed_from" in config
         and isinstance(config.get("files"), dict)
-        and {file.name for file in path.iterdir()} <= {"config.json", "README.md", *config["files"]}
+        and {file.name for file in path.iterdir()} <= {"config.json", "README.md", PICTURE, *config["files"]}
     )
 
 
-def card(source: Checkpoint, result: Metrics | None) -> str:
-    """The model card: the method, data, protocol, numbers and digests that the artefacts record."""
+def card(source: Checkpoint, result: Metrics | None, pictured: bool = False) -> str:
+    """The model card: the method, data, protocol, numbers and digests that the artefacts record.
+
+    Whatever they record as free text becomes a code span (`runtime.text.code`), since they may be a stranger's.
+    """
     spec, space = source.spec, source.space
     header = [
         "library_name: self-transcendence",
-        "pipeline_tag: unconditional-image-generation",
+        # the hub has no pipeline of class-conditional networks, which get a free tag
+        *(["pipeline_tag: unconditional-image-generation"] if spec.num_classes == 1 else []),
         "tags:",
+        "- image-generation",
+        *(["- class-conditional-image-generation"] if spec.num_classes > 1 else []),
         "- diffusion",
         f"- {spec.architecture}",
         "- arxiv:2601.07773",
@@ -161,21 +195,20 @@ def card(source: Checkpoint, result: Metrics | None) -> str:
     network = [
         f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width "
         f"{spec.hidden_size}{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x"
-        f"{spec.input_size} of {space.vae or space.name}; {spec.num_classes} classes; weights: "
-        f"{', '.join(source.weights)}."
+        f"{spec.input_size} of {code(space.vae or space.name)}; {spec.num_classes} classes; weights: "
+        f"{', '.join(map(code, source.weights))}.",
+        *(["", f"![Samples, a row a class]({PICTURE})"] if pictured else []),
     ]
-    digests = [f"- checkpoint: `{source.digest}`", *(f"- {name}: `{digest}`" for name, digest in source.files.items())]
-    data = source.config.get("data")
-    trained_on = (
-        [f"{data['count']:,} items of {len(data['class_names'])} classes; latent set `{data['digest']}`."]
-        if data
-        else []
-    )
+    digests = [
+        f"Packed from the checkpoint {code(source.digest)}, as scores and samples call it.",
+        "",
+        *(f"- {code(name)}: {code(digest)}" for name, digest in packed_files(source).items()),
+    ]
     use = ["```bash", "python generate.py --ckpt hub:USER/NAME --num-fid-samples 64", "```"]
     sections = {
-        f"# {spec.name}, step {source.step:,}": network,
+        f"# {code(spec.name)}, step {source.step:,}": network,
         "## Method": _method(source.config, source.step),
-        "## Data": trained_on,
+        "## Data": _data(source.config.get("data")),
         "## Numbers": _numbers(result),
         "## Files": digests,
         "## Use": use,
@@ -187,17 +220,29 @@ def card(source: Checkpoint, result: Metrics | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _data(data: dict[str, Any] | None) -> list[str]:
+    if not data:
+        return []
+    names = data["class_names"]
+    more = f" and {len(names) - SHOWN} more, which config.json lists" if len(names) > SHOWN else ""
+    return [
+        f"{code(data['count'])} items of {len(names)} classes; latent set {code(data['digest'])}.",
+        "",
+        f"Classes, in the order of their labels: {', '.join(map(code, names[:SHOWN]))}{more}.",
+    ]
+
+
 def _method(config: dict[str, Any], step: int) -> list[str]:
     train = config.get("train")
     if not train:
-        return [f"Converted from `{(config.get('source') or {}).get('file', 'unknown')}`."]
+        return [f"Converted from {code((config.get('source') or {}).get('file', 'unknown'))}."]
     alignments = [
-        f"- `{name}`: " + ", ".join(f"{key} {value}" for key, value in chosen.items() if value is not None)
+        f"- {code(name)}: " + ", ".join(code(f"{key} {value}") for key, value in chosen.items() if value is not None)
         for name, chosen in (config.get("resolved") or {}).items()
     ]
     return [
-        f"{step:,} steps of {train['batch_size']} samples, learning rate {train['learning_rate']:g}, recipe "
-        f"`{train['recipe']}`, seed {train['seed']}, {config.get('precision')}.",
+        f"{step:,} steps of {code(train['batch_size'])} samples, learning rate {code(train['learning_rate'])}, recipe "
+        f"{code(train['recipe'])}, seed {code(train['seed'])}, {code(config.get('precision'))}.",
         "",
         *(alignments or ["Plain flow matching, no alignment."]),
     ]
@@ -207,13 +252,14 @@ def _numbers(result: Metrics | None) -> list[str]:
     if result is None:
         return []
     settings, reference = _runs(result)[0]["samples"]["settings"] or {}, result["reference"]
-    protocol = ", ".join(f"{key} {settings[key]}" for key in PROTOCOL if settings.get(key) is not None)
+    protocol = ", ".join(code(f"{key} {settings[key]}") for key in PROTOCOL if settings.get(key) is not None)
     return [
         "| metric | value |",
         "| --- | ---: |",
-        *(f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()),
+        *(f"| {code(name)} | {value:.4f} |" for name, value in result["metrics"].items()),
         "",
-        f"{result['num_samples']:,} samples against `{reference['name']}` (`{reference['sha256']}`); {protocol}.",
+        f"{result['num_samples']:,} samples against {code(reference['name'])} ({code(reference['sha256'])}); "
+        f"{protocol}.",
     ]
 
 

@@ -22,6 +22,12 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,), rule: 
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]] if rule else text)
 
 
+def code(value: object) -> str:
+    """A value from somebody's file as a code span in Markdown: one line that is no heading, link, table or HTML."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(value))
+    return f"`{' '.join(text.replace('`', chr(39)).replace('|', '/').split()) or '-'}`"
+
+
 def spread(values: Sequence[float], decimals: int = 2) -> str:
     """Mean and, for two or more values, standard deviation (divisor n - 1); an empty text without values."""
     if not values:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 PARTIAL = "partial"
 SETTINGS = "settings.json"
+# The digests in samples.json beside the settings, and their files.
+DIGESTS = {"samples": "samples.npz", "grid": "grid.png"}
 FILES = (SETTINGS, "checks.npy", "labels.npy", "images.npy")
 
 
@@ -159,7 +161,11 @@ class Store:
         )
         files.write_sealed(
             self.out / "samples.json",
-            {"format": FORMAT, **self.settings, "samples": files.digest(self.out / "samples.npz")},
+            {
+                "format": FORMAT,
+                **self.settings,
+                **{name: files.digest(self.out / file) for name, file in DIGESTS.items()},
+            },
         )
         # last: until here the same command does all this again
         files.remove(self.partial)
@@ -179,7 +185,7 @@ def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bo
     require(archive.is_file() and record.is_file(), f"{out} has only one of samples.npz and samples.json; {remedy}")
     saved = read_record(record)
     require("samples" in saved, f"{record} was not written by generate.py; {remedy}")
-    then = {name: value for name, value in saved.items() if name != "samples"}
+    then = {name: value for name, value in saved.items() if name not in DIGESTS}
     now = json.loads(json.dumps(settings))
     require(then == now, f"{out} holds samples of other settings ({difference(then, now)}); {remedy}")
     require(
@@ -198,7 +204,7 @@ def begun(out: Path) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The settings and the digest in a samples.json, without format and seal. Raises UserError if it is damaged."""
+    """The settings and the digests in a samples.json, without format and seal. Raises UserError if it is damaged."""
     return {name: part for name, part in files.read_sealed(path).items() if name not in ("format", files.SEAL)}
 
 

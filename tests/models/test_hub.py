@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Hub:
         if revision is not None or not (self.root / name).is_dir():
             raise FileNotFoundError(f"no such repository: {name} {revision}")
         for file in (self.root / name).iterdir():
-            assert file.name == "README.md" or any(map(file.match, allow_patterns))
+            assert file.name in ("README.md", "samples.png") or any(map(file.match, allow_patterns))
         return str(self.root / name)
 
 
@@ -68,8 +69,12 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
         ]
     )
     address = hub.main(
-        [str(guided), "--to", "hub:lab/digits", "--metrics", str(tmp_path / "metrics.json"), "--private"]
+        [
+            *(str(guided), "--to", "hub:lab/digits", "--private"),
+            *("--metrics", str(tmp_path / "metrics.json"), "--samples", str(drawn)),
+        ]
     )
+    assert (tmp_path / "hub/lab/digits/samples.png").read_bytes() == (drawn / "grid.png").read_bytes()
     assert address == "https://hub.example/lab/digits/tree/main" and repositories.private
     known, fetched = Checkpoint.open(guided), Checkpoint.open("hub:lab/digits")
     assert (
@@ -81,19 +86,23 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
     card = (tmp_path / "hub" / "lab" / "digits" / "README.md").read_text()
     result = json.loads((tmp_path / "metrics.json").read_text())
     for text in (
-        "SiT-Tiny/2, step 4",
+        "# `SiT-Tiny/2`, step 4",
         "`guided`",
         "guide_scale 30",
-        "1,797 items of 10 classes",
+        "`1797` items of 10 classes",
+        "![Samples, a row a class](samples.png)",
+        "their labels: `0`, `1`, `2`,",
+        "- class-conditional-image-generation",
         known.config["data"]["digest"],
         known.digest,
-        f"| fd | {result['metrics']['fd']:.4f} |",
+        f"| `fd` | {result['metrics']['fd']:.4f} |",
         "20 samples against",
         "mode sde",
         "num_steps 2",
         known.files["ema.safetensors"],
     ):
         assert text in card, text
+    assert "pipeline_tag" not in card and not [name for name in ("heads", "optimizer") if name in card]
     again = generate.main(
         ["--ckpt", "hub:lab/digits", "--num-fid-samples", "20", "--num-steps", "2", "--out", str(tmp_path / "again")]
     )
@@ -101,6 +110,47 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
     monkeypatch.chdir(tmp_path)
     place = generate.main(["--ckpt", "hub:lab/digits", "--num-fid-samples", "2", "--num-steps", "2"])
     assert place.parent == Path("exps/lab--digits/samples")  # not in the hub's cache
+
+
+HOSTILE = "x\n# Heading\n[link](http://a.example) <img src=y> `code` | cell \u202e"
+
+
+def test_a_card_shows_what_a_stranger_wrote_as_code(guided: Path, tmp_path: Path) -> None:
+    """Outside code spans, headings, links, pictures, HTML and cells of the table are the card's own."""
+    copy = Path(shutil.copytree(Checkpoint.open(guided).path, tmp_path / "copy"))
+    config = files.read_json(copy / "config.json")
+    config["model"]["name"] = config["precision"] = config["train"]["recipe"] = HOSTILE
+    config["data"] |= {"class_names": [HOSTILE] * 30, "count": HOSTILE}
+    config["resolved"][HOSTILE] = {HOSTILE: HOSTILE}
+    files.write_sealed(copy / "config.json", config)
+    text = hub.card(
+        Checkpoint.open(copy),
+        {
+            "metrics": {HOSTILE: 1.0},
+            "num_samples": 4,
+            "reference": {"name": HOSTILE, "sha256": HOSTILE},
+            "samples": {"sha256": None, "settings": {"decoder": HOSTILE}},
+        },
+    )
+    spans = re.findall(r"`[^`\n]*`", text)
+    assert sum("Heading" in span for span in spans) >= 28 and "and 10 more" in text
+    outside = re.sub(r"`[^`\n]*`", "", text)
+    assert not re.search(r"Heading|link|img|\u202e|[<\[]", outside)
+    assert [line.count("|") for line in text.splitlines() if "|" in line] == [3, 3, 3]
+
+
+def test_a_picture_is_of_this_checkpoint_and_as_it_was_drawn(guided: Path, teacher: Path, tmp_path: Path) -> None:
+    few = ["--num-fid-samples", "2", "--num-steps", "2"]
+    drawn = generate.main(["--ckpt", str(guided), *few, "--out", str(tmp_path / "drawn")])
+    words = ["--samples", str(drawn), "--to", str(tmp_path / "packed")]
+    with pytest.raises(UserError, match="drawn does not hold samples of"):
+        hub.main([str(teacher), *words])
+    hub.main([str(guided), *words])
+    hub.main([str(guided), "--to", str(tmp_path / "packed")])  # its own copy, picture included
+    assert not (tmp_path / "packed" / "samples.png").exists()
+    shutil.copy(tmp_path / "drawn" / "samples.npz", tmp_path / "drawn" / "grid.png")
+    with pytest.raises(UserError, match="grid.png is not the picture that generate.py drew"):
+        hub.main([str(guided), *words])
 
 
 def test_what_the_hub_or_the_metrics_refuse_is_one_line(

@@ -45,7 +45,8 @@ def _latents(folder: Path) -> Any:
 
 
 def _samples(folder: Path) -> Any:
-    settings = {key: value for key, value in store.read_record(folder / "samples.json").items() if key != "samples"}
+    record = store.read_record(folder / "samples.json")
+    settings = {key: value for key, value in record.items() if key not in store.DIGESTS}
     require(store.finished(folder, settings), "the samples are not finished")
     with np.load(folder / "samples.npz") as archive:
         return settings, archive["arr_0"], archive["labels"]
