@@ -38,9 +38,6 @@ class Options:
     layout: str = option(choices=("repa", "sit"), help="whose code will read it")
     out: str = option(help="file to write (.pt)")
 
-    def __post_init__(self) -> None:
-        require(not Path(self.out).exists(), f"--out {self.out} exists: choose another name, or remove it")
-
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the file."""
@@ -53,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     import torch
 
+    out = Path(options.out)
+    # a start that was killed after its last rename has left more than the file
+    files.remove_leftovers(out.parent, out.name)
+    require(not out.exists(), f"--out {out} exists: choose another name, or remove it")
     source = Checkpoint.open(options.ckpt)
     require(
         source.spec.architecture == "sit" and source.spec.position_span is None,
@@ -64,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     for name, weights in sets.items():
         models.require_finite(weights, f"{source.path} ({name})")
     archive = {name: layout(weights, source.spec, options.layout) for name, weights in sets.items()}
-    with files.replacing(options.out) as temporary:
+    with files.replacing(out) as temporary:
         torch.save({**archive, "steps": source.step}, temporary)
-    print(f"written: {options.out} ({' and '.join(archive)}, {options.layout}'s layout, step {source.step})")
-    return Path(options.out)
+    print(f"written: {out} ({' and '.join(archive)}, {options.layout}'s layout, step {source.step})")
+    return out
 
 
 def layout(weights: Mapping[str, Tensor], spec: ModelSpec, kind: str) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from models import convert, export, hub
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
-from tests.helpers import parity
+from tests.helpers import ended_at, parity
 
 
 class Hub:
@@ -214,6 +216,27 @@ def test_a_folder_takes_a_checkpoint_as_well(guided: Path, tmp_path: Path) -> No
     ):  # a run's checkpoint has an optimiser to lose
         hub.main([str(guided), "--to", str(own)])
     Checkpoint.open(own).require_whole()
+
+
+@pytest.mark.parametrize("command", ["hub", "export"])
+def test_a_killed_copy_leaves_nothing_after_the_next_start(guided: Path, tmp_path: Path, command: str) -> None:
+    """Early, in the middle and after the last rename, when an export is refused because its file is whole."""
+    out = tmp_path / "out"
+
+    def copy() -> None:
+        if command == "hub":
+            hub.main([str(guided), "--to", str(out / "copy")])
+        else:
+            export.main([str(guided), "--layout", "repa", "--out", str(out / "copy.pt")])
+
+    numbers = (3, 9, 16) if command == "hub" else (3, 5, 6)
+    for number in numbers:
+        out.mkdir()
+        assert ended_at(number, copy) == -signal.SIGKILL and [*out.rglob("*.tmp")]
+        with suppress(UserError) if (out / "copy.pt").exists() else nullcontext():
+            copy()
+        assert len([*out.iterdir()]) == 1 and not [*out.rglob("*.tmp")]
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("kind, name", [("repa", "repa_sit"), ("sit", "sit_original")])
