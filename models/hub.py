@@ -127,7 +127,7 @@ def own_picture(source: Checkpoint, folder: Path) -> Path:
         f"{folder} does not hold samples of {source.path}: give samples that generate.py drew from it",
     )
     require(
-        files.digest(picture) == record.get("grid"),
+        files.digest(picture) == record.get("picture"),
         f"{picture} is not the picture that generate.py drew: its digest differs; draw the samples again",
     )
     return picture

@@ -28,7 +28,7 @@ FORMAT = 2
 PARTIAL = "partial"
 SETTINGS = "settings.json"
 # The digests in samples.json beside the settings, and their files.
-DIGESTS = {"samples": "samples.npz", "grid": "grid.png"}
+DIGESTS = {"samples": "samples.npz", "picture": "grid.png"}
 FILES = (SETTINGS, "checks.npy", "labels.npy", "images.npy")
 
 
