@@ -77,7 +77,7 @@ class TrainConfig:
     preset: str | None = option(None, help="named settings of the alignment: paper, upstream, ...")
     recipe: str = option(
         "sit",
-        choices=("sit", "sit-400ep", "lightningdit", "lightningdit-400ep", "lightningdit-800ep", "digits"),
+        choices=("sit", "lightningdit", "lightningdit-800ep", "digits"),
         help="optimiser, batch, EMA and t sampling of a model family",
     )
     cfg_prob: float = option(0.1, within="[0, 1]", help="share of labels replaced by the null label")
@@ -343,7 +343,6 @@ def require_precision(wanted: str | None, tf32: bool | None) -> None:
         )
 
 
-_XL_400 = {"model": "SiT-XL/2", "max_train_steps": 2_000_000}
 _LIGHTNINGDIT = {
     "model": "LightningDiT-XL/1",
     "batch_size": 1024,
@@ -361,11 +360,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "sit": {"train": {}, "align": {}},
     # LightningDiT, 64 epochs of 1,251 steps
     "lightningdit": {"train": _LIGHTNINGDIT, "align": {}},
-    # the paper's Table 2: 400 epochs of SiT-XL (5,004 steps each) and of LightningDiT-XL (1,251 steps each); the
-    # distribution of t, which it does not name, stays logit-normal
-    "sit-400ep": {"train": _XL_400, "align": {}},
-    "lightningdit-400ep": {"train": {**_LIGHTNINGDIT, "max_train_steps": 500_000}, "align": {}},
-    # and LightningDiT's 800 epochs: times are uniform from epoch 480 on
+    # LightningDiT, 800 epochs: times are uniform from epoch 480 on
     "lightningdit-800ep": {
         "train": {**_LIGHTNINGDIT, "max_train_steps": 1_000_000, "uniform_from_epoch": 480.0},
         "align": {},

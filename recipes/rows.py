@@ -42,6 +42,8 @@ class Row:
     # none, guided (stage 2), or a name of --align.
     method: str
     model: str
+    # Of `config.RECIPES`, as its authors trained.
+    recipe: str
     epochs: float
     resolution: int = 256
     teacher: Teacher | None = None
@@ -110,7 +112,7 @@ class Row:
 
 
 def _row(table: str, model: str, method: str, epochs: float, key: str = "", words: str = "", **more: Any) -> Row:
-    """A row of `table`, called after `key` (default: method and epochs). A guided row gets the paper's teacher."""
+    """A row of `table`, called after `key` (default: method and epochs), with its family's recipe and teacher."""
     return Row(
         name="/".join([table, model.replace("/", "-"), key or f"{method}-{epochs:g}"]),
         table=table,
@@ -118,7 +120,11 @@ def _row(table: str, model: str, method: str, epochs: float, key: str = "", word
         model=model,
         epochs=epochs,
         words=tuple(words.split()),
-        **{"teacher": Teacher() if method == "guided" else None, **more},
+        **{
+            "recipe": "lightningdit" if model.startswith("LightningDiT") else "sit",
+            "teacher": Teacher() if method == "guided" else None,
+            **more,
+        },
     )
 
 
@@ -140,17 +146,17 @@ def table1() -> Iterator[Row]:
 
 def table2() -> Iterator[Row]:
     """ImageNet 256 with guidance, those rows that can be trained here."""
-    for model, method, epochs, preset in (
-        ("SiT-XL/2", "none", 1400, "sit-cfg-sde"),
-        ("LightningDiT-XL/1", "none", 800, "lightningdit-800ep"),
-        ("SiT-XL/2", "repa", 800, "repa-cfg"),
-        ("SiT-XL/2", "dispersive", 1200, "dispersive-cfg"),
-        ("SiT-XL/2", "sra", 800, "repa-cfg"),
-        ("SiT-XL/2", "layersync", 800, "sit-cfg-sde"),
-        ("SiT-XL/2", "guided", 400, "self-transcendence-cfg"),
-        ("LightningDiT-XL/1", "guided", 400, "lightningdit-800ep"),
+    for model, recipe, method, epochs, preset in (
+        ("SiT-XL/2", "sit", "none", 1400, "sit-cfg-sde"),
+        ("LightningDiT-XL/1", "lightningdit-800ep", "none", 800, "lightningdit-800ep"),
+        ("SiT-XL/2", "sit", "repa", 800, "repa-cfg"),
+        ("SiT-XL/2", "sit", "dispersive", 1200, "dispersive-cfg"),
+        ("SiT-XL/2", "sit", "sra", 800, "repa-cfg"),
+        ("SiT-XL/2", "sit", "layersync", 800, "sit-cfg-sde"),
+        ("SiT-XL/2", "sit", "guided", 400, "self-transcendence-cfg"),
+        ("LightningDiT-XL/1", "lightningdit", "guided", 400, "lightningdit-800ep"),
     ):
-        yield _row("table2", model, method, epochs, presets=(preset,))
+        yield _row("table2", model, method, epochs, recipe=recipe, presets=(preset,))
 
 
 def table3() -> Iterator[Row]:

@@ -21,8 +21,8 @@ BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
 class Scale:
     """The words that a size brings to each command of a chain, most of them by family.
 
-    `Scale.fill` replaces {work}, {data} (the folder of the latent set), {model}, {resolution}, {preset} and {adm} (the
-    reference file of ADM's evaluator).
+    `Scale.fill` replaces {work}, {data} (the folder of the latent set), {model}, {recipe}, {resolution}, {preset} and
+    {adm} (the reference file of ADM's evaluator).
     """
 
     name: str
@@ -85,6 +85,7 @@ class Scale:
             "work": work,
             "data": work / "data" / self.data(row),
             "model": self.model(row),
+            "recipe": row.recipe,
             "resolution": row.resolution,
             "preset": preset,
             "adm": f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
@@ -109,7 +110,7 @@ SCALES = {
             "lightningdit": f"{_ENCODE} vae/vavae --no-moments --flip --resolution 256",
         },
         extras={"images": "--keep-images", "flips": "--flip"},
-        train={family: f"--recipe {family} --model {{model}}" for family in FAMILIES},
+        train=dict.fromkeys(FAMILIES, "--recipe {recipe} --model {model}"),
         sample={"": "--preset {preset}"},
         score="--reference {adm} --features inception",
     ),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import generate
+from config import RECIPES, TrainConfig
 from evaluations.histories import spent
 from preprocessing import digits
 from recipes import __main__ as recipes
@@ -104,6 +105,29 @@ def test_every_command_of_every_row_parses(name: str) -> None:
         assert plan.scores and plan.scores[-1].step == plan.step
         places = {score.link.makes for score in plan.scores}
         assert size.name == "tiny" or len(places) == len(plan.scores)  # there several epochs end at one step
+
+
+def trained(name: str, size: str = "paper") -> TrainConfig:
+    """The options under which a row's own run trains."""
+    link = next(
+        link
+        for link in chain.build(rows.find(name), scale.find(size), 0, Path("work")).links[::-1]
+        if "train" in link.name
+    )
+    program, *words = link.words
+    return command.resolve(words, program, None, ("guided",) if "guide" in program else ())[0]
+
+
+def test_rows_name_their_recipes_and_no_other_recipe_exists() -> None:
+    assert trained("table2/LightningDiT-XL-1/none-800").uniform_from_epoch == 480  # as its authors ended logit-normal t
+    assert trained("table1/LightningDiT-XL-1/none-64").uniform_from_epoch is None
+    assert trained("table2/LightningDiT-XL-1/guided-400").time_sampling == "logit-normal"
+    used = {
+        trained(name, size).recipe
+        for name in ("table1/SiT-B-2/none-80", "digits/SiT-B-2/plain")
+        for size in scale.SCALES
+    }
+    assert used | {row.recipe for row in rows.rows().values()} == set(RECIPES)
 
 
 def test_rows_share_what_they_have_in_common() -> None:

@@ -17,7 +17,6 @@ import train
 import train_guide
 from alignment import BuildContext, Context, find
 from alignment.haste import logits
-from config import RECIPES
 from evaluations import monitor
 from models import published
 from models.checkpoint import Checkpoint
@@ -311,14 +310,6 @@ def test_a_preset_samples_in_its_own_precision_with_its_own_decoder(
 
 
 # --- recipes and numbers ---------------------------------------------------------------------------------------------
-
-
-def test_recipes_of_400_epochs() -> None:
-    for recipe, model, batch in (("sit-400ep", "SiT-XL/2", 256), ("lightningdit-400ep", "LightningDiT-XL/1", 1024)):
-        config, _ = command.resolve([*ARGV, "--recipe", recipe], "train.py", None)
-        assert (config.model, config.batch_size) == (model, batch)
-        assert config.max_train_steps / (1_281_167 // batch) == pytest.approx(400, rel=0.002)
-    assert set(RECIPES) >= {"sit-400ep", "lightningdit-400ep"}
 
 
 def test_published_numbers_are_rows_with_source_and_protocol() -> None:
