@@ -18,7 +18,7 @@ from runtime.errors import UserError, nearest, require
 
 # Methods with an external encoder.
 ENCODED = ("repa", "haste")
-# Methods that run under --preset paper, which sets the precision; their authors train with flipped views.
+# Methods that run under --preset paper, which sets the precision.
 PRESET = ("dispersive", "layersync")
 
 
@@ -74,8 +74,9 @@ class Row:
 
     @property
     def extras(self) -> list[str]:
-        """What its latent set holds beside the latents: images for an external encoder, flipped views."""
-        flips = self.method in PRESET and self.family == "sit"  # LightningDiT's sets hold them always
+        """What its latent set holds beside the latents: images for an external encoder, flipped views if published."""
+        # LightningDiT's sets hold them always
+        flips = self.family == "sit" and self.published is not None and bool(self.published.flips)
         return ["images"] * self.encoded + ["flips"] * flips
 
     def of_teacher(self) -> Row:

@@ -130,6 +130,17 @@ def test_rows_name_their_recipes_and_no_other_recipe_exists() -> None:
     assert used | {row.recipe for row in rows.rows().values()} == set(RECIPES)
 
 
+def test_a_row_is_trained_with_flips_if_its_published_number_was() -> None:
+    for row in rows.rows().values():
+        plan = chain.build(row, scale.find("paper"), 0, Path("work"))
+        published = row.published is not None and bool(row.published.flips)
+        assert ("--flip" in plan.links[0].words) == (published or row.family == "lightningdit"), row.name
+        sets = {words[words.index("--data-dir") + 1] for link in plan.links if "--data-dir" in (words := link.words)}
+        assert sets == {str(plan.links[0].makes.parent)}  # its teacher and trunk see the same
+    assert rows.find("table2/SiT-XL-2/none-1400").extras == rows.find("table3/SiT-XL-2/none-600").extras == ["flips"]
+    assert rows.find("table4/SiT-B-2/plain").extras == []
+
+
 def test_rows_share_what_they_have_in_common() -> None:
     work, paper = Path("work"), scale.find("paper")
     full, default, omega = (
