@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes import rows
+from recipes import rows, table
 from recipes.record import newest
-from recipes.table import quality
 from runtime.errors import require
 
 LEVEL = 0.05
@@ -58,7 +57,7 @@ def values(records: Sequence[dict[str, Any]], scale: str) -> dict[tuple[str, flo
     for record in study_records(records, scale):
         key = record["row"].split("/")[-1]
         for score in record["scores"]:
-            scores.setdefault((key, score["epochs"]), {})[record["seed"]] = quality(score)
+            scores.setdefault((key, score["epochs"]), {})[record["seed"]] = table.quality(score)
     return scores
 
 
@@ -97,10 +96,7 @@ class Finding:
     @property
     def interval(self) -> float:
         """Half the width of the mean difference's 95 % confidence interval."""
-        from scipy.stats import t
-
-        n = len(self.differences)
-        return float(t.ppf(0.975, n - 1)) * statistics.stdev(self.differences) / math.sqrt(n)
+        return table.half_interval(self.differences)
 
 
 def holm(p: Sequence[float]) -> list[float]:

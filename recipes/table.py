@@ -12,24 +12,32 @@ from recipes.record import METRICS, newest
 from recipes.rows import Row
 from runtime.text import aligned, spread
 
-# Relative spread of an FID over training seeds (arXiv 2606.20536).
-SPREAD = 0.013
+# A number is reproduced within this share of the published one, or within this distance if that is more.
+SHARE, DISTANCE = 0.03, 0.1
 # Scores, each behind its record.
 Scored = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def verdict(published: float, ours: Sequence[float]) -> str:
-    """What several seeds say of a published number.
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean of two or more values, by Student's t."""
+    from scipy.stats import t
 
-    `reproduced` (at least three seeds, and their mean at most the larger of 1.3 % and twice the standard error away),
-    `inconclusive` (fewer than three), `differs`, `not run`.
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def verdict(published: float, ours: Sequence[float]) -> str:
+    """What several seeds say of a published number: an equivalence test.
+
+    `reproduced` if the 95 % interval of at least three seeds lies within the larger of 3 % and 0.1 of the published
+    number, `differs` if it lies outside, else `undecided`; `not run`.
     """
     if not ours:
         return "not run"
     if len(ours) < 3:
-        return "inconclusive"
-    tolerance = max(SPREAD * published, 2 * statistics.stdev(ours) / math.sqrt(len(ours)))
-    return "reproduced" if abs(statistics.mean(ours) - published) <= tolerance else "differs"
+        return "undecided"
+    margin, away = max(SHARE * published, DISTANCE), abs(statistics.mean(ours) - published)
+    half = half_interval(ours)
+    return "reproduced" if away + half <= margin else "differs" if away - half > margin else "undecided"
 
 
 def by_epochs(records: Sequence[dict[str, Any]], row: str, key: str | None = None) -> dict[float, Scored]:
@@ -109,7 +117,8 @@ def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], sc
             )
         if published is not None and epochs == row.epochs:
             line |= {**at_end, "difference": f"{statistics.mean(ours) - published:+.2f}"}
-            line["verdict"] = verdict(published, ours)
+            counts = scores[0][1]["preset"] == row.presets[0]
+            line["verdict"] = verdict(published, ours) if counts else f"{row.presets[0]} counts"
         lines.append(line)
     return lines
 

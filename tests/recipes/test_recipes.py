@@ -11,7 +11,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 import generate
 from config import RECIPES, TrainConfig
@@ -428,13 +430,32 @@ def test_a_chain_that_fails_leaves_a_record_of_it(tmp_path: Path, capsys: pytest
 
 
 def test_verdicts() -> None:
-    assert table.verdict(20.0, []) == "not run" and table.verdict(20.0, [20.0, 20.1]) == "inconclusive"
-    assert table.verdict(20.0, [20.1, 20.2, 20.3]) == "reproduced"  # 1 % away: within the spread of training seeds
-    assert table.verdict(20.0, [20.55, 20.6, 20.65]) == "differs"  # 3 % away, tight
-    assert table.verdict(20.0, [19.0, 20.6, 22.5]) == "reproduced"  # 3.5 % away, but twice the standard error is 2.0
+    """By hand: t is 4.303 for three seeds; the margin at 20 is 0.6, at 2 it is 0.1."""
+    assert table.verdict(20.0, []) == "not run" and table.verdict(20.0, [20.0, 20.0]) == "undecided"
+    assert table.verdict(20.0, [20.1, 20.2, 20.3]) == "reproduced"  # 20.2 ± 0.25
+    assert table.verdict(20.0, [20.55, 20.6, 20.65]) == "undecided"  # 20.6 ± 0.12 holds the margin
+    assert table.verdict(20.0, [19.0, 20.6, 22.5]) == "undecided"  # three noisy seeds: 20.7 ± 4.35
+    assert table.verdict(20.0, [20.75, 20.8, 20.85]) == "differs" == table.verdict(20.0, [19.15, 19.2, 19.25])
+    assert table.verdict(2.0, [2.05, 2.06, 2.07]) == "reproduced"  # 2.06 ± 0.025
+    assert table.verdict(2.0, [2.14, 2.15, 2.16]) == "differs" and table.verdict(2.0, [2.09] * 3) == "reproduced"
 
 
-def fake(row: str, seed: int, key: str, fid: float, size: str = "paper") -> dict:
+def test_the_interval_is_students_and_verdicts_have_its_error_rates() -> None:
+    for values in ([1.0, 2.0], [20.0, 21.5, 19.7], [3.1, 3.0, 2.9, 3.3, 3.2]):
+        low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+        assert table.half_interval(values) == pytest.approx((high - low) / 2, rel=1e-12)
+    draws = np.random.default_rng(0).standard_normal((1000, 3))
+
+    def rate(mean: float, sd: float, wanted: str) -> float:
+        return float(np.mean([table.verdict(20.0, row) == wanted for row in (mean + sd * draws).tolist()]))
+
+    # at the edge of the margin either verdict is wrong in at most 2.5 % of cases
+    assert rate(20.6, 0.05, "reproduced") == pytest.approx(0.025, abs=0.01)
+    assert rate(20.6, 0.05, "differs") == pytest.approx(0.025, abs=0.01)
+    assert rate(20.0, 0.05, "reproduced") > 0.99 < rate(21.5, 0.05, "differs") and rate(20.0, 2.0, "reproduced") < 0.025
+
+
+def fake(row: str, seed: int, key: str, fid: float, size: str = "paper", preset: str = "fid10k") -> dict:
     return {
         "row": row,
         "scale": size,
@@ -444,7 +465,7 @@ def fake(row: str, seed: int, key: str, fid: float, size: str = "paper") -> dict
         "device_hours": {"training": 8.0, "stage 1": 2.0},
         "scores": [
             {
-                "preset": "fid10k",
+                "preset": preset,
                 "epochs": 80,
                 "step": 1,
                 "key": key,
@@ -469,12 +490,23 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
         and "reproduced" in first
         and "10" in first
     )
-    assert "[bbbb]" in second and "30.00 (1)" in second and "inconclusive" in second and "cccc" not in text
+    assert "[bbbb]" in second and "30.00 (1)" in second and "undecided" in second and "cccc" not in text
     tiny = table.render(chosen, records, "tiny")
     assert (
         "1.00 (1)" in tiny and "22.91" not in tiny and "reproduced" not in tiny
     )  # no published number at another scale
     assert first.count("not run") == 3
+
+
+def test_of_two_ways_of_sampling_one_counts() -> None:
+    sampled = {row.name: row.presets for row in rows.of_table("table1")}
+    assert sampled["table1/SiT-B-2/none-80"] == sampled["table1/SiT-L-2/layersync-80"] == ("table1-ode", "table1-sde")
+    assert sampled["table1/SiT-B-2/repa-80"] == sampled["table1/SiT-B-2/guided-80"] == ("table1-sde", "table1-ode")
+    chosen, name = rows.of_table("table1"), "table1/SiT-B-2/guided-80"
+    records = [fake(name, seed, "aaaa", 24.0, preset="table1-sde") for seed in range(3)]
+    records += [fake(name, seed, "bbbb", 20.5, preset="table1-ode") for seed in range(3)]
+    counts, other = table.render(chosen, records, "paper").split("\n\n")
+    assert "differs" in counts and "reproduced" not in counts + other and "table1-sde counts" in other
 
 
 def test_rows_of_the_digits_are_compared_with_plain_training(
@@ -513,7 +545,7 @@ def test_a_seed_that_was_run_again_is_one_sample() -> None:
     chosen = rows.of_table("table4")
     again = [fake("table4/SiT-B-2/full", 0, "aaaa", fid) for fid in (40.0, 22.8, 22.9)]
     text = table.render(chosen, again, "paper")
-    assert "22.90 (1)" in text and "inconclusive" in text and "reproduced" not in text
+    assert "22.90 (1)" in text and "undecided" in text and "reproduced" not in text
     assert table.figure_points(chosen, again, "paper")["aaaa"]["table4/SiT-B-2/full"] == {80: [22.9]}
 
 
