@@ -22,13 +22,23 @@ class Published:
     model: str
     epochs: int | None
     resolution: int
-    guidance: str  # `none`, or a description of classifier-free guidance
+    guidance: str  # `none`, a description of classifier-free guidance, or `cfg not known`
     sampler: str
     samples: int
     flips: bool | None  # whether the authors trained with random flips (a latent set of two views)
     metrics: dict[str, float]  # those of METRICS that were printed
     source: str
     status: str
+
+    def __str__(self) -> str:
+        """Its numbers, how they were made, and where they are printed."""
+        numbers = ", ".join(f"{name} {value:g}" for name, value in self.metrics.items())
+        return f"{numbers} ({self.protocol()}; {self.source})"
+
+    @property
+    def comparable(self) -> bool:
+        """Whether its guidance is known, without which samples of ours cannot be compared with it."""
+        return self.guidance != "cfg not known"
 
     def protocol(self) -> str:
         """How the number was made, in a few words."""

@@ -151,6 +151,8 @@ def show(names: Sequence[str], options: Show) -> None:
         for seed in options.seed_range():
             plan = chain.build(row, size, seed, Path(options.work))
             print(f"# {row.name}, {size.name}, seed {seed}")
+            if row.published is not None:
+                print(f"# published: {row.published}")
             for link in plan.links:
                 print(f"# {link.name}{' (done)' if link.done else ''}")
                 print(link.command(options.processes or size.processes, options.nodes))

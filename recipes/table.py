@@ -105,7 +105,8 @@ def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], sc
     at_end = {} if published is None else {"published": f"{published:.2f}"}
     if not scored:
         hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
-        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": "not run" + hours}]
+        why = "; ".join(filter(None, ("not run" + hours, "" if published is None else _no_verdict(row))))
+        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": why}]
     lines = []
     for epochs, scores in scored.items():
         ours = [quality(score) for _, score in scores]
@@ -117,10 +118,16 @@ def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], sc
             )
         if published is not None and epochs == row.epochs:
             line |= {**at_end, "difference": f"{statistics.mean(ours) - published:+.2f}"}
-            counts = scores[0][1]["preset"] == row.presets[0]
-            line["verdict"] = verdict(published, ours) if counts else f"{row.presets[0]} counts"
+            line["verdict"] = _no_verdict(row, scores[0][1]["preset"]) or verdict(published, ours)
         lines.append(line)
     return lines
+
+
+def _no_verdict(row: Row, preset: str | None = None) -> str:
+    """Why samples of a row, made under `preset`, get no verdict; empty if they get one."""
+    if row.published is not None and not row.published.comparable:
+        return "guidance not known"
+    return "" if preset in (None, row.presets[0]) else f"{row.presets[0]} counts"
 
 
 def _costs(scored: Scored) -> dict[str, str]:

@@ -91,13 +91,12 @@ PRESETS: dict[str, Preset] = {
     "sit-cfg-sde": Preset(
         "SiT-XL/2, 7M steps",
         {**_SDE, "cfg_scale": 1.5, "guidance_channels": "first3"},
-        _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="SDE, 250 steps"),
+        _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="SDE, 250 steps", status="reported"),
     ),
     "sit-cfg-ode": Preset(
         "SiT-XL/2, 7M steps",
         {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
         _of("none", _XL, 1400, "cfg 1.5, 3 channels", sampler="ODE, dopri5"),
-        note="attribution not certain",
     ),
     "layersync-nocfg-ode": Preset(
         "LayerSync SiT-XL/2, 80 epochs", _HEUN, _of("layersync", _XL, 80), note="number of steps not stated"

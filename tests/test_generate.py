@@ -330,7 +330,7 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
     listed = capsys.readouterr().out
     assert (
         all(name in listed and (fid is None or f"{fid:.2f}" in listed) for name, fid in published.items())
-        and "not certain" in listed
+        and "not stated" in listed
     )
     for name in PRESETS:
         build(GenerateConfig, {"ckpt": "x"}, settings({"preset": name}))  # no contradiction within

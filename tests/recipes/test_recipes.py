@@ -181,6 +181,7 @@ def test_show_prints_the_chain_and_its_cost(capsys: pytest.CaptureFixture, tmp_p
     )
     text = capsys.readouterr().out
     assert "accelerate launch --multi_gpu --num_processes 16 --num_machines 2" in text and "--align latent" in text
+    assert "# published: fid 32.2, is 52.38 (not stated; trained without flips; ImageNet 256, no guidance" in text
     assert "14.2 hours" in text or "14.3 hours" in text  # 400,000 steps of 256 at 2,000 images per second
     flops = float(text.split(" FLOPs in all")[0].split()[-1])
     assert flops == pytest.approx(
@@ -455,7 +456,9 @@ def test_the_interval_is_students_and_verdicts_have_its_error_rates() -> None:
     assert rate(20.0, 0.05, "reproduced") > 0.99 < rate(21.5, 0.05, "differs") and rate(20.0, 2.0, "reproduced") < 0.025
 
 
-def fake(row: str, seed: int, key: str, fid: float, size: str = "paper", preset: str = "fid10k") -> dict:
+def fake(
+    row: str, seed: int, key: str, fid: float, size: str = "paper", preset: str = "fid10k", epochs: float = 80
+) -> dict:
     return {
         "row": row,
         "scale": size,
@@ -466,7 +469,7 @@ def fake(row: str, seed: int, key: str, fid: float, size: str = "paper", preset:
         "scores": [
             {
                 "preset": preset,
-                "epochs": 80,
+                "epochs": epochs,
                 "step": 1,
                 "key": key,
                 "metrics": {"fid": fid},
@@ -507,6 +510,24 @@ def test_of_two_ways_of_sampling_one_counts() -> None:
     records += [fake(name, seed, "bbbb", 20.5, preset="table1-ode") for seed in range(3)]
     counts, other = table.render(chosen, records, "paper").split("\n\n")
     assert "differs" in counts and "reproduced" not in counts + other and "table1-sde counts" in other
+
+
+def test_a_row_is_sampled_under_its_authors_guidance_and_gets_no_verdict_where_that_is_not_known() -> None:
+    """SiT, arXiv 2401.08740, Table 7: SiT-XL (cfg = 1.5, SDE), FID 2.62 at 512 pixels; models.py guides 3 channels."""
+    plain = presets.settings({"preset": rows.find("table3/SiT-XL-2/none-600").presets[0]})
+    assert (plain["mode"], plain["cfg_scale"], plain["guidance_channels"]) == ("sde", 1.5, "first3")
+    known = {row.name: row.published.comparable for table in ("table2", "table3") for row in rows.of_table(table)}
+    assert known["table3/SiT-XL-2/none-600"] and known["table2/SiT-XL-2/guided-400"]
+    assert not (known["table3/SiT-XL-2/repa-200"] or known["table2/LightningDiT-XL-1/guided-400"])
+    records = [
+        fake(f"table3/SiT-XL-2/{key}", seed, "aaaa", fid, preset=preset, epochs=epochs)
+        for key, fid, preset, epochs in (("none-600", 2.62, "sit-cfg-sde", 600), ("repa-200", 2.08, "repa-cfg", 200))
+        for seed in range(3)
+    ]
+    lines = table.render(rows.of_table("table3"), records, "paper").splitlines()
+    verdicts = {line.split()[0]: line for line in lines if line.startswith("SiT")}
+    assert "reproduced" in verdicts["SiT-XL-2/none-600"] and "guidance not known" in verdicts["SiT-XL-2/repa-200"]
+    assert "h); guidance not known" in verdicts["SiT-XL-2/guided-100"]
 
 
 def test_rows_of_the_digits_are_compared_with_plain_training(
