@@ -10,7 +10,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from models.checkpoint import Checkpoint
-from runtime import schema
+from runtime import files, schema
 from runtime.errors import UserError, require
 from runtime.jsonlines import read
 from runtime.schema import Number
@@ -165,10 +165,27 @@ def stops(words: Sequence[str]) -> dict[str, int]:
     return ends
 
 
+def whole_log(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's log; before those of a branch stand its trunk's, up to where it began.
+
+    Raises UserError if the trunk's log is missing: the rate of its steps is not that of the branch.
+    """
+    lines, options = read(run / "log.jsonl"), run / "run.json"
+    trunk = files.read_json(options)["train"].get("branch_from") if options.is_file() else None
+    if trunk is None or not lines:
+        return lines
+    # --branch-from names a run, RUN@STEP or a folder in RUN/checkpoints
+    places = (Path(trunk.rpartition("@")[0] or trunk), Path(trunk).parent.parent)
+    folder = next((place for place in places if (place / "log.jsonl").is_file()), None)
+    if folder is None:
+        raise UserError(f"{run} branches from {trunk}, whose log.jsonl is missing: restore it, for its steps count too")
+    return [line for line in whole_log(folder) if line["step"] < lines[0]["step"]] + lines
+
+
 def spent(run: Path, batch_size: int, step: int) -> tuple[float, float]:
-    """Hours of the steps up to `step`, from the rates in the run's log, and their mean rate in images per second."""
+    """Hours of the steps up to `step`, from the rates in the log, and their mean rate in images per second."""
     seconds, before = 0.0, 0
-    for line in read(run / "log.jsonl"):
+    for line in whole_log(run):
         if line.get("images_per_second", 0) > 0 and before < line["step"] <= step:
             seconds += (line["step"] - before) * batch_size / line["images_per_second"]
             before = int(line["step"])

@@ -6,7 +6,7 @@
       config.json    the run's options and resolved choices, from its checkpoint
       metrics.json   each score: preset, epochs, metrics, the protocol under which it was made, device hours,
                      and FLOPs of training, stage 1 included
-      log.jsonl      the run's log
+      log.jsonl      the run's log; before that of a branch, its trunk's
 
 `results/ledger.csv` is generated from the folders. Only scores with equal protocol keys belong in one column.
 """
@@ -20,14 +20,13 @@ import io
 import json
 import math
 import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from evaluations.histories import protocol, spent
+from evaluations.histories import protocol, spent, whole_log
 from models.checkpoint import Checkpoint, versions
 from recipes import costs, rows, scale
 from recipes.chain import Chain
@@ -114,7 +113,9 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
     checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}")
     config = {name: checkpoint.config[name] for name in ("model", "train", "align", "resolved", "precision")}
     files.write_json(folder / "config.json", config)
-    shutil.copy(chain.run / "log.jsonl", folder / "log.jsonl")
+    (folder / "log.jsonl").write_text(
+        "".join(f"{json.dumps(line)}\n" for line in whole_log(chain.run)), encoding="utf-8"
+    )
 
     # hours are counted from the logs: pauses between two starts of a run are left out
     batch_size, stage1 = config["train"]["batch_size"], 0.0

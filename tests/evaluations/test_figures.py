@@ -241,6 +241,21 @@ def test_the_time_table_counts_stage_one(
     assert "?" in histories.time_table([histories.Time("x", 1, 1.0, 1.0, 1.0, None)])
 
 
+def test_the_steps_before_a_branch_take_its_trunks_time(tmp_path: Path) -> None:
+    """By hand: 50,000 steps of 256 at 1,000 images a second and 100,000 at 2,000 are 3.56 hours each."""
+    trunk = history(tmp_path / "trunk", dict.fromkeys((25_000, 50_000, 75_000), 1.0), images_per_second=1000.0)
+    branch = history(tmp_path / "branch", dict.fromkeys((75_000, 150_000), 1.0), images_per_second=2000.0)
+    alone, rate = histories.spent(branch, 256, 150_000)
+    assert (alone, rate) == (pytest.approx(150_000 * 256 / 2000 / 3600), pytest.approx(2000))
+    for name in (f"{trunk}@50000", trunk, trunk / "checkpoints" / "0050000"):
+        (branch / "run.json").write_text(json.dumps({"train": {"branch_from": str(name)}}))
+        hours, rate = histories.spent(branch, 256, 150_000)
+        assert (hours, rate) == (pytest.approx(7.1111, abs=1e-4), pytest.approx(1500))
+    shutil.rmtree(trunk)
+    with pytest.raises(UserError, match="branch branches from .*, whose log.jsonl is missing: restore it"):
+        histories.spent(branch, 256, 150_000)
+
+
 def test_files_are_the_same_each_time(
     data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

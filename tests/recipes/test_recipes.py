@@ -25,7 +25,7 @@ from runtime.errors import UserError
 from runtime.options import read
 from sampling import presets
 from tests.helpers import killed_writer
-from training import command
+from training import command, log
 
 RUN = (
     "table1/SiT-B-2/repa-80",
@@ -224,6 +224,7 @@ def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pyt
             "guided" in entry["row"] or "full" in entry["row"] or "teacher" in entry["row"]
         )
         assert all(score["metrics"]["fd"] > 0 for score in entry["scores"])
+        assert log.read(folder / "log.jsonl")[0]["step"] == 1  # a branch's with its trunk's
     assert [len(entry["scores"]) for entry in records if entry["row"].startswith(("table1", "figure4"))] == [8, 2]
     ledger = (place / "results" / "ledger.csv").read_text().splitlines()
     assert len(ledger) == 1 + sum(len(score["metrics"]) for entry in records for score in entry["scores"])
