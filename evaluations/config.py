@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.errors import require
 from runtime.options import option
 
 Kind = tuple[str, float | None]  # a feature and its omega: ("g", 10.0), ("u", None)
+KINDS = ("u", "c", "g", "latents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +20,18 @@ class TapOptions:
     weights: str = option("ema", help="weights: ema, raw or ema-DECAY")
     blocks: tuple[int, ...] | None = option(None, help="blocks, from 1 (default: all)")
     t: tuple[float, ...] = option((0.5,), within="[0, 1]", help="times, 1 is noise")
-    features: tuple[str, ...] = option(("c", "g"), choices=("u", "c", "g"), help="which features")
+    features: tuple[str, ...] = option(("c", "g"), choices=KINDS, help="which features")
     omega: tuple[float, ...] = option((30.0,), within="[0, inf)", help="guidance scales of f_g")
     seed: int = option(0, help="seed of the choice of images, of their noise and of their split")
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the network")
+    encoder: str | None = option(None, help="an external encoder too: a vision transformer of timm, or a folder of one")
+    encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
+
+    def __post_init__(self) -> None:
+        require(
+            self.encoder_weights is None or self.encoder is not None,
+            "--encoder-weights belong to an encoder: give --encoder too",
+        )
 
     def kinds(self) -> list[Kind]:
         """The features of blocks, each with its omega."""

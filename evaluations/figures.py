@@ -1,18 +1,20 @@
 """Figures of what networks learn, as PNG and SVG that are legible in black and white.
 
     python -m evaluations.figures pca --ckpt exps/plain@100000 exps/stage2@100000 --data-dir data/imagenet256
-    python -m evaluations.figures tsne --ckpt exps/stage1 --data-dir data/imagenet256 --classes 207 88 974
+    python -m evaluations.figures tsne --ckpt exps/stage1 --data-dir data/imagenet256 --classes 207 88 974 \\
+        --features g latents --encoder dinov2-vit-b
     python -m evaluations.figures steps --runs plain=exps/plain guided=exps/stage2
     python -m evaluations.figures seeds --ckpt exps/plain@5000 exps/plain@9000 exps/stage2@5000 exps/stage2@9000
     python -m evaluations.figures time --runs plain=exps/plain guided=exps/stage2
 
 pca (Figs. 1, 9, 10): a row of pictures for each checkpoint, time, block and feature; red, green and blue are the first
 three principal components of the tokens. Each row has one basis, fitted to the tokens of all its images, so colours can
-be compared along a row but not between rows. tsne (Fig. 2): a panel for each feature. steps (Figs. 4, 8): scores from
-the logs of runs, or from files (--scores NAME=metrics.json); runs with the same NAME are seeds. A vertical line marks
-the end of an alignment. seeds (Fig. 5): a row for each run, a column for each step, the same noise everywhere. time:
-the table of section 4.5. Figs. 6 and 7 are `generate.py --classes`; Figs. 4 and 8 from records are `python -m recipes
-figure`. See each kind's --help.
+be compared along a row but not between rows. tsne (Fig. 2): a panel for each feature. Both show clean VAE latents
+(--features latents) and an external encoder (--encoder) too. steps (Figs. 4, 8): scores from the logs of runs, or from
+files (--scores NAME=metrics.json); runs with the same NAME are seeds. A vertical line marks the end of an alignment.
+seeds (Fig. 5): a row for each run, a column for each step, the same noise everywhere. time: the table of section 4.5.
+Figs. 6 and 7 are `generate.py --classes`; Figs. 4 and 8 from records are `python -m recipes figure`. See each kind's
+--help.
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ class LookOptions(TapOptions, FigureOptions):
     """The features that pca and tsne show."""
 
     classes: tuple[str, ...] = option((), help="images of these classes only, by name or number")
+
+    def __post_init__(self) -> None:
+        TapOptions.__post_init__(self)
+        FigureOptions.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +126,27 @@ class TimeOptions:
 
 
 def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """Source, name and tokens (N, T, D), or (N, D) `pooled`, of each checkpoint, time, block and feature."""
+    """Source, name and tokens (N, T, D), or (N, D) `pooled`, of each checkpoint, time, block and feature.
+
+    Latents and an encoder's features come first, on the token grid of the first checkpoint.
+    """
+    import torch
+
     import interpolant
-    from evaluations.taps import Probed
+    from evaluations.taps import Probed, unblocked
+    from models.checkpoint import Checkpoint
+    from models.encoders import open_encoder
 
     kinds = look.kinds()
+    side = Checkpoint.open(look.ckpt[0]).spec.side
+    encoder = None if look.encoder is None else open_encoder(look.encoder, grid=side, weights=look.encoder_weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, read_at in unblocked(look, items, side, encoder and encoder.to(device), device):
+        parts = [read_at(chunk) for chunk in slices(np.arange(len(items)), look.batch_size)]
+        yield "clean images", name, torch.cat([part.mean(1) for part in parts] if pooled else parts)
     # f_c alone needs no pass with the null label
     both = any(kind != "c" for kind, _ in kinds)
-    for name in progress.bar(look.ckpt, desc="reading features", unit="checkpoint"):
+    for name in progress.bar(look.ckpt if kinds else (), desc="reading features", unit="checkpoint"):
         probed = Probed.open(name, items, look.weights, look.blocks)
         if both:
             probed.require_null()

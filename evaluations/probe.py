@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluations import drawing
-from evaluations.config import TapOptions
+from evaluations.config import KINDS, TapOptions
 from models.checkpoint import versions
 from runtime import errors, files, progress
 from runtime.errors import require
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from evaluations.taps import Items, Probed
     from models.encoders import Encoder
 
-KINDS = ("u", "c", "g", "latents")
 TIE = 0.005  # two settings whose scores differ by less are level
 
 
@@ -67,18 +66,10 @@ class ProbeConfig(TapOptions):
     masks: str | None = option(
         None, help=".npz with masks (N, H, H) of 0 and 1 in the order of the set, and perhaps groups (N,)"
     )
-    encoder: str | None = option(None, help="an external encoder too: a vision transformer of timm, or a folder of one")
-    encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
     labels: str = option(
         "true", choices=("true", "shuffled"), help="labels given to the network: the images' own, or other images'"
     )
     items: int = option(2000, within="[1, inf)", help="images, drawn by the seed")
-
-    def __post_init__(self) -> None:
-        require(
-            self.encoder_weights is None or self.encoder is not None,
-            "--encoder-weights belong to an encoder: give --encoder too",
-        )
 
 
 def best(rows: Sequence[Row]) -> tuple[str, float, int] | None:
@@ -214,14 +205,10 @@ def readings(
 ) -> Iterator[tuple[str | None, float | None, Reading]]:
     """Each measurement: checkpoint and time (both None for latents and encoder), and how to read its tokens."""
     from evaluations.reading import of_blocks, unmapped
-    from evaluations.taps import encoded
-    from models import patchify
+    from evaluations.taps import unblocked
 
-    patch = items.data.latent_size // opened[0].checkpoint.spec.side
-    if "latents" in config.features:
-        yield None, None, unmapped("latents", lambda places: patchify(items.clean(places), patch).double())
-    if encoder is not None:
-        yield None, None, unmapped("encoder", lambda places: encoded(encoder, items, places, device).cpu())
+    for name, tokens in unblocked(config, items, opened[0].checkpoint.spec.side, encoder, device):
+        yield None, None, unmapped(name, tokens)
     for probed in opened if config.kinds() else ():
         for t in config.t:
             yield probed.name, t, of_blocks(probed, items, t, config.kinds())

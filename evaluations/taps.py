@@ -7,7 +7,7 @@ t and for every checkpoint, so that checkpoints are compared on the same inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 import interpolant
 import models
 from dataset import LatentSet
+from evaluations.config import TapOptions
 from models import Backbone
 from models.checkpoint import Checkpoint
 from models.encoders import Encoder
@@ -228,3 +229,17 @@ def encoded(encoder: Encoder, items: Items, places: np.ndarray, device: torch.de
     """(n, T, D) float64 patch tokens of an external encoder for the clean images at `places`."""
     images = torch.from_numpy(items.data.images(items.index[places])).to(device)
     return encoder(images).tokens.double()
+
+
+def unblocked(
+    options: TapOptions, items: Items, side: int, encoder: Encoder | None, device: torch.device
+) -> Iterator[tuple[str, Callable[[np.ndarray], Tensor]]]:
+    """The features that no checkpoint has: name, and places -> tokens (n, T, D) float64 of the clean images there.
+
+    Clean latents are cut into the patches of a network with side x side tokens.
+    """
+    if "latents" in options.features:
+        patch = items.data.latent_size // side
+        yield "latents", lambda places: models.patchify(items.clean(places), patch).double()
+    if encoder is not None:
+        yield "encoder", lambda places: encoded(encoder, items, places, device).cpu()

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
 from evaluations import drawing, figures, histories
@@ -87,6 +89,31 @@ def test_t_sne_has_a_glyph_a_class_and_a_point_an_image(data: Path, guided: Path
         (labels == 3).sum(),
         (labels == 7).sum(),
     ]
+
+
+def test_latents_and_an_external_encoder_are_drawn_beside_features(data: Path, teacher: Path, encoder: Path) -> None:
+    """Figs. 1 and 2: the maps of the encoder are scikit-learn's components of timm's own patch tokens."""
+    look = ("--ckpt", teacher, "--data-dir", data, "--items", 6, "--blocks", 3, "--features", "g", "latents")
+    figure = drawn("pca", *look, "--encoder", encoder)
+    panels = np.array(figure.axes, dtype=object).reshape(4, 6)
+    named = ["images", "clean images, latents", "clean images, encoder", "stage1@4, t 0.5, block 3, f_g 30"]
+    assert [axes.get_ylabel() for axes in panels[:, 0]] == named
+    items = Items(str(data), 6, 0)
+    network = timm.create_model(f"local-dir:{encoder}", pretrained=True).eval()
+    pixels = torch.from_numpy(items.data.images(items.index)).permute(0, 3, 1, 2).float() / 255
+    tokens = network.forward_features((pixels - 0.5) / 0.5)[:, 1:].detach().double()
+    latents = F.unfold(items.clean(np.arange(6)), 2, stride=2).transpose(1, 2).double()
+    for row, expected in ((panels[1], latents), (panels[2], tokens)):
+        components = PCA(3).fit_transform(expected.flatten(0, 1).numpy())
+        ours = np.stack([axes.get_images()[0].get_array() for axes in row]).reshape(-1, 3)
+        inside = (ours > 0.05) & (ours < 0.95)  # the stretch clips the ends
+        for number in range(3):
+            seen = inside[:, number]
+            assert abs(np.corrcoef(ours[seen, number], components[seen, number])[0, 1]) > 0.999
+    (only,) = [axes for axes in drawn("tsne", *look[:-2], "latents").axes if axes.get_title()]
+    assert only.get_title() == "clean images\nlatents"
+    with pytest.raises(UserError, match="give --encoder too"):
+        drawn("pca", *look, "--encoder-weights", "x")
 
 
 def history(folder: Path, values: dict[int, float], stop: int = 0, **more: float) -> Path:
