@@ -29,10 +29,23 @@ class Published:
     metrics: dict[str, float]  # those of METRICS that were printed
     source: str
     status: str
+    device_hours: float | None  # of training, stage 1 left out
+
+    @property
+    def system(self) -> str:
+        """Network and method in a few words."""
+        method = "" if self.model.startswith(self.method) else f" + {self.method}"
+        return f"{self.model}{method}{self.variant and f' ({self.variant})'}"
+
+    @property
+    def parameters(self) -> int | None:
+        """Millions of parameters, as Table 1 prints them."""
+        return PARAMETERS.get(self.model)
 
     def __str__(self) -> str:
         """Its numbers, how they were made, and where they are printed."""
         numbers = ", ".join(f"{name} {value:g}" for name, value in self.metrics.items())
+        numbers = numbers or f"{self.device_hours:g} device hours"
         return f"{numbers} ({self.protocol()}; {self.source})"
 
     @property
@@ -44,10 +57,12 @@ class Published:
         """How the number was made, in a few words."""
         flips = "" if self.flips is None else f"; trained with{'' if self.flips else 'out'} flips"
         guidance = "no guidance" if self.guidance == "none" else self.guidance
-        return f"{self.sampler}{flips}; ImageNet {self.resolution}, {guidance}"
+        count = "" if self.samples in (0, 50_000) else f"; {self.samples:,} samples"
+        return f"{self.sampler}{flips}; ImageNet {self.resolution}, {guidance}{count}"
 
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
+PARAMETERS = {"SiT-B/2": 130, "SiT-L/2": 458, "SiT-XL/2": 675, "LightningDiT-B/1": 130, "LightningDiT-XL/1": 675}
 
 
 @functools.cache
@@ -68,6 +83,7 @@ def rows() -> tuple[Published, ...]:
                 metrics={name: float(row[name]) for name in METRICS if row[name]},
                 source=row["source"],
                 status=row["status"],
+                device_hours=float(row["device_hours"]) if row["device_hours"] else None,
             )
             for row in csv.DictReader(handle)
         )

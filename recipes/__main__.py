@@ -138,7 +138,8 @@ def list_rows(names: Sequence[str], options: Results) -> None:
     records = record.load(Path(options.results))
     lines = [["row", "published", "sampling", "records"]]
     for row in [row for name in (names or rows.TABLES) for row in rows.of_table(name)]:
-        number = f"{row.published.metrics['fid']:.2f}" if row.published else ""
+        fid = row.published.metrics.get("fid") if row.published else None
+        number = "" if fid is None else f"{fid:.2f}"
         count = sum(entry["row"] == row.name for entry in records)
         lines.append([row.name, number, " ".join(row.presets), str(count or "")])
     print(aligned(lines))

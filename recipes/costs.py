@@ -80,6 +80,18 @@ def sketch(row: Row, scale: Scale) -> Sketch:
     return Sketch(4, row.resolution // 8, 1000, IMAGENET, row.resolution, 2 if "flips" in row.extras else 1, 2)
 
 
+@functools.cache
+def parameters(row: Row, scale: Scale) -> float:
+    """Millions of parameters of the row's network, without heads."""
+    import models
+
+    data = sketch(row, scale)
+    spec = models.spec(
+        scale.model(row), in_channels=data.channels, input_size=data.latent_size, num_classes=data.num_classes
+    )
+    return sum(value.numel() for value in models.outline(spec).parameters()) / 1e6
+
+
 def _teacher(spec: ModelSpec, space: LatentSpace) -> Any:
     """A stand-in for the teacher's checkpoint, of which only shapes are read."""
     from training import cost

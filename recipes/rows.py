@@ -1,6 +1,7 @@
 """The experiments as rows: what is trained, from which teacher, how it is sampled, and which published number it has.
 
-The functions below list every row of Tables 1 to 5 that can be trained here, every curve of Figs. 4 and 8, the study
+The functions below list every row of Tables 1 to 5 that can be trained here, every curve of Figs. 4 and 8, the times of
+section 4.5, RARE's matched table, the study
 of the paper's claims on scenes, and the comparison of all methods on the digits. Epochs are the paper's: 5,000 steps of
 256 latents for SiT, 1,250 of 1,024 for LightningDiT. Blocks are those of the paper's network. A scale translates both.
 """
@@ -95,21 +96,30 @@ class Row:
 
     @property
     def published(self) -> Published | None:
-        """The paper's own row; None if the paper prints no number for it."""
-        number = self.table.removeprefix("table")
-        printed = [
-            row
-            for row in published.find(
-                method=self.method,
-                model=self.model,
-                epochs=int(self.epochs),
-                resolution=self.resolution,
-                variant=self.variant,
-                status="published",
-            )
-            if f"Table {number}" in row.source
-        ]
-        return printed[0] if printed and self.table.startswith("table") else None
+        """Its row of `published.csv` from where its table is printed; None if no number is printed there."""
+        ours = (self.method, self.model, self.epochs, self.resolution, self.variant)
+        return next(
+            (
+                row
+                for row in printed(self.table)
+                if (row.method, row.model, row.epochs, row.resolution, row.variant) == ours
+            ),
+            None,
+        )
+
+
+# Where the numbers of a table are printed, by a part of `Published.source`.
+PLACES = {
+    **{f"table{number}": (f"2601.07773, Table {number}",) for number in range(1, 6)},
+    "section4.5": ("2601.07773, section 4.5",),
+    "peers": ("2609.34732", "2609.35292", "2607.02508"),
+}
+
+
+@functools.cache
+def printed(table: str) -> tuple[Published, ...]:
+    """The published numbers of a table, those of rows and those of systems that cannot be trained here."""
+    return tuple(row for row in published.rows() if any(place in row.source for place in PLACES.get(table, ())))
 
 
 def _row(table: str, model: str, method: str, epochs: float, key: str = "", words: str = "", **more: Any) -> Row:
@@ -226,6 +236,32 @@ def figure8() -> Iterator[Row]:
             yield replace(trunk, name=name, epochs=stop + 20, stop=stop, trunk=stop, at=())
 
 
+def section45() -> Iterator[Row]:
+    """The times of section 4.5, on eight A800: 1,000,000 steps, the first 50,000 of stage 2 guided."""
+    for method, stop in (("none", None), ("repa", None), ("guided", 10)):
+        yield _row("section4.5", "SiT-B/2", method, 200, variant="section 4.5", presets=("table1-sde",), stop=stop)
+
+
+def peers() -> Iterator[Row]:
+    """Methods under the protocols of other authors, those that can be trained here: RARE's matched table of SiT-B/2.
+
+    One seed each, without guidance and with it. The paper's method is not in that table.
+    """
+    for key, method, words in (
+        ("none", "none", ""),
+        ("repa", "repa", ""),
+        ("irepa", "repa", "--preset irepa"),
+        ("haste", "haste", ""),
+        ("sra", "sra", ""),
+        ("guided", "guided", ""),
+    ):
+        variant = "RARE: iREPA" if key == "irepa" else "RARE"
+        row = _row("peers", "SiT-B/2", method, 80, f"{key}-80", words, variant=variant, presets=("table1-sde",))
+        yield row
+        cfg = f"{variant} cfg" if key == "irepa" else f"{variant}: cfg"
+        yield replace(row, name=f"{row.name}-cfg", variant=cfg, presets=("rare-cfg",))
+
+
 # Epochs of the study's plain training and of its stage 1 that cost as much as 80 epochs of stage 2. That cost includes
 # the teacher's 40 epochs and its passes up to the stop: a head is large beside six blocks of width 128. Stage 1 has 5 %
 # more, to end at a multiple of ten epochs.
@@ -294,6 +330,8 @@ TABLES = {
     "table5": table5,
     "figure4": figure4,
     "figure8": figure8,
+    "section4.5": section45,
+    "peers": peers,
     "study": study,
     "digits": digits,
 }

@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from models.published import Published
 from recipes import costs
 from recipes.record import METRICS, newest
-from recipes.rows import Row
+from recipes.rows import Row, printed
+from recipes.scale import find
 from runtime.text import aligned, spread
 
 # A number is reproduced within this share of the published one, or within this distance if that is more.
@@ -59,13 +61,17 @@ def columns(records: Sequence[dict[str, Any]]) -> dict[str, str]:
     return titles
 
 
+# Further metrics by title, with their decimals.
+MORE = {"sFID": ("sfid", 2), "IS": ("is", 1), "precision": ("precision", 2), "recall": ("recall", 2)}
 HEAD = (
     "row",
+    "parameters",
     "epochs",
     "published",
     "ours",
     "difference",
     "verdict",
+    *MORE,
     "less the first row's",
     "class accuracy",
     "device hours",
@@ -74,12 +80,13 @@ HEAD = (
     "PFLOPs",
 )
 # Columns that are left out if they are empty.
-OPTIONAL = ("less the first row's", "class accuracy")
+OPTIONAL = (*MORE, "less the first row's", "class accuracy")
 
 
 def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> str:
     """The table of `rows` at one scale: a block for each protocol, published numbers at the paper's scale alone.
 
+    Two numbers in a cell are published | ours. The last block of the paper's scale holds systems that are not run here.
     At other scales each seed is compared with the same seed of the first row, after equal epochs.
     """
     shown = _of(rows, records, scale)
@@ -89,7 +96,26 @@ def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -
         lines = [line for row in rows for line in _lines(row, by_epochs(shown, row.name, key), first, scale)]
         head = [column for column in HEAD if column not in OPTIONAL or any(line.get(column) for line in lines)]
         blocks.append(f"{title}\n{aligned([head, *([line.get(column, '') for column in head] for line in lines)])}")
+    if scale == "paper" and (alone := _alone(rows)):
+        blocks.append(f"published numbers alone, of systems that are not run here\n{aligned(alone, left=(0, 7))}")
     return "\n\n".join(blocks)
+
+
+def _alone(rows: Sequence[Row]) -> list[list[str]]:
+    """Title and lines of the published numbers of this table that are none of `rows`."""
+    ours = [row.published for row in rows]
+    lines = [
+        [
+            row.system,
+            str(row.epochs or ""),
+            f"{row.metrics['fid']:.2f}",
+            *(f"{row.metrics[name]:g}" if name in row.metrics else "" for name, _ in MORE.values()),
+            row.protocol(),
+        ]
+        for row in printed(rows[0].table)
+        if row not in ours
+    ]
+    return [["system", "epochs", "FID", *MORE, "protocol"], *lines] if lines else []
 
 
 def _of(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
@@ -100,17 +126,20 @@ def _of(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> l
 
 def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], scale: str) -> list[dict[str, str]]:
     """A line for each number of epochs at which the row is scored. The published number belongs to its end."""
-    published = row.published.metrics["fid"] if row.published and scale == "paper" else None
-    name = {"row": row.name.split("/", 1)[1]}
+    theirs = row.published if scale == "paper" else None
+    published = theirs.metrics.get("fid") if theirs else None
+    size = _beside(theirs.parameters if theirs else None, f"{costs.parameters(row, find(scale)):.4g} M")
+    name = {"row": row.name.split("/", 1)[1], "parameters": size}
     at_end = {} if published is None else {"published": f"{published:.2f}"}
     if not scored:
         hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
         why = "; ".join(filter(None, ("not run" + hours, "" if published is None else _no_verdict(row))))
-        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": why}]
+        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": why, **_more(theirs, [])}]
     lines = []
     for epochs, scores in scored.items():
         ours = [quality(score) for _, score in scores]
-        line = {**name, "epochs": f"{epochs:g}", "ours": f"{spread(ours)} ({len(ours)})", **_costs(scores)}
+        line = {**name, "epochs": f"{epochs:g}", "ours": f"{spread(ours)} ({len(ours)})"}
+        line |= {**_costs(scores), **_more(theirs if epochs == row.epochs else None, scores)}
         if epochs in first and scores != first[epochs]:
             base = {record["seed"]: quality(score) for record, score in first[epochs]}
             line["less the first row's"] = spread(
@@ -121,6 +150,22 @@ def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], sc
             line["verdict"] = _no_verdict(row, scores[0][1]["preset"]) or verdict(published, ours)
         lines.append(line)
     return lines
+
+
+def _beside(published: float | None, ours: str) -> str:
+    """published | ours; ours alone if none is published."""
+    return ours if published is None else f"{published:g} | {ours or '-'}"
+
+
+def _more(theirs: Published | None, scored: Scored) -> dict[str, str]:
+    """The further metrics and the device hours, published | ours."""
+    hours = [score["device_hours"]["training"] for _, score in scored]
+    spent = f"{statistics.mean(hours):.3g}" if hours else ""
+    cells = {"device hours": _beside(theirs.device_hours if theirs else None, spent)}
+    for title, (name, decimals) in MORE.items():
+        ours = [score["metrics"][name] for _, score in scored if name in score["metrics"]]
+        cells[title] = _beside(theirs.metrics.get(name) if theirs else None, spread(ours, decimals))
+    return cells
 
 
 def _no_verdict(row: Row, preset: str | None = None) -> str:
@@ -134,7 +179,6 @@ def _costs(scored: Scored) -> dict[str, str]:
     """What the scores took, as means over seeds, and their class accuracy."""
     hours = [score["device_hours"] for _, score in scored]
     means = {
-        "device hours": statistics.mean(hour["training"] for hour in hours),
         "with stage 1": statistics.mean(hour["training"] + hour["stage 1"] for hour in hours),
         "images/s": statistics.mean(record["images_per_second"] for record, _ in scored),
         "PFLOPs": statistics.mean(score["flops"] for _, score in scored) / 1e15,

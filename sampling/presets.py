@@ -86,6 +86,11 @@ PRESETS: dict[str, Preset] = {
         {**_REPA, "cfg_scale": 1.8, "guidance_high": 0.7},
         _of("repa", _XL, 800, "cfg 1.8, t <= 0.7", status="reported"),
     ),
+    "rare-cfg": Preset(
+        "RARE's matched table of SiT-B/2",
+        {**_REPA, "cfg_scale": 1.65, "guidance_high": 0.72},
+        note="steps of the SDE not stated",
+    ),
     # SiT and what derives from it
     "sit-nocfg-sde": Preset("SiT-XL/2, 7M steps", _SDE, _of("none", _XL, 1400, status="reported")),
     "sit-cfg-sde": Preset(

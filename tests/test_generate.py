@@ -309,6 +309,7 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         "self-transcendence-cfg-512": None,
         "repa-nocfg": 5.90,
         "repa-cfg": 1.42,
+        "rare-cfg": None,
         "sit-nocfg-sde": 8.3,
         "sit-cfg-sde": 2.06,
         "sit-cfg-ode": 2.15,

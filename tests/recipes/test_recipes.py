@@ -68,6 +68,8 @@ def test_every_row_of_the_tables_is_listed_with_its_published_number(
         "table5": 18,
         "figure4": 3,
         "figure8": 10,
+        "section4.5": 3,
+        "peers": 12,
         "study": 10,
         "digits": 18,
     }
@@ -529,6 +531,45 @@ def test_a_row_is_sampled_under_its_authors_guidance_and_gets_no_verdict_where_t
     verdicts = {line.split()[0]: line for line in lines if line.startswith("SiT")}
     assert "reproduced" in verdicts["SiT-XL-2/none-600"] and "guidance not known" in verdicts["SiT-XL-2/repa-200"]
     assert "h); guidance not known" in verdicts["SiT-XL-2/guided-100"]
+
+
+def test_tables_show_all_that_is_published_and_measured() -> None:
+    entry = fake("table3/SiT-XL-2/none-600", 0, "aaaa", 2.62, preset="sit-cfg-sde", epochs=600)
+    entry["scores"][0]["metrics"] |= {"sfid": 4.3, "is": 250.0, "precision": 0.83, "recall": 0.58}
+    ours, alone = table.render(rows.of_table("table3"), [entry], "paper").split("\n\n")
+    for cell in ("675 | 674.8 M", "4.18 | 4.30", "252.2 | 250.0", "0.84 | 0.83", "0.57 | 0.58", "286.6 | -"):
+        assert cell in ours, cell
+    assert alone.startswith("published numbers alone, of systems that are not run here")
+    assert [line.split()[0] for line in alone.splitlines()[3:]] == ["VDM++", "MaskDiT", "DiT-XL/2"]
+    systems = table.render(rows.of_table("table2"), [], "paper").split("\n\n")[1].splitlines()[3:]
+    named = ["LDM-4", "U-ViT-H/2", "MDTv2-XL/2", "MaskDiT", "SD-DiT", "DiT-XL/2"]
+    assert [line.split()[0] for line in systems] == named
+    assert "| " not in table.render(rows.of_table("table3"), [entry], "tiny")
+
+
+def test_section_45_has_the_papers_hours_and_its_steps() -> None:
+    """29.93, 32.72 and 30.52 hours on 8 GPUs; a million steps, the first 50,000 of stage 2 guided."""
+    published = {row.method: row.published.device_hours for row in rows.of_table("section4.5")}
+    assert published == {"none": pytest.approx(239.44), "repa": pytest.approx(261.76), "guided": pytest.approx(244.16)}
+    plan = chain.build(rows.find("section4.5/SiT-B-2/guided-200"), scale.find("paper"), 0, Path("work"))
+    words = next(link.words for link in plan.links if link.name == "train")
+    assert plan.step == 1_000_000 and words[words.index("--align-stop-steps") + 1] == "50000"
+    text = table.render(rows.of_table("section4.5"), [], "paper")
+    assert "239.44 | -" in text and "verdict" in text
+
+
+def test_methods_of_other_authors_are_rows_where_they_can_be_trained() -> None:
+    """RARE's matched table, with guidance and without; what cannot run here is a number alone, said as such."""
+    chosen = rows.of_table("peers")
+    numbers = {row.name.split("/")[-1]: row.published.metrics["fid"] for row in chosen if row.published}
+    assert numbers["repa-80"] == 22.39 and numbers["irepa-80-cfg"] == 5.48 and numbers["haste-80"] == 18.99
+    assert [row.name.split("/")[-1] for row in chosen if not row.published] == ["guided-80", "guided-80-cfg"]
+    same = ("peers/SiT-B-2/guided-80", "peers/SiT-B-2/guided-80-cfg", "table1/SiT-B-2/guided-80")
+    assert len({chain.build(rows.find(name), scale.find("paper"), 0, Path("work")).run for name in same}) == 1
+    alone = table.render(chosen, [], "paper").split("\n\n")[1]
+    for system in ("SiT-B/2 + SPARE (RARE)", "SiT-XL/2 + REPI (with REPA)", "SiT-XL/2 + SRA-DTS-AS"):
+        assert system in alone, system
+    assert "SiT-B/2 + repa" not in alone and "10,000 samples" in alone
 
 
 def test_rows_of_the_digits_are_compared_with_plain_training(
