@@ -102,7 +102,7 @@ def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -
 
 
 def _alone(rows: Sequence[Row]) -> list[list[str]]:
-    """Title and lines of the published numbers of this table that are none of `rows`."""
+    """Title and lines of the published numbers of this table that do not belong to `rows`."""
     ours = [row.published for row in rows]
     lines = [
         [
@@ -126,20 +126,20 @@ def _of(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> l
 
 def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], scale: str) -> list[dict[str, str]]:
     """A line for each number of epochs at which the row is scored. The published number belongs to its end."""
-    theirs = row.published if scale == "paper" else None
-    published = theirs.metrics.get("fid") if theirs else None
-    size = _beside(theirs.parameters if theirs else None, f"{costs.parameters(row, find(scale)):.4g} M")
+    printed_row = row.published if scale == "paper" else None
+    published = printed_row.metrics.get("fid") if printed_row else None
+    size = _beside(printed_row.parameters if printed_row else None, f"{costs.parameters(row, find(scale)):.4g} M")
     name = {"row": row.name.split("/", 1)[1], "parameters": size}
     at_end = {} if published is None else {"published": f"{published:.2f}"}
     if not scored:
         hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
         why = "; ".join(filter(None, ("not run" + hours, "" if published is None else _no_verdict(row))))
-        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": why, **_more(theirs, [])}]
+        return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": why, **_more(printed_row, [])}]
     lines = []
     for epochs, scores in scored.items():
         ours = [quality(score) for _, score in scores]
         line = {**name, "epochs": f"{epochs:g}", "ours": f"{spread(ours)} ({len(ours)})"}
-        line |= {**_costs(scores), **_more(theirs if epochs == row.epochs else None, scores)}
+        line |= {**_costs(scores), **_more(printed_row if epochs == row.epochs else None, scores)}
         if epochs in first and scores != first[epochs]:
             base = {record["seed"]: quality(score) for record, score in first[epochs]}
             line["less the first row's"] = spread(
@@ -157,14 +157,14 @@ def _beside(published: float | None, ours: str) -> str:
     return ours if published is None else f"{published:g} | {ours or '-'}"
 
 
-def _more(theirs: Published | None, scored: Scored) -> dict[str, str]:
+def _more(printed_row: Published | None, scored: Scored) -> dict[str, str]:
     """The further metrics and the device hours, published | ours."""
     hours = [score["device_hours"]["training"] for _, score in scored]
     spent = f"{statistics.mean(hours):.3g}" if hours else ""
-    cells = {"device hours": _beside(theirs.device_hours if theirs else None, spent)}
+    cells = {"device hours": _beside(printed_row.device_hours if printed_row else None, spent)}
     for title, (name, decimals) in MORE.items():
         ours = [score["metrics"][name] for _, score in scored if name in score["metrics"]]
-        cells[title] = _beside(theirs.metrics.get(name) if theirs else None, spread(ours, decimals))
+        cells[title] = _beside(printed_row.metrics.get(name) if printed_row else None, spread(ours, decimals))
     return cells
 
 
