@@ -15,7 +15,8 @@
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
 
 `--scale study` runs the same chain on scenes, `--scale digits` and `--scale tiny` on the embedded digits.
-`run ROW --slurm [--nodes 2]` prints an sbatch file instead. `python -m recipes run --help` lists the options of `run`.
+`run ROW --slurm FOLDER [--nodes 2]` writes jobs for Slurm instead. `python -m recipes run --help` lists the options of
+`run`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from typing import Any, Literal, NamedTuple
 
 from recipes import chain, claims, costs, figure, inside, publish, record, rows, runner, scale, slurm, table
 from recipes.rows import Row
-from runtime import errors
+from runtime import errors, files
 from runtime.errors import nearest, require
-from runtime.options import option, read
+from runtime.options import group, option, read
 from runtime.text import aligned
 
 
@@ -109,6 +110,7 @@ class Launch(Runs):
         None, help="processes per node (default: 8 at the paper's scale, else 1)", within="[1, inf)"
     )
     nodes: int = option(1, help="nodes", within="[1, inf)")
+    places: scale.Places = group(scale.Places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,13 @@ class Show(Launch):
 class Run(Launch, Results):
     """Options of `run`."""
 
-    slurm: bool = option(False, help="print an sbatch file instead of running")
-    hours: float = option(24.0, help="time limit in the sbatch file: a minute to a year", within="[0.0166, 8760]")
+    until: str | None = option(
+        None, choices=(*slurm.SHARED, "train"), help="end after this part of the chain, without a record"
+    )
+    wait_hours: float = option(
+        runner.PATIENCE, help="wait so long at most for another chain that makes what this one needs", within="[0, inf)"
+    )
+    jobs: slurm.Slurm = group(slurm.Slurm)
 
 
 def _rows(name: str) -> list[Row]:
@@ -147,8 +154,9 @@ def list_rows(names: Sequence[str], options: Results) -> None:
 
 def show(names: Sequence[str], options: Show) -> None:
     """Print the chain of commands of each row and what it costs."""
-    size = scale.find(options.scale)
-    for row in [rows.find(name) for name in names]:
+    chosen = [rows.find(name) for name in names]
+    size = scale.find(options.scale).at(options.places, chosen)
+    for row in chosen:
         for seed in options.seed_range():
             plan = chain.build(row, size, seed, Path(options.work))
             print(f"# {row.name}, {size.name}, seed {seed}")
@@ -175,25 +183,13 @@ def print_costs(names: Sequence[str], options: Cost) -> None:
 
 
 def run(names: Sequence[str], options: Run) -> None:
-    """Run each row under each seed, or print the job that would. Of a whole table, rows with a record are left out."""
-    size, work, results = scale.find(options.scale), Path(options.work), Path(options.results)
+    """Run each row under each seed, or write the jobs that would. Of a whole table, rows with a record are left out."""
+    chosen = list(dict.fromkeys(row for name in names for row in _rows(name)))
+    size = scale.find(options.scale).at(options.places, chosen)
+    work, results = Path(options.work), Path(options.results)
     seeds, processes = options.seed_range(), options.processes or size.processes
-    chosen = [row for name in names for row in _rows(name)]
-    if options.slurm:
-        for row in chosen:
-            print(
-                slurm.script(
-                    row.name,
-                    size.name,
-                    seeds,
-                    nodes=options.nodes,
-                    gpus=processes,
-                    hours=options.hours,
-                    work=options.work,
-                    results=options.results,
-                ),
-                end="",
-            )
+    if options.jobs.slurm is not None:
+        _write_jobs(chosen, size, options, processes)
         return
     for seed in seeds:  # the outer loop, so that finished rows can be compared early
         for row in chosen:
@@ -201,8 +197,36 @@ def run(names: Sequence[str], options: Run) -> None:
             if done and row.name not in names:
                 print(f"recorded already: {results / 'records' / done[-1]['folder']}", flush=True)
             else:
-                folder = runner.run(row, size, seed, work, results, processes, options.nodes)
-                print(f"record: {folder}", flush=True)
+                folder = runner.run(
+                    row,
+                    size,
+                    seed,
+                    work,
+                    results,
+                    processes,
+                    options.nodes,
+                    until=options.until,
+                    patience=options.wait_hours,
+                )
+                print(f"record: {folder}" if folder else f"{options.until}: done", flush=True)
+
+
+def _write_jobs(chosen: Sequence[Row], size: scale.Scale, options: Run, processes: int) -> None:
+    """Write the jobs of the rows, and the folder of their logs."""
+    require(options.until is None, "--until ends a chain; the jobs of --slurm divide it themselves: leave one out")
+    seeds, folder, logs = options.seed_range(), Path(str(options.jobs.slurm)), Path(options.work) / "logs"
+    words = ["--scale", size.name, "--processes", str(processes), "--nodes", str(options.nodes)]
+    words += ["--wait-hours", f"{options.wait_hours:g}", "--work", options.work, "--results", options.results]
+    jobs = slurm.plan(chosen, size, seeds, Path(options.work))
+    with files.writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
+    words += options.places.words()
+    texts = [
+        slurm.script(job, words, options.jobs, seeds=seeds, nodes=options.nodes, gpus=processes, logs=str(logs))
+        for job in jobs
+    ]
+    slurm.write(jobs, texts, folder)
+    print(f"wrote {len(jobs)} jobs into {folder}: submit them with bash {folder / slurm.SUBMIT}")
 
 
 def print_table(names: Sequence[str], options: Table) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from recipes.rows import ENCODED, PRESET, Row
 from recipes.scale import Scale
+from runtime.errors import require
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Link:
     name: str
     # Without interpreter and launcher: `train.py --data-dir ...` or `-m evaluations.reference ...`.
     words: tuple[str, ...]
-    # A file that exists once it is done.
+    # What it writes into: one chain at a time.
+    folder: Path
+    # A file there that exists once it is done.
     makes: Path
     # Whether the launcher starts it on all devices.
     many: bool
@@ -67,38 +70,47 @@ class Chain:
     # The teacher's run and its step.
     teacher: tuple[Path, int] | None
 
+    def up_to(self, until: str | None) -> list[Link]:
+        """The links up to the last whose name begins with `until`, or all. Raises UserError if no name does."""
+        last = [number for number, link in enumerate(self.links, 1) if link.name.startswith(until or "")]
+        names = ", ".join(dict.fromkeys(link.name.split()[0] for link in self.links))
+        require(bool(last), f"--until {until}: the chain of {self.row.name} has {names}; choose among them")
+        return self.links[: last[-1]]
+
 
 def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     """The chain of `row`; everything lies in the folder `work`."""
     data = work / "data" / scale.data(row)
     options = " ".join(scale.extras[extra] for extra in row.extras if extra in scale.extras)
     encode = scale.fill(f"{scale.encode[row.family]} {options}", row, work)
-    links = [Link("latents", (*encode, "--out", str(data)), data / "manifest.json", scale.processes > 1)]
+    links = [Link("latents", (*encode, "--out", str(data)), data, data / "manifest.json", scale.processes > 1)]
     if scale.encoder_command and row.encoded:
         encoder = work / "encoder"
         words = (*scale.encoder_command.split(), "--out", str(encoder))
-        links.append(Link("encoder", words, encoder / "accuracy.json", False))
+        links.append(Link("encoder", words, encoder, encoder / "accuracy.json", False))
     teacher = None
     if row.teacher is not None:
-        link, run = _training(row.of_teacher(), scale, seed, work)
+        link = _training(row.of_teacher(), scale, seed, work)
         links.append(replace(link, name=f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)"))
-        teacher = (run, scale.steps(row, row.teacher.epochs))
-    link, run = _training(row, scale, seed, work, teacher)
+        teacher = (link.folder, scale.steps(row, row.teacher.epochs))
     # a run that stops its alignment early branches from one that many rows share
+    branch: tuple[str, ...] = ()
     if row.trunk is not None:
-        long = replace(row, trunk=None, stop=0, epochs=max(80, row.epochs))
-        long_link, trunk = _training(long, scale, seed, work, teacher)
-        links.append(long_link)
-        link = replace(link, words=(*link.words, "--branch-from", f"{trunk}@{scale.steps(row, row.trunk)}"))
+        link = _training(replace(row, trunk=None, stop=0, epochs=row.trunk), scale, seed, work, teacher)
+        links.append(replace(link, name="trunk"))
+        branch = ("--branch-from", f"{link.folder}@{scale.steps(row, row.trunk)}")
+    run = _training(row, scale, seed, work, teacher).folder
     scores = _scores(row, scale, seed, work, run)
-    links += [link, *(score.link for score in scores)]
+    # training pauses at each step that is scored, so that the curve grows with the run
+    for epochs in sorted({*row.at, row.epochs}):
+        link = _training(replace(row, epochs=epochs), scale, seed, work, teacher)
+        links.append(replace(link, words=(*link.words, *branch)))
+        links += [score.link for score in scores if score.epochs == epochs]
     return Chain(row, links, run, scale.steps(row, row.epochs), scores, teacher)
 
 
-def _training(
-    row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path, int] | None = None
-) -> tuple[Link, Path]:
-    """The training of a row, and the folder of its run.
+def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path, int] | None = None) -> Link:
+    """The training of a row; its folder is the run's.
 
     Rows that differ in length alone share a run, named by a digest of all other options.
     """
@@ -126,7 +138,7 @@ def _training(
     words += ["--output-dir", str(runs), "--exp-name", name, "--max-train-steps", str(steps)]
     words += ["--checkpointing-steps", str(scale.checkpointing_steps[row.family])]
     last = runs / name / "checkpoints" / f"{steps:07d}" / "config.json"
-    return Link("train", (program, *words), last, True), runs / name
+    return Link("train", (program, *words), runs / name, last, True)
 
 
 def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Score]:
@@ -140,8 +152,8 @@ def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Sc
             continue
         name, step = f"{preset} {more}".strip(), scale.steps(row, epochs)
         out = run / "scores" / f"{name.replace(' --', '-').replace(' ', '-')}-{step:07d}"
-        options = scale.fill(f"{sampler} {more} {scale.score}", row, work, preset)
+        options = scale.fill(f"{sampler} {more} {scale.score}", row, work, preset) + scale.extra_words()
         words = ("generate.py", "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
         title = f"score {name}" + (f" at step {step}" if row.at else "")
-        scores.append(Score(name, epochs, step, Link(title, words, out / "metrics.json", True)))
+        scores.append(Score(name, epochs, step, Link(title, words, out, out / "metrics.json", True)))
     return scores

@@ -5,24 +5,47 @@ A scale says what the paper's networks, epochs, data and samples become. The cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import models
 from recipes.rows import ENCODED, PRESET, Row
 from runtime.errors import nearest, require
+from runtime.options import option
 
 FAMILIES = ("sit", "lightningdit")
 # Options that number a block.
 BLOCKS = ("--guiding-depth", "--guided-depth", "--align-depth")
+# The VAE that encodes, by family, unless another place is given.
+VAES = {"sit": "stabilityai/sd-vae-ft-mse", "lightningdit": "vae/vavae"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where that lies which the paper's scale reads."""
+
+    images: str = option("imagenet/train", help="image folder or ZIP file", heading="at the paper's scale")
+    vae: str | None = option(
+        None,
+        help=f"VAE that encodes, hub id or folder (default: {VAES['sit']}, for LightningDiT {VAES['lightningdit']})",
+    )
+    decoder: str | None = option(None, help="VAE that decodes, hub id or folder (default: the sampling preset's)")
+    reference: str | None = option(None, help="reference of the scores (default: ADM's file of the row's resolution)")
+    feature_weights: str | None = option(None, help="file of Inception's weights (default: downloaded once)")
+
+    def words(self) -> list[str]:
+        """Those that are given, as options."""
+        given = {opt.name: getattr(self, opt.name) for opt in fields(self) if getattr(self, opt.name) != opt.default}
+        return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scale:
     """The words that a size brings to each command of a chain, most of them by family.
 
-    `Scale.fill` replaces {work}, {data} (the folder of the latent set), {model}, {recipe}, {resolution}, {preset} and
-    {adm} (the reference file of ADM's evaluator).
+    `Scale.fill` replaces {work}, {data} (the folder of the latent set), {model}, {recipe}, {resolution}, {preset}, and
+    {images}, {vae} and {reference} of `places`.
     """
 
     name: str
@@ -56,6 +79,26 @@ class Scale:
     sample: dict[str, str]
     # What samples are compared with.
     score: str
+    # Where the paper's scale finds what it reads.
+    places: Places = field(default_factory=Places)
+
+    def at(self, places: Places, rows: Sequence[Row]) -> Scale:
+        """This scale at other places. Raises UserError if it reads nothing there, or not the same for all `rows`."""
+        flag = next(iter(places.words()), "")
+        require(
+            not flag or "{images}" in self.encode["sit"],
+            f"{flag} belongs to --scale paper: --scale {self.name} makes its own data; leave it out",
+        )
+        vaes, references = {row.family for row in rows}, {row.resolution for row in rows}
+        require(
+            len(vaes) < 2 or places.vae is None,
+            f"--vae: rows of {' and '.join(sorted(vaes))} need a VAE each; run them apart",
+        )
+        require(
+            len(references) < 2 or places.reference is None,
+            "--reference: rows of 256 and 512 pixels need a reference each; run them apart",
+        )
+        return replace(self, places=places)
 
     def steps(self, row: Row, epochs: float) -> int:
         """Optimiser steps of so many epochs; at least 1."""
@@ -79,6 +122,11 @@ class Scale:
             for flag, word in zip(before, row.words, strict=False)
         ]
 
+    def extra_words(self) -> list[str]:
+        """Options of the sampling command for places that are given."""
+        given = {"--vae": self.places.decoder, "--feature-weights": self.places.feature_weights}
+        return [word for flag, place in given.items() if place for word in (flag, place)]
+
     def fill(self, text: str, row: Row, work: Path, preset: str = "") -> list[str]:
         """The words of `text` with their fields filled in afterwards, so that a folder may have spaces in its name."""
         values = {
@@ -88,12 +136,15 @@ class Scale:
             "recipe": row.recipe,
             "resolution": row.resolution,
             "preset": preset,
-            "adm": f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
+            "images": self.places.images,
+            "vae": self.places.vae or VAES[row.family],
+            "reference": self.places.reference
+            or f"VIRTUAL_imagenet{row.resolution}{'_labeled' if row.resolution == 256 else ''}.npz",
         }
         return [word.format(**values) for word in text.split()]
 
 
-_ENCODE = "-m preprocessing.encode --images imagenet/train --vae"
+_ENCODE = "-m preprocessing.encode --images {images} --vae {vae}"
 _LOSS = " --velocity-loss mse+cosine --time-sampling logit-normal"
 _STUDY = "--learning-rate 4e-3 --log-steps 50"
 _TINY = "--recipe digits --model {model} --batch-size 16"
@@ -106,13 +157,13 @@ SCALES = {
         processes=8,
         latents={"sit": "imagenet{resolution}", "lightningdit": "vavae256"},
         encode={
-            "sit": f"{_ENCODE} stabilityai/sd-vae-ft-mse --resolution {{resolution}}",
-            "lightningdit": f"{_ENCODE} vae/vavae --no-moments --flip --resolution 256",
+            "sit": f"{_ENCODE} --resolution {{resolution}}",
+            "lightningdit": f"{_ENCODE} --no-moments --flip --resolution 256",
         },
         extras={"images": "--keep-images", "flips": "--flip"},
         train=dict.fromkeys(FAMILIES, "--recipe {recipe} --model {model}"),
         sample={"": "--preset {preset}"},
-        score="--reference {adm} --features inception",
+        score="--reference {reference} --features inception",
     ),
     # scenes of 16 x 16 pixels, 16 tokens: docs/study.md
     "study": Scale(

@@ -22,6 +22,14 @@ from runtime.errors import UserError, note
 LOCK = ".lock"
 
 
+class Taken(UserError):
+    """Another process holds the folder; `holder` says which."""
+
+    def __init__(self, folder: Path, holder: str, remedy: str) -> None:
+        super().__init__(f"another process is writing {folder} ({holder}); {remedy}")
+        self.holder = holder
+
+
 @contextmanager
 def locked(folder: Path | str, remedy: str) -> Iterator[None]:
     """Hold `folder` for this process alone inside the block; the folder is made if it does not exist.
@@ -29,8 +37,8 @@ def locked(folder: Path | str, remedy: str) -> Iterator[None]:
     What killed writers left in it is removed first (`files.remove_leftovers`).
 
     Raises:
-        UserError: another process holds it (the message names the process and ends with `remedy`), or the folder
-            cannot be written.
+        Taken: another process holds it (the message names the process and ends with `remedy`).
+        UserError: the folder cannot be written.
     """
     folder = Path(folder)
     with files.writing(folder):
@@ -64,7 +72,7 @@ def _kernel_lock(folder: Path, remedy: str) -> AbstractContextManager[None]:
                 return nullcontext()
             if not taken:
                 with handle:
-                    raise _taken(folder, _holder(handle), remedy)
+                    raise Taken(folder, _holder(handle), remedy)
             # the holder before us may have removed the file since we opened it, and a lock on that file is no lock
             if os.fstat(handle.fileno()).st_ino == os.stat(folder / LOCK).st_ino:
                 return _held(folder, handle)
@@ -94,20 +102,11 @@ def this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def _holder(handle: TextIO) -> dict[str, Any] | None:
-    """The process named in an open lock; None if the lock is empty, or the content is not a lock record."""
+def _holder(handle: TextIO) -> str:
+    """The process named in an open lock; the lock may be empty, or its content no lock record."""
     handle.seek(0)
     try:
         holder = json.loads(handle.read(4096))
-    except ValueError:
-        return None
-    return holder if isinstance(holder, dict) and {"host", "process", "since"} <= holder.keys() else None
-
-
-def _taken(folder: Path, holder: dict[str, Any] | None, remedy: str) -> UserError:
-    who = (
-        f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-        if holder
-        else "its lock does not say which process"
-    )
-    return UserError(f"another process is writing {folder} ({who}); {remedy}")
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, TypeError, KeyError):
+        return "its lock does not say which process"

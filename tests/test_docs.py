@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -86,7 +87,8 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
     elif rest[0] == "generate.py" and "--list-presets" not in rest:
         read(GenerateConfig, rest[1:], prog="generate.py", between=presets.settings)
     elif rest[:2] == ["-m", "recipes"]:
-        wanted = [word for word in rest[3:] if "/" in word]
+        names = itertools.takewhile(lambda word: not word.startswith("--"), rest[3:])
+        wanted = [word for word in names if "/" in word]
         assert rest[2] in COMMANDS and [rows.find(name).name for name in wanted] == wanted
         assert set(given) <= {flag for opt in options_of(COMMANDS[rest[2]].options) for flag in flags_of(opt.field)}
     else:

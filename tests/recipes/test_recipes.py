@@ -8,7 +8,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +27,11 @@ from evaluations.histories import spent
 from preprocessing import digits
 from recipes import __main__ as recipes
 from recipes import chain, record, rows, runner, scale, table
-from runtime.errors import UserError
+from runtime import signals
+from runtime.errors import EndedEarly, UserError
 from runtime.options import read
 from sampling import presets
-from tests.helpers import killed_writer
+from tests.helpers import ROOT, killed_writer
 from training import command, log
 
 RUN = (
@@ -261,7 +268,7 @@ def test_a_whole_table_leaves_out_what_has_a_record(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     asked: list[tuple[str, int]] = []
-    monkeypatch.setattr("recipes.runner.run", lambda row, size, seed, *rest: asked.append((row.name, seed)))
+    monkeypatch.setattr("recipes.runner.run", lambda row, size, seed, *rest, **more: asked.append((row.name, seed)))
     argv = ["--scale", "tiny", "--work", str(place / "work"), "--results", str(place / "results"), "--seeds", "0:2"]
     recipes.main(["run", "table4", *argv])
     names = [row.name for row in rows.of_table("table4")]
@@ -622,32 +629,174 @@ def test_figures_are_drawn_from_records(place: Path, capsys: pytest.CaptureFixtu
         recipes.main(["figure", "4", "--results", str(place / "results")])
 
 
-def test_the_job_file_is_whole(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    recipes.main(["run", "table1/SiT-XL-2/guided-80", "--slurm", "--nodes", "2", "--seeds", "0:3", "--hours", "12.5"])
-    text = capsys.readouterr().out
-    for word in (
-        "#SBATCH --array=0-2",
-        "#SBATCH --nodes=2",
-        "#SBATCH --signal=B:USR1@600",
-        "#SBATCH --requeue",
-        "--time=12:30:00",
-        "-eq 75",
-        "scontrol requeue",
-        '--seeds "$SLURM_ARRAY_TASK_ID"',
-    ):
-        assert word in text, word
-    assert "--scale paper --seeds" in text and "--processes 8 --nodes 2" in text
-    recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--scale", "study"])
-    other = capsys.readouterr().out
-    assert "--scale study --seeds" in other and "--processes 1 --nodes 1" in other and "--gpus-per-node=1" in other
-    recipes.main(["run", "study/SiT-B-2/full", "--slurm", "--work", "a b; $(touch x)", "--hours", "1.999"])
-    assert "--work 'a b; $(touch x)' --results" in (odd := capsys.readouterr().out) and "--time=02:00:00" in odd
-    (tmp_path / "job.sh").write_text(text)
-    assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], check=False).returncode == 0
+def jobs_of(folder: Path, *words: str) -> dict[str, str]:
+    """The scripts that `--slurm` writes, by name without number."""
+    recipes.main(["run", *words, "--slurm", str(folder / "jobs"), "--work", str(folder / "w k")])
+    return {path.name.partition("-")[2]: path.read_text() for path in sorted((folder / "jobs").glob("[0-9]*.sh"))}
+
+
+def on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    """Put shell programs in front of those of the system."""
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=":")
+
+
+def test_each_job_is_whole_and_has_the_options_of_its_cluster(tmp_path: Path) -> None:
+    shape = [
+        "--nodes",
+        "2",
+        "--seeds",
+        "0:3",
+        "--hours",
+        "1.999",
+        "--partition",
+        "gpu",
+        "--account",
+        "me",
+        "--cpus",
+        "6",
+    ]
+    places = ["--images", "image net", "--vae", "vae", "--reference", "r.npz", "--feature-weights", "i.pth"]
+    jobs = jobs_of(tmp_path, RUN[3], *shape, "--environment", "source a.sh", *places, "--decoder", "d")
+    assert list(jobs) == [
+        "latents-imagenet256.sh",
+        next(name for name in jobs if "teacher" in name),
+        "table4-SiT-B-2-full.sh",
+    ]
+    for name, text in jobs.items():
+        assert ("#SBATCH --array=0-2" in text) == ('--seeds "$SLURM_ARRAY_TASK_ID"' in text) == ("latents" not in name)
+        for word in (
+            "nodes=2\n", "cpus-per-task=48\n", "partition=gpu\n", "account=me\n", "time=02:00:00\n",
+            "signal=B:USR1@600\n",
+            f"output='{tmp_path}/w k/logs/%x-%j.out'\n", "requeue\n",
+        ):  # fmt: skip
+            assert f"#SBATCH --{word}" in text, word
+        assert "\nsource a.sh\n" in text and "--processes 8 --nodes 2" in text and "--images 'image net'" in text
+        assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert (tmp_path / "w k" / "logs").is_dir()
+    # the words of a job are those of a chain at these places
+    words = shlex.split(next(line for line in jobs["table4-SiT-B-2-full.sh"].splitlines() if "recipes run" in line))
+    options = read(recipes.Run, words[5 : words.index("--seeds")], prog="run")
+    plan = chain.build(rows.find(RUN[3]), scale.find("paper").at(options.places, []), 0, tmp_path)
+    assert plan.links[0].words[3:6] == ("image net", "--vae", "vae")
+    assert shlex.join(plan.links[-1].words[-12:-4]) == (
+        "--reference r.npz --features inception --vae d --feature-weights i.pth"
+    )
+
+
+def test_jobs_wait_for_those_that_make_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher of 40 epochs before the stage-1 row that continues it, two rows of one run in turn, no job for a set
+    that is there."""
+    names = ["guided-80", "latent-80", "none-120", "none-80"]
+    jobs_of(tmp_path, *(f"table1/SiT-B-2/{name}" for name in names), "--seeds", "2:4")
+    on_path(tmp_path, monkeypatch, sbatch=f'echo "$*" >> {tmp_path}/log; wc -l < {tmp_path}/log | sed "s/$/;here/"')
+    submit = tmp_path / "jobs" / "submit.sh"
+    assert (
+        subprocess.run(["bash", submit], check=True, capture_output=True, text=True).stdout
+        == "submitted: 1 2 3 4 5 6\n"
+    )
+    calls = [shlex.split(line)[2:] for line in (tmp_path / "log").read_text().splitlines()]
+    assert [Path(call[-1]).name.split("-")[1] for call in calls] == ["latents", "teacher", *["table1"] * 4]
+    assert [call[0].removeprefix("--dependency=") if len(call) > 1 else "" for call in calls] == [
+        "",
+        "afterok:1",
+        "afterok:1,aftercorr:2",
+        "afterok:1,afterany:2",
+        "afterok:1",
+        "afterok:1,afterany:5",
+    ]
+    made = tmp_path / "w k" / "data" / "imagenet256" / "manifest.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert list(jobs_of(tmp_path, "table1/SiT-B-2/none-80")) == ["table1-SiT-B-2-none-80.sh"]
+
+
+def test_a_job_whose_time_is_over_is_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs_of(tmp_path, "study/SiT-B-2/plain", "--scale", "study")
+    on_path(
+        tmp_path,
+        monkeypatch,
+        python="trap 'exit 75' USR1; echo $$ > \"$PIDS\"; kill -USR1 $PPID; while true; do sleep 0.01; done",
+        scontrol=f'echo "$*" >> {tmp_path}/log',
+    )
+    variables = {
+        "SLURM_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "SLURM_JOB_NODELIST": "n1",
+        "PIDS": f"{tmp_path}/pid",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (script,) = (tmp_path / "jobs").glob("*-study-*.sh")
+    assert subprocess.run(["bash", script], check=False, timeout=60).returncode == 0
+    assert (tmp_path / "log").read_text().splitlines() == ["show hostnames n1", "requeue 17"]
+
+
+def test_chains_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "LOOK", 0.02)
+    work, latents = tmp_path / "work", chain.build(rows.find(RUN[3]), scale.find("tiny"), 0, tmp_path / "work").links[0]
+    holds = (
+        f"import sys\nfrom runtime import locks\nwith locks.locked({str(work / 'locks' / 'data-digits')!r}, 'wait'):"
+    )
+    holds += "\n print('held', flush=True)\n sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holds], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        argv = ["run", RUN[3], "--scale", "tiny", "--work", str(work), "--results", str(tmp_path / "results")]
+        with pytest.raises(UserError, match=f"process {other.pid} on .*give the same command again"):
+            recipes.main([*argv, "--wait-hours", "0"])
+        assert not (tmp_path / "results" / "records").exists()  # waiting in vain is no failure of the row
+        threading.Timer(0.2, other.stdin.close).start()
+        recipes.main([*argv, "--until", "latents"])
+    assert latents.done and not (tmp_path / "results" / "records").exists()
+    printed = capsys.readouterr().out
+    assert printed.count(f"latents: waiting for process {other.pid} on ") == 1 and "latents: done" in printed
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_signal_ends_a_chain_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """At once where nothing listens, and before the next link where training was about to end anyway."""
+    begun = []
+
+    def call(words: Sequence[str]) -> None:
+        begun.append(words)
+        with signals.noted() if ends else nullcontext():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.01)
+        assert ends
+        (tmp_path / "work" / "data" / "digits").mkdir(parents=True)
+        (tmp_path / "work" / "data" / "digits" / "manifest.json").touch()
+
+    monkeypatch.setattr(runner, "call", call)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with pytest.raises(EndedEarly, match="asked to end by SIGUSR1"):
+            runner.run(rows.find(RUN[3]), scale.find("tiny"), 0, tmp_path / "work", tmp_path / "results", 1)
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(begun) == 1 and not (tmp_path / "results" / "records").exists()
+
+
+def test_scores_along_training_come_as_checkpoints_come() -> None:
+    plan = chain.build(rows.find("figure4/SiT-B-2/none"), scale.find("paper"), 0, Path("work"))
+    order = [link.makes.parent.name.split("-")[-1] for link in plan.links[1:]]
+    assert order == [f"{step * 50_000:07d}" for step in range(1, 9) for _ in "ab"]
+    assert [link.name.split()[0] for link in plan.links[1:]] == ["train", "score"] * 8
+    # a branch needs its trunk up to the step where it begins, not to the trunk's own end
+    branch = chain.build(rows.find("figure8/SiT-XL-2/guided-stop-100K"), scale.find("paper"), 0, Path("work"))
+    assert [link.name.split()[0] for link in branch.links] == ["latents", "teacher", "trunk", "train", "score"]
+    assert branch.links[2].makes.parent.name == "0100000" and branch.links[3].makes.parent.name == "0200000"
 
 
 def link_of(program: str, makes: Path) -> chain.Link:
-    return chain.Link("train", ("-c", program), makes, many=False)
+    return chain.Link("train", ("-c", program), makes.parents[2], makes, many=False)
 
 
 def test_a_signal_reaches_the_processes_of_a_launcher_and_the_chain_asks_to_be_queued_again(tmp_path: Path) -> None:
@@ -658,17 +807,15 @@ def test_a_signal_reaches_the_processes_of_a_launcher_and_the_chain_asks_to_be_q
         f"os.kill({os.getpid()}, signal.SIGUSR1)\ntime.sleep(300)",
         makes,
     )
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(EndedEarly, match="SIGUSR1"), signals.noted(at_once=True):
         runner._start(waits, waits.command(2), 2, 1)
-    assert ended.value.code == 75
     fails = link_of("raise SystemExit(1)", makes)
     with pytest.raises(UserError, match="train ended with exit code 1"):
         runner._start(fails, fails.command(2), 2, 1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ended-early.json").write_text("{}")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(EndedEarly):
         runner._start(fails, fails.command(2), 2, 1)
-    assert ended.value.code == 75
 
 
 def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,7 +825,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("MAIN_ADDRESS", "head")
-    link = chain.Link("train", ("train.py", "--exp-name", "a b"), tmp_path / "x" / "y" / "z", many=True)
+    link = chain.Link("train", ("train.py", "--exp-name", "a b"), tmp_path / "x", tmp_path / "x" / "y", many=True)
     runner._start(link, link.command(8, 2), 8, 2)
     assert [line.split()[6:10] for line in (tmp_path / "said").read_text().splitlines()] == [
         ["--machine_rank", number, "--main_process_ip", "head"] for number in "01"
@@ -703,6 +850,12 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["list", "--seeds", "3"], "unknown option --seeds"),
         (["show", RUN[3], "--results", "x"], "unknown option --results"),
         (["table", "4", "--work", "x"], "unknown option --work"),
+        (["run", RUN[3], "--until", "encoder"], "the chain of table4/SiT-B-2/full has latents, teacher, train, score"),
+        (["run", RUN[3], "--partition", "x"], "--partition is an option of jobs: add --slurm"),
+        (["run", RUN[3], "--slurm", "x", "--until", "train"], "leave one out"),
+        (["run", RUN[3], "--scale", "tiny", "--vae", "x"], "--vae belongs to --scale paper"),
+        (["run", "table1", "--vae", "x"], "rows of lightningdit and sit need a VAE each"),
+        (["run", "table1", "table3", "--reference", "x"], "256 and 512 pixels need a reference each"),
         (["run", RUN[3], "--nodes", "0"], r"--nodes 0 must lie in \[1, inf\)"),
         (["run", RUN[3], "--work", "/dev/null"], "--work /dev/null is a file"),
         (["claims", "--scale", "study"], "no two rows of the study have records"),

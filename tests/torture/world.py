@@ -122,7 +122,9 @@ COMMANDS: dict[str, Command] = {
     "seal": Command(seal.main, "-m runtime.seal", "{root}/data/manifest.json"),
     # the subcommands that start no training
     "recipes list": _recipe("list", ""),
-    "recipes run": _recipe("run", "table4/SiT-B-2/plain --slurm --work {out}", recipes.COMMANDS["run"].options),
+    "recipes run": _recipe(
+        "run", "table4/SiT-B-2/plain --slurm {out}/jobs --work {out}", recipes.COMMANDS["run"].options
+    ),
     "recipes table": _recipe("table", "4"),
     "recipes check": _recipe("check", ""),
 }
