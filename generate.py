@@ -99,12 +99,21 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if "--list-presets" in words:
         print(presets.table())
         return None
+    config = resolve(words)
+    if config.compare:
+        return compare(config)
+    return score(config, config.reference) if config.reference else generate(config)
+
+
+def resolve(argv: Sequence[str] | None) -> GenerateConfig:
+    """The options of the command. Raises UserError for TF32 on a device without it."""
+    words = sys.argv[1:] if argv is None else list(argv)
     # before `read`, which merges the preset: a preset's TF32 may fall back to float32, --tf32 may not
     if peek(GenerateConfig, "tf32", words):
         from runtime import launch
 
         launch.require_tf32()
-    config = read(
+    return read(
         GenerateConfig,
         words,
         prog="generate.py",
@@ -113,9 +122,6 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
         hints=PEERS,
         epilog=f"presets: {', '.join(presets.PRESETS)}",
     )
-    if config.compare:
-        return compare(config)
-    return score(config, config.reference) if config.reference else generate(config)
 
 
 def score(config: GenerateConfig, against: str) -> Path:

@@ -89,7 +89,7 @@ class ImageFiles:
         self.ignored = sorted(name for name in sizes if not _is_image(name) and name != LABELS)
         require(bool(self.names), f"{self.path} holds no image ({' '.join(SUFFIXES)}); check the path")
         if LABELS in sizes:
-            self.labels, self.class_names = _labels_of_file(self.names, self._read(LABELS), self.path / LABELS)
+            self.labels, self.class_names = _labels_of_file(self.names, self.read(LABELS), self.path / LABELS)
         else:
             self.labels, self.class_names = _labels_of_folders(self.names, folders, self.path)
         lines = (f"{name}\t{label}\t{sizes[name]}\n" for name, label in zip(self.names, self.labels.tolist()))
@@ -104,7 +104,7 @@ class ImageFiles:
         """The picture of item `index`, as stored. Raises BadImage."""
         name = f"{self.path}/{self.names[index]}"
         try:
-            return decode(self._read(self.names[index]), name)
+            return decode(self.read(self.names[index]), name)
         except UnidentifiedImageError as error:
             raise BadImage(f"{name} cannot be read (it is not an image file, or its beginning is damaged)") from error
         except _DAMAGE as error:
@@ -154,7 +154,8 @@ class ImageFiles:
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
         return self._archive[1]
 
-    def _read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
+        """The bytes of the file `name`."""
         if self.path.is_file():
             return self._zip().read(name)
         files.require_plain(self.path / name)

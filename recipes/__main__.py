@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from recipes import chain, claims, costs, figure, inside, publish, record, rows, runner, scale, slurm, table
+from recipes import chain, claims, costs, figure, inside, publish, record, rehearsal, rows, runner, scale, slurm, table
 from recipes.rows import Row
 from runtime import errors, files
 from runtime.errors import nearest, require
@@ -132,7 +132,18 @@ class Run(Launch, Results):
     wait_hours: float = option(
         runner.PATIENCE, help="wait so long at most for another chain that makes what this one needs", within="[0, inf)"
     )
+    rehearse: bool = option(False, help="open all that the chain reads, run two steps of every link, remove everything")
+    batch_size: int | None = option(
+        None, within="[1, inf)", help="with --rehearse: global batch of its trainings (default: the row's own)"
+    )
     jobs: slurm.Slurm = group(slurm.Slurm)
+
+    def __post_init__(self) -> None:
+        require(self.rehearse or self.batch_size is None, "--batch-size changes a rehearsal: add --rehearse")
+        require(
+            (self.rehearse, self.until is not None, self.jobs.slurm is not None).count(True) < 2,
+            "--rehearse, --until and --slurm are three uses of run: give one of them",
+        )
 
 
 def _rows(name: str) -> list[Row]:
@@ -191,6 +202,10 @@ def run(names: Sequence[str], options: Run) -> None:
     if options.jobs.slurm is not None:
         _write_jobs(chosen, size, options, processes)
         return
+    if options.rehearse:
+        for row in chosen:
+            rehearsal.rehearse(row, size, seeds.start, work, processes, options.nodes, options.batch_size)
+        return
     for seed in seeds:  # the outer loop, so that finished rows can be compared early
         for row in chosen:
             done = record.finished(record.load(results), row=row.name, scale=size.name, seed=seed)
@@ -213,7 +228,6 @@ def run(names: Sequence[str], options: Run) -> None:
 
 def _write_jobs(chosen: Sequence[Row], size: scale.Scale, options: Run, processes: int) -> None:
     """Write the jobs of the rows, and the folder of their logs."""
-    require(options.until is None, "--until ends a chain; the jobs of --slurm divide it themselves: leave one out")
     seeds, folder, logs = options.seed_range(), Path(str(options.jobs.slurm)), Path(options.work) / "logs"
     words = ["--scale", size.name, "--processes", str(processes), "--nodes", str(options.nodes)]
     words += ["--wait-hours", f"{options.wait_hours:g}", "--work", options.work, "--results", options.results]

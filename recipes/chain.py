@@ -90,9 +90,10 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
         links.append(Link("encoder", words, encoder, encoder / "accuracy.json", False))
     teacher = None
     if row.teacher is not None:
-        link = _training(row.of_teacher(), scale, seed, work)
+        guiding = row.of_teacher()
+        link = _training(guiding, scale, seed, work)
         links.append(replace(link, name=f"teacher ({row.teacher.method}, {row.teacher.epochs:g} epochs)"))
-        teacher = (link.folder, scale.steps(row, row.teacher.epochs))
+        teacher = (link.folder, scale.steps(guiding, guiding.epochs))
     # a run that stops its alignment early branches from one that many rows share
     branch: tuple[str, ...] = ()
     if row.trunk is not None:
@@ -153,7 +154,7 @@ def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Sc
         name, step = f"{preset} {more}".strip(), scale.steps(row, epochs)
         out = run / "scores" / f"{name.replace(' --', '-').replace(' ', '-')}-{step:07d}"
         options = scale.fill(f"{sampler} {more} {scale.score}", row, work, preset) + scale.extra_words()
-        words = ("generate.py", "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
+        words = (*scale.sampler.split(), "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
         title = f"score {name}" + (f" at step {step}" if row.at else "")
         scores.append(Score(name, epochs, step, Link(title, words, out, out / "metrics.json", True)))
     return scores

@@ -140,10 +140,15 @@ def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
     return total if row.teacher is None else total + flops(row.of_teacher(), scale)
 
 
+def checkpoint_bytes(row: Row, scale: Scale) -> int:
+    """Of one checkpoint: network, its average and two moments, in float32."""
+    return 16 * sum(part.parameters for part in training_cost(row, scale).parts if part.trained)
+
+
 def summary(row: Row, scale: Scale, images_per_second: float | None) -> str:
     """What a row costs, as two lines of comment."""
     account, data = training_cost(row, scale), sketch(row, scale)
-    checkpoint = 16 * sum(part.parameters for part in account.parts if part.trained)
+    checkpoint = checkpoint_bytes(row, scale)
     hours = "hours: unmeasured here; give --images-per-second as printed by such a run"
     if images_per_second is not None:
         slow, fast = account.hours(images_per_second)

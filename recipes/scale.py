@@ -75,6 +75,8 @@ class Scale:
     guided_epochs: float | None = None
     # The name of the one way in which every row is sampled; empty if each row has its sampling presets.
     preset: str = ""
+    # The program that draws samples and scores them.
+    sampler: str = "generate.py"
     # Options of the sampling command by preset; "" is every other preset.
     sample: dict[str, str]
     # What samples are compared with.
@@ -82,11 +84,16 @@ class Scale:
     # Where the paper's scale finds what it reads.
     places: Places = field(default_factory=Places)
 
+    @property
+    def outside(self) -> bool:
+        """Whether it reads images and a VAE from outside of this project."""
+        return "{images}" in self.encode["sit"]
+
     def at(self, places: Places, rows: Sequence[Row]) -> Scale:
         """This scale at other places. Raises UserError if it reads nothing there, or not the same for all `rows`."""
         flag = next(iter(places.words()), "")
         require(
-            not flag or "{images}" in self.encode["sit"],
+            not flag or self.outside,
             f"{flag} belongs to --scale paper: --scale {self.name} makes its own data; leave it out",
         )
         vaes, references = {row.family for row in rows}, {row.resolution for row in rows}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -26,12 +27,12 @@ from config import RECIPES, TrainConfig
 from evaluations.histories import spent
 from preprocessing import digits
 from recipes import __main__ as recipes
-from recipes import chain, record, rows, runner, scale, table
+from recipes import chain, record, rehearsal, rows, runner, scale, table
 from runtime import signals
 from runtime.errors import EndedEarly, UserError
 from runtime.options import read
 from sampling import presets
-from tests.helpers import ROOT, killed_writer
+from tests.helpers import ROOT, class_folders, killed_writer, tiny_vae
 from training import command, log
 
 RUN = (
@@ -795,6 +796,43 @@ def test_scores_along_training_come_as_checkpoints_come() -> None:
     assert branch.links[2].makes.parent.name == "0100000" and branch.links[3].makes.parent.name == "0200000"
 
 
+def test_a_rehearsal_goes_from_pictures_to_metrics_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The tiny scale with images, VAE and reference from outside, as the paper's has them."""
+    tiny = scale.find("tiny")
+    encode = "-m preprocessing.encode --images {images} --vae {vae} --resolution 16 --workers 0"
+    outside = dataclasses.replace(tiny, encode={"sit": encode}, score="--reference {reference} --features pixels")
+    monkeypatch.setitem(scale.SCALES, "tiny", outside)
+    images, vae, reference = class_folders(tmp_path / "images", 3, 6), tiny_vae(tmp_path / "vae"), tmp_path / "r.npz"
+    noise = np.random.default_rng(0).integers(256, size=(8, 16, 16, 3), dtype=np.uint8)
+    np.savez(reference, arr_0=noise)
+    argv = ["run", "table4/SiT-B-2/full", "--scale", "tiny", "--work", str(tmp_path / "work"), "--rehearse"]
+    monkeypatch.setattr(rehearsal, "ITEMS", 4)  # a batch is more
+    argv += ["--images", str(images), "--vae", vae]
+    recipes.main([*argv, "--reference", str(reference)])
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.split("\n$ python ")[1:]] == ["preprocessing.encode", *[
+        "--recipe"] * 2, "recipes.rehearsal"]  # fmt: skip
+    assert "16 items in 1 shards" in printed and "batch 16 = 1 process(es)" in printed and "2 steps = " in printed
+    assert "64 samples of " in printed and "SDE, 2 steps" in printed and "metrics.json" in printed
+    assert "rehearsed table4/SiT-B-2/full: 4 links in " in printed and not any((tmp_path / "work").iterdir())
+    # the batch of trainings is global, that of samples belongs to a process
+    few = rehearsal.scale_of(scale.find("paper"), tmp_path, 4, 2)
+    branch = chain.build(rows.find("figure8/SiT-XL-2/guided-stop-100K"), few, 0, tmp_path)
+    words = [dict(itertools.pairwise(link.words)) for link in branch.links]
+    assert [options.get("--batch-size") for options in words] == [None, "4", "4", "4", "2"]
+    assert [options.get("--max-train-steps") for options in words] == [None, "2", "2", "4", None]
+    # what would have failed after the trainings fails before the first link
+    for wrong, culprit in (
+        (["--reference", str(tmp_path / "none.npz")], "none.npz"),
+        (["--reference", str(reference), "--decoder", str(tmp_path / "no-vae")], "no-vae"),
+    ):
+        with pytest.raises(UserError, match=culprit):
+            recipes.main([*argv, *wrong])
+        assert "\n$ " not in capsys.readouterr().out and not any((tmp_path / "work").iterdir())
+
+
 def link_of(program: str, makes: Path) -> chain.Link:
     return chain.Link("train", ("-c", program), makes.parents[2], makes, many=False)
 
@@ -851,8 +889,9 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["show", RUN[3], "--results", "x"], "unknown option --results"),
         (["table", "4", "--work", "x"], "unknown option --work"),
         (["run", RUN[3], "--until", "encoder"], "the chain of table4/SiT-B-2/full has latents, teacher, train, score"),
+        (["run", RUN[3], "--batch-size", "4"], "add --rehearse"),
         (["run", RUN[3], "--partition", "x"], "--partition is an option of jobs: add --slurm"),
-        (["run", RUN[3], "--slurm", "x", "--until", "train"], "leave one out"),
+        (["run", RUN[3], "--slurm", "x", "--until", "train"], "three uses of run"),
         (["run", RUN[3], "--scale", "tiny", "--vae", "x"], "--vae belongs to --scale paper"),
         (["run", "table1", "--vae", "x"], "rows of lightningdit and sit need a VAE each"),
         (["run", "table1", "table3", "--reference", "x"], "256 and 512 pixels need a reference each"),
