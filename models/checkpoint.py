@@ -210,7 +210,9 @@ def locate(name: Path | str) -> Path:
 def saved(run: Path | str) -> list[Path]:
     """The checkpoint folders in `run` or `run/checkpoints`, the newest first, by the number in their names."""
     for folder in (Path(run) / "checkpoints", Path(run)):
-        steps = [p for p in folder.glob("*") if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
+        # not glob, to which a folder that cannot be read is an empty one
+        with files.reading(folder):
+            steps = [p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()] if folder.is_dir() else []
         if steps:
             return sorted(steps, key=lambda p: int(p.name), reverse=True)
     return []
@@ -227,13 +229,20 @@ def latest(run: Path | str) -> Path | None:
 
 
 def newest_whole(run: Path | str) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint of `run` whose files are all intact, and what is wrong with each newer checkpoint."""
+    """The newest checkpoint of `run` whose files are all intact, and what is wrong with each newer checkpoint.
+
+    Raises:
+        UserError: a newer one cannot be read (permission, a failing disk or server): it may be whole.
+    """
     problems: dict[Path, str] = {}
     for folder in saved(run):
         try:
-            require((folder / "config.json").is_file(), f"{folder} has no config.json")
-            Checkpoint.open(folder).require_whole()
+            with files.reading(folder):
+                require((folder / "config.json").is_file(), f"{folder} has no config.json")
+                Checkpoint.open(folder).require_whole()
             return folder, problems
+        except files.Unreadable:
+            raise
         except UserError as error:
             problems[folder] = str(error)
     return None, problems

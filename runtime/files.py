@@ -28,6 +28,10 @@ _NEW, _OLD, _LOCK = "new", "old", "lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
+class Unreadable(UserError):
+    """The operating system could not read a file, whose content may well be whole."""
+
+
 @contextmanager
 def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield a temporary path near `path`; on success it replaces `path` in one step, on failure it is removed.
@@ -176,12 +180,12 @@ def writing(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path | str, remedy: str = "check the path, or restore it from a copy") -> Iterator[None]:
-    """Turn the operating system's errors inside the block into a UserError that names `path` and `remedy`."""
+    """Turn the operating system's errors inside the block into an Unreadable that names `path` and `remedy`."""
     require_plain(path)
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+        raise Unreadable(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
 
 
 def _flush(path: Path, mode: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import os
 import re
@@ -154,6 +157,34 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note(
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["0000002", "0000004", "0000004.damaged"]
     assert all(torch.equal(value, whole[name]) for name, value in Checkpoint.open(run).tensors("network").items())
+
+
+@pytest.mark.parametrize(
+    ("place", "code"),
+    [("0000002/network.safetensors", errno.EIO), ("0000002/config.json", errno.EACCES), ("", errno.ESTALE)],
+)
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, place: str, code: int
+) -> None:
+    """The run stops with the cause and changes nothing: it neither goes back nor starts again."""
+    run = train.main(words(tmp_path, "run", "--max-train-steps", 2, "--checkpointing-steps", 1))
+    closed = os.path.join(run / "checkpoints", place)
+
+    def failing(call: Callable) -> Callable:
+        def instead(path: Any, *args: Any, **named: Any) -> Any:
+            if not isinstance(path, int) and os.path.join(path) == closed.rstrip("/"):
+                raise OSError(code, os.strerror(code), str(path))
+            return call(path, *args, **named)
+
+        return instead
+
+    before = sorted(run.rglob("*"))
+    with monkeypatch.context() as patch:
+        for module, name in ((builtins, "open"), (io, "open"), (os, "scandir"), (os, "listdir")):
+            patch.setattr(module, name, failing(getattr(module, name)))
+        with pytest.raises(UserError, match=f"cannot read .*{place}.*{os.strerror(code)}"):
+            train.main(words(tmp_path, "run", "--max-train-steps", 3, "--checkpointing-steps", 1))
+    assert sorted(run.rglob("*")) == before
 
 
 def test_no_whole_checkpoint_is_no_fresh_start(tmp_path: Path, words: Words) -> None:
