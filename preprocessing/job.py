@@ -131,6 +131,7 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
                 "choose another --out, or delete the folder"
             )
     else:
+        # a leftover is that of the description below, whose writer was killed
         require(
             all(path.name in (locks.LOCK, STOPPED) for path in folder.iterdir()),
             f"{folder} holds something else already (no {JOB}); choose another --out",

@@ -245,6 +245,14 @@ def test_a_folder_of_another_job_or_of_something_else_is_refused(folder, tmp_pat
         encode(folder, "pixels", tmp_path / "busy")
 
 
+def test_a_start_killed_while_it_wrote_its_description_is_no_foreign_folder(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".job.json.77.tmp").write_text('{"format"')
+    encode(folder, "pixels", tmp_path / "out")
+    encode(folder, "pixels", tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.fixture
 def spoiled(tmp_path) -> Path:
     folder = class_folders(tmp_path / "set")
