@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from runtime import files
-from runtime.errors import UserError, require
+from runtime.errors import UserError, note, require
 
 PROJECT = "self-transcendence"
 
@@ -31,7 +31,10 @@ def require_installed(kind: str) -> None:
 
 
 class Tracker:
-    """Values and pictures by step; nothing for the kind `none`. Every process calls it, the main one writes."""
+    """Values and pictures by step; nothing for the kind `none`. Every process calls it, the main one writes.
+
+    A tracker that cannot start is refused. One that fails later is given up with a warning: it never ends a run.
+    """
 
     def __init__(
         self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]
@@ -54,22 +57,35 @@ class Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one step."""
-        if self._kind != "none":
-            self._accelerator.log(dict(values), step=step)
+        self._attempt(lambda: self._accelerator.log(dict(values), step=step))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """The picture in the file `path`. Only the main process has it and calls this."""
-        if self._kind != "none":
+
+        def show() -> None:
             from PIL import Image
 
-            image = np.asarray(Image.open(path).convert("RGB"))[None]
+            image = np.asarray(Image.open(path, formats=["PNG"]).convert("RGB"))[None]
             layout = {"dataformats": "NHWC"} if self._kind == "tensorboard" else {}
             self._accelerator.get_tracker(self._kind).log_images({name: image}, step=step, **layout)
 
+        self._attempt(show)
+
     def close(self) -> None:
         """End the tracker's run."""
-        if self._kind != "none":
-            self._accelerator.end_training()
+        # not `end_training`, which ends the process group too, and only where the tracker has not failed
+        self._attempt(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        """Let the tracker act; if it fails, print a warning and go on without it."""
+        if self._kind == "none":
+            return
+        try:
+            act()
+        # the libraries behind it raise errors of many kinds (lost processes, full disks, their own)
+        except Exception as error:
+            note(f"warning: --report-to {self._kind} has failed ({error}): the run goes on without it")
+            self._kind = "none"
 
 
 def _wandb(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import struct
@@ -11,15 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import train
+from models.checkpoint import Checkpoint
 from runtime import launch
 from runtime.errors import UserError
 from sampling import preview
 from sampling.config import SamplingConfig
 from tests.helpers import Words
 from training.log import read
+from training.tracker import Tracker
 
 BLOCK = 32768
 
@@ -142,3 +146,44 @@ def test_the_commit_is_that_of_this_code(monkeypatch: pytest.MonkeyPatch) -> Non
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", "")
     assert launch.commit() is None
+
+
+def test_a_tracker_whose_process_is_killed_does_not_end_the_run(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A real wandb run whose own process dies after the first step."""
+    import wandb
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = Tracker.log
+
+    def kill_first(self: Tracker, step: int, values: Any) -> None:
+        if step == 2:
+            for process in psutil.Process().children(recursive=True):
+                if process.name().startswith("wandb"):
+                    process.kill()
+                    process.wait()
+        log(self, step, values)
+
+    monkeypatch.setattr(Tracker, "log", kill_first)
+    run = train.main(words(tmp_path, "run", "--report-to", "wandb", "--sampling-steps", 2, "--max-train-steps", 4))
+    output = capsys.readouterr().out
+    assert output.count("warning: --report-to wandb has failed (") == 1
+    assert Checkpoint.open(run).step == 4 and [line["step"] for line in read(run / "log.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("when", ["log", "finish"])
+def test_a_full_disk_of_the_tracker_does_not_end_the_run(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, when: str
+) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardTracker, when, full)
+    run = train.main(words(tmp_path, "run", "--report-to", "tensorboard", "--max-train-steps", 3))
+    assert capsys.readouterr().out.count("tensorboard has failed ([Errno 28] No space left") == 1
+    assert Checkpoint.open(run).step == 3
