@@ -198,7 +198,7 @@ class LatentSet:
         from PIL import Image
 
         try:
-            with Image.open(io.BytesIO(self._entry("image", index))) as picture:
+            with Image.open(io.BytesIO(self._entry("image", index)), formats=["PNG"]) as picture:
                 return np.asarray(picture)
         except (OSError, SyntaxError) as error:
             raise UserError(f"image {index} of {self.path} is damaged ({error}); run preprocessing.verify") from error

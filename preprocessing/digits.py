@@ -34,6 +34,7 @@ class Digits:
         self.class_names = [str(digit) for digit in range(10)]
         self.images, self.labels = load()
         self.names = [f"digit-{index:04d}" for index in range(len(self.labels))]
+        self.photographs: list[str] = []
         self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
         self.summary = f"the embedded digits: {len(self.names):,} images, 10 classes"
 

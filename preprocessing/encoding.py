@@ -136,6 +136,7 @@ def _conclude(job: Encoding, entries: Mapping[int, Shard], codec: Codec) -> None
         f"{len(skipped)} images cannot be used and --skip-bad allows {job.options.skip_bad}; the first: "
         f"{''.join(skipped[:1])}",
     )
+    skipped += job.source.photographs
     job.conclude(entries, job.source.class_names, job.source.description, skipped)
     print(*quality.report(LatentSet(job.folder), job.source, codec), sep="\n")
 

@@ -14,6 +14,7 @@ Unusual files are treated as follows:
     EXIF rotation                   ignored, as ADM ignores it: pixels are taken as stored
     smaller than the resolution     scaled up, as ADM does
     empty, truncated, unreadable    refused, naming the file
+    a photograph of another kind    (HEIC, AVIF, camera RAW) left out, counted by suffix and listed in the manifest
     not an image by its suffix      left out and counted; hidden files likewise
 """
 
@@ -38,6 +39,10 @@ from runtime import files
 from runtime.errors import UserError, require, shown
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+# What Pillow may take a file for, whatever its name is: the reader of PostScript would start a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000")
+# Photographs that cannot be read.
+OTHER_PHOTOGRAPHS = (".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
 LABELS = "dataset.json"
 LARGEST_LABEL = 1_000_000  # labels are below it
 LARGEST_SCALED = 1 << 28  # pixels of a picture whose shorter side is scaled to the resolution: 0.8 GB
@@ -66,6 +71,7 @@ class ImageSet(Protocol):
     names: list[str]  # of the items, in the order of the set
     labels: np.ndarray  # (n,) int64
     class_names: list[str]
+    photographs: list[str]  # that cannot be read
     fingerprint: str  # changes with the names, the labels and the sizes of the files
 
     def load(self, index: int) -> Image.Image:
@@ -86,8 +92,14 @@ class ImageFiles:
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         folders, sizes = self._list_zip() if self.path.is_file() else self._list_folder()
         self.names = sorted(name for name in sizes if _is_image(name))
-        self.ignored = sorted(name for name in sizes if not _is_image(name) and name != LABELS)
-        require(bool(self.names), f"{self.path} holds no image ({' '.join(SUFFIXES)}); check the path")
+        self.photographs = sorted(name for name in sizes if _is_image(name, OTHER_PHOTOGRAPHS))
+        self.ignored = sorted(sizes.keys() - {*self.names, *self.photographs, LABELS})
+        unread = _counts_by_suffix(self.photographs)
+        require(
+            bool(self.names),
+            f"{self.path} holds no image ({' '.join(SUFFIXES)})"
+            + (f" but {unread}: convert these to JPEG or PNG" if unread else "; check the path"),
+        )
         if LABELS in sizes:
             self.labels, self.class_names = _labels_of_file(self.names, self.read(LABELS), self.path / LABELS)
         else:
@@ -99,6 +111,8 @@ class ImageFiles:
         first = shown("".join(self.ignored[:1]))
         others = f"; {len(self.ignored):,} other files left out (first: {first})" if self.ignored else ""
         self.summary = f"{self.path}: {len(self.names):,} images, {len(self.class_names):,} classes{others}"
+        if unread:
+            self.summary += f"\nwarning: {unread} left out, as they cannot be read: convert them to JPEG or PNG"
 
     def load(self, index: int) -> Image.Image:
         """The picture of item `index`, as stored. Raises BadImage."""
@@ -107,6 +121,8 @@ class ImageFiles:
             return decode(self.read(self.names[index]), name)
         except UnidentifiedImageError as error:
             raise BadImage(f"{name} cannot be read (it is not an image file, or its beginning is damaged)") from error
+        except UserError as error:  # a pipe or a device too is one bad image of the set
+            raise BadImage(str(error)) from error
         except _DAMAGE as error:
             raise BadImage(f"{name} cannot be read ({str(error) or type(error).__name__})") from error
 
@@ -171,9 +187,15 @@ def _hidden(part: str) -> bool:
     return part.startswith(".") or part == "__MACOSX"
 
 
-def _is_image(name: str) -> bool:
+def _counts_by_suffix(names: Iterable[str]) -> str:
+    """'1,000 .heic, 3 .avif'"""
+    counts = Counter(PurePosixPath(name).suffix.lower() for name in names)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
+
+
+def _is_image(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(map(_hidden, path.parts))
+    return path.suffix.lower() in suffixes and not any(map(_hidden, path.parts))
 
 
 def _labels_of_folders(names: list[str], folders: set[str], where: Path) -> tuple[np.ndarray, list[str]]:
@@ -246,7 +268,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     """
     if not data:
         raise BadImage(f"{name} is empty (0 bytes)")
-    with Image.open(io.BytesIO(data)) as picture:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
             raise BadImage(f"{name} has {picture.n_frames} frames; keep one of them")
         picture.load()

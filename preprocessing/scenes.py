@@ -106,6 +106,7 @@ class Scenes:
         self.names = [f"scene-{index:06d}" for index in range(count)]
         self.class_names = ["".join(map(str, dials.pair(label))) for label in range(dials.classes)]
         settings = json.dumps([dataclasses.asdict(dials), count, seed, self._groups])
+        self.photographs: list[str] = []
         self.fingerprint = hashlib.sha256(settings.encode() + ink.tobytes()).hexdigest()
         self.summary = f"scenes of {dials.digits} digit(s): {count:,} images, {dials.classes} classes"
 

@@ -253,6 +253,13 @@ def test_a_start_killed_while_it_wrote_its_description_is_no_foreign_folder(fold
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_photographs_that_cannot_be_read_stand_in_the_manifest(tmp_path, capsys):
+    folder = class_folders(tmp_path / "set", classes=1)
+    (folder / "n00" / "a.heic").write_bytes(b"x")
+    assert encode(folder, "pixels", tmp_path / "out").manifest["skipped"] == ["n00/a.heic"]
+    assert "warning: 1 .heic left out" in capsys.readouterr().out
+
+
 @pytest.fixture
 def spoiled(tmp_path) -> Path:
     folder = class_folders(tmp_path / "set")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from preprocessing.images import BadImage, ImageFiles, center_crop, cropped, decode, png
 from runtime.errors import UserError
@@ -105,6 +107,37 @@ def test_other_files_are_left_out_and_counted(tmp_path):
     images = ImageFiles(folder)
     assert images.ignored == ["n00/._0.png", "n00/notes.txt"] and len(images.names) == 15
     assert "2 other files left out" in images.summary
+
+
+def test_photographs_of_other_kinds_are_counted_by_suffix_and_warned_of(tmp_path):
+    folder = class_folders(tmp_path / "set", classes=1)
+    for name in ("a.HEIC", "b.heic", "c.avif", ".DS_Store"):
+        (folder / "n00" / name).write_bytes(b"x")
+    images = ImageFiles(folder)
+    assert images.photographs == ["n00/a.HEIC", "n00/b.heic", "n00/c.avif"]
+    assert "warning: 2 .heic, 1 .avif left out" in images.summary and "1 other files" in images.summary
+    for name in images.names:
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"holds no image .* but 2 .heic, 1 .avif: convert these"):
+        ImageFiles(folder)
+
+
+@pytest.mark.parametrize("place", ["pipe", "link to a device"])
+def test_a_pipe_or_a_device_is_one_bad_image(tmp_path, place):
+    file = tmp_path / "bad.png"
+    os.mkfifo(file) if place == "pipe" else file.symlink_to("/dev/zero")
+    with pytest.raises(BadImage, match="bad.png is a pipe or a device"):
+        ImageFiles(tmp_path).load(0)
+
+
+def test_a_picture_by_name_that_is_postscript_starts_no_program(tmp_path, monkeypatch):
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "bad.png").write_bytes(content)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(EpsImagePlugin, "has_ghostscript", lambda: True)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    with pytest.raises(BadImage, match="bad.png cannot be read"):
+        ImageFiles(tmp_path).load(0)
 
 
 def labels_of(folder: Path, value: object) -> None:
