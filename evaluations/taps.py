@@ -93,6 +93,12 @@ class Items:
     def clean(self, places: np.ndarray) -> Tensor:
         """(n, C, H, W) float32 normalised latents at `places`; the posterior mean if the set stores moments."""
         raw, _ = self.data.read(self.index[places])
+        wrong = ~np.isfinite(raw).all((1, 2, 3, 4))
+        require(
+            not wrong.any(),
+            f"{self.data.path}: the latent of item {self.index[places][wrong.argmax()]} is not finite; encode the set "
+            "again",
+        )
         return self.data.space.normalise(torch.from_numpy(raw[:, 0]))
 
     def noise(self, places: np.ndarray) -> Tensor:

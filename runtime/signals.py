@@ -32,6 +32,8 @@ class Asked:
     def __init__(self, at_once: bool) -> None:
         self.by: str | None = None
         self._at_once = at_once
+        # The work is saved and the process is ending: a further signal must not change its exit code.
+        self.answered = False
         self._since = 0.0
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -40,7 +42,7 @@ class Asked:
             self.by, self._since = signal.Signals(number).name, time.monotonic()
             if self._at_once:
                 self.end()
-        elif time.monotonic() - self._since > TWICE:
+        elif not self.answered and time.monotonic() - self._since > TWICE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -52,7 +54,10 @@ class Asked:
 
 @contextmanager
 def noted(at_once: bool = False) -> Iterator[Asked]:
-    """Note the signals of `ASKING` inside the block; signals that the process ignores (nohup) stay ignored."""
+    """Note the signals of `ASKING` inside the block; signals that the process ignores (nohup) stay ignored.
+
+    Once they are answered, they are ignored for the rest of the process.
+    """
     asked = Asked(at_once)
     # Python lets the main thread alone set handlers
     if threading.current_thread() is not threading.main_thread():
@@ -67,7 +72,7 @@ def noted(at_once: bool = False) -> Iterator[Asked]:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if asked.answered else handler)
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, Asked) and asked.by is not None:
                 outer.by = asked.by

@@ -171,6 +171,7 @@ class Between:
 
     def _end(self) -> None:
         """End the run early, in every process."""
+        self.asked.answered = True
         run, config = self.run, self.run.config
         reason = self.reason() or "another process was asked to end"
         state = (

@@ -53,6 +53,11 @@ def facts(run: Run) -> Iterator[str]:
         yield f"alignment {name}: {', '.join(_choices(shown))}"
     for name, alignment in run.alignments.items():
         yield from alignment.notes()
+        if alignment.coupled and run.micro_batch == 1:
+            yield (
+                f"warning: {name} compares the samples that a process sees at once, here one: it does nothing; "
+                "raise --batch-size"
+            )
         # as in a step; the teacher's weights may be in bf16
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
             sizes = alignment.sizes(_contexts(run, name))

@@ -559,3 +559,12 @@ def test_text_tables_and_json_lines(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == [1, 3] and read_lines(
         tmp_path / "absent"
     ) == []
+
+
+def test_a_latent_that_is_not_finite_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = Items(str(data), 20, seed=0)
+    raw, labels = items.data.read(items.index)
+    raw[3, 0, 0, 2, 2] = np.nan
+    monkeypatch.setattr(LatentSet, "read", lambda *_: (raw, labels))
+    with pytest.raises(UserError, match=rf"the latent of item {items.index[3]} is not finite; encode the set again"):
+        items.clean(np.arange(20))

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ import torch
 import train
 from models import checkpoint
 from models.checkpoint import Checkpoint
-from runtime import errors, files, seal
+from runtime import errors, files, seal, signals
 from runtime.errors import EndedEarly, UserError
 from runtime.locks import LOCK
 from tests.helpers import ROOT, Words, assert_same_bits, build_run, held_elsewhere, killed_writer
 from training.between import ENDED_EARLY, Between
-from training.log import read
+from training.log import RunLog, read
 from training.run import Run
 
 
@@ -44,21 +44,26 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[Betwee
     monkeypatch.setattr(Between, "__call__", wrapped)
 
 
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A run that ends early leaves its process deaf to these signals."""
+    before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, signals.ASKING)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT"])
 def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     argv = words(tmp_path, "run", "--max-train-steps", 3)
     number = getattr(signal, name)
-    before = signal.signal(number, signal.SIG_DFL)  # a suite in the background may ignore some of them
-    try:
-        with monkeypatch.context() as patch:
-            at_step(patch, 2, lambda _: os.kill(os.getpid(), number))
-            with pytest.raises(SystemExit) as caught:
-                errors.run(lambda: train.main(argv))
-        assert signal.getsignal(number) is signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
+    signal.signal(number, signal.SIG_DFL)  # a suite in the background may ignore some of them
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda _: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as caught:
+            errors.run(lambda: train.main(argv))
     assert caught.value.code == 75
     last_line = capsys.readouterr().err.splitlines()[-1]  # below the progress bar
     assert last_line.startswith(f"ended early: asked to end by {name}: step 2 of 3 is saved")
@@ -85,9 +90,32 @@ def test_a_second_signal_ends_at_once() -> None:
         assert process.wait(10) == -signal.SIGTERM
 
 
-def test_ignored_signals_stay_ignored() -> None:
-    from runtime import signals
+def test_a_second_signal_after_the_save_keeps_the_exit_code(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the end is recorded, while the log closes, and after the last line."""
+    argv = words(tmp_path, "run", "--max-train-steps", 3)
+    monkeypatch.setattr(signals, "TWICE", -1.0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    at_step(monkeypatch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
+    def signalled(call: Callable) -> Callable:
+        def instead(*args: Any, **named: Any) -> Any:
+            if "ended-early" in str(args[0]) or args[1:] == ():
+                os.kill(os.getpid(), signal.SIGTERM)
+            return call(*args, **named)
+
+        return instead
+
+    monkeypatch.setattr(files, "write_json", signalled(files.write_json))
+    monkeypatch.setattr(RunLog, "close", signalled(RunLog.close))
+    with pytest.raises(SystemExit) as caught:
+        errors.run(lambda: train.main(argv))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 75
+
+
+def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with signals.noted() as asked:

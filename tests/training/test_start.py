@@ -221,3 +221,12 @@ def test_the_introduction_shows_the_size_of_the_guided_target(
             squares[omega].append(((1 - omega) * u + omega * c).square().mean().item())
     for omega, values in squares.items():
         assert shown[omega] == pytest.approx(math.sqrt(sum(values) / 4), rel=precision)
+
+
+@pytest.mark.parametrize("name", ["dispersive", "contrastive"])
+def test_a_coupled_loss_at_one_sample_a_process_says_that_it_does_nothing(
+    tmp_path: Path, words: Words, name: str
+) -> None:
+    for batch, warned in ((1, True), (2, False)):
+        run = build_run(words(tmp_path, "run", "--align", name, "--batch-size", batch))
+        assert any(f"warning: {name} compares" in line for line in introduction.introduction(run)) == warned
