@@ -253,6 +253,15 @@ def test_a_start_killed_while_it_wrote_its_description_is_no_foreign_folder(fold
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_records_that_a_kill_after_the_manifest_left_are_removed(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "forget", lambda *_: None)
+        encode(folder, "pixels", tmp_path / "out")
+    assert any(tmp_path.glob("out/.shard-*.json"))
+    encode(folder, "pixels", tmp_path / "out")
+    assert not any(tmp_path.glob("out/.shard-*.json"))
+
+
 def test_photographs_that_cannot_be_read_stand_in_the_manifest(tmp_path, capsys):
     folder = class_folders(tmp_path / "set", classes=1)
     (folder / "n00" / "a.heic").write_bytes(b"x")

@@ -1,16 +1,19 @@
-"""Torture from outside: kills, flipped bits, two-process starts on a busy machine, a long run, and bad inputs.
+"""Torture from outside: kills, faults, races, flipped bits, starts on a busy machine, a long run, and bad inputs.
 
-    python -m tests.torture --kills 50 --flips 200 --starts 20 --inputs all
+    python -m tests.torture --out FILE.json
 
 - A kill is a SIGKILL to a training process at a random moment, also during saves. Then the same command runs to its
   end, and its checkpoint must equal that of an undisturbed run bit for bit.
+- Crashes kill encode, import and generate at their n-th file operation, and faults let that operation fail (EIO,
+  ENOSPC, EACCES), in posthoc too; a race starts two processes on one output. Then the same command must end with the
+  files of an undisturbed one. Each is a fork of a warm process under a preloaded library (`forks.py`, `faults.c`).
 - A flip turns one bit of one file of a checkpoint, a latent set, samples or weights. The reader must refuse the file,
   or come to the same result.
 - A start is an encoding by two processes while other processes keep the cores busy. It must exit with code 0.
 - An input is a row of the table of bad options and bad files, as a process of its own.
 
-The counts are printed. --out writes them after each unit: the same command continues there, and one with larger counts
-adds to them.
+The counts are printed. --out writes them after each unit, and a table beside them: the same command continues there,
+and one with larger counts adds to them.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import versions
-from runtime import errors, files, progress
+from runtime import errors, files, launch, progress
 from runtime.errors import UserError, require
 from runtime.options import read
+from runtime.text import aligned
 from tests.torture import world as worlds
 from tests.torture.parts import PARTS, Options, Units
 
@@ -57,12 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                         bar.update(done)
                         if options.out:
                             files.write_json(options.out, result)
+                            Path(options.out).with_suffix(".txt").write_text(_table(result))
             counts = "".join(f", {value} {what}" for what, value in state["counts"].items())
             print(f"{name}: {state['done']} done in {state['seconds']:.0f} s, {len(state['faults'])} faults{counts}")
             for fault in state["faults"]:
                 print(f"  {fault}")
     if any(result[name]["faults"] for name in PARTS):
         raise UserError("something was lost, accepted or not answered; see the faults above, and repair it")
+
+
+def _table(result: dict[str, Any]) -> str:
+    """The parts that were tried, as aligned text."""
+    lines = [["kind", "tried", "survived"]]
+    for name, part in ((name, result[name]) for name in PARTS if result.get(name, {}).get("done")):
+        lines.append([name, str(part["done"]), str(part["done"] - len(part["faults"]))])
+    return f"{result['date']}, commit {result['commit']}, {result['machine']}\n\n{aligned(lines)}\n"
 
 
 def _result(options: Options, words: Sequence[str]) -> dict[str, Any]:
@@ -79,6 +92,7 @@ def _result(options: Options, words: Sequence[str]) -> dict[str, Any]:
         **earlier,
         "command": f"python -m tests.torture {shlex.join(words)}",
         "date": time.strftime("%Y-%m-%d"),
+        "commit": launch.commit(),
         "machine": f"{os.cpu_count()} CPU cores, {platform.system()}",
         "python": platform.python_version(),
         "versions": versions(),

@@ -30,7 +30,7 @@ from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import require
 from runtime.options import option
-from tests.torture import bad_files, flips
+from tests.torture import bad_files, crashes, flips
 from tests.torture.rows import Row, answer
 from tests.torture.world import World, start
 
@@ -39,7 +39,12 @@ from tests.torture.world import World, start
 class Options:
     kills: int = option(50, within="[0, inf)", help="SIGKILLs of training runs, up to eight of each")
     steps: int = option(120, within="[2, inf)", help="optimiser steps of those runs")
-    flips: int = option(200, within="[0, inf)", help="flipped bits, over all kinds of files")
+    crashes: int = option(
+        60, within="[0, inf)", help="SIGKILLs at the n-th file operation of encode and import, and so many of generate"
+    )
+    faults: int = option(200, within="[0, inf)", help="failing operations: a failing or full disk, a permission")
+    races: int = option(100, within="[0, inf)", help="two processes at once on one output")
+    flips: int = option(500, within="[0, inf)", help="flipped bits, over all kinds of files")
     starts: int = option(20, within="[0, inf)", help="two-process encodings on a busy machine")
     long_steps: int = option(
         0, within="[0, inf)", help="tiny steps of one run; its memory and open files must stay flat"
@@ -194,7 +199,24 @@ def inputs(options: Options, world: World, place: Path, done: int) -> Units:
         yield 1, counts, [f"{row.command}: {row.name}: {fault}"] if fault else []
 
 
-PARTS: dict[str, tuple[Callable[[Options, World, Path, int], Units], Callable[[Options], int]]] = {
+Part = tuple[Callable[[Options, World, Path, int], Units], Callable[[Options], int]]
+
+
+def _of_cases(act: crashes.Act, names: Sequence[str], count: Callable[[Options], int]) -> Part:
+    """The part that does `act` to some of the cases of `crashes`."""
+
+    def part(options: Options, world: World, place: Path, done: int) -> Units:
+        return crashes.units(act, names, range(done, count(options)), options.seed, world, place)
+
+    return part, count
+
+
+CASES = ("encode", "import", "generate", "posthoc")
+PARTS: dict[str, Part] = {
+    "kills of encode and import": _of_cases(crashes.kill, CASES[:2], lambda options: options.crashes),
+    "kills of generate": _of_cases(crashes.kill, CASES[2:3], lambda options: options.crashes),
+    "faults": _of_cases(crashes.fail, CASES, lambda options: options.faults),
+    "races": _of_cases(crashes.race, CASES, lambda options: options.races),
     "kills": (kills, lambda options: options.kills),
     "flips": (bit_flips, lambda options: options.flips),
     "starts": (starts, lambda options: options.starts),

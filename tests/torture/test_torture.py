@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import pytest
 from runtime import files
 from runtime.errors import UserError
 from tests.torture import __main__ as torture
+from tests.torture import forks
 from tests.torture import world as worlds
 from tests.torture.parts import PARTS, Options, Units
 from tests.torture.world import World
 
-NOTHING = ["--kills", 0, "--flips", 0, "--starts", 0, "--inputs", 0]
+NOTHING = [
+    word for flag in ("kills", "crashes", "faults", "races", "flips", "starts", "inputs") for word in (f"--{flag}", 0)
+]
 
 
 def run(out: Path, *words: object) -> dict:
@@ -26,6 +30,27 @@ def test_a_killed_run_loses_nothing(data: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(worlds, "build", lambda _: World(tmp_path))
     kills = run(tmp_path / "torture.json", "--kills", 1, "--steps", 16)["kills"]
     assert kills["done"] == kills["counts"]["runs with the same bits"] == 1 and not kills["faults"]
+
+
+def test_commands_killed_at_any_operation_finish_as_if_undisturbed(tmp_path: Path) -> None:
+    """Also with failing operations, and two at once; the command above has many more."""
+    done = run(tmp_path / "torture.json", "--crashes", 12, "--faults", 24, "--races", 8)
+    assert "races " in (tmp_path / "torture.txt").read_text()
+    assert all(done[name]["done"] and not done[name]["faults"] for name in list(PARTS)[:4])
+
+
+def test_without_a_compiler_operations_of_python_are_killed_and_fail(tmp_path: Path) -> None:
+    """The digits, at their first write, their last, and never."""
+    out = tmp_path / "out"
+    with forks.server(None) as trials:
+
+        def ending(at: int, code: int = 0) -> forks.Ending:
+            return trials(forks.Trial("digits", ["--out", str(out)], str(out), at, code))[0]
+
+        assert ending(3).code == -9 and not (out / "manifest.json").exists()
+        failed = ending(3, errno.ENOSPC)
+        assert failed.code == 2 and "No space left" in failed.errors
+        assert ending(0).code == 0 and (out / "manifest.json").exists()
 
 
 @pytest.fixture
