@@ -53,6 +53,7 @@ def test_a_bug_keeps_its_traceback() -> None:
             OSError(errno.EROFS, "Read-only file system", "/x/y"),
             "cannot use /x/y: Read-only file system; choose another place",
         ),
+        (OSError(errno.EIO, "Input/output error", "/x"), "cannot use /x: Input/output error; choose another place"),
     ],
 )
 def test_a_resource_that_runs_out_is_one_line(capsys: pytest.CaptureFixture, error: Exception, message: str) -> None:

@@ -4,9 +4,9 @@
 
 - A kill is a SIGKILL to a training process at a random moment, also during saves. Then the same command runs to its
   end, and its checkpoint must equal that of an undisturbed run bit for bit.
-- Crashes kill encode, import and generate at their n-th file operation, and faults let that operation fail (EIO,
-  ENOSPC, EACCES), in posthoc too; a race starts two processes on one output. Then the same command must end with the
-  files of an undisturbed one. Each is a fork of a warm process under a preloaded library (`forks.py`, `faults.c`).
+- Crashes kill a command (encode, import, generate, posthoc, stage 2) at its n-th file operation, and faults let that
+  operation fail (EIO, ENOSPC, EACCES); a race starts two processes on one output. Then the same command must end with
+  the files of an undisturbed one. Each is a fork of a warm process under a preloaded library (`forks.py`, `faults.c`).
 - A flip turns one bit of one file of a checkpoint, a latent set, samples or weights. The reader must refuse the file,
   or come to the same result.
 - A start is an encoding by two processes while other processes keep the cores busy. It must exit with code 0.

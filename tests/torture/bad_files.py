@@ -79,6 +79,8 @@ NEW_BYTES: dict[str, Callable[[bytes], bytes]] = {
     "garbled": _garbled,
     "text": lambda _: b"these are only words\n" * 20,
     "zeros": lambda content: bytes(len(content)),
+    "deep": lambda _: b"[" * 100_000,
+    "digits": lambda _: b"9" * 100_000,
 }
 INSTEAD: dict[str, Callable[[Path], None]] = {
     "removed": lambda _: None,

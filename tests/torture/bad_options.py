@@ -153,6 +153,7 @@ BY_HAND = {
         --guiding-ckpt /dev/null
     """,
     "generate.py": """
+        --ckpt hub:../../etc -> hub:../../etc
         --ckpt /nowhere
         --ckpt /dev/null
         --num-fid-samples 0

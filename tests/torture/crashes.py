@@ -37,11 +37,13 @@ def cases(world: World, out: Path) -> dict[str, Case]:
     importing = [str(world.path("repa")), "--shard-size", "2"]
     generate = [*world.words("generate.py"), "--batch-size", "2"]
     posthoc = [str(world.path("exps/lengths")), "--lengths", "0.06", "0.08"]
+    stage2 = [*world.words("train_guide.py"), "--max-train-steps", "3", "--checkpointing-steps", "1"]
     made = [
         Case("encode", "encode", [*encode, "--batch-size", "2", "--out", folder]),
         Case("import", "import_latents", [*importing, "--out", folder]),
         Case("generate", "generate.py", [*generate, "--out", folder]),
         Case("posthoc", "posthoc", [*posthoc, "--out", folder]),
+        Case("stage 2", "train_guide.py", [*stage2, "--output-dir", folder]),
     ]
     return {case.name: case for case in made}
 
@@ -101,8 +103,8 @@ class Trials:
         return f"{where}: then other files: {', '.join(differing[:4])}" if differing else None
 
     def written(self) -> dict[str, str]:
-        """Digest of every file below `out` but locks."""
-        paths = [path for path in self.out.rglob("*") if path.is_file() and path.name != locks.LOCK]
+        """Digest of every file below `out` but locks, and logs, which have rates."""
+        paths = [path for path in self.out.rglob("*") if path.is_file() and path.name not in (locks.LOCK, "log.jsonl")]
         return {str(path.relative_to(self.out)): files.digest(path) for path in paths}
 
     def clear(self) -> None:

@@ -40,7 +40,9 @@ class Options:
     kills: int = option(50, within="[0, inf)", help="SIGKILLs of training runs, up to eight of each")
     steps: int = option(120, within="[2, inf)", help="optimiser steps of those runs")
     crashes: int = option(
-        60, within="[0, inf)", help="SIGKILLs at the n-th file operation of encode and import, and so many of generate"
+        60,
+        within="[0, inf)",
+        help="SIGKILLs at the n-th file operation of encode and import, of generate, of posthoc and stage 2",
     )
     faults: int = option(200, within="[0, inf)", help="failing operations: a failing or full disk, a permission")
     races: int = option(100, within="[0, inf)", help="two processes at once on one output")
@@ -211,10 +213,11 @@ def _of_cases(act: crashes.Act, names: Sequence[str], count: Callable[[Options],
     return part, count
 
 
-CASES = ("encode", "import", "generate", "posthoc")
+CASES = ("encode", "import", "generate", "posthoc", "stage 2")
 PARTS: dict[str, Part] = {
     "kills of encode and import": _of_cases(crashes.kill, CASES[:2], lambda options: options.crashes),
     "kills of generate": _of_cases(crashes.kill, CASES[2:3], lambda options: options.crashes),
+    "kills of posthoc and stage 2": _of_cases(crashes.kill, CASES[3:], lambda options: options.crashes),
     "faults": _of_cases(crashes.fail, CASES, lambda options: options.faults),
     "races": _of_cases(crashes.race, CASES, lambda options: options.races),
     "kills": (kills, lambda options: options.kills),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from runtime import files
 from runtime.errors import UserError
 from tests.torture import __main__ as torture
-from tests.torture import forks
+from tests.torture import crashes, forks
 from tests.torture import world as worlds
 from tests.torture.parts import PARTS, Options, Units
 from tests.torture.world import World
@@ -33,10 +34,14 @@ def test_a_killed_run_loses_nothing(data: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_commands_killed_at_any_operation_finish_as_if_undisturbed(tmp_path: Path) -> None:
-    """Also with failing operations, and two at once; the command above has many more."""
-    done = run(tmp_path / "torture.json", "--crashes", 12, "--faults", 24, "--races", 8)
-    assert "races " in (tmp_path / "torture.txt").read_text()
-    assert all(done[name]["done"] and not done[name]["faults"] for name in list(PARTS)[:4])
+    """Also with failing operations, and two at once; the command above tries many more."""
+    world = worlds.build(tmp_path / "world")
+    with forks.server(forks.build(tmp_path)) as fork:
+        trials = crashes.Trials(world, tmp_path / "trials", fork)
+        for act, count in ((crashes.kill, 12), (crashes.fail, 24), (crashes.race, 4)):
+            for number in range(count):
+                name = list(trials.cases)[number % 4]
+                assert act(trials, name, random.Random(f"suite {number}"), number) is None
 
 
 def test_without_a_compiler_operations_of_python_are_killed_and_fail(tmp_path: Path) -> None:
