@@ -30,7 +30,7 @@ from torch import Tensor
 
 from models.manifest import FORMAT, MANIFEST, read_manifest, read_space, require_intact
 from models.pixels import is_pixels, to_uint8
-from runtime import files, progress
+from runtime import files, launch, progress
 from runtime.errors import UserError, require
 from runtime.mapped import map_shard, will_need
 from runtime.streams import Stream
@@ -191,8 +191,7 @@ class LatentSet:
     @functools.cached_property
     def _decoders(self) -> ThreadPoolExecutor:
         """A thread for each core of this process's share: Pillow releases the interpreter's lock while it decodes."""
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return ThreadPoolExecutor(max(1, cores), "decoder")
+        return ThreadPoolExecutor(launch.cores(), "decoder")
 
     def _decoded(self, index: int) -> np.ndarray:
         from PIL import Image

@@ -146,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = [samples_file(path) for path in options.samples]
     files.require_not_read(options.out, [*paths, options.reference])
     samples = open_all(paths, options.grey)
+    described = [about(path, images) for path, images in zip(paths, samples, strict=True)]
     accelerator = launch.accelerator(project_dir=str(Path(options.out).parent))
     reference, extractor = open_pair(options.reference, options.scores, accelerator, options.batch_size, options.grey)
     scorer = Scorer(
@@ -159,7 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # all files are checked before the first is scored: an extractor runs for minutes
     for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
-    described = [about(path, images) for path, images in zip(paths, samples, strict=True)]
     runs = []
     for images, description in zip(samples, described, strict=True):
         collected = collect(

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from recipes import chain, claims, costs, figure, inside, publish, record, rehearsal, rows, runner, scale, slurm, table
+from recipes import chain, claims, costs, figure, inside, publish, record, rows, runner, scale, slurm, table
 from recipes.rows import Row
 from runtime import errors, files
 from runtime.errors import nearest, require
@@ -204,6 +204,8 @@ def run(names: Sequence[str], options: Run) -> None:
         return
     if options.rehearse:
         for row in chosen:
+            from recipes import rehearsal
+
             rehearsal.rehearse(row, size, seeds.start, work, processes, options.nodes, options.batch_size)
         return
     for seed in seeds:  # the outer loop, so that finished rows can be compared early

@@ -18,16 +18,14 @@ from pathlib import Path
 import numpy as np
 
 import generate
-from evaluations.extractors import open_extractor
-from evaluations.images import NpzArchive, open_images
-from models.vae import open_codec
+from evaluations.images import open_images
 from preprocessing.images import LABELS, ImageFiles
 from recipes import chain, costs, runner
 from recipes.rows import Row
 from recipes.scale import VAES, Scale
-from runtime import errors, files, launch
+from runtime import errors, files
+from runtime.npy import NpzArchive
 from sampling import presets
-from training import command
 
 STEPS = 2
 # Images, or a batch if that is more.
@@ -104,6 +102,8 @@ def _batch(link: chain.Link) -> int:
     """The global batch of a training link, 0 of others."""
     if not link.words[0].startswith("train"):
         return 0
+    from training import command
+
     always = ("guided",) if link.words[0] == "train_guide.py" else ()
     return command.resolve(link.words[1:], link.words[0], None, always)[0].batch_size
 
@@ -123,6 +123,9 @@ def _some_images(source: str, folder: Path, count: int) -> None:
 
 def _open(plan: chain.Chain, vae: str) -> None:
     """Open what the last links read, which would fail after hours: decoder, reference, features."""
+    from evaluations.extractors import open_extractor
+    from models.vae import open_codec
+
     space = open_codec(vae).space
     for score in plan.scores:
         config = generate.resolve(score.link.words[2:])  # after -m and the module
@@ -141,6 +144,8 @@ def _open(plan: chain.Chain, vae: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """`generate.py` with two steps of its solver, for a batch of samples in each process."""
     config = generate.resolve(argv)
+    from runtime import launch
+
     sampling = config.sampling
     if not sampling.adaptive:
         sampling = replace(sampling, num_steps=STEPS + (sampling.grid == "points"))

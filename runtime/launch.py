@@ -90,6 +90,11 @@ def world_size() -> int:
     return world
 
 
+def cores() -> int:
+    """The processor cores of this process's share of the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def end() -> None:
     """End the process group, if there is one: its threads must not outlive the interpreter. Registered with atexit."""
     if PartialState._shared_state:
@@ -247,6 +252,8 @@ def compile_network(network: Any, heads: Iterable[Any], wanted: str | None, devi
     On CUDA, also compile the final layer and `heads`. "combined" lets Inductor put small independent kernels into one
     launch: a block's forward and backward pass then take 23 launches instead of 39.
     """
+    # DDP's splitter would cut each block into three graphs at the bounds of its buckets, with more kernels in all
+    torch._dynamo.config.optimize_ddp = False
     ends = [network.final_layer] if getattr(network, "final_layer", None) is not None else []
     for module in [*network.blocks, *([*ends, *heads] if device.type == "cuda" else [])]:
         module.compile(options={"combo_kernels": True} if wanted == "combined" and device.type == "cuda" else None)

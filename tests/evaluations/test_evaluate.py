@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations import evaluate, metrics, reference
+from evaluations import collect, evaluate, metrics, reference
 from evaluations.features import Pixels
 from evaluations.images import LatentSetImages
 from evaluations.reference import Reference
@@ -84,7 +84,7 @@ def test_settings_of_other_samples_stand_beside_no_score(pair, monkeypatch):
     folder, samples, _ = pair
     files.write_sealed(folder / "samples.json", {"num_steps": 50, "samples": files.digest(folder / "samples.npz")})
     np.savez(folder / "samples.npz", arr_0=samples[::-1])
-    monkeypatch.setattr(evaluate, "collect", None)
+    monkeypatch.setattr(collect, "collect", None)
     with pytest.raises(UserError, match="samples.json describes other samples than .*samples.npz"):
         run(folder)
 

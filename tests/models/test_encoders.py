@@ -197,7 +197,14 @@ def test_the_image_column_is_mirrored_as_the_latent_is(tmp_path: Path) -> None:
     config, _ = command.resolve(["--data-dir", str(tmp_path), "--exp-name", "x", "--batch-size", "16"], "train", None)
     source = Batches(config, data, torch.device("cpu"), 0, 1)
     wants = type(
-        "Wants", (), {"columns": ("image", "row"), "draw": lambda *_: {}, "options": type("O", (), {"interval": None})}
+        "Wants",
+        (),
+        {
+            "columns": ("image", "row"),
+            "draw": lambda *_: {},
+            "labelled_only": False,
+            "options": type("O", (), {"interval": None}),
+        },
     )
     ((samples,),) = source.steps(0, 1, {"x": wants})
     from_latents = ((samples.x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -247,10 +247,10 @@ def test_a_folder_of_another_job_or_of_something_else_is_refused(folder, tmp_pat
 
 def test_a_start_killed_while_it_wrote_its_description_is_no_foreign_folder(folder, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".job.json.77.tmp").write_text('{"format"')
+    left = killed_writer(tmp_path / "out" / "job.json")
     encode(folder, "pixels", tmp_path / "out")
     encode(folder, "pixels", tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not left.exists() and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_records_that_a_kill_after_the_manifest_left_are_removed(folder, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from recipes import quickstart
+from runtime import files
 from runtime.errors import UserError
 
 
@@ -22,7 +23,7 @@ def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monk
         if "evaluations.evaluate" in argv:
             out = Path(argv[argv.index("--out") + 1])
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"metrics": {key: float(len(called)) for key in quickstart.METRICS}}))
+            files.write_sealed(out, {"metrics": {key: float(len(called)) for key in quickstart.METRICS}})
 
     monkeypatch.setattr(quickstart, "_call", call)
     config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")

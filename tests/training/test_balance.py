@@ -59,18 +59,6 @@ def test_the_ratio_is_that_of_two_backward_passes_over_what_both_losses_reach(
     torch.testing.assert_close(measured, {"latent": norms[0] / norms[1]}, rtol=1e-4, atol=0)
 
 
-def test_the_measurement_does_not_wait_for_the_device(tmp_path: Path, words: Words, teacher: Path) -> None:
-    from tests.training.test_speed import Counter
-
-    argv = words(tmp_path, "run", "--guiding-ckpt", teacher, "--align-hidden", 32, "--align-interval", 0.2, 0.8)
-    run = build_run(argv, "train_guide")
-    (micros,) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
-    with Counter() as counter:
-        measured = balance.ratios(run.learner(), micros, {"guided": 0.5}, run.accelerator)
-    assert counter.calls["mm"] and isinstance(measured["guided"], torch.Tensor)
-    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "item"} & counter.calls.keys()
-
-
 @pytest.mark.parametrize(
     "more",
     [

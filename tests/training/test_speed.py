@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,9 +105,10 @@ def sampler_of(settings: SamplingConfig, codec: Codec | None = None, count: int 
     return Sampler(perturbed(SPEC), codec or PixelCodec(pixels(1)), settings, count)
 
 
-def test_an_sdes_noise_is_drawn_one_step_ahead_by_a_thread_and_is_the_same(monkeypatch: pytest.MonkeyPatch):
+def test_an_sdes_noise_is_drawn_one_step_ahead_by_threads_and_is_the_same(monkeypatch: pytest.MonkeyPatch):
     """Noise that is drawn in turn gives the same bits; each draw begins one step early."""
     sampler = sampler_of(SamplingConfig(num_steps=4))
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: set(range(8)))
     events: list[tuple[str, str]] = []
     lock, fill = threading.Condition(), Stream.fill_normal
 
@@ -335,6 +337,17 @@ def small(name: str) -> models.Backbone:
 def test_a_compiled_block_has_few_kernels(name: str, most: tuple[int, int]):
     forward, backward = kernels_of_a_block(small(name))
     assert 0 < forward <= most[0] and 0 < backward <= most[1], (forward, backward)
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_a_compiled_block_inside_ddp_has_no_more_kernels(monkeypatch: pytest.MonkeyPatch):
+    """At the bounds of DDP's buckets, here a block has several, Dynamo would cut its graph."""
+    spec = models.spec("SiT-S/2", in_channels=4, input_size=4, num_classes=10)
+    network = models.build(dataclasses.replace(spec, name="custom", depth=1))
+    alone = kernels_of_a_block(network)
+    inside = types.SimpleNamespace(bucket_bytes_cap=2 * 2**20)
+    monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", inside)
+    assert kernels_of_a_block(network) == alone
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
