@@ -39,9 +39,9 @@ def test_commands_killed_at_any_operation_finish_as_if_undisturbed(tmp_path: Pat
     with forks.server(forks.build(tmp_path)) as fork:
         trials = crashes.Trials(world, tmp_path / "trials", fork)
         for act, count, names in (
-            (crashes.kill, 12, ("encode", "import")),
-            (crashes.fail, 24, ("encode", "import", "posthoc")),
-            (crashes.race, 3, ("encode", "import", "posthoc")),
+            (crashes.kill, 12, ("encode", "import", "generate", "posthoc")),
+            (crashes.fail, 24, ("encode", "import", "generate", "posthoc")),
+            (crashes.race, 4, ("encode", "import", "generate", "posthoc")),
         ):
             for number in range(count):
                 name = names[number % len(names)]
