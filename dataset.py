@@ -151,17 +151,16 @@ class LatentSet:
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """(n, parts, C, H, W) in the stored type: the given rows, a row being item x views + view."""
         shard_of = np.searchsorted(self._bounds, rows, side="right") - 1
-        # Reading a mapping whose file was truncated would raise SIGBUS.
+        within = rows - self._bounds[shard_of]
         for shard in np.unique(shard_of) if self._mapped else ():
+            # reading a mapping whose file was truncated would raise SIGBUS
             file, size = self._mapped[shard]
             require(
                 file.exists() and file.stat().st_size >= size,
                 f"{file} was cut short while it was in use; copy or encode it again",
             )
-        latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
-        within = rows - self._bounds[shard_of]
-        for shard in np.unique(shard_of) if self._mapped else ():
             will_need(self._rows[shard], within[shard_of == shard].tolist())
+        latents = np.empty((len(rows), *self.shape), self.manifest["dtype"])
         for place, (shard, row) in enumerate(zip(shard_of.tolist(), within.tolist())):
             latents[place] = self._rows[shard][row]
         return latents

@@ -133,7 +133,7 @@ class Guided(Alignment[GuidedOptions]):
         return interpolant.guide(*self.features(context), not_none(self.options.guide_scale))
 
     def features(self, context: Context) -> tuple[Tensor, Tensor]:
-        """f_u and f_c, both (N, T, D of the teacher), float32; the same tensor if omega needs but a single pass."""
+        """f_u and f_c, both (N, T, D of the teacher), float32; the same tensor if omega needs a single pass."""
         labels = context.y if self.options.guiding_labels == "dropped" else context.labels
         null = torch.full_like(labels, self.null)
         # f_g is f_c at omega 1 and f_u at omega 0: the other pass is left out

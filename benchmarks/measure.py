@@ -27,9 +27,9 @@ from models.latents import LatentSpace
 from preprocessing import shards
 from runtime import files, launch
 from runtime.options import as_dict, read
+from runtime.peaks import PEAKS
 from runtime.streams import Stream
 from runtime.text import aligned
-from training import cost
 
 # Options that choose rows and files, and change no row.
 ASIDE = ("rows", "ablation", "peer", "chrome", "out")
@@ -170,7 +170,7 @@ def mfu(images_per_second: float, flops_per_image: float) -> float | None:
 
     None if the peak is unknown.
     """
-    peak = next((value for name, value in cost.PEAKS.items() if name in device_name()), None)
+    peak = next((value for name, value in PEAKS.items() if name in device_name()), None)
     return None if peak is None else round(images_per_second * flops_per_image / peak, 4)
 
 

@@ -6,7 +6,8 @@ take them through the memory of each device, of which training has little left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from evaluations.images import Images
 from evaluations.metrics import Moments, Statistics
 from runtime import files, progress
 from runtime.errors import UserError
+from runtime.launch import on_main
 
 Array = np.ndarray | Tensor
 
@@ -120,33 +122,42 @@ def _exchanged(
     Raises:
         UserError: a process cannot write into the output folder.
     """
-    assert accelerator.project_dir is not None
     ranks, rank = range(accelerator.num_processes), accelerator.process_index
-    # named as temporary files are, so that a later start clears away what a killed one left
-    features, sums = (
-        [Path(accelerator.project_dir, f".{kind}.{number}.tmp") for number in ranks] for kind in ("features", "sums")
-    )
     values = {f"{number}.{key}": value for number, part in enumerate(moments) for key, value in vars(part).items()}
     message = None
-    # an error is gathered before it is raised: a process that left early would let the others wait for it
-    try:
-        files.save_tensors(features[rank], {key: value for key, value in share._asdict().items() if value is not None})
-        files.save_tensors(sums[rank], {key: torch.as_tensor(value) for key, value in values.items()})
-    except UserError as error:
-        message = str(error)
-    if messages := [other for other in gather_object([message]) if other]:
-        raise UserError(messages[0])
-    if accelerator.is_main_process:
-        stored = map(files.load_tensors, features)
-        share = _joined([_Share(each["indices"], each["pool"], each.get("labels")) for each in stored])
-    parts = [
-        [Moments(int(each[f"{n}.count"]), each[f"{n}.mean"], each[f"{n}.scatter"]) for n in range(len(moments))]
-        for each in map(files.load_tensors, sums)
-    ]
-    accelerator.wait_for_everyone()  # all have read
-    for file in (features[rank], sums[rank]):
-        file.unlink()
+    # a folder of this exchange alone: another score may be written beside this one
+    with ExitStack() as held:
+        folder = on_main(accelerator, lambda: held.enter_context(_shared_folder(accelerator)))
+        features, sums = ([folder / f"{kind}.{number}" for number in ranks] for kind in ("features", "sums"))
+        # an error is gathered before it is raised: a process that left early would let the others wait for it
+        try:
+            present = {key: value for key, value in share._asdict().items() if value is not None}
+            files.save_tensors(features[rank], present)
+            files.save_tensors(sums[rank], {key: torch.as_tensor(value) for key, value in values.items()})
+        except UserError as error:
+            message = str(error)
+        if messages := [other for other in gather_object([message]) if other]:
+            raise UserError(messages[0])
+        if accelerator.is_main_process:
+            stored = map(files.load_tensors, features)
+            share = _joined([_Share(each["indices"], each["pool"], each.get("labels")) for each in stored])
+        parts = [
+            [Moments(int(each[f"{n}.count"]), each[f"{n}.mean"], each[f"{n}.scatter"]) for n in range(len(moments))]
+            for each in map(files.load_tensors, sums)
+        ]
+        accelerator.wait_for_everyone()  # all have read
     return share, parts
+
+
+@contextmanager
+def _shared_folder(accelerator: Accelerator) -> Iterator[Path]:
+    """A temporary folder in the output folder, which a later start clears away if this process is killed."""
+    assert accelerator.project_dir is not None
+    place = Path(accelerator.project_dir, "features")
+    with files.writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with files.scratch(place) as (folder, _):
+            yield folder
 
 
 def collect(

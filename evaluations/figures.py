@@ -133,15 +133,13 @@ def views(look: LookOptions, items: Items, pooled: bool = False) -> Iterator[tup
     import torch
 
     import interpolant
-    from evaluations.taps import Probed, unblocked
+    from evaluations.taps import Probed, open_external, unblocked
     from models.checkpoint import Checkpoint
-    from models.encoders import open_encoder
 
     kinds = look.kinds()
     side = Checkpoint.open(look.ckpt[0]).spec.side
-    encoder = None if look.encoder is None else open_encoder(look.encoder, grid=side, weights=look.encoder_weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, read_at in unblocked(look, items, side, encoder and encoder.to(device), device):
+    for name, read_at in unblocked(look, items, side, open_external(look, side, device), device):
         parts = [read_at(chunk) for chunk in slices(np.arange(len(items)), look.batch_size)]
         yield "clean images", name, torch.cat([part.mean(1) for part in parts] if pooled else parts)
     # f_c alone needs no pass with the null label

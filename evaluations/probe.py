@@ -218,15 +218,12 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure all that `config` asks for; returns the content of probe.json."""
     from evaluations import representation
     from evaluations.reading import compared, measure
-    from evaluations.taps import Items
-    from models.encoders import open_encoder
+    from evaluations.taps import Items, open_external
 
     items = Items(config.data_dir, config.items, config.seed, config.masks, config.labels == "shuffled")
     opened = open_all(config, items)
     held_out, side, device = len(items.parts.test), opened[0].checkpoint.spec.side, opened[0].device
-    encoder = None
-    if config.encoder is not None:
-        encoder = open_encoder(config.encoder, grid=side, weights=config.encoder_weights).to(device)
+    encoder = open_external(config, side, device)
     references = compared(items, encoder, config.batch_size, device)
     # listed first, so that the bar knows its end
     todo = list(readings(config, items, opened, encoder, device))

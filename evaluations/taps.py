@@ -21,7 +21,7 @@ from dataset import LatentSet
 from evaluations.config import TapOptions
 from models import Backbone
 from models.checkpoint import Checkpoint
-from models.encoders import Encoder
+from models.encoders import Encoder, open_encoder
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import require
 from runtime.npy import NpzArchive
@@ -231,6 +231,13 @@ class Probed:
 
 
 @exact_arithmetic()
+def open_external(options: TapOptions, side: int, device: torch.device) -> Encoder | None:
+    """The external encoder of `options` on `device`, for side x side tokens; None without such an encoder."""
+    if options.encoder is None:
+        return None
+    return open_encoder(options.encoder, grid=side, weights=options.encoder_weights).to(device)
+
+
 def encoded(encoder: Encoder, items: Items, places: np.ndarray, device: torch.device) -> Tensor:
     """(n, T, D) float64 patch tokens of an external encoder for the clean images at `places`."""
     images = torch.from_numpy(items.data.images(items.index[places])).to(device)

@@ -20,4 +20,6 @@ else:
         # `from models import checkpoint` asks here before it imports the file of that name.
         if name.startswith("__") or find_spec(f"{__name__}.{name}") is not None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module("models.registry"), name)
+        # kept, so that each name is looked for on disk once
+        globals()[name] = value = getattr(importlib.import_module("models.registry"), name)
+        return value

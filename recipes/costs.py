@@ -16,14 +16,15 @@ from recipes import chain, rows
 from recipes.rows import Row
 from recipes.scale import Scale, find
 from runtime import files
+from runtime.peaks import PEAKS, SHARE
 
 if TYPE_CHECKING:
     from dataset import LatentSet
     from models import ModelSpec
     from training.cost import Cost
 
-# What a GPU is assumed to sustain, for hours: 40 % of an H100's dense bf16 peak (`training.cost`, which needs torch).
-TERAFLOPS = 396.0
+# What a GPU is assumed to sustain, for hours: an H100.
+TERAFLOPS = SHARE * PEAKS["H100"] / 1e12
 # FLOPs of every row at the paper's scale; made by `python -m recipes.costs`.
 COUNTED = Path(__file__).with_name("costs.json")
 IMAGENET = 1_281_167

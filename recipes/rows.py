@@ -1,9 +1,9 @@
 """The experiments as rows: what is trained, from which teacher, how it is sampled, and which published number it has.
 
 The functions below list every row of Tables 1 to 5 that can be trained here, every curve of Figs. 4 and 8, the times of
-section 4.5, RARE's matched table, the study
-of the paper's claims on scenes, and the comparison of all methods on the digits. Epochs are the paper's: 5,000 steps of
-256 latents for SiT, 1,250 of 1,024 for LightningDiT. Blocks are those of the paper's network. A scale translates both.
+section 4.5, RARE's matched table, the study of the paper's claims on scenes, and the comparison of all methods on the
+digits. Epochs are the paper's: 5,000 steps of 256 latents for SiT, 1,250 of 1,024 for LightningDiT. Blocks are those of
+the paper's network. A scale translates both.
 """
 
 from __future__ import annotations

@@ -19,8 +19,15 @@ from collections.abc import Callable, Iterable
 TRY_AGAIN = 75
 # Errors of the operating system that another place on disk avoids.
 _PLACES = (
-    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP),
-    *(errno.EIO, errno.ESTALE),
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ESTALE,
 )
 # How the communication libraries say that the process at the other end has ended or stands still.
 _CONTACT_LOST = (

@@ -47,24 +47,24 @@ def replacing(path: Path | str, ours: Callable[[Path], bool] | None = None) -> I
     require_plain(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _scratch(path) as (scratch, mode):
-            temporary = scratch / _NEW
+        with scratch(path) as (folder, mode):
+            temporary = folder / _NEW
             yield temporary
             _flush(temporary, mode)
             try:
                 if temporary.is_dir():
                     require_replaceable(path, ours)
                     if path.exists():
-                        os.replace(path, scratch / _OLD)
+                        os.replace(path, folder / _OLD)
                 os.replace(temporary, path)
             finally:
-                if (scratch / _OLD).exists() and not path.exists():
-                    os.replace(scratch / _OLD, path)
+                if (folder / _OLD).exists() and not path.exists():
+                    os.replace(folder / _OLD, path)
             _flush_names(path.parent)
 
 
 @contextmanager
-def _scratch(path: Path) -> Iterator[tuple[Path, int]]:
+def scratch(path: Path) -> Iterator[tuple[Path, int]]:
     """A folder beside `path` for this writer alone, and the mode of new files; it is removed at the end.
 
     Its random name is unique where process numbers are not (containers). After a kill, its lock tells everybody else
@@ -89,7 +89,7 @@ def _scratch(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _remove_scratch(folder: Path) -> None:
-    """Remove a folder of `_scratch` as far as that is possible; its lock comes last, which marks it as one."""
+    """Remove a folder of `scratch` as far as that is possible; its lock comes last, which marks it as one."""
     with suppress(OSError):
         for part in sorted(folder.iterdir(), key=lambda part: part.name == _LOCK):
             _remove(part)
@@ -197,8 +197,8 @@ def _flush(path: Path, mode: int) -> None:
 
 def remove(path: Path) -> None:
     """Remove a folder in one step: a reader sees the whole folder or nothing under its name."""
-    with writing(path), _scratch(path) as (scratch, _):
-        os.replace(path, scratch / _OLD)
+    with writing(path), scratch(path) as (folder, _):
+        os.replace(path, folder / _OLD)
 
 
 def _remove(path: Path) -> None:

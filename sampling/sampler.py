@@ -94,7 +94,6 @@ class Sampler:
     def _noise(self, indices: Sequence[int], draws: int) -> Generator[Tensor, None, None]:
         """`draws` times (n, C, H, W) float64 noise, a stream for each sample; threads draw one step ahead."""
         streams = [Stream(self.settings.seed, "sample/noise", i) for i in indices]
-
         parts = [slice(first, None, NOISE_THREADS) for first in range(min(NOISE_THREADS, len(streams)))]
 
         def fill(values: np.ndarray, part: slice) -> None:

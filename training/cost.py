@@ -27,14 +27,13 @@ from models import Backbone, published
 from models.checkpoint import Checkpoint
 from models.recompute import recompute
 from runtime import launch
+from runtime.peaks import PEAKS, SHARE
 from runtime.streams import Stream
 from runtime.text import aligned
 from training.setup import Setup
 
-# Dense bf16 operations a second, as the vendor states them.
-PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 990e12, "H200": 990e12, "H800": 990e12}
-# The share of its peak that a GPU is assumed to sustain, and the GPUs for which hours are computed.
-SHARE, SHOWN = 0.4, ("A800", "H100", "H200")
+# GPUs for which hours are computed.
+SHOWN = ("A800", "H100", "H200")
 # Images of the counted batch. FLOPs per image do not depend on it.
 IMAGES = 2
 # Parameters below which the step of the counted batch takes less time than fake tensors take to start, two seconds.

@@ -94,7 +94,10 @@ class Muon:
         lr, decay = self._group["lr"], self._group["lr"] * self._group["weight_decay"]
         rate = 0.2 * math.sqrt(max(matrices[0].shape)) * lr
         gradients = torch.stack([matrix.grad for matrix in matrices])  # type: ignore[misc]
-        buffers = [self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix)) for matrix in matrices]
+        for matrix in matrices:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         keep: Tensor | float = 1.0
         # a skipped step multiplies by 1 and adds 0: nothing is read by the host, nothing has to be restored
         if self.found_inf is not None:

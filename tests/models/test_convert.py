@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from runtime import files
 from runtime.errors import UserError
 from sampling.config import SamplingConfig
 from sampling.internal import open_inner
-from tests.helpers import DATA, inputs, parity, perturbed, tiny_vae
+from tests.helpers import DATA, PARITY_SIT, inputs, parity, perturbed, tiny_vae
 
 
 def save(path: Path, weights: dict, *, wrapped: bool = False) -> Path:
@@ -329,18 +330,7 @@ def test_converted_internal_guidance_samples_at_once(tmp_path, capsys):
 
 
 def test_the_second_velocity_is_of_block_8_unless_said_and_must_fit(tmp_path):
-    spec = models.ModelSpec(
-        name="custom",
-        architecture="sit",
-        depth=9,
-        hidden_size=16,
-        num_heads=2,
-        patch_size=2,
-        in_channels=4,
-        input_size=4,
-        num_classes=3,
-        qk_norm=False,
-    )
+    spec = dataclasses.replace(PARITY_SIT, depth=9, hidden_size=16, num_heads=2, input_size=4, num_classes=3)
     network = models.build(spec)
     weights = network.state_dict() | {"pos_embed": network.pos_embed}
     second = second_layer(weights)

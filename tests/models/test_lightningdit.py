@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import models
 from models.layers import rotate
 from models.lightningdit import RMSNorm, SwiGLU, rotary_tables
 from runtime.errors import UserError
-from tests.helpers import parity
+from tests.helpers import PARITY_SIT, parity
 
 # Published tables: 32 latent channels at 16x16, 1000 classes.
 COUNTS = {"B/1": 130_556_192, "L/2": 458_153_056, "XL/1": 675_256_736, "1p0B/1": 1_029_401_120, "1p6B/1": 1_631_767_120}
@@ -33,16 +35,13 @@ def test_qk_norm_adds_one_weight_for_each_element_of_a_head():
 @pytest.mark.parametrize("name", ["lightningdit", "lightningdit_qknorm"])
 def test_state_dict_has_the_published_names_and_the_tables_are_recomputed(name):
     weights, _ = parity(name)
-    spec = models.ModelSpec(
-        name="custom",
+    spec = dataclasses.replace(
+        PARITY_SIT,
         architecture="lightningdit",
         depth=3,
-        hidden_size=48,
-        num_heads=4,
         patch_size=1,
         in_channels=8,
         input_size=4,
-        num_classes=10,
         qk_norm=name.endswith("qknorm"),
     )
     network = models.build(spec)

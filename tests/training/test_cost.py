@@ -19,6 +19,7 @@ from loss import Learner
 from models.latents import LatentSpace
 from preprocessing import shards
 from runtime.errors import UserError
+from runtime.peaks import PEAKS, SHARE
 from tests.helpers import Words, build_run
 from training import command, cost
 from training.batches import Batches
@@ -140,8 +141,8 @@ def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words
     slow, fast = estimated.hours(200.0)
     assert slow == pytest.approx(100 * 16 / 200 / 3600) and fast == pytest.approx(slow * (1 + extra / 4) / (1 + extra))
     assert estimated.epoch_steps == 1797 // 16
-    hours = estimated.computed_hours(cost.PEAKS["H100"])
-    assert hours * 3600 * cost.SHARE * 990e12 == pytest.approx(estimated.flops(100))
+    hours = estimated.computed_hours(PEAKS["H100"])
+    assert hours * 3600 * SHARE * 990e12 == pytest.approx(estimated.flops(100))
     (line,) = [line for line in cost.report(estimated).splitlines() if line.startswith("computed, not measured")]
     a800, h100, h200 = map(float, re.findall(r"[AH]\d00 ([\d.e-]+)", line))
     assert "at 40% of its bf16 peak" in line and h100 == h200 and a800 / h100 == pytest.approx(990 / 312, rel=0.01)

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[tuple[object, ...], int]] = {
     "float32": (("--mixed-precision", "no", "--no-tf32"), 246),
     "TF32": (("--mixed-precision", "no", "--tf32"), 246),
     "accumulation": (("--gradient-accumulation-steps", 2), 641),
-    "Muon": (("--optimizer", "muon"), 470),
+    "Muon": (("--optimizer", "muon"), 446),
     "no clipping": (("--max-grad-norm", 0), 327),
     "deterministic": (("--deterministic",), 332),
     "products kept": (("--activation-checkpointing", "selective"), 382),
