@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,3 +382,10 @@ def test_nothing_is_written_over_what_is_read(pair):
             ["--images", str(folder / "reference.npz"), "--features", "pixels", "--out", str(folder / "reference.npz")]
         )
     assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_scores_beside_each_other_exchange_their_features_apart(tmp_path):
+    processes = SimpleNamespace(project_dir=str(tmp_path / "scores"))
+    with collect._shared_folder(processes) as first, collect._shared_folder(processes) as second:
+        assert first != second and first.is_dir() and second.is_dir()
+    assert not any((tmp_path / "scores").iterdir())
