@@ -212,7 +212,8 @@ def loss_figure(folder: Path, stem: Path, config: QuickstartConfig) -> None:
     figure = drawing.canvas(10, 4)
     by_step, by_total = figure.subplots(1, 2, sharey=True)
     for run, name in (("stage1", "stage 1 (teacher)"), ("plain", "plain SiT"), ("guided", "self-guided SiT")):
-        lines = read_log(folder / "exps" / run / "log.jsonl")
+        # scores and gradient ratios have lines of their own
+        lines = [line for line in read_log(folder / "exps" / run / "log.jsonl") if "loss/diffusion" in line]
         loss = [line["loss/diffusion"] for line in lines]
         by_step.plot([line["step"] for line in lines], loss, label=name)
         before = config.scaled(TEACHER) if run == "guided" else 0

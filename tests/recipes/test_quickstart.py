@@ -80,6 +80,7 @@ def test_pictures_show_every_row(tmp_path: Path) -> None:
     for run, steps in (("stage1", (1, 4)), ("plain", (1, 12)), ("guided", (1, 8))):
         (tmp_path / "exps" / run).mkdir(parents=True)
         lines = [json.dumps({"step": step, "loss/diffusion": 1.0 / step}) for step in steps]
+        lines.insert(1, json.dumps({"step": 2, "grad_norm_ratio/guided": 1.5}))
         (tmp_path / "exps" / run / "log.jsonl").write_text("\n".join(lines) + "\n")
     quickstart.loss_figure(tmp_path, tmp_path / "losses", config)
     assert (tmp_path / "losses.png").stat().st_size > 5000
