@@ -58,6 +58,12 @@ class TrainConfig:
 
     model: str = option("SiT-B/2", help="network, e.g. SiT-XL/2 (all names below)", heading="network")
     qk_norm: bool = option(False, help="normalise queries and keys")
+    route: tuple[float, float, float] | None = option(
+        None,
+        within="[0, 1000]",
+        help="A B SHARE: while training, this share of the tokens, drawn for each sample, leaves out blocks A to B "
+        "(TREAD: 3 9 0.5 of 12 blocks)",
+    )
     init_ckpt: str | None = option(
         None,
         help="start from this checkpoint's network: a folder, a run or RUN@STEP (the label table is "

@@ -19,6 +19,7 @@ import interpolant
 from alignment import Alignment, Context
 from alignment.interval import ALL, Selection
 from models import Backbone, Tap
+from models.routing import Route, Segments
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,34 @@ class Batch:
     draws: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     # alignment name -> the samples on which it acts (`alignment.interval`); absent means all
     selections: dict[str, Selection] = field(default_factory=dict)
+    # the order of the tokens, times (N, S) of segments that have their own, and blocks that some tokens leave out
+    segments: Segments | None = None
+    times: Tensor | None = None
+    route: Route | None = None
 
     @functools.cached_property
     def xt(self) -> Tensor:
-        """(N, C, H, W) noisy latents."""
-        return interpolant.corrupt(self.x0, self.eps, self.t)
+        """(N, C, H, W) noisy latents, each token at its time."""
+        if self.segments is None or self.times is None:
+            return interpolant.corrupt(self.x0, self.eps, self.t)
+        return interpolant.corrupt(self.x0, self.eps, self.segments.on_grid(self.times, self.x0.shape[-1]))
 
     def context(self, name: str, features: dict[Tap, Tensor], ema: Backbone | None = None) -> Context:
         """What the alignment `name` may know of all N samples, given what it reads of the student."""
-        draws = self.draws.get(name, {})
-        return Context(self.x0, self.eps, self.xt, self.t, self.y, self.labels, features, self.columns, draws, ema)
+        return Context(
+            self.x0,
+            self.eps,
+            self.xt,
+            self.t,
+            self.y,
+            self.labels,
+            features,
+            self.columns,
+            self.draws.get(name, {}),
+            ema,
+            segments=self.segments,
+            times=self.times,
+        )
 
 
 def flow_matching(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
@@ -84,7 +103,14 @@ class Learner(nn.Module):
         """Named losses: `diffusion` (N,) per sample, and a scalar for each alignment, before its weight."""
         mixed = nullcontext() if self.autocast is None else torch.autocast(batch.x0.device.type, self.autocast)
         with mixed:
-            output = self.network(batch.xt, batch.t, batch.y, taps=self.taps)
+            output = self.network(
+                batch.xt,
+                batch.t if batch.times is None else batch.times,
+                batch.y,
+                taps=self.taps,
+                segments=batch.segments,
+                route=batch.route,
+            )
             losses = {
                 "diffusion": flow_matching(
                     output.velocity, interpolant.velocity(batch.x0, batch.eps), self.velocity_loss

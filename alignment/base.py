@@ -10,8 +10,10 @@ training loop has no code for any one of them. It declares what it reads and ret
     coupled   True if the loss depends on which samples share a rank; forward then returns a scalar
     reads_ema True if the context must hold the EMA network
     labelled_only  True if samples whose label was dropped have no loss; forward does not see them
-    columns   extra data columns that it reads: "image" (N, R, R, channels) uint8, mirrored as the latent is, or
-              "row" (N,) int64, item x views + view
+    columns   extra data columns that it reads: "image" (N, R, R, channels) uint8, mirrored as the latent is, "row"
+              (N,) int64, item x views + view, or "time" (N,), a second time from the run's distribution
+    segmented True if a sample's tokens form segments with a time each: `segments` says which. One alignment may
+    whole_time True if it needs a single time for each sample
     taps      what it reads of the student: n for f_n, the raw output of block n (from 1); QK(n) for the queries and
               keys of block n; CONDITION for the vector that conditions the blocks; VELOCITY for the prediction
     velocity_head  describes how its module `head` predicts the velocity, if it does (`models.heads`); an average of the
@@ -41,6 +43,7 @@ from models import Backbone, ModelSpec, Tap
 from models.heads import VelocityHead
 from models.latents import LatentSpace
 from models.layers import cast_block_linears
+from models.routing import Segments
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
@@ -145,6 +148,9 @@ class Context:
     columns: dict[str, Tensor]
     draws: dict[str, Tensor]
     ema: Backbone | None = None
+    # the order of the student's tokens, and times (N, S) of segments that have their own
+    segments: Segments | None = None
+    times: Tensor | None = None
 
     def take(self, index: Tensor) -> Context:
         """The context of the samples at `index`."""
@@ -152,6 +158,8 @@ class Context:
         def pick(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value[index]
+            if isinstance(value, Segments):
+                return value.take(index)
             return {key: item[index] for key, item in value.items()} if isinstance(value, dict) else value
 
         return Context(**{field.name: pick(getattr(self, field.name)) for field in dataclasses.fields(self)})
@@ -167,6 +175,8 @@ class Alignment(nn.Module, Generic[OptionsT]):
     reads_ema: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Alignment]]] = {}
 
+    segmented: ClassVar[bool] = False
+    whole_time: ClassVar[bool] = False
     labelled_only: bool = False
     columns: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
@@ -198,6 +208,15 @@ class Alignment(nn.Module, Generic[OptionsT]):
     def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
         """Its own random numbers for a global batch of `count` samples, one row per sample."""
         return {}
+
+    def segments(self, t: Tensor, second: Tensor, draws: dict[str, Tensor]) -> tuple[Segments, Tensor]:
+        """The segments of N samples, and their times (N, S), if it is `segmented`.
+
+        Args:
+            t, second: (N,) two times of each sample.
+            draws: its own random numbers (`draw`).
+        """
+        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
         """Resolved choices (block numbers, teacher digest) for the printout and the checkpoint."""

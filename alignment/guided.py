@@ -75,6 +75,7 @@ class Guided(Alignment[GuidedOptions]):
 
     name = "guided"
     Options = GuidedOptions
+    whole_time = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
         # the authors' --stop-epoch is compared with the optimiser step, whatever the size

@@ -60,6 +60,7 @@ class Sra(Alignment[SraOptions]):
 
     name = "sra"
     Options = SraOptions
+    whole_time = True
     reads_ema = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},

@@ -16,13 +16,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import Attention, LabelEmbedder, PatchEmbedder, TimeEmbedder, modulate, sincos_positions, unpatchify
+from models.layers import (
+    Attention,
+    LabelEmbedder,
+    Lengths,
+    PatchEmbedder,
+    Rotation,
+    TimeEmbedder,
+    gate,
+    modulate,
+    sincos_positions,
+    unpatchify,
+)
+from models.routing import Route, Segments, Way
 from runtime import schema
 from runtime.errors import UserError, require
 from runtime.streams import Stream
@@ -92,7 +104,7 @@ class QK(NamedTuple):
 
 
 # What a forward pass can return beside the velocity: n is f_n, the raw output of block n, (N, T, D); CONDITION is c,
-# (N, D), and VELOCITY the velocity itself, (N, C, H, W).
+# (N, 1, D), or (N, T, D) where segments have times of their own; VELOCITY is the velocity itself, (N, C, H, W).
 CONDITION, VELOCITY = "condition", "velocity"
 Tap = int | QK | str
 
@@ -105,9 +117,11 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """One transformer block with adaLN-Zero: tokens (N, T, D) and condition (N, D) -> tokens (N, T, D).
+    """One transformer block with adaLN-Zero: tokens (N, T, D) and condition (N, S, D) -> tokens (N, T, D).
 
-    With `tapped`, also its queries and keys, (N, 2, heads, T, head_dim), which fused attention does not return.
+    The condition has a row for each of S segments of these `lengths`, which attend to themselves alone if `separate`
+    (or as `mask` says); S is 1 in plain training. With `tapped`, also its queries and keys, (N, 2, heads, T, head_dim),
+    which fused attention does not return.
     """
 
     def __init__(self, width: int, norm1: nn.Module, attn: Attention, norm2: nn.Module, mlp: nn.Module) -> None:
@@ -119,17 +133,25 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, c: Tensor, rotation: tuple[Tensor, Tensor] | None = None, tapped: bool = False
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotation: Rotation | None = None,
+        tapped: bool = False,
+        lengths: Lengths = (),
+        separate: bool = False,
+        mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        mixed, q, k = self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
-        x = x + gate1[:, None] * mixed
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        within = lengths if separate and mask is None else ()
+        mixed, q, k = self.attn(modulate(self.norm1(x), shift1, scale1, lengths), rotation, within, mask)
+        x = x + gate(mixed, gate1, lengths)
+        x = x + gate(self.mlp(modulate(self.norm2(x), shift2, scale2, lengths)), gate2, lengths)
         return (x, torch.stack([q, k], dim=1)) if tapped else x
 
 
 class FinalLayer(nn.Module):
-    """Tokens (N, T, D) and condition (N, D) -> patches (N, T, p*p*C)."""
+    """Tokens (N, T, D) and condition (N, S, D) of segments of these `lengths` -> patches (N, T, p*p*C)."""
 
     def __init__(self, width: int, out: int, norm: nn.Module) -> None:
         super().__init__()
@@ -137,9 +159,21 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+    def forward(self, x: Tensor, c: Tensor, lengths: Lengths = ()) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale, lengths))
+
+
+@dataclass
+class Pass:
+    """What the blocks of one forward pass share."""
+
+    condition: Tensor  # (N, S, D), a row for each segment
+    way: Way  # order and segments of the tokens at the current block
+    taps: Collection[Tap]
+    features: dict[Tap, Tensor] = field(default_factory=dict)
+    # what a subclass keeps from one block for another
+    memory: dict[Any, Tensor] = field(default_factory=dict)
 
 
 ARCHITECTURES: dict[str, type[Backbone]] = {}
@@ -219,23 +253,92 @@ class Backbone(nn.Module):
     def mlp(width: int) -> nn.Module:
         raise NotImplementedError
 
-    def rotation(self) -> tuple[Tensor, Tensor] | None:
+    def rotation(self) -> Rotation | None:
         """Cosines and sines (T, head_dim) that turn queries and keys; None for absolute positions alone."""
         return None
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[Tap] = (), exit_early: bool = False) -> Output:
+    def initial(self, name: str, shape: torch.Size, stream: Stream) -> Tensor:
+        """A fresh parameter; see `initial_weights`. A subclass may know parameters of its own."""
+        if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+            return torch.zeros(shape)
+        if len(shape) == 1:  # the scales of norms
+            return torch.ones(shape)
+        if name.startswith(("t_embedder", "y_embedder")):
+            return 0.02 * stream.normal(shape)
+        bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
+        return torch.from_numpy(stream.uniform(math.prod(shape))).reshape(shape).mul_(2 * bound).sub_(bound)
+
+    # The three parts of a forward pass. A subclass changes the part in which it differs.
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, E + T, D) and condition (N, S, D) of latents (N, C, H, W), times (N, S) and labels (N,).
+
+        E tokens that are no patches, none here, stand first; they take part in the blocks and are never returned.
+        """
+        times = self.t_embedder(t.flatten()).unflatten(0, t.shape)
+        return self.x_embedder(x) + self.pos_embed, times + self.y_embedder(y)[:, None]
+
+    def block(self, number: int, tokens: Tensor, state: Pass) -> Tensor:
+        """The tokens after block `number`, in the order of `state.way`."""
+        way = state.way
+        run, inputs = self.blocks[number - 1], (tokens, state.condition, way.rotation)
+        segments = (way.lengths, way.separate, way.mask)
+        if QK(number) not in state.taps:
+            return run(*inputs, False, *segments)
+        tokens, state.features[QK(number)] = run(*inputs, True, *segments)
+        return tokens
+
+    def patches(self, tokens: Tensor, state: Pass) -> Tensor:
+        """The velocity's patches (N, E + T, p*p*C) from the tokens after the last block."""
+        return self.final_layer(tokens, state.condition, state.way.lengths)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        taps: Collection[Tap] = (),
+        exit_early: bool = False,
+        segments: Segments | None = None,
+        route: Route | None = None,
+    ) -> Output:
         """Velocity and block outputs at noisy latents.
 
         Args:
             x: (N, C, H, W) noisy latents.
-            t: (N,) times in [0, 1], 1 is noise.
+            t: (N,) times in [0, 1], 1 is noise; (N, S) of the segments.
             y: (N,) int64 labels, the null label where the class was dropped.
             taps: block numbers, from 1, whose raw outputs f_n (N, T, D) are returned; QK(n), CONDITION, VELOCITY.
+                Inside a route, f_n has the tokens that left as they were before it.
             exit_early: stop after the last tap; the velocity is then None.
+            segments: the order of the tokens, and where it is cut; None: that of the image, uncut.
+            route: blocks that only some of the tokens see.
 
         Raises:
             UserError: a tap beyond the depth.
         """
+        last = self._last_block(taps, exit_early)
+        tokens, condition = self.embed(x, t if t.ndim == 2 else t[:, None], y)
+        way = Way(segments, route, tokens.shape[1], self.spec.tokens, self.rotation())
+        state = Pass(condition, way, taps)
+        tokens = way.begin(tokens)
+        for number in range(1, last + 1):
+            tokens = self.block(number, way.before(number, tokens), state)
+            if number in taps:
+                state.features[number] = way.restored(tokens)
+            tokens = way.after(number, tokens)
+        features = {
+            tap: way.restored(value, 3) if isinstance(tap, QK) else value for tap, value in state.features.items()
+        }
+        if CONDITION in taps:
+            features[CONDITION] = condition if segments is None else segments.per_token(condition)
+        if exit_early:
+            return Output(None, features)
+        velocity = unpatchify(way.restored(self.patches(tokens, state)), self.spec.patch_size)
+        return Output(velocity, features | {VELOCITY: velocity} if VELOCITY in taps else features)
+
+    def _last_block(self, taps: Collection[Tap], exit_early: bool) -> int:
+        """The last block that a pass needs. Raises UserError for a tap beyond the depth."""
         depth = len(self.blocks)
         tapped = [tap.block if isinstance(tap, QK) else tap for tap in taps if not isinstance(tap, str)]
         for number in tapped:
@@ -243,23 +346,7 @@ class Backbone(nn.Module):
                 raise UserError(f"block {number} does not exist: this {self.spec.name} has blocks 1 to {depth}")
         if self.final_layer is None and not exit_early:
             raise ValueError("a truncated network predicts no velocity: call it with exit_early=True")
-        tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
-        rotation = self.rotation()
-        features: dict[Tap, Tensor] = {CONDITION: c} if CONDITION in taps else {}
-        for number, block in enumerate(self.blocks[: max(tapped, default=0)] if exit_early else self.blocks, start=1):
-            if QK(number) in taps:
-                tokens, features[QK(number)] = block(tokens, c, rotation, tapped=True)
-            else:
-                tokens = block(tokens, c, rotation)
-            if number in taps:
-                features[number] = tokens
-        velocity = None if exit_early else unpatchify(self.final_layer(tokens, c), self.spec.patch_size)
-        # For mypy: VELOCITY is tapped only by passes that do not exit early.
-        return Output(
-            velocity,
-            features | {VELOCITY: velocity} if VELOCITY in taps else features,  # type: ignore[arg-type]
-        )
+        return max(tapped, default=0) if exit_early else depth
 
 
 def block_number(depth: int, share: float, chosen: int | None, flag: str, published: int | None = None) -> int:
@@ -280,20 +367,9 @@ def initial_weights(network: Backbone, seed: int) -> dict[str, Tensor]:
     zero biases, and zeros in all of adaLN and the last layer, so that each block is the identity and the velocity 0.
     """
     return {
-        name: _initial(name, parameter.shape, Stream(seed, f"init/{name}"))
+        name: network.initial(name, parameter.shape, Stream(seed, f"init/{name}"))
         for name, parameter in network.named_parameters()
     }
-
-
-def _initial(name: str, shape: torch.Size, stream: Stream) -> Tensor:
-    if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
-        return torch.zeros(shape)
-    if len(shape) == 1:  # the scales of norms
-        return torch.ones(shape)
-    if name.startswith(("t_embedder", "y_embedder")):
-        return 0.02 * stream.normal(shape)
-    bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
-    return torch.from_numpy(stream.uniform(math.prod(shape))).reshape(shape).mul_(2 * bound).sub_(bound)
 
 
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

@@ -128,9 +128,9 @@ class Checkpoint:
 
     @property
     def has_null(self) -> bool:
-        """Whether the null label was trained, by label dropout. Imported weights are assumed to have it."""
+        """Whether the null label was trained, by label dropout; assumed of imported weights unless they say no."""
         train = self.config.get("train")
-        return train is None or train["cfg_prob"] > 0
+        return self.config.get("source", {}).get("has_null", True) if train is None else train["cfg_prob"] > 0
 
     @property
     def epochs(self) -> float | None:

@@ -5,10 +5,10 @@
     python -m models.convert vavae-imagenet256-f16d32-dinov2.pt --out vaes/va-vae --statistics latents_stats.pt
 
 The keys show the layout (`layouts`): SiT, REPA (legacy names too), SRA, Dispersive Loss, LayerSync, both stages of
-Self-Transcendence's authors, LightningDiT, Internal Guidance on SiT or LightningDiT, and VA-VAE, which becomes a
-diffusers folder. No code in the file is run. Tensors that sampling does not need are left out and listed; any other
-tensor that does not fit is refused. (DiT's own files have SiT's keys but predict noise at t in 0..999. Their keys do
-not show this, so do not give them to this command.)
+Self-Transcendence's authors, Self-Flow, LightningDiT, Internal Guidance on SiT or LightningDiT, and VA-VAE, which
+becomes a diffusers folder. No code in the file is run. Tensors that sampling does not need are left out and listed;
+any other tensor that does not fit is refused. (DiT's own files have SiT's keys but predict noise at t in 0..999. Their
+keys do not show this, so do not give them to this command.)
 
 Internal Guidance's second final layer becomes a velocity head, and `generate.py --internal-scale` guides with it.
 """
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         step=step_of(archive, source),
         network=converted["model"].weights if "model" in converted else {},
         ema=converted["ema"].weights,
-        source={**origin, "layout": first.layout, "ignored": ignored},
+        source={**origin, "layout": first.layout, "ignored": ignored, "has_null": first.has_null},
         ours=ours,
         **velocity_head(converted),
     )

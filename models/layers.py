@@ -8,12 +8,19 @@ would leave a table without values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Numbers of tokens that stand one group after the other; empty: all tokens are one group.
+Lengths = tuple[int, ...]
+
+# Cosines and sines that turn queries and keys, (T, head_dim) or (N, 1, T, head_dim) each.
+Rotation = tuple[Tensor, Tensor]
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,9 +65,25 @@ def sincos_positions(width: int, side: int, span: int | None = None) -> Tensor:
     return torch.from_numpy(table.astype(np.float32))[None]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm: x (N, T, D) times 1 + scale plus shift, both (N, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+def by_segment(function: Callable[..., Tensor], x: Tensor, rows: Sequence[Tensor], lengths: Lengths) -> Tensor:
+    """`function(x, *rows)` of tokens (N, T, D) and of rows (N, S, D), one for each of S segments of these `lengths`.
+
+    Without `lengths` the rows are broadcast: a single one over all tokens, or one for each token.
+    """
+    if len(lengths) < 2:
+        return function(x, *rows)
+    parts = zip(x.split(lengths, 1), *(row.split(1, 1) for row in rows), strict=True)
+    return torch.cat([function(*part) for part in parts], dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths = ()) -> Tensor:
+    """Adaptive layer norm: x (N, T, D) times 1 + scale plus shift, both (N, S, D); see `by_segment`."""
+    return by_segment(lambda part, low, high: part * (1 + high) + low, x, (shift, scale), lengths)
+
+
+def gate(x: Tensor, row: Tensor, lengths: Lengths = ()) -> Tensor:
+    """x (N, T, D) times `row` (N, S, D); see `by_segment`."""
+    return by_segment(torch.mul, x, (row,), lengths)
 
 
 def cast_block_linears(network: nn.Module, dtype: torch.dtype | None) -> None:
@@ -119,18 +142,18 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Tensor:
-    """(N, heads, T, head_dim) each -> the same shape and dtype as v.
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None, mask: Tensor | None = None) -> Tensor:
+    """(N, heads, T, head_dim) each -> the same shape and dtype as v. `mask` (N, 1, T, T): which keys a query sees.
 
-    `kernel` is a name in KERNELS; None leaves the choice to PyTorch. On a CPU it runs in float32, whatever the
-    precision of the products around it: the backward pass of PyTorch's bf16 kernel takes six to thirteen times as long
-    at 16 tokens, and is slower at 256 too (`benchmarks/results`).
+    `kernel` is a name in KERNELS; None leaves the choice to PyTorch, and so does a mask. On a CPU it runs in float32,
+    whatever the precision of the products around it: the backward pass of PyTorch's bf16 kernel takes six to thirteen
+    times as long at 16 tokens, and is slower at 256 too (`benchmarks/results`).
     """
     if v.device.type == "cpu" and v.dtype != torch.float32:
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
-    if kernel is None:
-        return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(v.dtype)
+    if kernel is None or mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask)
     with sdpa_kernel(KERNELS[kernel]):
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -152,8 +175,13 @@ class Attention(nn.Module):
         self.k_norm = key_norm
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (N, T, D), and queries and keys (N, heads, T, head_dim) as they enter the dot product."""
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, lengths: Lengths = (), mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (N, T, D), and queries and keys (N, heads, T, head_dim) as they enter the dot product.
+
+        With `lengths`, tokens attend within groups of so many, one dense call each.
+        """
         n, t, d = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind()
         q, k = self.q_norm(q), self.k_norm(k)
@@ -161,13 +189,19 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         # norm and rotation leave float32 under autocast; the kernels want one dtype
         q, k = q.to(v.dtype), k.to(v.dtype)
-        return self.proj(attention(q, k, v, self.kernels.get(v.dtype)).transpose(1, 2).flatten(2)), q, k
+        kernel = self.kernels.get(v.dtype)
+        if len(lengths) < 2:
+            mixed = attention(q, k, v, kernel, mask)
+        else:
+            groups = zip(*(part.split(lengths, 2) for part in (q, k, v)), strict=True)
+            mixed = torch.cat([attention(query, key, value, kernel) for query, key, value in groups], dim=2)
+        return self.proj(mixed.transpose(1, 2).flatten(2)), q, k
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) of neighbours in x (..., T, head_dim) into (a cos - b sin, b cos + a sin).
 
-    The tables `cos` and `sin` are (T, head_dim).
+    The tables `cos` and `sin` are (T, head_dim), or (N, 1, T, head_dim) where samples have orders of their own.
     """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin

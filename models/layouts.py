@@ -38,12 +38,14 @@ ESSENTIAL = {
 SECOND = "final_layer_xr."
 SECOND_BLOCK = 8
 
+SELF_FLOW = "Self-Flow"
 # Training heads that a network does not need, by prefix; the first prefix that occurs names the family.
 HEADS = {
     "projectors_final.": "Self-Transcendence, stage 1",
     "projectors.0.weight": "Self-Transcendence, stage 2",
     "projectors.": "REPA",
     "ap_head.": "SRA",
+    "projector.": SELF_FLOW,
 }
 
 
@@ -58,6 +60,11 @@ class Converted:
     # a second final layer: its description and its tensors
     velocity_head: VelocityHead | None = None
     head: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_null(self) -> bool:
+        """Whether its null label was trained."""
+        return not self.layout.startswith(SELF_FLOW)
 
 
 def convert_network(
@@ -78,7 +85,7 @@ def convert_network(
     Raises:
         UserError: an unknown layout, an unknown number of heads, or tensors left over or missing.
     """
-    weights = rename_legacy(weights)
+    weights = patch_convolution(rename_legacy(weights))
     require_known_layout(weights, source)
     spec = read_spec(weights, source, num_heads)
     heads = {name for name in weights if name.startswith(tuple(HEADS))}
@@ -145,6 +152,15 @@ def rename_legacy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def patch_convolution(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Self-Flow embeds patches, (channel, row, column) of 2 x 2, by a linear layer: as the convolution that it is."""
+    name = "x_embedder.proj.weight"
+    linear = weights.get(name)
+    if linear is None or linear.ndim != 2 or linear.shape[1] % 4:
+        return dict(weights)
+    return {**weights, name: linear.unflatten(1, (-1, 2, 2))}
+
+
 def read_spec(weights: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ModelSpec:
     """The description in the shapes; the number of heads from `num_heads`, QK-norms, or the published sizes."""
     # shapes give everything but the number of heads, which splits the width without a trace unless QK-norm is there
@@ -179,12 +195,11 @@ def recognise(weights: Mapping[str, Tensor], spec: ModelSpec, doubled: bool) -> 
     internal = any(name.startswith(SECOND) for name in weights)
     if spec.architecture == "lightningdit":
         return "LightningDiT with Internal Guidance" if internal else "LightningDiT", 0
-    if doubled:
-        return "SiT, Dispersive Loss or LayerSync (doubled head)", 0
-    if internal:
-        return "Internal Guidance", 1
     families = [family for prefix, family in HEADS.items() if any(name.startswith(prefix) for name in weights)]
-    return next(iter(families), "REPA without projectors"), 1
+    family = next(iter(families), "REPA without projectors")
+    if doubled:
+        return SELF_FLOW if family == SELF_FLOW else "SiT, Dispersive Loss or LayerSync (doubled head)", 0
+    return "Internal Guidance" if internal else family, 1
 
 
 def check_tables(tensors: dict[str, Tensor], spec: ModelSpec, source: str) -> None:
@@ -225,6 +240,8 @@ def describe(network: Converted) -> str:
     """One line on a converted network."""
     s = network.spec
     norm = ", QK-norm" if s.qk_norm else ""
+    # its authors trained without label dropout, so nothing is known of the last row
+    untrained = "" if network.has_null else "; its null label was not trained: no classifier-free guidance"
     second = (
         f", second velocity from block {network.velocity_head.block} (--internal-scale)"
         if network.velocity_head
@@ -232,5 +249,6 @@ def describe(network: Converted) -> str:
     )
     return (
         f"{s.name} from {network.layout}: {s.depth} blocks, width {s.hidden_size}, {s.num_heads} heads{norm}, patch "
-        f"{s.patch_size}, latents {s.in_channels}x{s.input_size}x{s.input_size}, {s.num_classes} classes{second}"
+        f"{s.patch_size}, latents {s.in_channels}x{s.input_size}x{s.input_size}, {s.num_classes} classes"
+        f"{second}{untrained}"
     )

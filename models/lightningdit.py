@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone, ModelSpec
-from models.layers import grid_positions
+from models.layers import Rotation, grid_positions
 from runtime.errors import require
 
 
@@ -80,7 +80,7 @@ class LightningDiT(Backbone):
     def mlp(width: int) -> nn.Module:
         return SwiGLU(width)
 
-    def rotation(self) -> tuple[Tensor, Tensor]:
+    def rotation(self) -> Rotation:
         return self.rotary_cos, self.rotary_sin
 
 

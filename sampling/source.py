@@ -54,7 +54,7 @@ class Source:
         checkpoint = Checkpoint.open(options.ckpt)
         require(
             checkpoint.has_null or sampling.cfg_scale == 1,
-            f"{checkpoint.path} was trained without label dropout (--cfg-prob 0), so it has no null class to guide "
+            f"{checkpoint.path} was trained without label dropout, so it has no null class to guide "
             f"with: use --cfg-scale 1",
         )
         dtype = launch.precision(options.mixed_precision, device)

@@ -283,16 +283,22 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p
     if q.device.type != "cuda":
         return _sdpa(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, **more)
     aten, half = torch.ops.aten, q.dtype in (torch.bfloat16, torch.float16)
-    assert q.dtype == k.dtype == v.dtype and attn_mask is None
+    assert q.dtype == k.dtype == v.dtype
     allowed = set(torch.nn.attention._cur_sdpa_kernel_backends())
+    bias = None
+    if attn_mask is not None:
+        # flash refuses a mask; the others take it as a sum
+        allowed -= {SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION}
+        bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+        bias = bias.expand(*q.shape[:3], k.shape[2])
     if half and SDPBackend.FLASH_ATTENTION in allowed:
         return aten._scaled_dot_product_flash_attention(q, k, v)[0]
     if half and SDPBackend.CUDNN_ATTENTION in allowed:
         return aten._scaled_dot_product_cudnn_attention(q, k, v, None, q.requires_grad)[0]
     if SDPBackend.EFFICIENT_ATTENTION in allowed:
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad)[0]
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad)[0]
     if SDPBackend.MATH in allowed:
-        return aten._scaled_dot_product_attention_math(q, k, v)[0]
+        return aten._scaled_dot_product_attention_math(q, k, v, bias)[0]
     raise RuntimeError("No available kernel. Aborting execution.")
 
 

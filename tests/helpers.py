@@ -211,6 +211,8 @@ def ended_at(number: int, call: Callable[[], object], fault: int | None = None) 
 
 def micro_batch(alignment: Alignment | None = None, count: int = 6, **more: Any) -> Batch:
     """Draws for images of the digits' size, with those of `alignment`; `image` has nothing to do with the latents."""
+    from training import batches  # as in `build_run`
+
     generator = torch.Generator().manual_seed(1)
     x0, eps = (torch.randn(count, 1, 8, 8, generator=generator) for _ in range(2))
     images = torch.randint(0, 256, (count, 8, 8, 1), generator=generator, dtype=torch.uint8)
@@ -218,14 +220,17 @@ def micro_batch(alignment: Alignment | None = None, count: int = 6, **more: Any)
     own = alignment.draw(Stream(0, "x"), count) if alignment else {}
     draws = {alignment.name: {key: torch.from_numpy(value) for key, value in own.items()}} if alignment else {}
     dropped = torch.where(labels == 2, 10, labels)
-    return Batch(x0, eps, torch.linspace(0.01, 0.95, count), dropped, labels, {"image": images}, draws, **more)
+    columns = {"image": images, "time": torch.linspace(0.8, 0.1, count)}
+    batch = Batch(x0, eps, torch.linspace(0.01, 0.95, count), dropped, labels, columns, draws, **more)
+    return batches.arranged(batch, {alignment.name: alignment} if alignment else {}, None, None)
 
 
 def context_of(
     network: models.Backbone, samples: Batch, taps: Collection[models.Tap], name: str = "", ema: Any = None
 ) -> Context:
     """What the alignment `name` sees of `samples` after a forward pass of `network`."""
-    features = network(samples.xt, samples.t, samples.y, taps=taps).features
+    times = samples.t if samples.times is None else samples.times
+    features = network(samples.xt, times, samples.y, taps=taps, segments=samples.segments).features
     return samples.context(name, features, ema)
 
 

@@ -7,8 +7,9 @@ the device. A thread reads the rows of the next two steps while the device is bu
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,8 +23,10 @@ from alignment.interval import Selection
 from config import TrainConfig
 from dataset import LatentSet
 from loss import Batch
+from models.routing import Route, Segments
 from runtime.streams import Stream
 from runtime.transfer import to_device
+from training.setup import spec_of
 
 # Steps that are read beyond the current one, so that a slow read of images does not hold up the device.
 AHEAD = 2
@@ -54,15 +57,32 @@ def plan(config: TrainConfig, data: LatentSet, step: int) -> Plan:
     )
 
 
-def times(config: TrainConfig, step: int, count: int) -> np.ndarray:
-    """(B,) float32 times of step `step`: uniform, or logit-normal(0, 1) until `uniform_from_epoch`."""
-    stream = Stream(config.seed, "time", step)
+def times(config: TrainConfig, step: int, count: int, name: str = "time") -> np.ndarray:
+    """(B,) float32 times of step `step`: uniform, or logit-normal(0, 1) until `uniform_from_epoch`.
+
+    `count` items are in the data set; `name` is that of the stream.
+    """
+    stream = Stream(config.seed, name, step)
     until = config.uniform_from_epoch
     if config.time_sampling == "uniform" or (
         until is not None and step >= until * dataset.steps_per_epoch(count, config.batch_size)
     ):
         return stream.uniform(config.batch_size)
     return (1 / (1 + np.exp(-stream.host.standard_normal(config.batch_size)))).astype(np.float32)
+
+
+def arranged(batch: Batch, alignments: Mapping[str, Alignment], route: Route | None, uniform: Tensor | None) -> Batch:
+    """`batch` with the segments of the alignment that has them, and the route, whose order is that of `uniform` (N, T).
+
+    On a route the segments have random orders already.
+    """
+    segments, times = None, None
+    for name, alignment in alignments.items():
+        if alignment.segmented:
+            segments, times = alignment.segments(batch.t, batch.columns["time"], batch.draws[name])
+    if segments is None and uniform is not None:
+        segments = Segments.shuffled(uniform, (uniform.shape[1],))
+    return dataclasses.replace(batch, segments=segments, times=times, route=route)
 
 
 class Batches:
@@ -75,6 +95,8 @@ class Batches:
 
     def __init__(self, config: TrainConfig, data: LatentSet, device: torch.device, rank: int, world: int) -> None:
         self.config, self.data, self.device = config, data, device
+        self.route = Route.of(config.route)
+        self.tokens = spec_of(config, data).tokens if self.route else 0
         share = config.batch_size // world
         self.share = slice(rank * share, (rank + 1) * share)
         self.micro = share // config.gradient_accumulation_steps
@@ -108,6 +130,8 @@ class Batches:
             rows["image"] = torch.from_numpy(self.data.images(index, view))
         if "row" in columns:
             rows["row"] = torch.from_numpy(index * self.data.views + view)
+        if "time" in columns:
+            rows["time"] = torch.from_numpy(times(self.config, step, len(self.data), "time/second")[self.share])
         # pinned memory is copied to the device while it computes
         if self.device.type == "cuda":
             rows = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in rows.items()}
@@ -121,19 +145,25 @@ class Batches:
         x0, eps = self.noise(step, rows.pop("latents").float())
         labels = rows["labels"]
         y = torch.where(rows["dropped"], self.data.num_classes, labels)
-        draws = self._draws(step, alignments)
+        draws, order = self._draws(step, alignments), self._order(step)
         batches = []
         for start in range(0, len(labels), self.micro):
             part = slice(start, start + self.micro)
-            columns: dict[str, Tensor] = {name: rows[name][part] for name in ("image", "row") if name in rows}
+            columns: dict[str, Tensor] = {name: rows[name][part] for name in ("image", "row", "time") if name in rows}
             micro_draws: dict[str, dict[str, Tensor]] = {name: {} for name in alignments}
             for name, key in draws:
                 micro_draws[name][key] = draws[name, key][part]
             selections = self._selections(drawn, self.share.start + start, alignments)
-            batches.append(
-                Batch(x0[part], eps[part], rows["t"][part], y[part], labels[part], columns, micro_draws, selections)
-            )
+            batch = Batch(x0[part], eps[part], rows["t"][part], y[part], labels[part], columns, micro_draws, selections)
+            batches.append(arranged(batch, alignments, self.route, None if order is None else order[part]))
         return batches
+
+    def _order(self, step: int) -> Tensor | None:
+        """(n, T) numbers in [0, 1) that order the tokens of this process's share, if there is a route."""
+        if self.route is None:
+            return None
+        drawn = Stream(self.config.seed, "route", step).uniform(self.config.batch_size * self.tokens)
+        return to_device(torch.from_numpy(drawn.reshape(-1, self.tokens)[self.share]), self.device)
 
     def _draws(self, step: int, alignments: dict[str, Alignment]) -> dict[tuple[str, str], Tensor]:
         """Random numbers of the alignments, by alignment and name, for this process's share of the global batch."""

@@ -26,10 +26,12 @@ from loss import Batch
 from models import Backbone, published
 from models.checkpoint import Checkpoint
 from models.recompute import recompute
+from models.routing import Route
 from runtime import launch
 from runtime.peaks import PEAKS, SHARE
 from runtime.streams import Stream
 from runtime.text import aligned
+from training.batches import arranged
 from training.setup import Setup
 
 # GPUs for which hours are computed.
@@ -244,7 +246,10 @@ class _Counter:
             name: {key: torch.zeros(value.shape) for key, value in alignment.draw(Stream(0, "cost"), IMAGES).items()}
             for name, alignment in alignments.items()
         }
-        return Batch(x, x.clone(), t, labels, labels, columns, draws)
+        columns["time"] = t
+        route = Route.of(self.setup.config.route)
+        uniform = torch.zeros(IMAGES, self.setup.spec.tokens) if route else None
+        return arranged(Batch(x, x.clone(), t, labels, labels, columns, draws), alignments, route, uniform)
 
 
 def attention_on_cpu() -> dict[Any, Callable[..., int]]:

@@ -17,8 +17,10 @@ from alignment import Alignment, AlignOptions, BuildContext, find
 from config import TrainConfig
 from dataset import LatentSet
 from loss import Learner
-from models import Backbone
+from models import QK, Backbone
 from models.recompute import recompute
+from models.routing import Route
+from runtime.errors import require
 
 
 def spec_of(config: TrainConfig, data: LatentSet) -> models.ModelSpec:
@@ -61,6 +63,8 @@ class Setup:
         data = data or LatentSet(config.data_dir, resident=config.resident, device=device)
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
         spec = spec_of(config, data)
+        if route := Route.of(config.route):
+            route.check(spec.depth)
         resolved = {name: find(name).resolve(chosen, spec, config.batch_size) for name, chosen in options.items()}
         return cls(
             config,
@@ -76,8 +80,13 @@ class Setup:
         return [name for name, stop in self.stops.items() if stop is None or step < stop]
 
     def alignments(self, names: list[str], context: BuildContext) -> dict[str, Alignment]:
-        """The alignments called `names`, with their heads and frozen networks."""
-        return {name: find(name)(self.options[name], context) for name in names}
+        """The alignments called `names`, with their heads and frozen networks.
+
+        Raises UserError for those that do not go together, or not with the run's route.
+        """
+        alignments = {name: find(name)(self.options[name], context) for name in names}
+        _require_one_order(alignments, Route.of(self.config.route))
+        return alignments
 
     def learner(
         self, network: Backbone, alignments: Mapping[str, Alignment], dtype: torch.dtype | None, ema: Backbone
@@ -90,4 +99,28 @@ class Setup:
             velocity_loss=self.config.velocity_loss,
             autocast=dtype,
             ema=ema if any(alignment.reads_ema for alignment in alignments.values()) else None,
+        )
+
+
+def _require_one_order(alignments: Mapping[str, Alignment], route: Route | None) -> None:
+    """Refuse alignments that would order or time the tokens of a sample in different ways."""
+    segmented = [name for name, alignment in alignments.items() if alignment.segmented]
+    require(
+        len(segmented) < 2, f"--align {' '.join(segmented)}: each gives tokens times of their own; choose one of them"
+    )
+    for name, alignment in alignments.items() if segmented else ():
+        require(
+            not alignment.whole_time,
+            f"--align {segmented[0]} gives tokens times of their own, and {name} needs a single time; leave one out",
+        )
+        require(
+            alignment.options.interval is None,
+            f"--align-interval selects samples by their time, and {segmented[0]} has two; leave the interval out",
+        )
+    for name, alignment in alignments.items() if route else ():
+        maps = [tap.block for tap in alignment.taps if isinstance(tap, QK) and route and route.passes(tap.block)]
+        require(
+            not maps,
+            f"--route: {name} compares the attention of block {max(maps, default=0)}, which not all tokens see; choose "
+            f"blocks outside the route",
         )

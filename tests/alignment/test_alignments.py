@@ -62,6 +62,8 @@ def part(whole: Batch, index: slice) -> Batch:
         whole.labels[index],
         {key: value[index] for key, value in whole.columns.items()},
         {name: {key: value[index] for key, value in own.items()} for name, own in whole.draws.items()},
+        segments=whole.segments and whole.segments.take(index),
+        times=None if whole.times is None else whole.times[index],
     )
 
 

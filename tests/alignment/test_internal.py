@@ -53,11 +53,11 @@ def by_hand(x: torch.Tensor, t: float, labels: torch.Tensor, guide: Inner) -> tu
     """Both velocities, block by block: the network's own and that of the head on block 2."""
     network = perturbed(SPEC, seed=0)
     tokens = network.x_embedder(x.float()) + network.pos_embed
-    c = network.t_embedder(torch.full((len(x),), t)) + network.y_embedder(labels)
+    c = (network.t_embedder(torch.full((len(x),), t)) + network.y_embedder(labels))[:, None]
     for number, block in enumerate(network.blocks, start=1):
         tokens = block(tokens, c)
         if number == 2:
-            shift, scale = guide.head.adaLN_modulation(c).chunk(2, dim=1)
+            shift, scale = guide.head.adaLN_modulation(c).chunk(2, dim=-1)
             middle = guide.head.linear(
                 modulate(torch.nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), shift, scale)
             )
@@ -117,7 +117,7 @@ def test_a_forward_pass_gives_the_condition_and_the_velocity_away() -> None:
     output = network(x, t, y, taps=(2, models.CONDITION, models.VELOCITY))
     assert torch.equal(output.features[models.VELOCITY], output.velocity)
     torch.testing.assert_close(
-        output.features[models.CONDITION], network.t_embedder(t) + network.y_embedder(y), rtol=0, atol=0
+        output.features[models.CONDITION], (network.t_embedder(t) + network.y_embedder(y))[:, None], rtol=0, atol=0
     )
     assert list(network(x, t, y, taps=(models.CONDITION,), exit_early=True).features) == [models.CONDITION]
 

@@ -105,6 +105,17 @@ CASES: dict[str, tuple[tuple[object, ...], int]] = {
     "dispersive": (("--align", "dispersive"), 376),
     "contrastive": (("--align", "contrastive"), 386),
     "internal": (("--align", "internal"), 400),
+    "self-flow": (("--align", "self-flow", "--align-depth", 1, "--align-target-depth", 2), 611),
+    "dts-as": (("--align", "self-flow", "--preset", "dts-as", "--align-depth", 1, "--align-target-depth", 2), 673),
+    "dts-as, some samples whole": (
+        ("--align", "self-flow", "--preset", "dts-as", "--align-depth", 1, "--align-full-share", 0.5),
+        629,
+    ),
+    "route": (("--route", 1, 1, 0.5), 354),
+    "route, LightningDiT at two times": (
+        ("--model", "LightningDiT-Two/1", "--align", "self-flow", "--align-depth", 1, "--route", 1, 2, 0.5),
+        694,
+    ),
     "repa": (("--align", "repa", *ENCODER), 471),
     "haste": (("--align", "haste", *ENCODER), 505),
     "LightningDiT": (("--model", "LightningDiT-Two/1"), 413),

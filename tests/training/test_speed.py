@@ -25,6 +25,7 @@ from alignment.interval import Selection
 from models import vae
 from models.latents import Codec
 from models.pixels import PixelCodec, pixels
+from models.routing import Route, Segments
 from runtime import launch
 from runtime.streams import Stream
 from sampling import solvers
@@ -297,7 +298,7 @@ def kernels_of_a_block(network: models.Backbone) -> tuple[int, int]:
     width = network.spec.hidden_size
     tokens, condition = (
         torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        for shape in ((2, network.spec.tokens, width), (2, width))
+        for shape in ((2, network.spec.tokens, width), (2, 1, width))
     )
     torch._dynamo.reset()
     metrics.reset()
@@ -358,6 +359,27 @@ def test_the_count_of_kernels_sees_what_is_not_fused():
         block.norm1 = Summed(block.norm1)
     apart = kernels_of_a_block(network)
     assert apart[0] > fused[0] and apart[1] > fused[1], (fused, apart)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_two_times_are_one_graph_for_all_blocks(separate: bool, eager_compile: None):
+    network = perturbed(SPEC)
+    launch.compile_network(network, [], "on", torch.device("cpu"))
+    segments = Segments.shuffled(torch.rand(2, 16), (4, 12), separate)
+    for _ in range(2):
+        network(torch.rand(2, 1, 8, 8), torch.rand(2, 2), torch.zeros(2, dtype=torch.long), segments=segments)
+    assert graphs() == (1, 0)
+
+
+def test_a_route_is_compiled_once_more(eager_compile: None):
+    """Its blocks see fewer tokens: the second size makes one graph for any size."""
+    network = perturbed(SPEC)
+    launch.compile_network(network, [], "on", torch.device("cpu"))
+    segments = Segments.shuffled(torch.rand(2, 16), (16,))
+    for _ in range(3):
+        t, y = torch.rand(2), torch.zeros(2, dtype=torch.long)
+        network(torch.rand(2, 1, 8, 8), t, y, segments=segments, route=Route(2, 4, 0.5))
+    assert graphs() == (2, 0)
 
 
 def test_the_average_compiles_with_the_network_and_previews_run_it_compiled(

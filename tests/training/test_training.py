@@ -88,25 +88,30 @@ def sgd_steps(argv: list[str], steps: int, program: str = "train_guide") -> dict
     results["losses"] = torch.tensor(
         [logged[step]["loss/diffusion"] for step in range(1, steps + 1)], dtype=torch.float64
     )
-    results["ratios"] = torch.tensor(
-        [line["grad_norm_ratio/guided"] for line in read(run.folder / "log.jsonl") if "grad_norm_ratio/guided" in line],
-        dtype=torch.float64,
-    )
+    ratios = [value for line in read(run.folder / "log.jsonl") for key, value in line.items() if "ratio/" in key]
+    results["ratios"] = torch.tensor(ratios, dtype=torch.float64)
     results |= {f"weight/{name}": value for name, value in run.network.state_dict().items()}
     results |= {f"weight/ema/{name}": value for name, value in run.ema.network.state_dict().items()}
     return results
 
 
-def two_processes(folder: Path, argv: list[str], sampling: list[str]) -> None:
+def two_processes(folder: Path, argv: list[str], timed: list[str], sampling: list[str]) -> None:
     """Runs inside each of two processes: the checks that need them, and the numbers to compare with one process."""
     import generate
 
     run = build_run(argv, "train_guide")
     assert run.accelerator.num_processes == 2
-    results = sgd_steps(argv, 20)
+    results, others = sgd_steps(argv, 20), sgd_steps(timed, 8, "train")
     if run.accelerator.is_main_process:
         save_file(results, folder / "found.safetensors")
+        save_file(others, folder / "timed.safetensors")
     generate.main(sampling)
+
+
+def timed(folder: Path, words: Words, name: str, *more: object) -> list[str]:
+    """Two times a sample, and a route, until step 4 of 8."""
+    align = ("--align", "self-flow", "--preset", "dts-as", "--align-full-share", 0.25, "--align-stop-steps", 4)
+    return words(folder, name, *align, "--route", 2, 4, 0.5, "--max-train-steps", 8, *more, grad_ratio_steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,7 @@ def pair(
     job = {
         "folder": str(folder),
         "argv": argv("two"),
+        "timed": timed(folder, words, "two-timed"),
         "sampling": [
             "--ckpt",
             str(guided),
@@ -175,7 +181,19 @@ def test_one_process_equals_two_and_accumulation_equals_one_batch(pair: tuple[Pa
     expected = sgd_steps(argv("one"), 20)
     assert len(expected["ratios"]) == 2 and (expected["ratios"] > 0).all()
     accumulated = sgd_steps(argv("accumulated", "--gradient-accumulation-steps", 4), 20)
-    for other in (load_file(folder / "found.safetensors"), accumulated):
+    assert_near(expected, load_file(folder / "found.safetensors"), accumulated)
+
+
+def test_with_two_times_and_a_route_too(pair: tuple[Path, Any], words: Words) -> None:
+    folder, _ = pair
+    expected = sgd_steps(timed(folder, words, "one-timed"), 8, "train")
+    accumulated = sgd_steps(timed(folder, words, "accumulated-timed", "--gradient-accumulation-steps", 4), 8, "train")
+    assert_near(expected, load_file(folder / "timed.safetensors"), accumulated)
+
+
+def assert_near(expected: dict[str, torch.Tensor], *others: dict[str, torch.Tensor]) -> None:
+    """First gradients within 1e-6, losses of all steps and parameters within 1e-5."""
+    for other in others:
         assert other.keys() == expected.keys()
         for name, value in expected.items():
             tolerance = 1e-6 if name.startswith("gradient") else 1e-5
