@@ -1,6 +1,7 @@
 """The registry of architectures and their sizes, and what makes a network of them.
 
-To add an architecture, write a file with a subclass of `Backbone`, which registers itself, and import the file below.
+To add an architecture, write a file with a subclass of `Backbone`, which registers itself, and import the file below
+(docs/adding-a-backbone.md).
 """
 
 from __future__ import annotations

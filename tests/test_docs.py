@@ -14,16 +14,21 @@ import pytest
 import torch
 from torch import nn
 
+import generate
+import models
 import train
+import train_guide
 from alignment import Alignment
 from config import TrainConfig
 from generate import GenerateConfig
+from models.checkpoint import Checkpoint
 from models.peers import PEERS
+from models.routing import Segments
 from recipes import rows
 from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
 from sampling import presets
-from tests.helpers import ROOT
+from tests.helpers import ROOT, assert_same_bits, inputs
 from training import command
 
 PAGES = {
@@ -212,6 +217,41 @@ def test_the_example_alignment_trains(tmp_path: Path, words: Callable[..., list[
     finally:
         Alignment.registry.pop("smooth")
     assert '"loss/smooth"' in (run / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["Registers", "UViT"])
+def test_the_example_backbone_trains_both_stages_continues_and_samples(
+    name: str, tmp_path: Path, words: Callable[..., list[str]]
+) -> None:
+    (code,) = [block for block in blocks("python") if f"class {name}(" in block]
+    scope: dict = {"__name__": f"models.{name.lower()}"}
+    exec(compile(code, "docs", "exec", dont_inherit=True), scope)
+    try:
+        stage1 = ("--model", f"{name}-Tiny/2", "--align", "latent", "--align-hidden", 32, "--compile", "off")
+        teacher = train.main(words(tmp_path, "stage1", *stage1, "--max-train-steps", 2))
+        stage2 = ("--guiding-ckpt", teacher, "--align-hidden", 32, "--guide-scale", 5)
+        whole = train_guide.main(words(tmp_path / "whole", "stage2", *stage2, "--max-train-steps", 4))
+        train_guide.main(words(tmp_path, "stage2", *stage2, "--max-train-steps", 2))
+        parts = train_guide.main(words(tmp_path, "stage2", *stage2, "--max-train-steps", 4))
+        assert_same_bits(whole, parts)
+        generate.main(
+            ["--ckpt", str(parts), "--out", str(tmp_path / "out"), "--num-fid-samples", "4", "--num-steps", "2"]
+        )
+        # its own parameters are trained, and its features are the patches in their places
+        network, fresh = (Checkpoint.open(run).network("raw") for run in (parts, teacher))
+        own = "registers" if name == "Registers" else "skips.4.weight"
+        assert not torch.equal(network.state_dict()[own], fresh.state_dict()[own])
+        x, t, y = inputs(network.spec)
+        output = network(x, t, y, taps=(1, 4))
+        assert output.features[1].shape == output.features[4].shape == (3, 16, 32)
+        times, segments = t[:, None].expand(-1, 2), Segments.shuffled(torch.rand(3, 16), (4, 12))
+        ordered = network(x, times, y, taps=(1, 4), segments=segments)
+        for first, second in zip(
+            (output.velocity, *output.features.values()), (ordered.velocity, *ordered.features.values())
+        ):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    finally:
+        models.ARCHITECTURES.pop(name.lower())
 
 
 def test_sampling_from_plain_python(guided: Path) -> None:
