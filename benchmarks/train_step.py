@@ -40,6 +40,9 @@ ROWS = {
     "sra": "--align sra",
     "contrastive": "--align contrastive",
     "internal": "--align internal",
+    "self-flow": "--align self-flow",
+    "dts-as": "--align self-flow --preset dts-as",
+    "route": "--route 3 9 0.5",
     "batches": "",
     "batches, images": "--align repa --align-encoder {encoder}",
 }

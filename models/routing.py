@@ -117,8 +117,8 @@ class Way:
     """The order of one batch's tokens at each block.
 
     Args:
-        count: tokens that go through the blocks: `tokens` patches, and before them any that are none. Those belong to
-            the first segment and never leave.
+        count: tokens that go through the blocks: others first, then `tokens` patches. The others belong to the first
+            segment and stay on the route.
         rotation: tables for tokens in the order of the image.
     """
 

@@ -112,7 +112,7 @@ class Row:
 PLACES = {
     **{f"table{number}": (f"2601.07773, Table {number}",) for number in range(1, 6)},
     "section4.5": ("2601.07773, section 4.5",),
-    "peers": ("2609.34732", "2609.35292", "2607.02508"),
+    "peers": ("2609.34732", "2609.35292", "2607.02508", "2603.06507"),
 }
 
 
@@ -243,9 +243,10 @@ def section45() -> Iterator[Row]:
 
 
 def peers() -> Iterator[Row]:
-    """Methods under the protocols of other authors, those that can be trained here: RARE's matched table of SiT-B/2.
+    """Methods under the protocols of other authors, those that can be trained here.
 
-    One seed each, without guidance and with it. The paper's method is not in that table.
+    RARE's matched table of SiT-B/2, one seed each, without guidance and with it; the paper's method is not in it. Then
+    Self-Flow and SRA-DTS-AS, whose authors do not state a sampler.
     """
     for key, method, words in (
         ("none", "none", ""),
@@ -260,6 +261,14 @@ def peers() -> Iterator[Row]:
         yield row
         cfg = f"{variant} cfg" if key == "irepa" else f"{variant}: cfg"
         yield replace(row, name=f"{row.name}-cfg", variant=cfg, presets=("rare-cfg",))
+    half = "--preset dts-as --self-flow-share 0.5 --self-flow-full-share 0.25"
+    for key, epochs, words, variant in (
+        ("dts-as", 80, "--preset dts-as", "dts-as"),
+        ("dts-as", 160, "--preset dts-as", "dts-as"),
+        ("dts-as-half", 160, half, "dts-as: half of the tokens"),
+    ):
+        yield _ablation("peers", f"{key}-{epochs}", "self-flow", words, epochs, variant=variant)
+    yield _row("peers", "SiT-XL/2", "self-flow", 800, presets=("table1-sde",))
 
 
 # Epochs of the study's plain training and of its stage 1 that cost as much as 80 epochs of stage 2. That cost includes
@@ -309,6 +318,9 @@ def digits() -> Iterator[Row]:
         ("layersync-weak", "layersync", f"--align-weight 0.02 {clip}", {}),
         ("sra", "sra", "", {}),
         ("sra-cosine", "sra", "--preset token-cosine", {}),
+        ("self-flow", "self-flow", "", {}),
+        ("dts-as", "self-flow", "--preset dts-as", {}),
+        ("route", "none", "--route 2 4 0.5", {}),
         ("contrastive", "contrastive", "", {}),
         ("internal", "internal", "", {"sampling": scales}),
         ("stage1-velocity", "latent", velocity, {"sampling": scales}),

@@ -125,7 +125,7 @@ def test_named_files_and_targets_exist() -> None:
         if name.endswith((".py", "/", ".csv", ".tsv", ".yaml"))
         and not name.startswith(("exps/", "--"))
         and "*" not in name
-        and name not in ("train/", "alignment/smooth.py", "partial/")
+        and name not in ("train/", "alignment/smooth.py", "models/registers.py", "models/uvit.py", "partial/")
     ]
     assert len(files) > 20
     for name in files:

@@ -84,14 +84,14 @@ def test_a_route_is_that_of_tread(case: str, share: float) -> None:
     # its rectified flow has noise at t = 1 and no reversed weights
     x, t, y = (stored[name] for name in ("x", "t", "y"))
     segments = Segments.shuffled(stored[f"{case}.uniform"], (16,))
-    kept = stored[f"{case}.kept"]
-    assert torch.equal(segments.order[:, : kept.shape[1]], kept)
+    inside = stored[f"{case}.kept"]
+    assert torch.equal(segments.order[:, : inside.shape[1]], inside)
     blocks = (1, 2, 3, 4, 5)
     output = network(x, t, y, blocks, segments=segments, route=Route(2, 4, share))
     assert near(output.velocity, stored[f"{case}.velocity"])
     rows = torch.arange(2)[:, None]
     for block in (2, 3, 4):
-        assert near(output.features[block][rows, kept], stored[f"{case}.block{block}"])
+        assert near(output.features[block][rows, inside], stored[f"{case}.block{block}"])
     assert near(output.features[1], stored[f"{case}.block1"]) and near(output.features[5], stored[f"{case}.block5"])
     assert near(output.features[4], stored[f"{case}.merged"])
     dense = network(x, t, y, blocks)

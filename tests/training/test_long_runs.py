@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
-import io
 import json
 import os
 import re
@@ -191,27 +189,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_note(
     ("place", "code"),
     [("0000002/network.safetensors", errno.EIO), ("0000002/config.json", errno.EACCES), ("", errno.ESTALE)],
 )
-def test_a_checkpoint_that_cannot_be_read_is_not_damaged(
-    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, place: str, code: int
-) -> None:
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path: Path, words: Words, place: str, code: int) -> None:
     """The run stops with the cause and changes nothing: it neither goes back nor starts again."""
     run = train.main(words(tmp_path, "run", "--max-train-steps", 2, "--checkpointing-steps", 1))
-    closed = os.path.join(run / "checkpoints", place)
+    closed = os.path.join(run / "checkpoints", place).rstrip("/")
+    before, failing = sorted(run.rglob("*")), True
 
-    def failing(call: Callable) -> Callable:
-        def instead(path: Any, *args: Any, **named: Any) -> Any:
-            if not isinstance(path, int) and os.path.join(path) == closed.rstrip("/"):
-                raise OSError(code, os.strerror(code), str(path))
-            return call(path, *args, **named)
+    def fail(event: str, arguments: tuple[Any, ...]) -> None:
+        # a hook stays for the life of the process
+        if failing and event in ("open", "os.scandir", "os.listdir") and str(arguments[0]) == closed:
+            raise OSError(code, os.strerror(code), closed)
 
-        return instead
-
-    before = sorted(run.rglob("*"))
-    with monkeypatch.context() as patch:
-        for module, name in ((builtins, "open"), (io, "open"), (os, "scandir"), (os, "listdir")):
-            patch.setattr(module, name, failing(getattr(module, name)))
-        with pytest.raises(UserError, match=f"cannot read .*{place}.*{os.strerror(code)}"):
-            train.main(words(tmp_path, "run", "--max-train-steps", 3, "--checkpointing-steps", 1))
+    sys.addaudithook(fail)
+    with pytest.raises(UserError, match=f"cannot read .*{place}.*{os.strerror(code)}"):
+        train.main(words(tmp_path, "run", "--max-train-steps", 3, "--checkpointing-steps", 1))
+    failing = False
     assert sorted(run.rglob("*")) == before
 
 
