@@ -42,7 +42,7 @@ ROWS = {
     "internal": "--align internal",
     "self-flow": "--align self-flow",
     "dts-as": "--align self-flow --preset dts-as",
-    "route": "--route 3 9 0.5",
+    "route": "--route 3 6 0.5",
     "batches": "",
     "batches, images": "--align repa --align-encoder {encoder}",
 }
