@@ -14,6 +14,8 @@ training loop has no code for any one of them. It declares what it reads and ret
               (N,) int64, item x views + view, or "time" (N,), a second time from the run's distribution
     segmented True if a sample's tokens form segments with a time each: `segments` says which. One alignment may
     whole_time True if it needs a single time for each sample
+    tokenwise True if forward gives `weigh(context)` to a mean over tokens (`squared_error`, `smooth_l1`, `cosine`) of
+              distances that are zero at perfect agreement: token weights and the measured release need it
     taps      what it reads of the student: n for f_n, the raw output of block n (from 1); QK(n) for the queries and
               keys of block n; CONDITION for the vector that conditions the blocks; VELOCITY for the prediction
     velocity_head  describes how its module `head` predicts the velocity, if it does (`models.heads`); an average of the
@@ -39,10 +41,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignment import interval as intervals
+from alignment import weights
+from alignment.release import STEPS, Release
 from models import Backbone, ModelSpec, Tap
 from models.heads import VelocityHead
 from models.latents import LatentSpace
-from models.layers import cast_block_linears
+from models.layers import cast_block_linears, patchify
 from models.routing import Segments
 from runtime.errors import require
 from runtime.options import option
@@ -52,6 +56,9 @@ if TYPE_CHECKING:
     from dataset import LatentSet
 
 T = TypeVar("T")
+# Sees the distances of the tokens (N, T), without a gradient, and returns their weights (N, T); None: equal weights.
+Weigh = Callable[[Tensor], Tensor | None]
+SCHEDULES = ("constant", "cosine", "linear", "plateau")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +68,11 @@ class AlignOptions:
     weight: float = option(0.5, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss")
     schedule: str = option(
         "constant",
-        choices=("constant", "cosine", "linear"),
-        help="lambda until the stop: constant, or decaying to 0 there",
+        choices=SCHEDULES,
+        help="lambda until the stop: constant, or decaying to 0 there; plateau: it stops once its loss no longer falls",
+    )
+    plateau_steps: int | None = option(
+        None, within="[50, inf)", help=f"with schedule plateau: warm-up and length of the decay (default {STEPS})"
     )
     stop_steps: int | None = option(
         None, within="[0, inf)", help="drop this loss after this many optimiser steps; 0: never"
@@ -74,13 +84,28 @@ class AlignOptions:
         choices=intervals.MASKS,
         help="what the interval does: select the samples, or (upstream) weigh all by the share in range",
     )
+    token_weights: str = option(
+        "none", choices=("none", "residual"), help="weigh tokens alike, or those more that are far from their target"
+    )
+    time_weights: str = option(
+        "none", choices=intervals.WEIGHTS, help="weigh times alike, or (smooth) those near noise less"
+    )
 
     def __post_init__(self) -> None:
         require(
             self.stop_steps is None or self.stop_epochs is None,
             "--align-stop-steps and --align-stop-epochs say the same: give one of them",
         )
+        require(
+            self.plateau_steps is None or self.schedule == "plateau",
+            "--align-plateau-steps belongs to --align-schedule plateau: add it",
+        )
         intervals.check(self.interval, self.mask)
+
+    @property
+    def ramp(self) -> int:
+        """Steps in which lambda falls to 0 with schedule `plateau`; its warm-up is as long."""
+        return self.plateau_steps or STEPS
 
     @property
     def trained_times(self) -> tuple[float, float]:
@@ -88,7 +113,7 @@ class AlignOptions:
         return self.interval if self.interval is not None and self.mask == "select" else (0.0, 1.0)
 
     def stop(self, epoch_steps: int) -> int | None:
-        """The optimiser step after which the loss is gone, None for never."""
+        """The optimiser step after which the loss is gone, None for never; with schedule `plateau` the latest."""
         if self.stop_steps is not None:
             stop = self.stop_steps or None
         else:
@@ -97,14 +122,24 @@ class AlignOptions:
             stop is not None or self.schedule not in ("cosine", "linear"),
             f"--align-schedule {self.schedule} falls to 0 at the stop: give --align-stop-steps or --align-stop-epochs",
         )
+        require(
+            stop is None or self.schedule != "plateau" or stop >= 2 * self.ramp,
+            f"--align-schedule plateau with a latest end at step {stop} leaves no step to measure: warm-up and decay "
+            f"take {self.ramp} steps each; give a later end, or a smaller --align-plateau-steps",
+        )
         return stop
 
     def weight_at(self, step: int, stop: int | None, epoch_steps: int) -> float:
-        """Lambda of optimiser step `step`, counted from 0; 0 from `stop`, which is `stop(epoch_steps)`, on."""
+        """Lambda of optimiser step `step`, counted from 0; 0 from `stop` on.
+
+        `stop` is `stop(epoch_steps)`, or with schedule `plateau` what has been measured.
+        """
         if stop is None:
             return self.weight
         if step >= stop:
             return 0.0
+        if self.schedule == "plateau":
+            return self.weight * (1 + math.cos(math.pi * max(0, step - stop + self.ramp) / self.ramp)) / 2
         if self.schedule == "cosine":
             return self.weight * (1 + math.cos(math.pi * step / stop)) / 2
         return self.weight * (1 - step / stop) if self.schedule == "linear" else self.weight
@@ -151,6 +186,8 @@ class Context:
     # the order of the student's tokens, and times (N, S) of segments that have their own
     segments: Segments | None = None
     times: Tensor | None = None
+    # (N, T) weights of the tokens with mean 1, 0 for those that count for nothing; None: all count alike
+    token_weight: Tensor | None = None
 
     def take(self, index: Tensor) -> Context:
         """The context of the samples at `index`."""
@@ -172,6 +209,7 @@ class Alignment(nn.Module, Generic[OptionsT]):
     Options: ClassVar[type[AlignOptions]] = AlignOptions
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
     coupled: ClassVar[bool] = False
+    tokenwise: ClassVar[bool] = False
     reads_ema: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Alignment]]] = {}
 
@@ -197,13 +235,48 @@ class Alignment(nn.Module, Generic[OptionsT]):
         """`options` with the defaults that depend on the student and the global batch: blocks, scales, stops."""
         return options
 
+    @classmethod
+    def check(cls, options: OptionsT) -> None:
+        """Raise UserError for options that need a loss per token, or per sample, where there is none."""
+        require(
+            cls.tokenwise or options.token_weights == "none",
+            f"--{cls.name}-token-weights {options.token_weights}: {cls.name} has no distance per token to weigh by; "
+            f"leave it out",
+        )
+        require(
+            cls.tokenwise or options.schedule != "plateau",
+            f"--{cls.name}-schedule plateau measures a distance that is zero at perfect agreement, and {cls.name} has "
+            f"none: give another schedule, with a stop",
+        )
+        require(
+            not cls.coupled or options.time_weights == "none",
+            f"--{cls.name}-time-weights {options.time_weights}: the loss of {cls.name} is not a mean over samples that "
+            f"could be weighed; leave it out",
+        )
+
     def __init__(self, options: OptionsT, build_context: BuildContext) -> None:
         super().__init__()
         self.options = options
+        self.release = Release(options.ramp) if options.schedule == "plateau" else None
+        # (N,) mean distance of the tokens in the latest forward pass, if there is a `release`
+        self.residual: Tensor | None = None
 
     def forward(self, context: Context) -> Tensor:
         """(N,) loss per sample in float32, or a scalar if `coupled`."""
         raise NotImplementedError
+
+    def weigh(self, context: Context) -> Weigh | None:
+        """What a mean over the tokens of `context` calls with their distances; notes the residual on the way."""
+        route, by_residual = context.token_weight, self.options.token_weights == "residual"
+        if route is None and not by_residual and self.release is None:
+            return None
+
+        def weights_of(distances: Tensor) -> Tensor | None:
+            if self.release is not None:
+                self.residual = weights.present_mean(distances, route)
+            return weights.by_residual(distances, route) if by_residual else route
+
+        return weights_of
 
     def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
         """Its own random numbers for a global batch of `count` samples, one row per sample."""
@@ -265,19 +338,37 @@ def not_none(value: T | None) -> T:
     return value
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference over all axes but the first, in float32: (N, ...) -> (N,)."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def squared_error(prediction: Tensor, target: Tensor, weigh: Weigh | None = None, patch: int | None = None) -> Tensor:
+    """Mean squared difference over all axes but the first, in float32: (N, ...) -> (N,).
+
+    With `weigh` the tokens (second axis) have weights; images (N, C, H, W) have tokens of `patch` pixels a side.
+    """
+    return token_mean((prediction.float() - target.float()).square(), weigh, patch)
 
 
-def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 0.05) -> Tensor:
+def smooth_l1(prediction: Tensor, target: Tensor, beta: float = 0.05, weigh: Weigh | None = None) -> Tensor:
     """Mean smooth-L1 distance over all axes but the first, in float32: (N, ...) -> (N,).
 
-    Quadratic below `beta`, as SRA and SRA 2 have it.
+    Quadratic below `beta`, as SRA and SRA 2 have it. With `weigh` the tokens have weights.
     """
-    return F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none").flatten(1).mean(1)
+    return token_mean(F.smooth_l1_loss(prediction.float(), target.float(), beta=beta, reduction="none"), weigh)
 
 
-def cosine(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
-    """Cosine similarity along `dim`, averaged over all other axes but the first, in float32: (N, ...) -> (N,)."""
-    return F.cosine_similarity(a.float(), b.float(), dim=dim).flatten(1).mean(1)
+def cosine(a: Tensor, b: Tensor, dim: int = -1, weigh: Weigh | None = None) -> Tensor:
+    """Cosine similarity along `dim`, averaged over all other axes but the first, in float32: (N, ...) -> (N,).
+
+    With `weigh` the tokens have weights, by their distance 1 - cosine.
+    """
+    similarity = F.cosine_similarity(a.float(), b.float(), dim=dim)
+    return token_mean(similarity, weigh and (lambda values: weigh(1 - values)))
+
+
+def token_mean(values: Tensor, weigh: Weigh | None = None, patch: int | None = None) -> Tensor:
+    """Mean over all axes but the first, (N, ...) -> (N,); with the weights that `weigh` gives to tokens, if any."""
+    if weigh is not None:
+        tokens = values if patch is None else patchify(values, patch)
+        tokens = tokens.flatten(2).mean(2) if tokens.dim() > 2 else tokens
+        token_weights = weigh(tokens.detach())
+        if token_weights is not None:
+            return (tokens * token_weights).mean(1)
+    return values.flatten(1).mean(1)

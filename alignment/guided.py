@@ -76,6 +76,7 @@ class Guided(Alignment[GuidedOptions]):
     name = "guided"
     Options = GuidedOptions
     whole_time = True
+    tokenwise = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
         # the authors' --stop-epoch is compared with the optimiser step, whatever the size
@@ -90,7 +91,8 @@ class Guided(Alignment[GuidedOptions]):
     def resolve(cls, options: GuidedOptions, student: ModelSpec, batch_size: int = 256) -> GuidedOptions:
         scale = architecture(student).guide_scale if options.guide_scale is None else options.guide_scale
         require(scale is not None, f"no guide scale is published for {student.name} ({PUBLISHED}): give --guide-scale")
-        stop_given = options.stop_steps is not None or options.stop_epochs is not None
+        # a measured end replaces the published one
+        stop_given = options.stop_steps is not None or options.stop_epochs is not None or options.schedule == "plateau"
         return replace(
             options,
             guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
@@ -127,7 +129,7 @@ class Guided(Alignment[GuidedOptions]):
         self.unverified = checkpoint.space.unverified_match(build_context.space)
 
     def forward(self, context: Context) -> Tensor:
-        return squared_error(self.head(context.features[self.taps[0]]), self.target(context))
+        return squared_error(self.head(context.features[self.taps[0]]), self.target(context), self.weigh(context))
 
     def target(self, context: Context) -> Tensor:
         """f_g, (N, T, D of the teacher), float32 (equation 3)."""

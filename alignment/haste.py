@@ -8,6 +8,9 @@
 Published, for SiT: weight 0.5 on each term, features at block 8, student blocks 5-8 against DINOv2-B's 9-12, until step
 100,000 (SiT-B) or 250,000 (SiT-L, SiT-XL) of 256 images. The stop is stored as images, so that it comes after as many
 images at another batch size.
+
+Token weights by residual and the measured release look at the features alone: the attention term is not zero where the
+maps agree.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignment.base import Alignment, BuildContext, Context, cosine, not_none
+from alignment.base import Alignment, BuildContext, Context, cosine, not_none, token_mean
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
 from models.backbone import block_number
@@ -48,6 +51,7 @@ class Haste(Alignment[HasteOptions]):
 
     name = "haste"
     Options = HasteOptions
+    tokenwise = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"paper": {"options": {}}}
 
     @classmethod
@@ -63,7 +67,8 @@ class Haste(Alignment[HasteOptions]):
         # only for its error: it refuses a block that the student does not have
         for number in student_blocks:
             block_number(student.depth, 1, number, "--haste-attention-depths")
-        stop_given = options.stop_steps is not None or options.stop_epochs is not None
+        # a measured end replaces the published one
+        stop_given = options.stop_steps is not None or options.stop_epochs is not None or options.schedule == "plateau"
         # other depths stop as SiT-B if they have fewer than 12 blocks, else as SiT-XL
         stop = max(1, round(IMAGES.get(student.depth, IMAGES[12] if student.depth < 12 else IMAGES[28]) / batch_size))
         return replace(
@@ -87,10 +92,11 @@ class Haste(Alignment[HasteOptions]):
 
     def forward(self, context: Context) -> Tensor:
         target = self.external(context)
-        features = -cosine(self.head(context.features[self.taps[0]]), target.tokens)
+        features = -cosine(self.head(context.features[self.taps[0]]), target.tokens, weigh=self.weigh(context))
         maps = [(context.features[QK(block)], target.attention[encoder_block]) for block, encoder_block in self.pairs]
         attention = sum(
-            attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads]) for student, teacher in maps
+            attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads], context.token_weight)
+            for student, teacher in maps
         ) / len(maps)
         return features + self.options.attention * attention
 
@@ -119,10 +125,14 @@ class Haste(Alignment[HasteOptions]):
         return []  # the encoder is read through hooks, which compiled blocks would not call
 
 
-def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of attention maps from queries and keys (N, 2, heads, T, head_dim): (N,) float32."""
+def attention_loss(student: Tensor, teacher: Tensor, token_weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of attention maps from queries and keys (N, 2, heads, T, head_dim): (N,) float32.
+
+    `token_weight` (N, T) weighs the queries.
+    """
     goal, guess = logits(teacher).softmax(-1), logits(student).log_softmax(-1)
-    return -(goal * guess).sum(-1).flatten(1).mean(1)
+    losses = -(goal * guess).sum(-1)
+    return token_mean(losses if token_weight is None else losses * token_weight[:, None])
 
 
 def logits(qk: Tensor) -> Tensor:

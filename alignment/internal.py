@@ -35,6 +35,7 @@ class Internal(Alignment[InternalOptions]):
 
     name = "internal"
     Options = InternalOptions
+    tokenwise = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"paper": {"options": {}}}
     velocity_head: VelocityHead
 
@@ -52,4 +53,4 @@ class Internal(Alignment[InternalOptions]):
 
     def forward(self, context: Context) -> Tensor:
         predicted = self.velocity_head.velocity(self.head, context.features, self.patch)
-        return squared_error(predicted, interpolant.velocity(context.x0, context.eps))
+        return squared_error(predicted, interpolant.velocity(context.x0, context.eps), self.weigh(context), self.patch)

@@ -8,8 +8,9 @@ With `--align-interval a b` an alignment acts at the times a <= t <= b, in one o
                L = share x (1 / N) sum over all i of l_i
 
 Without an interval L is the plain mean. Samples whose label was dropped count as zero for an alignment that sees the
-others only. The host draws times and dropped labels, so it knows which samples are chosen, and no step waits for the
-device.
+others only. With `--align-time-weights smooth` the samples that act have weights by their times, of mean 1 over the
+global batch (`alignment.weights`). The host draws times and dropped labels, so it knows which samples are chosen and
+what they weigh, and no step waits for the device.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignment.weights import smooth
 from runtime.errors import require
 from runtime.transfer import to_device
 
 Interval = tuple[float, float]
 MASKS = ("select", "upstream")
+WEIGHTS = ("none", "smooth")
 
 
 def check(interval: Interval | None, mask: str) -> None:
@@ -50,6 +53,8 @@ class Selection:
     factor: float = 1.0
     # samples chosen, with an `index`
     count: int = 0
+    # (count,) or (N,) their weights; None: all weigh 1
+    weights: Tensor | None = None
 
     @classmethod
     def of(
@@ -61,6 +66,7 @@ class Selection:
         device: torch.device,
         few_sizes: bool = False,
         labelled: np.ndarray | None = None,
+        time_weights: str = "none",
     ) -> Selection:
         """The selection for the samples `part` of the global batch, whose `times` (B,) are on the host.
 
@@ -69,19 +75,25 @@ class Selection:
         choice of kernels and the allocator then see only a few shapes.
         """
         inside = np.ones(len(times), bool) if interval is None else (times >= interval[0]) & (times <= interval[1])
-        chosen = (np.ones_like(inside) if mask == "upstream" else inside)[part]
+        acting = np.ones_like(inside) if mask == "upstream" else inside
         if labelled is not None:
-            chosen = chosen & labelled[part]
+            acting = acting & labelled
+        chosen = acting[part]
         share = float(inside.mean()) if mask == "upstream" else 1.0
+        weights = None
+        if time_weights == "smooth" and chosen.any():
+            values = smooth(times)
+            values = (values / values[acting].mean())[part][chosen].astype(np.float32)
+            weights = to_device(torch.from_numpy(values), device)
         if chosen.all():
-            return cls(factor=share)
+            return cls(factor=share, weights=weights)
         index, size = np.flatnonzero(chosen), len(chosen)
         count, step = len(index), max(1, size // 16)
         if few_sizes:
             filled = min(size, max(1, -(-count // step)) * step)
             # `mean` cuts the fillers off; if none is chosen, sample 0 stands in and a factor of 0 cancels its loss
             index = np.concatenate([index, np.full(filled - count, index[0] if count else 0)])
-        return cls(to_device(torch.from_numpy(index), device), share * count / size, count)
+        return cls(to_device(torch.from_numpy(index), device), share * count / size, count, weights)
 
     def take(self, context: Any) -> Any:
         """The chosen samples of `context` and those that fill up; its first if none is chosen.
@@ -101,7 +113,14 @@ class Selection:
         value = loss(self.take(context))
         if self.index is not None and not coupled:
             value = value[: self.count or None]
+        if self.weights is not None:
+            value = value * self.weights
         return value.mean() * self.factor
+
+    def sums(self, values: Tensor) -> Tensor:
+        """(2,) the sum of `values` over the chosen samples and their number; (m,) values of what `take` returns."""
+        count = len(values) if self.index is None else self.count
+        return torch.stack([values[:count].sum(), values.new_full((), count)])
 
 
 ALL = Selection()

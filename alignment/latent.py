@@ -55,6 +55,7 @@ class Latent(Alignment[LatentOptions]):
 
     name = "latent"
     Options = LatentOptions
+    tokenwise = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
         "upstream": {"options": {**AUTHORS, "mask": "upstream"}, "train": {"qk_norm": True}},
@@ -82,4 +83,5 @@ class Latent(Alignment[LatentOptions]):
     def forward(self, context: Context) -> Tensor:
         target = context.x0 if self.options.target == "latent" else interpolant.velocity(context.x0, context.eps)
         distance = squared_error if self.options.distance == "mse" else smooth_l1
-        return distance(self.head(context.features[self.taps[0]]), patchify(target, self.patch))
+        prediction = self.head(context.features[self.taps[0]])
+        return distance(prediction, patchify(target, self.patch), weigh=self.weigh(context))

@@ -37,6 +37,7 @@ class LayerSync(Alignment[LayerSyncOptions]):
 
     name = "layersync"
     Options = LayerSyncOptions
+    tokenwise = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}, "train": {"max_grad_norm": 0.0, "mixed_precision": "no", "tf32": True}},
     }
@@ -55,4 +56,4 @@ class LayerSync(Alignment[LayerSyncOptions]):
 
     def forward(self, context: Context) -> Tensor:
         follower, followed = (context.features[tap] for tap in self.taps)
-        return -cosine(follower, followed.detach())
+        return -cosine(follower, followed.detach(), weigh=self.weigh(context))

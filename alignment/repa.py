@@ -48,6 +48,7 @@ class Repa(Alignment[RepaOptions]):
 
     name = "repa"
     Options = RepaOptions
+    tokenwise = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
         "irepa": {"options": {"weight": 1.0, "projector": "conv1x1", "spatial_norm": 0.6}},
@@ -78,7 +79,7 @@ class Repa(Alignment[RepaOptions]):
         tokens = self.external(context).tokens
         if self.spatial_norm is not None:
             tokens = standardised(tokens, self.spatial_norm)
-        return -cosine(self.head(context.features[self.taps[0]]), tokens)
+        return -cosine(self.head(context.features[self.taps[0]]), tokens, weigh=self.weigh(context))
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), **self.external.describe()}

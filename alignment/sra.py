@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, not_none, smooth_l1
+from alignment.base import SCHEDULES, Alignment, AlignOptions, BuildContext, Context, cosine, not_none, smooth_l1
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import linear
+from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -36,8 +37,8 @@ class SraOptions(AlignOptions):
     weight: float = option(0.2, within="[0, inf)", help="lambda, the weight of this loss beside the flow-matching loss")
     schedule: str = option(
         "tail",
-        choices=("tail", "constant", "cosine", "linear"),
-        help="lambda: constant then an exponential tail, constant, or falling to 0 at the stop",
+        choices=("tail", *SCHEDULES),
+        help="lambda: constant then an exponential tail, constant, or falling to 0 at the stop, which plateau measures",
     )
     tail_epoch: int = option(149, within="[0, inf)", help="epoch, from 0, at which the tail begins (512 pixels: 99)")
     tail_length: float = option(
@@ -61,6 +62,7 @@ class Sra(Alignment[SraOptions]):
     name = "sra"
     Options = SraOptions
     whole_time = True
+    tokenwise = True
     reads_ema = True
     presets: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
         "paper": {"options": {}},
@@ -77,6 +79,14 @@ class Sra(Alignment[SraOptions]):
             target_depth=block_number(student.depth, 2 / 3, options.target_depth, "--sra-target-depth", followed),
         )
 
+    @classmethod
+    def check(cls, options: SraOptions) -> None:
+        super().check(options)
+        require(
+            options.distance != "token-cosine" or options.token_weights == "none",
+            "--sra-token-weights: the distance token-cosine has no value per token; give --sra-distance cosine",
+        )
+
     def __init__(self, options: SraOptions, build_context: BuildContext) -> None:
         super().__init__(options, build_context)
         self.taps = (not_none(options.depth),)
@@ -88,9 +98,10 @@ class Sra(Alignment[SraOptions]):
 
     def forward(self, context: Context) -> Tensor:
         prediction, target = self.head(context.features[self.taps[0]]), self.target(context)
+        weigh = self.weigh(context)
         if self.options.distance == "smooth-l1":
-            return smooth_l1(prediction, target)
-        return 1 - cosine(prediction, target, dim=-1 if self.options.distance == "cosine" else 1)
+            return smooth_l1(prediction, target, weigh=weigh)
+        return 1 - cosine(prediction, target, dim=-1 if self.options.distance == "cosine" else 1, weigh=weigh)
 
     @torch.no_grad()
     def target(self, context: Context) -> Tensor:

@@ -43,7 +43,8 @@ FLOORS: list[tuple[str, set[str], set[str]]] = [
     ("benchmarks", set(), set()),
 ]
 PARTS = [name for name, _, _ in FLOORS]
-OBJECTIVES = {file.stem for file in (ROOT / "alignment").glob("*.py")} - {"__init__", "base", "interval", "external"}
+SHARED = {"__init__", "base", "interval", "external", "release", "weights"}  # by the objectives
+OBJECTIVES = {file.stem for file in (ROOT / "alignment").glob("*.py")} - SHARED
 
 
 def files(pattern: str) -> list[Path]:

@@ -179,13 +179,20 @@ class Batches:
         selections = {}
         for name, alignment in alignments.items():
             options = alignment.options
-            if options.interval is not None or alignment.labelled_only:
+            if options.interval is not None or alignment.labelled_only or options.time_weights != "none":
                 # compiled code should meet few sizes on a GPU; a coupled loss must not see the samples that fill up
                 few_sizes = self.device.type == "cuda" and not alignment.coupled
                 part = slice(start, start + self.micro)
                 labelled = ~drawn.dropped if alignment.labelled_only else None
                 selections[name] = Selection.of(
-                    options.interval, options.mask, drawn.t, part, self.device, few_sizes, labelled
+                    options.interval,
+                    options.mask,
+                    drawn.t,
+                    part,
+                    self.device,
+                    few_sizes,
+                    labelled,
+                    options.time_weights,
                 )
         return selections
 

@@ -181,14 +181,19 @@ def main(config: TrainConfig, options: dict[str, AlignOptions], rate: float | No
     cost = estimate(config, options)
     if os.environ.get("RANK", "0") != "0":
         return
-    cached = [
+    notes = [
         f"{name}: its encoder runs over the set once before the first step and holds the tokens of every image in "
         f"memory: neither is counted"
         for name, chosen in options.items()
         if getattr(chosen, "cache", False)
     ]
+    notes += [
+        f"{name} ends by measurement, which nobody knows before: it is counted up to its latest end, or the whole run"
+        for name, chosen in options.items()
+        if chosen.schedule == "plateau"
+    ]
     known = reported(config.model, options) if config.preset in (None, "paper") else []
-    print(report(cost, rate), *cached, *known, sep="\n")
+    print(report(cost, rate), *notes, *known, sep="\n")
 
 
 def reported(model: str, names: Iterable[str]) -> list[str]:

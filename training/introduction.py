@@ -11,6 +11,7 @@ import torch
 import models
 from alignment import Context
 from alignment.interval import ALL
+from alignment.release import rule
 from models import published
 from runtime import launch
 from runtime.options import as_dict
@@ -52,6 +53,8 @@ def facts(run: Run) -> Iterator[str]:
         shown = {key: value for key, value in choices.items() if key not in internal | {"taps"}}
         yield f"alignment {name}: {', '.join(_choices(shown))}"
     for name, alignment in run.alignments.items():
+        if alignment.release is not None:
+            yield f"{name} {rule(alignment.options.ramp, run.setup.stops[name])}"
         yield from alignment.notes()
         if alignment.coupled and run.micro_batch == 1:
             yield (

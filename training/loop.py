@@ -22,6 +22,7 @@ from training import balance, introduction, preflight
 from training.between import ENDED_EARLY, Between, Callback
 from training.log import Meter, RunLog
 from training.muon import Muon
+from training.release import Residuals, decide
 from training.run import Run
 
 
@@ -32,6 +33,7 @@ def update(
     optimizer: torch.optim.Optimizer | Muon,
     max_grad_norm: float,
     meter: Meter | None = None,
+    residuals: Residuals | None = None,
 ) -> Tensor:
     """One optimiser step: L = L_diff + sum over alignments of weight x loss, averaged over the micro-batches.
 
@@ -48,6 +50,8 @@ def update(
             (total / len(micros)).backward()
         if meter is not None:
             meter.add(losses, batch.t, len(micros))
+        if residuals is not None:
+            residuals.add(batch)
     parameters = list(learner.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_grad_norm:
@@ -60,29 +64,35 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     if meter is not None:
         meter.step(norm)
+    if residuals is not None:
+        residuals.step(norm)
     return norm
 
 
 def steps(run: Run, end: int, meter: Meter | None = None) -> Iterator[int]:
     """Optimiser steps up to `end` with the alignments that act now; yields the number of each when it is done."""
-    config, setup = run.config, run.setup
+    config, stops = run.config, run.setup.stops
     learner = run.learner()
+    residuals = Residuals(run.alignments, run.accelerator)
     for micros in run.batches(end):
         number = run.step + 1
         if config.skip_steps is None or not config.skips(number):
             _set_rate(run)
             weights = {
-                name: setup.options[name].weight_at(run.step, setup.stops[name], run.epoch_steps)
-                for name in run.alignments
+                name: alignment.options.weight_at(run.step, run.setup.stops[name], run.epoch_steps)
+                for name, alignment in run.alignments.items()
             }
             if meter is not None and weights and config.compares_gradients_at(number):
                 meter.ratios = balance.ratios(learner, micros, weights, run.accelerator)
                 meter.restart_clock()
-            update(learner, micros, weights, run.optimizer, config.max_grad_norm, meter)
+            update(learner, micros, weights, run.optimizer, config.max_grad_norm, meter, residuals)
             for average in run.averages.values():
                 average.update(number)
         run.step = number
         yield number
+        # what was measured between two steps may have brought the end nearer
+        if run.setup.stops != stops and number == run.end():
+            break
     run.accelerator.free_memory()  # lets go of the DDP wrapper and of its hooks
 
 
@@ -98,9 +108,7 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
     config = run.config
     if run.accelerator.is_main_process:
         (run.folder / ENDED_EARLY).unlink(missing_ok=True)
-        options = {name: as_dict(chosen) for name, chosen in run.setup.options.items()}
-        record = {"train": as_dict(config), "align": options, "resolved": run.resolved}
-        files.write_json(run.folder / "run.json", record)
+    _record(run)
     log = RunLog(
         run.folder,
         run.accelerator,
@@ -128,14 +136,23 @@ def train(run: Run, callbacks: Sequence[Callback] = ()) -> Path:
     return run.folder
 
 
+def _record(run: Run) -> None:
+    """Write the run's options and resolved choices to its folder, on the main process."""
+    if run.accelerator.is_main_process:
+        options = {name: as_dict(chosen) for name, chosen in run.setup.options.items()}
+        record = {"train": as_dict(run.config), "align": options, "resolved": run.resolved}
+        files.write_json(run.folder / "run.json", record)
+
+
 def _segments(run: Run, log: RunLog, between: Between) -> None:
     """Train to the last step, in segments that end where an alignment ends."""
     config = run.config
     while run.step < config.max_train_steps:
-        stops = [run.setup.stops[name] for name in run.alignments]
-        end = min([config.max_train_steps, *(stop for stop in stops if stop is not None)])
         meter = Meter(run.accelerator)
-        for _ in steps(run, end, meter):
-            between(meter, end)
+        for _ in steps(run, run.end(), meter):
+            if lines := decide(run):
+                log.say("\n".join(lines))
+                _record(run)
+            between(meter, run.end())
         for name in run.end_alignments():
             log.say(f"step {run.step}: alignment {name} has ended, plain training from here")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import models
 from alignment import AlignOptions
+from alignment.release import AVERAGES
 from config import FREE_ON_RESUME
 from models import checkpoint
 from models.checkpoint import Checkpoint
@@ -156,6 +157,7 @@ def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
         f"{where}: its alignments are {list(saved) or ['none']}, not {list(setup.options) or ['none']}; to end one "
         f"here, give --align-stop-steps {trunk.step}",
     )
+    setup = measured(setup, trunk)
     for alignment, options in setup.options.items():
         for key, then, now in changes(options, saved[alignment]):
             require(
@@ -163,12 +165,13 @@ def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
                 f"{where}: its {alignment} {key.replace('_', '-')} is {then}, not {now}; a branch may change "
                 f"{', '.join(TIMED)}",
             )
-        _require_same_weights(
-            where, alignment, build(type(options), saved[alignment]), options, trunk.step, setup.epoch_steps
-        )
+        before, stopped = build(type(options), saved[alignment]), trunk.config["resolved"][alignment]["stop"]
+        _require_same_measure(where, alignment, before, stopped, setup, trunk.step)
+        end = stopped if before.schedule == "plateau" else before.stop(setup.epoch_steps)
+        ends = end, setup.stops[alignment]
+        _require_same_weights(where, alignment, (before, options), ends, trunk.step, setup.epoch_steps)
         # an alignment that had ended took its head and optimiser state with it
         has_head = any(key.startswith(f"{alignment}.") for key in heads)
-        stopped = trunk.config["resolved"][alignment]["stop"]
         require(
             alignment not in setup.alive(trunk.step) or has_head or stopped is None or trunk.step < stopped,
             f"{where}: {alignment} had ended by step {trunk.step} and its head is gone; branch from an earlier step",
@@ -177,16 +180,61 @@ def branch(name: str, setup: Setup, precision: str) -> Checkpoint:
 
 
 # Options of an alignment that set when and how strongly it acts.
-TIMED = ("weight", "schedule", "stop_steps", "stop_epochs")
+TIMED = ("weight", "schedule", "stop_steps", "stop_epochs", "plateau_steps")
+
+
+def measured(setup: Setup, earlier: Checkpoint) -> Setup:
+    """`setup` with the ends that had been measured by the checkpoint `earlier`, of the same run or of its trunk."""
+    stops = {}
+    for name, options in setup.options.items():
+        before = build(type(options), earlier.config["align"][name])
+        stop, latest = earlier.config["resolved"][name]["stop"], setup.stops[name]
+        # an end that the options do not give was measured
+        if "plateau" == options.schedule == before.schedule and stop != before.stop(setup.epoch_steps):
+            stops[name] = stop if latest is None else min(stop, latest)
+    return setup.ending(stops)
+
+
+def _require_same_measure(
+    where: str, name: str, before: AlignOptions, stopped: int | None, setup: Setup, step: int
+) -> None:
+    """Refuse a branch at `step` whose alignment `name` would have averaged or read other residuals by then.
+
+    `stopped` is the end that the trunk had set or measured by that step.
+    """
+    after, stop = setup.options[name], setup.stops[name]
+    if after.schedule != "plateau":
+        return
+    require(
+        before.schedule == "plateau",
+        f"{where}: {name} had the schedule {before.schedule}, so the averages that plateau reads are missing; train "
+        f"anew with --{name}-schedule plateau",
+    )
+    require(
+        before.ramp == after.ramp,
+        f"{where}: its {name} plateau-steps is {before.ramp}, not {after.ramp}, on which its averages depend; keep it",
+    )
+    require(
+        stopped is None or stop == stopped or step < stopped - before.ramp,
+        f"{where}: the weight of {name} falls from step {(stopped or 0) - before.ramp} on, and its plateau is no "
+        f"longer looked for; branch from an earlier step",
+    )
 
 
 def _require_same_weights(
-    where: str, name: str, before: AlignOptions, after: AlignOptions, steps: int, epoch_steps: int
+    where: str,
+    name: str,
+    options: tuple[AlignOptions, AlignOptions],
+    stops: tuple[int | None, int | None],
+    steps: int,
+    epoch_steps: int,
 ) -> None:
-    """Refuse a branch whose alignment `name` would have had another weight in any of its first `steps` steps."""
-    stops = before.stop(epoch_steps), after.stop(epoch_steps)
+    """Refuse a branch whose alignment `name` would have had another weight in any of its first `steps` steps.
+
+    `options` and `stops` are the trunk's and the branch's.
+    """
     for step in range(steps):
-        then, now = before.weight_at(step, stops[0], epoch_steps), after.weight_at(step, stops[1], epoch_steps)
+        then, now = (of.weight_at(step, stop, epoch_steps) for of, stop in zip(options, stops, strict=True))
         require(
             then == now,
             f"{where}: the weight of {name} at step {step} was {then:g}, not {now:g}: branch before that step, or keep "
@@ -290,6 +338,8 @@ def restore(
         lost = min(needed - heads.keys(), default=None)
         require(lost is None, f"{earlier.path} lacks {lost} among its heads; use another checkpoint")
         for name, alignment in alignments.items():
+            if f"{name}.{AVERAGES}" not in needed:
+                heads.pop(f"{name}.{AVERAGES}", None)  # of its trunk: a branch may have another schedule
             alignment.load_state_dict(
                 {key.removeprefix(f"{name}."): value for key, value in heads.items() if key.startswith(f"{name}.")}
             )

@@ -51,6 +51,8 @@ class Run:
             launch.on_main(self.accelerator, lambda: held.enter_context(lock))
         precision = launch.precision_name(self.dtype, self.tf32)
         self.resumed = resume.find(self.folder, self.setup, precision, self.accelerator, tidy=held is not None)
+        if self.resumed:
+            self.setup = resume.measured(self.setup, self.resumed)
         # Options and resolved choices of each alignment, those of ended ones included.
         self.resolved: dict[str, Any] = self.resumed.config["resolved"] if self.resumed else {}
         self.step: int = self.resumed.step if self.resumed else 0
@@ -137,6 +139,16 @@ class Run:
         """This process's micro-batches of the steps from the current one up to `end`."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return Batches(self.config, self.data, self.device, rank, world).steps(self.step, end, self.alignments)
+
+    def end(self) -> int:
+        """The step at which the current segment ends: the last, or that of the next alignment that is then gone."""
+        stops = [self.setup.stops[name] for name in self.alignments]
+        return min([self.config.max_train_steps, *(stop for stop in stops if stop is not None)])
+
+    def end_at(self, name: str, stop: int) -> None:
+        """Let the alignment `name` end after step `stop`, as was measured."""
+        self.setup = self.setup.ending({name: stop})
+        self.resolved[name]["stop"] = stop
 
     def end_alignments(self) -> list[str]:
         """Drop the alignments that end here with their heads, averages and optimiser state; returns their names."""

@@ -6,6 +6,7 @@ trained.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ class Setup:
     # Options of each alignment, resolved for this network.
     options: dict[str, AlignOptions]
     epoch_steps: int
-    # The step after which each alignment is gone, None for never.
+    # The step after which each alignment is gone, None for never. With schedule `plateau` the latest end, until an
+    # earlier one is measured.
     stops: dict[str, int | None]
 
     @classmethod
@@ -66,6 +68,8 @@ class Setup:
         if route := Route.of(config.route):
             route.check(spec.depth)
         resolved = {name: find(name).resolve(chosen, spec, config.batch_size) for name, chosen in options.items()}
+        for name, chosen in resolved.items():
+            find(name).check(chosen)
         return cls(
             config,
             data,
@@ -74,6 +78,10 @@ class Setup:
             epoch_steps,
             {name: chosen.stop(epoch_steps) for name, chosen in resolved.items()},
         )
+
+    def ending(self, stops: Mapping[str, int | None]) -> Setup:
+        """The same setup with other ends for some alignments."""
+        return dataclasses.replace(self, stops={**self.stops, **stops})
 
     def alive(self, step: int) -> list[str]:
         """The alignments that still act after `step` optimiser steps."""

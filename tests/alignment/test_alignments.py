@@ -254,7 +254,7 @@ def test_repa_gives_the_authors_numbers() -> None:
     names = models.outline(PARITY_SIT).state_dict()
     network = models.build(PARITY_SIT, weights={name: value for name, value in weights.items() if name in names})
     repa = Repa.__new__(Repa)
-    torch.nn.Module.__init__(repa)
+    Alignment.__init__(repa, Repa.Options(), None)
     repa.taps = (2,)
     head = torch.nn.Sequential(
         torch.nn.Linear(48, 32), torch.nn.SiLU(), torch.nn.Linear(32, 32), torch.nn.SiLU(), torch.nn.Linear(32, 24)
