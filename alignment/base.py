@@ -237,7 +237,7 @@ class Alignment(nn.Module, Generic[OptionsT]):
 
     @classmethod
     def check(cls, options: OptionsT) -> None:
-        """Raise UserError for options that need a loss per token, or per sample, where there is none."""
+        """Raise UserError for options that need a loss per token, or per sample, which this class lacks."""
         require(
             cls.tokenwise or options.token_weights == "none",
             f"--{cls.name}-token-weights {options.token_weights}: {cls.name} has no distance per token to weigh by; "

@@ -16,40 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import interpolant
 import models
-from alignment import Alignment, AlignOptions, BuildContext, Context, find
+from alignment import Alignment, AlignOptions, Context, find
 from alignment.haste import attention_loss
 from alignment.interval import Selection
 from alignment.sra import SraOptions
 from loss import Batch, Learner
 from models import QK
-from models.checkpoint import Checkpoint
-from models.pixels import pixels
 from runtime.errors import UserError
+from tests.alignment.conftest import SPEC
 from tests.helpers import PARITY_SIT, context_of, micro_batch, parity, perturbed
 
-SPEC = models.spec("SiT-Tiny/2", in_channels=1, input_size=8, num_classes=10)
 ALL = sorted(Alignment.registry)
-
-
-@pytest.fixture(scope="session")
-def build(teacher: Path, encoder: Path) -> Callable[..., Alignment]:
-    """build(name, **options): an alignment on the tiny network."""
-    own = {
-        "guided": {"guiding_ckpt": str(teacher)},
-        "repa": {"encoder": str(encoder)},
-        "haste": {"encoder": str(encoder)},
-    }
-
-    def make(name: str, **options: Any) -> Alignment:
-        kind = find(name)
-        small = {"hidden": 32} if "hidden" in kind.Options.__dataclass_fields__ else {}
-        chosen = kind.resolve(kind.Options(**{**small, **own.get(name, {}), **options}), SPEC)
-        alignment = kind(chosen, BuildContext(SPEC, pixels(1), 0, torch.device("cpu"), None, Checkpoint.open))
-        if name == "internal":  # its head starts at zero, where nothing passes
-            torch._foreach_add_([p.data for p in alignment.parameters()], 0.05)
-        return alignment
-
-    return make
 
 
 def part(whole: Batch, index: slice) -> Batch:
