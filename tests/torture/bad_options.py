@@ -135,6 +135,13 @@ BY_HAND = {
         --align latent --align-stop-epochs -1
         --align latent --align-stop-steps 4 --align-stop-epochs 1
         --align latent --align-schedule cosine
+        --align latent --align-plateau-steps 100
+        --align latent --align-schedule plateau --align-plateau-steps 49
+        --align latent --align-schedule plateau --align-stop-steps 99999 -> -schedule
+        --align dispersive --align-schedule plateau -> -schedule
+        --align dispersive --align-token-weights residual -> -token-weights
+        --align contrastive --align-time-weights smooth -> -time-weights
+        --align sra --align-distance token-cosine --align-token-weights residual -> -token-weights
         --align latent --align-mask upstream
         --align latent --preset papr
         --align sra --sra-tail-length 0

@@ -80,6 +80,7 @@ def rehearsed(gpu: FakeGPU, run: Run, before: int = 2) -> Seen:
 
 GUIDED = ("--align-hidden", 32, "--guiding-ckpt", "{tutor}")
 ENCODER = ("--align-hidden", 32, "--align-depth", 1, "--align-encoder", "{encoder}")
+SYNC = ("--align", "layersync", "--align-target-depth", 2)
 # Name -> words, and the most operators (views aside) of a step of two blocks.
 CASES: dict[str, tuple[tuple[object, ...], int]] = {
     "plain": ((), 332),
@@ -95,13 +96,17 @@ CASES: dict[str, tuple[tuple[object, ...], int]] = {
     "averages": (("--ema-lengths", 0.1), 333),
     "gradient ratio": (("--align", "latent", "--align-hidden", 32, "--grad-ratio-steps", 1), 1091),
     "latent": (("--align", "latent", "--align-hidden", 32), 392),
+    "plateau": (("--align", "latent", "--align-hidden", 32, "--align-schedule", "plateau"), 417),
+    "plateau, interval": ((*SYNC, "--align-schedule", "plateau", "--align-interval", 0.4, 0.7), 413),
+    "token weights": (("--align", "latent", "--align-hidden", 32, "--align-token-weights", "residual"), 402),
+    "time weights": (("--align", "latent", "--align-hidden", 32, "--align-time-weights", "smooth"), 395),
     "guided": (GUIDED, 436),
     "guided, interval": ((*GUIDED, "--align-interval", 0.4, 0.7), 447),
     "guided, upstream": ((*GUIDED, "--preset", "upstream"), 456),
     "guided, skip": ((*GUIDED, "--guiding-labels", "skip"), 447),
     "sra": (("--align", "sra"), 433),
     "sra2": (("--align", "latent", "--preset", "sra2", "--align-hidden", 32), 409),
-    "layersync": (("--align", "layersync", "--align-target-depth", 2), 376),
+    "layersync": (SYNC, 376),
     "dispersive": (("--align", "dispersive"), 376),
     "contrastive": (("--align", "contrastive"), 386),
     "internal": (("--align", "internal"), 400),
