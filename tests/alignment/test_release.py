@@ -16,6 +16,7 @@ from alignment import AlignOptions, find
 from alignment.interval import Selection
 from alignment.release import Release
 from runtime.errors import UserError
+from tests.alignment.conftest import SPEC
 from tests.helpers import micro_batch
 from training.release import Residuals, decide
 
@@ -98,6 +99,16 @@ def test_options_of_a_plateau_that_cannot_be() -> None:
     with pytest.raises(UserError, match="latest end at step 199 leaves no step to measure"):
         AlignOptions(schedule="plateau", plateau_steps=100, stop_steps=199).stop(10)
     assert AlignOptions(schedule="plateau", plateau_steps=100, stop_steps=200).stop(10) == 200
+
+
+def test_a_measured_end_replaces_the_published_stop() -> None:
+    for name, required in (("guided", {"guiding_ckpt": "x"}), ("haste", {})):
+        kind = find(name)
+        for schedule, stops in (("constant", True), ("plateau", False)):
+            options = kind.resolve(kind.Options(schedule=schedule, **required), SPEC)
+            assert (options.stop(100) is not None) == stops
+        latest = kind.resolve(kind.Options(schedule="plateau", stop_steps=123_456, **required), SPEC)
+        assert latest.stop(100) == 123_456
 
 
 @pytest.mark.parametrize("cuts", [(6,), (2, 4, 6)])
