@@ -48,8 +48,19 @@ class Batch:
             return interpolant.corrupt(self.x0, self.eps, self.t)
         return interpolant.corrupt(self.x0, self.eps, self.segments.on_grid(self.times, self.x0.shape[-1]))
 
+    @functools.cached_property
+    def on_route(self) -> Tensor | None:
+        """(N, T) weights of mean 1 for the tokens that take the route, 0 for the others."""
+        if self.route is None or self.segments is None:
+            return None
+        return self.segments.on_route(self.route)
+
     def context(self, name: str, features: dict[Tap, Tensor], ema: Backbone | None = None) -> Context:
-        """What the alignment `name` may know of all N samples, given what it reads of the student."""
+        """What the alignment `name` may know of all N samples, given what it reads of the student.
+
+        Tokens that leave a route count for nothing where a feature is from inside it.
+        """
+        inside = self.route is not None and any(isinstance(tap, int) and self.route.passes(tap) for tap in features)
         return Context(
             self.x0,
             self.eps,
@@ -63,6 +74,7 @@ class Batch:
             ema,
             segments=self.segments,
             times=self.times,
+            token_weight=self.on_route if inside else None,
         )
 
 

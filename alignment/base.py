@@ -363,6 +363,17 @@ def cosine(a: Tensor, b: Tensor, dim: int = -1, weigh: Weigh | None = None) -> T
     return token_mean(similarity, weigh and (lambda values: weigh(1 - values)))
 
 
+def token_cosine(a: Tensor, b: Tensor, route: Tensor | None = None) -> Tensor:
+    """Cosine along the tokens, channel by channel, averaged over the channels, in float32: (N, T, D) -> (N,).
+
+    With the weights of a route (N, T), along its tokens.
+    """
+    if route is not None:
+        present = (route != 0)[..., None]
+        a, b = a * present, b * present
+    return cosine(a, b, dim=1)
+
+
 def token_mean(values: Tensor, weigh: Weigh | None = None, patch: int | None = None) -> Tensor:
     """Mean over all axes but the first, (N, ...) -> (N,); with the weights that `weigh` gives to tokens, if any."""
     if weigh is not None:

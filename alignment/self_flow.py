@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, not_none
+from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, not_none, token_cosine
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import linear
 from models.routing import Segments, split
+from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -63,6 +64,7 @@ class SelfFlow(Alignment[SelfFlowOptions]):
 
     name = "self-flow"
     Options = SelfFlowOptions
+    tokenwise = True
     reads_ema = True
     segmented = True
     columns = ("time",)
@@ -89,6 +91,15 @@ class SelfFlow(Alignment[SelfFlowOptions]):
             target_depth=block_number(student.depth, 0.7, options.target_depth, "--self-flow-target-depth", followed),
         )
 
+    @classmethod
+    def check(cls, options: SelfFlowOptions) -> None:
+        super().check(options)
+        require(
+            options.distance != "token-cosine" or (options.token_weights == "none" and options.schedule != "plateau"),
+            "--self-flow-token-weights and --self-flow-schedule plateau: the distance token-cosine has no value per "
+            "token; give --self-flow-distance cosine",
+        )
+
     def __init__(self, options: SelfFlowOptions, build_context: BuildContext) -> None:
         super().__init__(options, build_context)
         self.taps = (not_none(options.depth),)
@@ -111,7 +122,9 @@ class SelfFlow(Alignment[SelfFlowOptions]):
 
     def forward(self, context: Context) -> Tensor:
         prediction, target = self.head(context.features[self.taps[0]]), self.target(context)
-        return 1 - cosine(prediction, target, dim=-1 if self.options.distance == "cosine" else 1)
+        if self.options.distance == "cosine":
+            return 1 - cosine(prediction, target, weigh=self.weigh(context))
+        return 1 - token_cosine(prediction, target, context.token_weight)
 
     @torch.no_grad()
     def target(self, context: Context) -> Tensor:

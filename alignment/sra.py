@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 import interpolant
-from alignment.base import SCHEDULES, Alignment, AlignOptions, BuildContext, Context, cosine, not_none, smooth_l1
+from alignment.base import (
+    SCHEDULES,
+    Alignment,
+    AlignOptions,
+    BuildContext,
+    Context,
+    cosine,
+    not_none,
+    smooth_l1,
+    token_cosine,
+)
 from models import ModelSpec
 from models.backbone import block_number
 from models.heads import linear
@@ -83,8 +93,9 @@ class Sra(Alignment[SraOptions]):
     def check(cls, options: SraOptions) -> None:
         super().check(options)
         require(
-            options.distance != "token-cosine" or options.token_weights == "none",
-            "--sra-token-weights: the distance token-cosine has no value per token; give --sra-distance cosine",
+            options.distance != "token-cosine" or (options.token_weights == "none" and options.schedule != "plateau"),
+            "--sra-token-weights and --sra-schedule plateau: the distance token-cosine has no value per token; give "
+            "--sra-distance cosine",
         )
 
     def __init__(self, options: SraOptions, build_context: BuildContext) -> None:
@@ -101,7 +112,9 @@ class Sra(Alignment[SraOptions]):
         weigh = self.weigh(context)
         if self.options.distance == "smooth-l1":
             return smooth_l1(prediction, target, weigh=weigh)
-        return 1 - cosine(prediction, target, dim=-1 if self.options.distance == "cosine" else 1, weigh=weigh)
+        if self.options.distance == "cosine":
+            return 1 - cosine(prediction, target, weigh=weigh)
+        return 1 - token_cosine(prediction, target, context.token_weight)
 
     @torch.no_grad()
     def target(self, context: Context) -> Tensor:

@@ -85,6 +85,15 @@ class Segments:
         """Values of segments (N, S, ...) -> of tokens (N, T, ...), in the order of the image."""
         return rows[torch.arange(len(rows), device=rows.device)[:, None], self._segment]
 
+    def on_route(self, route: Route) -> Tensor:
+        """(N, T) 1 for the tokens that take the route, 0 for the others, over its mean; in the image's order."""
+        inside = route.inside(self.lengths)
+        starts = [sum(self.lengths[:number]) for number in range(len(self.lengths))]
+        of_place = torch.zeros(self.order.shape[1], device=self.order.device)
+        for start, count in zip(starts, inside, strict=True):
+            of_place[start : start + count] = self.order.shape[1] / sum(inside)
+        return torch.empty_like(of_place).expand_as(self.order).scatter(1, self.order, of_place.expand_as(self.order))
+
     def on_grid(self, rows: Tensor, side: int) -> Tensor:
         """Values (N, S) of segments -> (N, 1, side, side), constant on each token's patch of the latent."""
         grid = math.isqrt(self.order.shape[1])

@@ -122,8 +122,9 @@ def _require_one_order(alignments: Mapping[str, Alignment], route: Route | None)
             f"--align {segmented[0]} gives tokens times of their own, and {name} needs a single time; leave one out",
         )
         require(
-            alignment.options.interval is None,
-            f"--align-interval selects samples by their time, and {segmented[0]} has two; leave the interval out",
+            alignment.options.interval is None and alignment.options.time_weights == "none",
+            f"--align-interval and --align-time-weights choose samples by their time, and {segmented[0]} has two; "
+            f"leave them out",
         )
     for name, alignment in alignments.items() if route else ():
         maps = [tap.block for tap in alignment.taps if isinstance(tap, QK) and route and route.passes(tap.block)]

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 import train
 from alignment import BuildContext
+from alignment.base import token_cosine
+from alignment.latent import Latent, LatentOptions
 from alignment.self_flow import SelfFlow, SelfFlowOptions
 from loss import Batch, Learner
 from models import layouts
@@ -212,7 +214,7 @@ def test_samples_take_no_route(tmp_path: Path, words: Words) -> None:
         (("--align", "self-flow", "sra"), "--align self-flow gives tokens times of their own, and sra needs a single"),
         (
             ("--align", "self-flow", "--align-interval", 0.2, 0.5),
-            "selects samples by their time, and self-flow has two",
+            "choose samples by their time, and self-flow has two",
         ),
         (("--route", 0, 4, 0.5), "--route 0 4 0.5: give blocks from 1 to 6"),
         (("--route", 4, 2, 0.5), "the first before the last"),
@@ -255,3 +257,38 @@ def test_a_route_costs_what_its_blocks_save() -> None:
     segments = Segments.shuffled(torch.rand(2, 16), (16,))
     ratio = flops(segments=segments, route=Route(2, 4, 0.5)) / flops()
     assert 0.6 < ratio < 0.7
+
+
+@pytest.mark.parametrize(("depth", "inside"), [(2, True), (3, True), (1, False), (4, False)])
+def test_inside_a_route_an_alignment_compares_the_tokens_that_took_it(depth: int, inside: bool) -> None:
+    """Stage 1's loss over those tokens alone; over all where the block is outside."""
+    generator = torch.Generator().manual_seed(3)
+    x0, eps = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
+    t, y, uniform = torch.rand(3, generator=generator), torch.arange(3), torch.rand(3, 16, generator=generator)
+    context = BuildContext(PARITY_SIT, SPACE, 0, torch.device("cpu"), None, lambda _: None)
+    alignment = Latent(LatentOptions(depth=depth, hidden=32), context)
+    network = perturbed(PARITY_SIT)
+    batch = arranged(Batch(x0, eps, t, y, y), {}, Route(2, 3, 0.5), uniform)
+    loss = Learner(network, {"latent": alignment})(batch)["latent"]
+    segments = batch.segments
+    feature = network(batch.xt, t, y, (depth,), segments=segments, route=batch.route).features[depth]
+    error = (alignment.head(feature) - patchify(x0, 2)).square().mean(2)
+    expected = error.gather(1, segments.order[:, :8]).mean() if inside else error.mean()
+    torch.testing.assert_close(loss, expected)
+    assert segments.on_route(batch.route).mean(1).tolist() == [1.0] * 3
+
+
+def test_a_cosine_along_the_tokens_runs_along_those_of_the_route() -> None:
+    a, b = torch.randn(2, 3, 16, 8, generator=torch.Generator().manual_seed(4))
+    segments, route = Segments.shuffled(torch.rand(3, 16), (4, 12)), Route(1, 2, 0.5)
+    index = torch.cat([segments.order[:, :2], segments.order[:, 4:10]], dim=1)[..., None].expand(-1, -1, 8)
+    expected = torch.nn.functional.cosine_similarity(a.gather(1, index), b.gather(1, index), dim=1).mean(1)
+    torch.testing.assert_close(token_cosine(a, b, segments.on_route(route)), expected)
+
+
+@pytest.mark.parametrize("option", ["token_weights", "schedule"])
+def test_a_cosine_along_the_tokens_has_no_distance_per_token(option: str, tmp_path: Path, words: Words) -> None:
+    value = {"token_weights": "residual", "schedule": "plateau"}[option]
+    more = ("--align", "self-flow", "--preset", "dts-as", f"--align-{option.replace('_', '-')}", value)
+    with pytest.raises(UserError, match="the distance token-cosine has no value per token"):
+        train.main(words(tmp_path, "run", *more, *SHORT))
