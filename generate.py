@@ -146,7 +146,7 @@ def score(config: GenerateConfig, against: str) -> Path:
     # the samples are not written: there is no file to digest
     result = scorer.result() | {"samples": {"name": out.name, "sha256": None, "settings": settings}}
     if accelerator.is_main_process:
-        report(result, out / "metrics.json")
+        report(result, out / "metrics.json", [scorer.projected])
     accelerator.wait_for_everyone()
     return out
 

@@ -60,7 +60,10 @@ def run(
     earlier = files.read_json(config.out) if config.out and Path(config.out).is_file() else {}
     measured = earlier.get("rows", {}) if earlier.get("settings") == settings else {}
     command = f"python -m benchmarks.{name} {shlex.join(words)}"
-    result = {**environment(command), "settings": settings, "rows": measured}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # of rows that do not name another
+    precision = launch.precision_name(launch.precision(settings.get("mixed_precision"), device))
+    result = {**environment(command), "precision": precision, "settings": settings, "rows": measured}
     with tempfile.TemporaryDirectory() as folder:
         for key, row in rows(config, Path(folder), measured):
             measured[key] = row
@@ -77,21 +80,12 @@ def environment(command: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "command": command,
-        "device": device_name(),
         "commit": launch.commit() or "unknown",
-        "threads": torch.get_num_threads(),
+        **launch.machine(),
         # mean number of running processes in the last minute: above the number of threads, others were busy too
         "load": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
-
-
-def device_name() -> str:
-    """Name of the GPU, or of the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -170,7 +164,7 @@ def mfu(images_per_second: float, flops_per_image: float) -> float | None:
 
     None if the peak is unknown.
     """
-    peak = next((value for name, value in PEAKS.items() if name in device_name()), None)
+    peak = next((value for name, value in PEAKS.items() if name in launch.device_name()), None)
     return None if peak is None else round(images_per_second * flops_per_image / peak, 4)
 
 

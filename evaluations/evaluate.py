@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from runtime.npy import NpzArchive
 from runtime.options import group, option, read
 from runtime.text import aligned
 from sampling import store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class Options:
 
     def __post_init__(self) -> None:
         require(
-            not Path(self.out).is_dir(), f"--out {self.out} is a folder: name the file to write, such as metrics.json"
+            not Path(self.out).is_dir() and Path(self.out).suffix != ".safetensors",
+            f"--out {self.out} is a folder, or the place of the statistics: name the file to write, such as metrics.json",
         )
 
 
@@ -121,9 +125,14 @@ def table(result: dict[str, Any]) -> str:
     return aligned(lines, rule=False)
 
 
-def report(result: dict[str, Any], path: Path | str) -> None:
-    """Write metrics.json to `path` and print the result: table, reference and warnings."""
-    files.write_sealed(path, result)
+def report(result: dict[str, Any], path: Path | str, projected: Sequence[dict[str, Tensor]]) -> None:
+    """Write metrics.json to `path` and print the result: table, reference and warnings.
+
+    Beside it goes a .safetensors file with the projected statistics (`Scorer.projected`) of each run, as `RUN.NAME`.
+    """
+    statistics = Path(path).with_suffix(".safetensors")
+    files.save_tensors(statistics, {f"{n}.{name}": x for n, part in enumerate(projected) for name, x in part.items()})
+    files.write_sealed(path, {**result, "statistics": files.digest(statistics)})
     runs, reference = result.get("runs", [result]), result["reference"]
     print(table(result))
     print(
@@ -160,14 +169,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # all files are checked before the first is scored: an extractor runs for minutes
     for path, images in zip(paths, samples, strict=True):
         reference.require_shape(path, images.shape)
-    runs = []
+    runs, projected = [], []
     for images, description in zip(samples, described, strict=True):
         collected = collect(
             images, extractor, accelerator=accelerator, batch_size=options.batch_size, title=images.name
         )
         runs.append(scorer.compare(collected) | {"samples": description})
+        projected.append(scorer.projected)
     if accelerator.is_main_process:
-        report(summary(runs), options.out)
+        report(summary(runs), options.out, projected)
 
 
 if __name__ == "__main__":

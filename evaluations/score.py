@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from evaluations import metrics
+from evaluations import metrics, projection
 from evaluations.collect import Array, Collected, Collector
 from evaluations.features import Extractor
 from evaluations.reference import Reference
@@ -65,6 +65,9 @@ class Scorer:
         self.precision_recall_mode = precision_recall_mode or ("adm_fp16" if extractor.name == "inception" else "fp32")
         self.shuffle = shuffle
         self._collector = Collector(extractor, accelerator)
+        # Projected statistics of the samples and of the reference that were compared last (`projection.pack`), on the
+        # main process.
+        self.projected: dict[str, Tensor] = {}
 
     def add(self, images: Array, labels: Array | None, indices: Array) -> None:
         """Add images, uint8 (n, H, W, C); see Collector.add. Raises UserError unless they have the reference's size."""
@@ -84,6 +87,8 @@ class Scorer:
     def _compare(self, samples: Collected) -> dict[str, Any]:
         reference, device = self.reference, self.extractor.device
         values = {"fd": metrics.frechet(samples.statistics, reference.statistics)}
+        both = [projection.project(each.statistics, self.extractor.name) for each in (samples, reference)]
+        self.projected = projection.pack(both[0], "samples.") | projection.pack(both[1], "reference.")
         if samples.spatial is not None and reference.spatial is not None:
             values["sfd"] = metrics.frechet(samples.spatial, reference.spatial)
         if self.extractor.head is not None:
@@ -98,6 +103,7 @@ class Scorer:
                 values["class_accuracy"] = metrics.class_accuracy(x, samples.labels, r, reference.labels)
         return {
             "metrics": {NAMES.get((self.extractor.name, name), name): value for name, value in values.items()},
+            "projected": {"fd": metrics.frechet(*both), "width": len(samples.statistics.mean)},
             "num_samples": samples.count,
             "warnings": self._warnings(samples),
             "reference": reference.describe(),

@@ -13,6 +13,7 @@
     python -m recipes publish                  puts the study's tables into README.md and docs/study.md
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
+    python -m recipes replay RECORD            trains its first steps again and compares the losses
 
 `--scale study` runs the same chain on scenes, `--scale digits` and `--scale tiny` on the embedded digits.
 `run ROW --slurm FOLDER [--nodes 2]` writes jobs for Slurm instead. `python -m recipes run --help` lists the options of
@@ -22,12 +23,14 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from recipes import chain, claims, costs, figure, inside, publish, record, rows, runner, scale, slurm, table
+from recipes import chain, claims, costs, figure, inside, publish, record, recompute, rows, runner, scale, slurm, table
 from recipes.rows import Row
 from runtime import errors, files
 from runtime.errors import nearest, require
@@ -100,6 +103,13 @@ class Runs(AtScale):
 @dataclass(frozen=True, kw_only=True)
 class Inside(Runs, Results):
     """Options of `inside`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Options of `replay`."""
+
+    work: str | None = option(None, help="folder of data and teachers, made there if missing (default: a temporary one)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,14 +265,17 @@ def print_table(names: Sequence[str], options: Table) -> None:
 
 
 def print_claims(names: Sequence[str], options: Records) -> None:
-    """Test the paper's claims on the records of the study's rows."""
-    findings = claims.test(record.load(Path(options.results)), options.scale)
+    """Test the claims at this scale on the records of their rows."""
+    results = Path(options.results)
+    records = record.load(results)
+    sets = {name: chosen for name, chosen in claims.load(results).items() if chosen.scale == options.scale}
     require(
-        any(finding.differences for finding in findings),
-        f"no two rows of the study have records of one seed at scale {options.scale}: "
-        f"python -m recipes run study --scale study --seeds 0:5, then claims --scale study",
+        bool(sets),
+        f"no file in {results / 'claims'} has claims at scale {options.scale}: write one before the first run",
     )
-    print(aligned(claims.cells(findings)))
+    for name, chosen in sets.items():
+        print(claims.summary(name, chosen))
+        print(aligned(claims.cells(claims.test(records, chosen), chosen)))
 
 
 def look_inside(names: Sequence[str], options: Inside) -> None:
@@ -290,20 +303,50 @@ def draw_figure(names: Sequence[str], options: Records) -> None:
 
 
 def check(names: Sequence[str], options: Results) -> None:
-    """Recompute what records say of themselves. Without names, compare the ledger and the pages with them too."""
-    results, wrong = Path(options.results), []
+    """Recompute what records say of themselves. Without names, compare records, ledger, claims and pages too."""
+    results, wrong, older = Path(options.results), [], 0
     folders = [Path(name) for name in names] or record.folders(results)
     for folder in folders:
         faults = record.check(folder)
-        print(f"{folder.name}: {'; '.join(faults) or 'holds'}")
+        old = not record.recomputable(record.open_record(folder))
+        state = "holds (older format)" if old else "holds"
+        print(f"{folder.name}: {'; '.join(faults) or state}")
         wrong += [folder.name] if faults else []
+        older += old
     require(
         not wrong,
         f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}; "
         "restore them, or remove them",
     )
+    if older:
+        print(f"older format: {older} records cannot be recomputed from their row and statistics")
     if not names:
-        publish.require_current(results)
+        _check_together(results)
+
+
+def _check_together(results: Path) -> None:
+    """Compare the records with each other, with the claims about them, and with ledger and pages."""
+    records = record.load(results)
+    whole = [entry for entry in record.finished(records) if record.recomputable(entry)]
+    faults = [
+        *recompute.between(whole, results),
+        *rows.tuning_faults([*rows.rows().values()]),
+        *claims.faults(results, records),
+    ]
+    require(not faults, f"the records contradict each other: {'; '.join(faults)}; restore them, or remove them")
+    for line in table.not_complete(records):
+        print(line)
+    publish.require_current(results)
+
+
+def replay_records(names: Sequence[str], options: Replay) -> None:
+    """Train the first steps of records again."""
+    from recipes import replay
+
+    with ExitStack() as held:
+        work = Path(options.work or held.enter_context(tempfile.TemporaryDirectory(prefix="replay-")))
+        for name in names:
+            print(replay.replay(Path(name), work), flush=True)
 
 
 class Command(NamedTuple):
@@ -326,6 +369,7 @@ COMMANDS = {
     "inside": Command(look_inside, Inside, "none"),
     "publish": Command(write_pages, Results, "none"),
     "check": Command(check, Results, "any"),
+    "replay": Command(replay_records, Replay),
 }
 
 

@@ -16,6 +16,9 @@ from recipes.rows import ENCODED, PRESET, Row
 from recipes.scale import Scale
 from runtime.errors import require
 
+# The work folder in what is written down.
+WORK = Path("work")
+
 
 @dataclass(frozen=True)
 class Link:
@@ -78,6 +81,11 @@ class Chain:
         return self.links[: last[-1]]
 
 
+def in_place(text: str, work: Path) -> str:
+    """A path in the folder `work` as if that were `WORK`; any other text unchanged."""
+    return str(WORK) + text.removeprefix(str(work)) if text.startswith(f"{work}/") else text
+
+
 def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     """The chain of `row`; everything lies in the folder `work`."""
     data = work / "data" / scale.data(row)
@@ -133,7 +141,9 @@ def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path
         flag = "--guided-stop-steps" if row.method == "guided" and "--align" in row.words else "--align-stop-steps"
         words += [flag, str(scale.steps(row, stop) if stop else 0)]
     program = "train_guide.py" if row.method == "guided" else "train.py"
-    digest = hashlib.sha256(shlex.join([program, *words, str(row.trunk)]).encode()).hexdigest()[:8]
+    # a run has the same name in every work folder, so that the commands of a record can be rebuilt anywhere
+    normal = [in_place(word, work) for word in words]
+    digest = hashlib.sha256(shlex.join([program, *normal, str(row.trunk)]).encode()).hexdigest()[:8]
     name = f"{row.method}-{scale.model(row).replace('/', '-')}-{digest}"
     runs = work / "exps" / f"seed{seed}"
     words += ["--output-dir", str(runs), "--exp-name", name, "--max-train-steps", str(steps)]

@@ -42,8 +42,19 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(TITLES)) -> str:
-    """Every row of the study at every number of epochs at which it was scored."""
-    chosen = claims.study_records(records, "study")
+    """Every row of the study at every number of epochs at which it was scored.
+
+    Raises UserError if the scores are of several protocols.
+    """
+    chosen = [
+        record for record in table.declared(records) if (record["table"], record["scale"]) == ("study", "study")
+    ]
+    protocols = {score["key"] for record in chosen for score in record["scores"]}
+    require(
+        len(protocols) < 2,
+        f"the study's records are of {len(protocols)} protocols, and scores of two never stand in one table: keep "
+        f"those of one",
+    )
     lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
         for epochs, scored in table.by_epochs(chosen, row.name).items():
@@ -55,18 +66,28 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
                     f"{epochs:g}",
                     spread([table.quality(score) for score in scores]),
                     spread([values["class_accuracy"] for values in metrics if "class_accuracy" in values]),
-                    str(len(scores)),
+                    table.counted(
+                        {record["seed"] for record, _ in scored},
+                        row.seeds,
+                        table.failed(records, row.name, "study"),
+                    ),
                     f"{statistics.mean(score['flops'] for score in scores) / 1e12:.2f}",
                 ]
             )
     return markdown(lines)
 
 
+def _claims(results: Path, name: str) -> list[list[str]]:
+    """The findings of a set of claims."""
+    chosen = claims.load(results)[name]
+    return claims.cells(claims.test(record.load(results), chosen), chosen)
+
+
 # Name of a table -> what makes it from the folder of results. The summary has the rows of the paper's Table 4.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "study": lambda results: study_table(record.load(results)),
     "summary": lambda results: study_table(record.load(results), ("plain", "stage1", "plain-teacher", "full")),
-    "claims": lambda results: markdown(claims.cells(claims.test(record.load(results)))),
+    "claims": lambda results: markdown(_claims(results, "study")),
     "inside": lambda results: markdown(inside.summary(inside.load(results))),
 }
 

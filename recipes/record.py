@@ -1,14 +1,17 @@
 """A record: one folder for every result, written by the runner alone.
 
     results/records/DATE-ROW-SCALE-sSEED/
-      record.json    row, scale, seed, status, commands, commit, versions, device, digests, steps, hours, rate,
-                     and a digest of each file
-      config.json    the run's options and resolved choices, from its checkpoint
-      metrics.json   each score: preset, epochs, metrics, the protocol under which it was made, device hours,
-                     and FLOPs of training, stage 1 included
-      log.jsonl      the run's log; before that of a branch, its trunk's
+      record.json           row, scale, seed, status, commands, commit, versions, device, processor, threads, load,
+                            precision, digests, steps, hours, rate, and a digest of each file
+      config.json           the run's options and resolved choices, from its checkpoint
+      metrics.json          each score: preset, epochs, metrics, the protocol under which it was made, device hours,
+                            FLOPs of training, stage 1 included, and what it was computed from
+      features.safetensors  of each score, mean and covariance of the samples' features (`evaluations.projection`)
+      log.jsonl             the run's log; before that of a branch, its trunk's
+    results/references/DIGEST.safetensors    the same statistics of a reference, once for all its scores
 
-`results/ledger.csv` is generated from the folders. Only scores with equal protocol keys belong in one column.
+`results/ledger.csv` is generated from the folders. Only scores with equal protocol keys belong in one column. Paths are
+written as if the work folder were `work`. docs/records.md says which of this can be verified.
 """
 
 from __future__ import annotations
@@ -20,25 +23,33 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict
 
 from evaluations.histories import protocol, spent, whole_log
 from models.checkpoint import Checkpoint, versions
-from recipes import costs, rows, scale
-from recipes.chain import Chain
-from recipes.scale import Scale
+from recipes import costs, recompute, rows, scale
+from recipes.chain import WORK, Chain, build, in_place
+from recipes.scale import Places, Scale
 from runtime import files, schema
 from runtime.errors import require
 from runtime.jsonlines import read
 from runtime.schema import Number
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Names of the Frechet distance; a table shows the first of these that a score has.
 METRICS = ("fid", "fd")
+# Of record.json. Older records have none and cannot be recomputed; none is younger than the date.
+FORMAT, SINCE = 2, "2026-11-29"
+FEATURES = "features.safetensors"
 
 
 def key(values: dict[str, Any]) -> str:
@@ -51,17 +62,17 @@ def write(
     *,
     size: Scale,
     seed: int,
-    commands: list[str],
+    work: Path,
     processes: int,
+    nodes: int,
     results: Path,
     failure: str | None = None,
 ) -> Path:
     """Write the record of a chain that has run, or that failed with `failure`; returns its folder.
 
-    A chain that has the same scores of the same checkpoint as a record keeps that record.
+    A chain that has the same scores of the same checkpoint as a record keeps that record. `processes` are those of a
+    node.
     """
-    import torch
-
     from runtime import launch
 
     files.remove_leftovers(results / "records")
@@ -77,6 +88,7 @@ def write(
     with files.replacing(folder) as made:
         made.mkdir()
         summary: dict[str, Any] = {
+            "format": FORMAT,
             "row": chain.row.name,
             "table": chain.row.table,
             "scale": size.name,
@@ -84,14 +96,17 @@ def write(
             "date": today,
             "status": "failed" if failure else "finished",
             "failure": failure,
-            "commands": commands,
+            "commands": [link.command(processes, nodes) for link in build(chain.row, size, seed, WORK).links],
+            "places": asdict(size.places),
             "commit": launch.commit(),
             "versions": {"python": platform.python_version(), **versions()},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-            "processes": processes,
+            **launch.machine(),
+            "load": os.getloadavg()[0],
+            "processes": processes * nodes,
+            "nodes": nodes,
         }
         if failure is None:
-            summary |= _results(chain, size, made, processes)
+            summary |= _results(chain, size, made, processes * nodes, work, results)
         summary["files"] = {file.name: files.digest(file) for file in sorted(made.iterdir())}
         files.write_json(made / "record.json", summary)
     write_ledger(results)
@@ -109,10 +124,20 @@ def _recorded(chain: Chain, size: Scale, seed: int, results: Path) -> Path | Non
     return None
 
 
-def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[str, Any]:
+def _normal(value: Any, work: Path) -> Any:
+    """JSON with paths in `work` as if that were `WORK`."""
+    if isinstance(value, dict):
+        return {key: _normal(part, work) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_normal(part, work) for part in value]
+    return in_place(value, work) if isinstance(value, str) else value
+
+
+def _results(chain: Chain, size: Scale, folder: Path, processes: int, work: Path, results: Path) -> dict[str, Any]:
     """Write the files of a finished chain into `folder`; returns what its record adds."""
     checkpoint = Checkpoint.open(f"{chain.run}@{chain.step}")
     config = {name: checkpoint.config[name] for name in ("model", "train", "align", "resolved", "precision")}
+    config = _normal(config, work)
     files.write_json(folder / "config.json", config)
     (folder / "log.jsonl").write_text(
         "".join(f"{json.dumps(line)}\n" for line in whole_log(chain.run)), encoding="utf-8"
@@ -127,16 +152,22 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
     def device_hours(step: int) -> dict[str, float]:
         return {"training": spent(chain.run, batch_size, step)[0] * processes, "stage 1": stage1 * processes}
 
-    scores = []
-    for score in chain.scores:
+    scores, statistics = [], {}
+    for number, score in enumerate(chain.scores):
         metrics = files.read_sealed(score.link.makes)
-        conditions = protocol(metrics)
+        conditions = {**protocol(metrics), "training_precision": config["precision"]}
+        samples, reference = _statistics(score.link.makes, metrics)
+        statistics |= {f"{number}.{name}": x for name, x in samples.items()}
         scores.append(
             {
                 "preset": score.preset,
                 "epochs": score.epochs,
                 "step": score.step,
                 "metrics": metrics["metrics"],
+                "fd64": metrics["projected"]["fd"],
+                "feature_width": metrics["projected"]["width"],
+                "reference_statistics": _write_reference(reference, results),
+                "checkpoint": metrics["samples"]["settings"]["checkpoint"],
                 "num_samples": metrics["num_samples"],
                 "key": key(conditions),
                 "protocol": conditions,
@@ -145,7 +176,11 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
             }
         )
     files.write_json(folder / "metrics.json", {"scores": scores})
+    files.save_tensors(folder / FEATURES, statistics)
     return {
+        # of the last start of the run, which may have been on another machine
+        **files.read_json(chain.run / "run.json").get("machine", {}),
+        "precision": config["precision"],
         "digests": {
             "data": checkpoint.config["data"]["digest"],
             "checkpoint": checkpoint.digest,
@@ -155,6 +190,34 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int) -> dict[st
         "device_hours": device_hours(chain.step),
         "images_per_second": spent(chain.run, batch_size, chain.step)[1],
     }
+
+
+def _statistics(makes: Path, metrics: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Projected statistics of the samples and of the reference behind a score, from the file beside it."""
+    file = makes.with_suffix(".safetensors")
+    require(
+        file.is_file() and files.digest(file) == metrics.get("statistics"),
+        f"{file} is missing or not that of {makes.name}: remove {makes.parent}, and give the same command again",
+    )
+    tensors = files.load_tensors(file)
+    samples, reference = (
+        {name.removeprefix(f"0.{of}."): x for name, x in tensors.items() if name.startswith(f"0.{of}.")}
+        for of in ("samples", "reference")
+    )
+    return samples, reference
+
+
+def _write_reference(statistics: dict[str, Tensor], results: Path) -> str:
+    """Keep the statistics of a reference in a file that is called after its digest, which is returned."""
+    from safetensors.torch import save
+
+    content = save(statistics)
+    digest = hashlib.sha256(content).hexdigest()
+    file = recompute.reference_file(results, digest)
+    if not file.is_file():
+        with files.replacing(file) as temporary:
+            temporary.write_bytes(content)
+    return digest
 
 
 # What is read of each file, checked when a record is opened.
@@ -177,12 +240,29 @@ class Scores(TypedDict):
     scores: list[Score]
 
 
+class RecomputableScore(Score):
+    """What is read beside that of a score whose record has a format."""
+
+    fd64: Number
+    feature_width: int
+    reference_statistics: str
+    checkpoint: str
+
+
+class RecomputableScores(TypedDict):
+    scores: list[RecomputableScore]
+
+
 class TrainOptions(TypedDict):
     batch_size: int
 
 
 class RecordedConfig(TypedDict):
     train: TrainOptions
+    model: dict[str, Any]
+    align: dict[str, dict[str, Any]]
+    resolved: dict[str, dict[str, Any]]
+    precision: str
 
 
 class Summary(TypedDict):
@@ -206,6 +286,19 @@ class Finished(Summary):
     digests: dict[str, str | None]
 
 
+class Recomputable(Finished):
+    """What is read beside that of one that has a format."""
+
+    commands: list[str]
+    places: Places
+    nodes: int
+    precision: str
+    device: str
+    cpu: str
+    threads: int
+    versions: dict[str, str]
+
+
 def folders(results: Path) -> list[Path]:
     """The folders of all records, sorted by name."""
     return sorted(path for path in (results / "records").glob("*") if not path.name.startswith("."))
@@ -219,9 +312,10 @@ def open_record(folder: Path) -> dict[str, Any]:
     )
     summary, scores = files.read_json(folder / "record.json"), []
     if schema.checked(Summary, summary, folder / "record.json")["status"] == "finished":
-        schema.checked(Finished, summary, folder / "record.json")
+        whole = recomputable(summary)
+        schema.checked(Recomputable if whole else Finished, summary, folder / "record.json")
         metrics = files.read_json(folder / "metrics.json")
-        schema.checked(Scores, metrics, folder / "metrics.json")
+        schema.checked(RecomputableScores if whole else Scores, metrics, folder / "metrics.json")
         scores = metrics["scores"]
         for score in scores:
             require(
@@ -229,6 +323,11 @@ def open_record(folder: Path) -> dict[str, Any]:
                 f"{folder / 'metrics.json'} has a score without {' or '.join(METRICS)}; restore it from a copy",
             )
     return {**summary, "folder": folder.name, "scores": scores}
+
+
+def recomputable(record: dict[str, Any]) -> bool:
+    """Whether a record holds what it takes to recompute it; older ones do not."""
+    return "format" in record or record["date"] >= SINCE
 
 
 def load(results: Path) -> list[dict[str, Any]]:
@@ -277,7 +376,8 @@ def check(folder: Path) -> list[str]:
     """Recompute what a record says of itself; returns what does not hold, in words.
 
     Digests of its files, the key of each protocol, the step and FLOPs of each score from row and scale, rate and hours
-    from its log. Hours of stage 1 are left out, since that run's log is in another record, if anywhere.
+    from its log; commands, options and protocols from the row; a distance from the statistics (`recompute`). Hours of
+    stage 1 are left out, since that run's log is in another record, if anywhere.
 
     Raises UserError if it is damaged or not a record.
     """
@@ -297,6 +397,8 @@ def check(folder: Path) -> list[str]:
     _, rate = spent(folder, batch_size, summary["step"])
     if not math.isclose(summary["images_per_second"], rate, rel_tol=1e-6):
         faults.append(f"its log gives {rate:.6g} images per second, not {summary['images_per_second']:.6g}")
+    if recomputable(summary):
+        faults += recompute.faults(folder, summary)
     return faults
 
 

@@ -56,8 +56,9 @@ def run(
         plan,
         size=scale,
         seed=seed,
-        commands=commands,
-        processes=processes * nodes,
+        work=work,
+        processes=processes,
+        nodes=nodes,
         results=results,
     )
     with signals.noted(at_once=True) as asked:

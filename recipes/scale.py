@@ -153,7 +153,9 @@ class Scale:
 
 _ENCODE = "-m preprocessing.encode --images {images} --vae {vae}"
 _LOSS = " --velocity-loss mse+cosine --time-sampling logit-normal"
-_STUDY = "--learning-rate 4e-3 --log-steps 50"
+# the first line of a log is over the steps that `recipes.replay` trains again
+_LOG = "--log-steps 20"
+_STUDY = f"--learning-rate 4e-3 {_LOG}"
 _TINY = "--recipe digits --model {model} --batch-size 16"
 
 SCALES = {
@@ -199,7 +201,10 @@ SCALES = {
         models={"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"},
         latents=dict.fromkeys(FAMILIES, "digits"),
         encode=dict.fromkeys(FAMILIES, "-m preprocessing.digits"),
-        train={"sit": "--recipe digits --model {model}", "lightningdit": "--recipe digits --model {model}" + _LOSS},
+        train={
+            "sit": f"--recipe digits --model {{model}} {_LOG}",
+            "lightningdit": f"--recipe digits --model {{model}}{_LOSS} {_LOG}",
+        },
         encoder="--align-encoder {work}/encoder --align-cache",
         encoder_command="-m recipes.encoder",
         guided_epochs=20,

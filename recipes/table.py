@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from models.published import Published
 from recipes import costs
-from recipes.record import METRICS, newest
+from recipes import rows as known
+from recipes.record import METRICS, finished, newest
 from recipes.rows import Row, printed
 from recipes.scale import find
 from runtime.text import aligned, spread
@@ -40,6 +41,42 @@ def verdict(published: float, ours: Sequence[float]) -> str:
     margin, away = max(SHARE * published, DISTANCE), abs(statistics.mean(ours) - published)
     half = half_interval(ours)
     return "reproduced" if away + half <= margin else "differs" if away - half > margin else "undecided"
+
+
+def declared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest record of each row and each seed that the row declares; other seeds do not count."""
+    seeds = {name: row.seeds for name, row in known.rows().items()}
+    return [record for record in newest(records) if record["seed"] in seeds.get(record["row"], ())]
+
+
+def failed(records: Sequence[dict[str, Any]], row: str, scale: str) -> set[int]:
+    """The seeds of a row that failed and have not finished since."""
+    here = [record for record in records if (record["row"], record["scale"]) == (row, scale)]
+    return {record["seed"] for record in here} - {record["seed"] for record in finished(here)}
+
+
+def counted(seeds: Collection[int], declared: Sequence[int], failed: Collection[int]) -> str:
+    """How many of the declared seeds `seeds` are, and what became of the others: '3 of 5; failed: 2; missing: 4'."""
+    lost = [seed for seed in declared if seed not in seeds]
+    parts = {
+        "failed": [seed for seed in lost if seed in failed],
+        "missing": [seed for seed in lost if seed not in failed],
+    }
+    text = [f"{title}: {' '.join(map(str, some))}" for title, some in parts.items() if some]
+    return "; ".join([f"{len(declared) - len(lost)} of {len(declared)}", *text])
+
+
+def not_complete(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each row that has records of some of its seeds alone, or of others."""
+    lines = []
+    for row, scale in dict.fromkeys((record["row"], record["scale"]) for record in records):
+        wanted = known.rows()[row].seeds if row in known.rows() else ()
+        seeds = {record["seed"] for record in finished(records, row=row, scale=scale)}
+        others = sorted(seeds - {*wanted})
+        if others or not {*wanted} <= seeds:
+            more = f"; not declared: {' '.join(map(str, others))}" if others else ""
+            lines.append(f"seeds of {row} at scale {scale}: {counted(seeds, wanted, failed(records, row, scale))}{more}")
+    return lines
 
 
 def by_epochs(records: Sequence[dict[str, Any]], row: str, key: str | None = None) -> dict[float, Scored]:
@@ -93,7 +130,11 @@ def render(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -
     blocks = []
     for key, title in columns(shown).items() or {"": "no record yet"}.items():
         first = {} if scale == "paper" else by_epochs(shown, rows[0].name, key)
-        lines = [line for row in rows for line in _lines(row, by_epochs(shown, row.name, key), first, scale)]
+        lines = [
+            line
+            for row in rows
+            for line in _lines(row, by_epochs(shown, row.name, key), first, scale, failed(records, row.name, scale))
+        ]
         head = [column for column in HEAD if column not in OPTIONAL or any(line.get(column) for line in lines)]
         blocks.append(f"{title}\n{aligned([head, *([line.get(column, '') for column in head] for line in lines)])}")
     if scale == "paper" and (alone := _alone(rows)):
@@ -120,11 +161,13 @@ def _alone(rows: Sequence[Row]) -> list[list[str]]:
 
 def _of(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
     """The newest records of `rows` at one scale, row by row."""
-    records = [record for record in newest(records) if record["scale"] == scale]
+    records = [record for record in declared(records) if record["scale"] == scale]
     return [record for row in rows for record in records if record["row"] == row.name]
 
 
-def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], scale: str) -> list[dict[str, str]]:
+def _lines(
+    row: Row, scored: dict[float, Scored], first: dict[float, Scored], scale: str, lost: Collection[int]
+) -> list[dict[str, str]]:
     """A line for each number of epochs at which the row is scored. The published number belongs to its end."""
     printed_row = row.published if scale == "paper" else None
     published = printed_row.metrics.get("fid") if printed_row else None
@@ -133,12 +176,14 @@ def _lines(row: Row, scored: dict[float, Scored], first: dict[float, Scored], sc
     at_end = {} if published is None else {"published": f"{published:.2f}"}
     if not scored:
         hours = f" ({costs.paper_hours()[row.name]:,.3g} h)" if scale == "paper" else ""  # computed, of an H100
-        why = "; ".join(filter(None, ("not run" + hours, "" if published is None else _no_verdict(row))))
+        state = f"failed: {' '.join(map(str, sorted(lost)))}" if lost else "not run" + hours
+        why = "; ".join(filter(None, (state, "" if published is None else _no_verdict(row))))
         return [{**name, "epochs": f"{row.epochs:g}", **at_end, "verdict": why, **_more(printed_row, [])}]
     lines = []
     for epochs, scores in scored.items():
         ours = [quality(score) for _, score in scores]
-        line = {**name, "epochs": f"{epochs:g}", "ours": f"{spread(ours)} ({len(ours)})"}
+        seeds = counted({record["seed"] for record, _ in scores}, row.seeds, lost)
+        line = {**name, "epochs": f"{epochs:g}", "ours": f"{spread(ours)} ({seeds})"}
         line |= {**_costs(scores), **_more(printed_row if epochs == row.epochs else None, scores)}
         if epochs in first and scores != first[epochs]:
             base = {record["seed"]: quality(score) for record, score in first[epochs]}

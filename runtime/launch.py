@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -155,7 +156,9 @@ def orphaned(launcher: int) -> bool:
 def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     """torch.bfloat16 or None (float32).
 
-    The flag wins, then the launcher's bf16; otherwise bf16 on CUDA hardware that has it, float32 elsewhere.
+    The flag wins, then the launcher's bf16; otherwise bf16 on CUDA hardware that has it, float32 elsewhere. A CPU that
+    does not multiply bf16 natively takes many times as long with it as with float32: there a note says that float32 is
+    used.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     require(
@@ -164,6 +167,9 @@ def precision(wanted: str | None, device: torch.device) -> torch.dtype | None:
     )
     if wanted is None:
         wanted = "bf16" if launcher == "bf16" or (device.type == "cuda" and native_bf16(device)) else "no"
+    if wanted == "bf16" and device.type == "cpu" and not native_bf16(device):
+        note("this CPU does not multiply bf16 natively, which makes it many times as slow: running in float32")
+        wanted = "no"
     return torch.bfloat16 if wanted == "bf16" else None
 
 
@@ -257,6 +263,22 @@ def compile_network(network: Any, heads: Iterable[Any], wanted: str | None, devi
     ends = [network.final_layer] if getattr(network, "final_layer", None) is not None else []
     for module in [*network.blocks, *([*ends, *heads] if device.type == "cuda" else [])]:
         module.compile(options={"combo_kernels": True} if wanted == "combined" and device.type == "cuda" else None)
+
+
+def cpu_name() -> str:
+    """The processor's model, or its architecture where the system does not tell."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def device_name() -> str:
+    """Name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def machine() -> dict[str, Any]:
+    """What a rate and the last bits of a number depend on: device, processor, threads."""
+    return {"device": device_name(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
 
 
 def commit() -> str | None:

@@ -9,7 +9,7 @@ import os
 # The two-process runs use one thread each, and the number of threads changes the last bits of a result.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ import torch
 import train
 import train_guide
 from preprocessing import digits
+from runtime import launch
 
 torch.set_num_threads(1)
 
@@ -35,6 +36,15 @@ def exempt_libraries_from_collection() -> None:
     """Each training run collects garbage once; without this, every collection scans all the imported libraries."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bf16() -> Iterator[None]:
+    """Tests of bf16 on a CPU without it would run in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not launch.native_bf16(torch.device("cpu")):
+            patch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

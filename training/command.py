@@ -88,7 +88,7 @@ def read_settings(file: str) -> dict[str, Given]:
     """
     values = files.read_json(Path(file))
     settings = {key: values.get(key, {}) for key in ("train", "align")} if isinstance(values, dict) else {}
-    right = bool(settings) and values.keys() <= {"train", "align", "resolved"}
+    right = bool(settings) and values.keys() <= {"train", "align", "resolved", "machine"}
     right = right and all(isinstance(part, dict) for part in [*settings.values(), *settings["align"].values()])
     require(right, f'{file} is not of the form {{"train": {{...}}, "align": {{NAME: {{...}}}}}}; correct it')
     return settings

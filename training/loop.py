@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loss import Batch
-from runtime import files, signals
+from runtime import files, launch, signals
 from runtime.errors import LostContact, contact_lost
 from runtime.options import as_dict
 from training import balance, introduction, preflight
@@ -140,7 +140,7 @@ def _record(run: Run) -> None:
     """Write the run's options and resolved choices to its folder, on the main process."""
     if run.accelerator.is_main_process:
         options = {name: as_dict(chosen) for name, chosen in run.setup.options.items()}
-        record = {"train": as_dict(run.config), "align": options, "resolved": run.resolved}
+        record = {"train": as_dict(run.config), "align": options, "resolved": run.resolved, "machine": launch.machine()}
         files.write_json(run.folder / "run.json", record)
 
 

@@ -57,9 +57,9 @@ def test_what_is_compared_is_measured_in_turns_and_the_ratio_is_right():
 
 
 def test_mfu_is_a_share_of_the_stated_peak(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(measure.launch, "device_name", lambda: "NVIDIA H200")
     assert measure.mfu(3000.0, 138e9) == pytest.approx(0.4182, abs=1e-4)
-    monkeypatch.setattr(measure, "device_name", lambda: "something else")
+    monkeypatch.setattr(measure.launch, "device_name", lambda: "something else")
     assert measure.mfu(3000.0, 138e9) is None
 
 

@@ -94,7 +94,9 @@ def test_a_chosen_kernel_compiles_without_a_graph_break():
     torch.testing.assert_close(network(*inputs(SPEC)).velocity, expected)
 
 
-def test_native_bf16_of_a_cpu_is_what_its_instructions_say(monkeypatch: pytest.MonkeyPatch):
+def test_native_bf16_of_a_cpu_is_what_its_instructions_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     from recipes import quickstart
 
     for known, native in (
@@ -105,5 +107,7 @@ def test_native_bf16_of_a_cpu_is_what_its_instructions_say(monkeypatch: pytest.M
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
         assert launch.native_bf16(CPU) is native
         assert launch.precision(None, CPU) is None  # float32 unless it is asked for
+        assert launch.precision("bf16", CPU) is (torch.bfloat16 if native else None)
+        assert ("this CPU does not multiply bf16 natively" in capsys.readouterr().out) != native
         if not torch.cuda.is_available():
             assert quickstart._precision() == ("bf16" if native else "no")

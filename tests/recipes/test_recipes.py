@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -48,7 +48,7 @@ STEPS = 9
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A row of each table and figure, from nothing to its record; samplers take fewer steps than their presets say."""
     folder = tmp_path_factory.mktemp("recipes")
     few = {
@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recipes.main(
                 ["run", name, "--scale", "tiny", "--work", str(folder / "work"), "--results", str(folder / "results")]
             )
-    return folder
+        yield folder  # records are checked against these presets
 
 
 def test_every_row_of_the_tables_is_listed_with_its_published_number(
@@ -224,7 +224,8 @@ def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pyt
     for entry in records:
         folder = place / "results" / "records" / entry["folder"]
         assert entry["status"] == "finished" and record.check(folder) == []
-        assert {"record.json", "config.json", "metrics.json", "log.jsonl"} == {file.name for file in folder.iterdir()}
+        written = {"record.json", "config.json", "metrics.json", "features.safetensors", "log.jsonl"}
+        assert written == {file.name for file in folder.iterdir()}
         assert (
             entry["commands"]
             and entry["digests"]["data"]
@@ -348,6 +349,10 @@ SCORE = {
     "protocol": {},
     "device_hours": {"training": 1, "stage 1": 0},
     "flops": 1,
+    "fd64": 1.0,
+    "feature_width": 64,
+    "reference_statistics": "r",
+    "checkpoint": "c",
 }
 
 
@@ -500,15 +505,15 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
     first, second = text.split("\n\n")
     assert (
         "[aaaa]" in first
-        and "23.00 ± 0.10 (3)" in first
+        and "23.00 ± 0.10 (3 of 3)" in first
         and "+0.09" in first
         and "reproduced" in first
         and "10" in first
     )
-    assert "[bbbb]" in second and "30.00 (1)" in second and "undecided" in second and "cccc" not in text
+    assert "[bbbb]" in second and "30.00 (1 of 3; missing: 1 2)" in second and "undecided" in second and "cccc" not in text
     tiny = table.render(chosen, records, "tiny")
     assert (
-        "1.00 (1)" in tiny and "22.91" not in tiny and "reproduced" not in tiny
+        "1.00 (1 of 3; missing: 1 2)" in tiny and "22.91" not in tiny and "reproduced" not in tiny
     )  # no published number at another scale
     assert first.count("not run") == 3
 
@@ -618,7 +623,7 @@ def test_a_seed_that_was_run_again_is_one_sample() -> None:
     chosen = rows.of_table("table4")
     again = [fake("table4/SiT-B-2/full", 0, "aaaa", fid) for fid in (40.0, 22.8, 22.9)]
     text = table.render(chosen, again, "paper")
-    assert "22.90 (1)" in text and "undecided" in text and "reproduced" not in text
+    assert "22.90 (1 of 3; missing: 1 2)" in text and "undecided" in text and "reproduced" not in text
     assert table.figure_points(chosen, again, "paper")["aaaa"]["table4/SiT-B-2/full"] == {80: [22.9]}
 
 
@@ -902,7 +907,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["run", "table1", "table3", "--reference", "x"], "256 and 512 pixels need a reference each"),
         (["run", RUN[3], "--nodes", "0"], r"--nodes 0 must lie in \[1, inf\)"),
         (["run", RUN[3], "--work", "/dev/null"], "--work /dev/null is a file"),
-        (["claims", "--scale", "study"], "no two rows of the study have records"),
+        (["claims", "--scale", "study"], "no file in .*claims has claims at scale study"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], expected: str, tmp_path: Path) -> None:
