@@ -53,7 +53,7 @@ class Options:
     def __post_init__(self) -> None:
         require(
             not Path(self.out).is_dir() and Path(self.out).suffix != ".safetensors",
-            f"--out {self.out} is a folder, or the place of the statistics: name the file to write, such as metrics.json",
+            f"--out {self.out} is a folder, or where the statistics go: name the file to write, such as metrics.json",
         )
 
 

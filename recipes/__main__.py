@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from recipes import chain, claims, costs, figure, inside, publish, record, recompute, rows, runner, scale, slurm, table
+from recipes import chain, claims, costs, figure, inside, publish, recompute, record, rows, runner, scale, slurm, table
 from recipes.rows import Row
 from runtime import errors, files
 from runtime.errors import nearest, require
@@ -109,7 +109,9 @@ class Inside(Runs, Results):
 class Replay:
     """Options of `replay`."""
 
-    work: str | None = option(None, help="folder of data and teachers, made there if missing (default: a temporary one)")
+    work: str | None = option(
+        None, help="folder of data and teachers, made there if missing (default: a temporary one)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""Tables that pages show, made from the records: README's results and the claims of docs/study.md.
+"""Tables that pages show, made from files: results and claims from the records, measurements from benchmarks/results.
 
-A page marks the place: `<!-- results: NAME -->`, the table, `<!-- end -->`. `python -m recipes publish` rewrites the
-table; `python -m recipes check` fails if it differs from the records.
+README and the pages of docs/ mark the place: `<!-- results: NAME -->`, the table, `<!-- end -->`. `python -m recipes
+publish` rewrites the table; `python -m recipes check` fails if it differs from the files.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import claims, inside, record, rows, table
+from recipes import claims, inside, measured, record, rows, table
 from runtime import files
 from runtime.errors import require
 from runtime.text import spread
 
-PAGES = ("README.md", "docs/study.md")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 # Rows of the study in words.
@@ -46,9 +45,7 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
 
     Raises UserError if the scores are of several protocols.
     """
-    chosen = [
-        record for record in table.declared(records) if (record["table"], record["scale"]) == ("study", "study")
-    ]
+    chosen = [record for record in table.declared(records) if (record["table"], record["scale"]) == ("study", "study")]
     protocols = {score["key"] for record in chosen for score in record["scores"]}
     require(
         len(protocols) < 2,
@@ -89,6 +86,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": lambda results: study_table(record.load(results), ("plain", "stage1", "plain-teacher", "full")),
     "claims": lambda results: markdown(_claims(results, "study")),
     "inside": lambda results: markdown(inside.summary(inside.load(results))),
+    "quickstart": lambda results: markdown(measured.quickstart()),
+    "scenes": lambda results: markdown(measured.scenes()),
+    "muon": lambda results: markdown(measured.muon()),
+    "internal": lambda results: markdown(measured.internal()),
 }
 
 
@@ -113,8 +114,8 @@ def publish(root: Path, results: Path) -> list[Path]:
 
 
 def stale(root: Path, results: Path) -> list[Path]:
-    """The pages whose tables differ from the results."""
-    pages = [root / name for name in PAGES if (root / name).is_file()]
+    """The pages below `root` whose tables differ from the results."""
+    pages = [page for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if page.is_file()]
     return [path for path in pages if page(text := path.read_text(encoding="utf-8"), results) != text]
 
 

@@ -12,14 +12,17 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from recipes import chain, rows, scale
+from recipes import chain, costs, rows, scale
 from recipes.chain import WORK, Chain
-from recipes.scale import Places
+from recipes.scale import Places, Scale
 from runtime import files
 from runtime.errors import UserError
 from runtime.options import as_dict, read
+
+if TYPE_CHECKING:
+    from dataset import LatentSet
 
 # Two statistics of one reference, by different devices, are at most this share of their variance apart.
 SAME = 1e-4
@@ -47,7 +50,7 @@ def faults(folder: Path, record: dict[str, Any]) -> list[str]:
     per_node = record["processes"] // max(1, record["nodes"])
     commands = [link.command(per_node, record["nodes"]) for link in plan.links]
     wrong = [] if record["commands"] == commands else [_difference(record["commands"], commands)]
-    wrong += _wrong_options(plan, config)
+    wrong += _wrong_options(plan, scale.find(record["scale"]), config)
     wrong += _wrong_digests(plan, config, record)
     if len(record["scores"]) != len(plan.scores):
         return [*wrong, f"its row has {len(plan.scores)} scores, not {len(record['scores'])}"]
@@ -62,25 +65,30 @@ def _difference(recorded: Sequence[str], rebuilt: Sequence[str]) -> str:
     return f"its row gives the command {now!r}, not {before!r}"
 
 
-def _wrong_options(plan: Chain, config: dict[str, Any]) -> Iterator[str]:
+def _wrong_options(plan: Chain, size: Scale, config: dict[str, Any]) -> Iterator[str]:
     """How config.json differs from the options that the training command resolves to."""
     from training import command
+    from training.setup import Setup
 
     link = next(link for link in reversed(plan.links) if link.name == "train")
     program, *words = link.words
     train, options = command.resolve(words, program, None, ("guided",) if program == "train_guide.py" else ())
+    setup = Setup.of(train, options, data=cast("LatentSet", costs.sketch(plan.row, size)))
     # a run that a longer row went on with names the end of that; QK-norm is taken over from the teacher
     free = {"max_train_steps", *(["qk_norm"] if plan.teacher else [])}
     yield from _differences("", config["train"], as_dict(train), free)
-    if config["model"].get("name") != train.model:
-        yield f"config.json: the network is {config['model'].get('name')}, its command gives {train.model}"
+    # classes and channels are those of the images
+    fixed = ("name", "architecture", "depth", "hidden_size", "num_heads", "patch_size")
+    spec = {key: value for key, value in setup.spec.to_json().items() if key in fixed}
+    yield from _differences("model: ", config["model"], spec, set())
     if sorted(config["align"]) != sorted(options):
         yield f"config.json: the alignments are {sorted(config['align'])}, its command gives {sorted(options)}"
-    for name, chosen in options.items():
-        # what is left to the network or to the data stands there as it was settled
-        expected = {key: value for key, value in as_dict(chosen).items() if value is not None}
-        for part in ("align", "resolved"):
-            yield from _differences(f"{part}: {name} ", config[part].get(name, {}), expected, set())
+    for name, chosen in setup.options.items():
+        yield from _differences(f"align: {name} ", config["align"].get(name, {}), as_dict(chosen), set())
+        # what a method settles by itself is none of its options; a branch whose method has ended has its trunk's stop
+        settled = {key: value for key, value in as_dict(chosen).items() if value is not None}
+        free = set() if plan.row.trunk is None else {"stop_steps"}
+        yield from _differences(f"resolved: {name} ", config["resolved"].get(name, {}), settled, free)
 
 
 def _differences(where: str, recorded: dict[str, Any], expected: dict[str, Any], free: set[str]) -> Iterator[str]:
@@ -174,9 +182,10 @@ def between(records: Sequence[dict[str, Any]], results: Path) -> list[str]:
         known = [(f"{plan.run}@{score['step']}", score["checkpoint"]) for score in record["scores"]]
         if plan.teacher is not None and record["digests"]["teacher"]:
             known.append((f"{plan.teacher[0]}@{plan.teacher[1]}", record["digests"]["teacher"]))
-        of = {(record["scale"], record["precision"], name) for name, _ in known[: len(record["scores"])]}
+        where = (str(record["scale"]), str(record["precision"]))
+        of: set[tuple[str, ...]] = {(*where, name) for name, _ in known[: len(record["scores"])]}
         for name, digest in known:
-            place = (record["scale"], record["precision"], name)
+            place = (*where, name)
             names.setdefault(place, {}).setdefault(digest, []).append(record["folder"])
             places.setdefault(digest, set()).add(place)
         for file in ("metrics.json", "features.safetensors"):

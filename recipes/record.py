@@ -152,7 +152,8 @@ def _results(chain: Chain, size: Scale, folder: Path, processes: int, work: Path
     def device_hours(step: int) -> dict[str, float]:
         return {"training": spent(chain.run, batch_size, step)[0] * processes, "stage 1": stage1 * processes}
 
-    scores, statistics = [], {}
+    scores: list[dict[str, Any]] = []
+    statistics: dict[str, Tensor] = {}
     for number, score in enumerate(chain.scores):
         metrics = files.read_sealed(score.link.makes)
         conditions = {**protocol(metrics), "training_precision": config["precision"]}

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes import record, recompute, runner
+from recipes import recompute, record, runner
 from recipes.chain import Chain
 from runtime.errors import require
 from runtime.jsonlines import read

@@ -75,7 +75,9 @@ def not_complete(records: Sequence[dict[str, Any]]) -> list[str]:
         others = sorted(seeds - {*wanted})
         if others or not {*wanted} <= seeds:
             more = f"; not declared: {' '.join(map(str, others))}" if others else ""
-            lines.append(f"seeds of {row} at scale {scale}: {counted(seeds, wanted, failed(records, row, scale))}{more}")
+            lines.append(
+                f"seeds of {row} at scale {scale}: {counted(seeds, wanted, failed(records, row, scale))}{more}"
+            )
     return lines
 
 

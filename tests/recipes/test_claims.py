@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from recipes import claims, inside, publish, rows, scale
-from recipes.claims import CLAIMS, holm
+from recipes.claims import holm
 from runtime.errors import UserError
+from tests.helpers import ROOT
 
 
 def record(row: str, seed: int, scores: dict[float, float], key: str = "aaaa", scale: str = "study") -> dict:
@@ -33,36 +36,51 @@ def study(full: tuple[float, ...], plain: tuple[float, ...]) -> list[dict]:
     ]
 
 
-def finding(records: list[dict], statement: str) -> claims.Finding:
-    return next(entry for entry in claims.test(records) if entry.claim.statement == statement)
+STUDY = claims.load(ROOT / "results")["study"]
+EQUAL_STEPS = "stage 2 improves on plain training, at equal steps"
 
 
-def test_claims_are_about_rows_and_epochs_that_are_scored() -> None:
-    for claim in CLAIMS:
-        for key, epochs in (claim.better, claim.worse):
-            row = rows.find(f"study/SiT-B-2/{key}")
-            assert epochs in (row.at or (row.epochs,)) and key in publish.TITLES
-    assert len({claim.statement for claim in CLAIMS}) == len(CLAIMS)
+def finding(records: list[dict], seeds: int) -> claims.Finding:
+    """The claim at equal steps over the first `seeds` seeds."""
+    chosen = dataclasses.replace(STUDY, seeds=tuple(range(seeds)))
+    return next(entry for entry in claims.test(records, chosen) if entry.claim.hypothesis == EQUAL_STEPS)
+
+
+def test_the_committed_claims_hold_by_themselves_and_their_rows_have_titles() -> None:
+    assert claims.faults(ROOT / "results", []) == []
+    assert {row.split("/")[-1] for row in STUDY.rows} <= publish.TITLES.keys()
+
+
+def test_power_is_the_share_of_drawn_studies_that_see_the_effect() -> None:
+    """Against simulation, and at no effect the level itself."""
+    draws = np.random.default_rng(0).standard_normal((20_000, 5))
+    for effect, deviation, count in ((0.5, 0.3, 1), (0.5, 0.3, 16), (1.0, 0.5, 4)):
+        p = stats.ttest_1samp(effect + deviation * draws, 0, axis=1).pvalue
+        expected = float((p < 0.05 / count).mean())
+        assert claims.power(effect, deviation, 5, count) == pytest.approx(expected, abs=0.01)
+    assert claims.power(0.0, 1.0, 5, 2) == pytest.approx(0.025)
 
 
 def test_a_paired_test_is_the_t_test_of_the_differences() -> None:
     full, plain = (2.0, 2.3, 1.9, 2.2, 2.1), (3.1, 3.2, 2.9, 3.5, 3.0)
-    tested = finding(study(full, plain), "stage 2 improves on plain training, at equal steps")
+    tested = finding(study(full, plain), 5)
     gaps = [a - b for a, b in zip(full, plain)]
     mean = sum(gaps) / 5
     error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 4 / 5)
     assert tested.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 4), rel=1e-9)
     assert tested.interval == pytest.approx(2.7764451 * error, rel=1e-6)  # the table's t for 4 degrees of freedom
     assert tested.verdict == "holds"
-    assert finding(study(plain, full), "stage 2 improves on plain training, at equal steps").verdict == "reversed"
-    assert (
-        finding(study((2.0, 3.0, 2.5), (2.4, 2.5, 2.6)), "stage 2 improves on plain training, at equal steps").verdict
-        == "undecided"
-    )
-    assert finding(study((2.0,), (3.0,)), "stage 2 improves on plain training, at equal steps").verdict == "not run"
-    assert finding(
-        study(full, plain[:3]), "stage 2 improves on plain training, at equal steps"
-    ).differences == pytest.approx(gaps[:3])
+    assert finding(study(plain, full), 5).verdict == "reversed"
+    assert finding(study((2.0, 3.0, 2.5), (2.4, 2.5, 2.6)), 3).verdict == "undecided"
+    assert finding([], 5).verdict == "not run"
+    # a seed that is declared and missing leaves no verdict; one that is not declared does not count
+    incomplete = finding(study(full, plain[:3]), 5)
+    assert incomplete.differences == pytest.approx(gaps[:3]) and incomplete.verdict == "incomplete"
+    assert incomplete.seeds == "3 of 5; missing: 3 4" and finding(study(full, plain), 3).seeds == "3 of 3"
+    failed = {**record("plain", 4, {}), "status": "failed"}
+    assert finding([*study(full, plain[:3]), failed], 5).seeds == "3 of 5; failed: 4; missing: 3"
+    more = [record("full", 7, {80: 1.0}), record("plain", 7, {80: 9.0})]
+    assert finding([*study(full, plain), *more], 5).differences == pytest.approx(gaps)
 
 
 def test_holms_correction() -> None:
@@ -74,15 +92,15 @@ def test_holms_correction() -> None:
 
 def test_scores_of_two_protocols_are_never_paired() -> None:
     with pytest.raises(UserError, match="2 protocols"):
-        claims.test([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
+        claims.test([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")], STUDY)
     with pytest.raises(UserError, match="2 protocols"):
         publish.study_table([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
-    assert "| stage 2 | 80 | 1.00 |" in publish.study_table(
+    assert "| stage 2 | 80 | 1.00 | 0.50 | 1 of 5; missing: 1 2 3 4 |" in publish.study_table(
         [record("full", 0, {80: 9.0}), record("full", 0, {80: 1.0})]
     )
     assert all(
         tested.verdict == "not run"
-        for tested in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)])
+        for tested in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)], STUDY)
     )
 
 
@@ -96,7 +114,8 @@ def test_pages_are_rewritten_from_records_and_stale_ones_are_named(
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("<!-- end -->\ntail\n") and "old" not in text
     assert (
-        "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 | 2.00 |" in text and "| plain SiT | 146 | 1.00 ± 0.00" in text
+        "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 of 5; missing: 2 3 4 | 2.00 |" in text
+        and "| plain SiT | 146 | 1.00 ± 0.00" in text
     )
     assert publish.stale(tmp_path, tmp_path) == []
     records[0]["scores"][0]["metrics"]["fd"] = 2.1

@@ -510,7 +510,9 @@ def test_a_table_never_mixes_protocols_or_scales() -> None:
         and "reproduced" in first
         and "10" in first
     )
-    assert "[bbbb]" in second and "30.00 (1 of 3; missing: 1 2)" in second and "undecided" in second and "cccc" not in text
+    assert (
+        "[bbbb]" in second and "30.00 (1 of 3; missing: 1 2)" in second and "undecided" in second and "cccc" not in text
+    )
     tiny = table.render(chosen, records, "tiny")
     assert (
         "1.00 (1 of 3; missing: 1 2)" in tiny and "22.91" not in tiny and "reproduced" not in tiny
