@@ -85,7 +85,7 @@ def _wrong_options(plan: Chain, size: Scale, config: dict[str, Any]) -> Iterator
         yield f"config.json: the alignments are {sorted(config['align'])}, its command gives {sorted(options)}"
     for name, chosen in setup.options.items():
         yield from _differences(f"align: {name} ", config["align"].get(name, {}), as_dict(chosen), set())
-        # what a method settles by itself is none of its options; a branch whose method has ended has its trunk's stop
+        # a method also settles values that are not options; a branch whose method has ended has its trunk's stop
         settled = {key: value for key, value in as_dict(chosen).items() if value is not None}
         free = set() if plan.row.trunk is None else {"stop_steps"}
         yield from _differences(f"resolved: {name} ", config["resolved"].get(name, {}), settled, free)
