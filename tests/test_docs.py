@@ -27,7 +27,7 @@ from generate import GenerateConfig
 from models.checkpoint import Checkpoint
 from models.peers import PEERS
 from models.routing import Segments
-from recipes import claims, inside, publish, record, rows
+from recipes import claims, publish, record, rows
 from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
 from runtime.text import spread
@@ -255,7 +255,8 @@ def _of_others() -> Iterator[tuple[str, str]]:
         "docs/study.md",
         f"A difference of {tested.smallest_effect:g} had a chance of {tested.power.value:.2f} to be seen",
     )
-    probes = [row for probed in inside.load(ROOT / "results") for row in probed["rows"]]
+    seeds = [json.loads(file.read_text()) for file in sorted((ROOT / "results" / "probes").glob("study-*.json"))]
+    probes = [row for probed in seeds for row in probed["rows"]]
 
     def accuracy(network: str | None, features: str, block: int | None = None, t: float | None = None) -> str:
         wanted = (network, features, block, t)
@@ -271,8 +272,8 @@ def _of_others() -> Iterator[tuple[str, str]]:
     torture = measured("2026-11-21-torture-full")
     kills, flips = torture["kills"], torture["flips"]
     assert kills["counts"]["runs with the same bits"] == kills["counts"]["runs"]
-    inside = kills["counts"]["during a save"]
-    yield "README.md", f"We killed runs {kills['done']} times at random moments, {inside} times inside a save"
+    saving = kills["counts"]["during a save"]
+    yield "README.md", f"We killed runs {kills['done']} times at random moments, {saving} times inside a save"
     yield "README.md", f"All of {flips['counts']['refused']:,} flipped bits were refused"
 
 
