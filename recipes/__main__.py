@@ -391,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = words[1:flags]
     options = read(command.options, words[flags:], prog=prog, description=command.action.__doc__)
     for flag in ("work", "results"):
-        folder = Path(getattr(options, flag, ""))
+        folder = Path(getattr(options, flag, None) or "")
         require(not folder.exists() or folder.is_dir(), f"--{flag} {folder} is a file: give a folder")
     require(
         bool(names) or command.names != "some", f"{prog} needs a name; choose one that python -m recipes list shows"

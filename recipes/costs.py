@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # What a GPU is assumed to sustain, for hours: an H100.
 TERAFLOPS = SHARE * PEAKS["H100"] / 1e12
-# FLOPs of every row and every table at the paper's scale; made by `python -m recipes.costs`.
+# FLOPs of every row at the paper's scale; made by `python -m recipes.costs`.
 COUNTED = Path(__file__).with_name("costs.json")
 IMAGENET = 1_281_167
 # Options on which no step's FLOPs depend, with the value that stands for any.
@@ -178,20 +178,9 @@ def outstanding(chosen: Sequence[Row], scale: Scale) -> float:
 
 def paper_hours() -> dict[str, float]:
     """Row -> hours of one GPU at `TERAFLOPS` at the paper's scale, its teacher's included, from the committed FLOPs."""
-    return {row: flops / TERAFLOPS / 1e12 / 3600 for row, flops in files.read_json(COUNTED)["rows"].items()}
-
-
-def of_tables() -> dict[str, dict[str, float]]:
-    """Table, and `together` -> its number of rows and their FLOPs at the paper's scale, shared runs once, as counted.
-
-    The rows of `digits`, which are meant for their own scale, are left out.
-    """
-    chosen = {name: rows.of_table(name) for name in rows.TABLES if name != "digits"}
-    chosen["together"] = [row for some in chosen.values() for row in some]
-    return {name: {"rows": len(some), "flops": outstanding(some, find("paper"))} for name, some in chosen.items()}
+    return {row: flops / TERAFLOPS / 1e12 / 3600 for row, flops in files.read_json(COUNTED).items()}
 
 
 if __name__ == "__main__":
     # counts every row at the paper's scale, which takes minutes
-    counted = {name: flops(row, find("paper")) for name, row in rows.rows().items()}
-    files.write_json(COUNTED, {"rows": counted, "tables": of_tables()})
+    files.write_json(COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items()})

@@ -232,6 +232,8 @@ def test_losses_of_the_log_are_trained_again(results: Path, capsys: pytest.Captu
     gap = re.search(r"losses of steps 1 to 6 differ by at most (\S+) of the recorded ones\n", printed)
     assert gap is not None and float(gap[1]) < 1e-5
     assert not (tmp_path / "work" / "exps").exists()
+    recipes.main(["replay", str(folder)])  # in a folder that is removed
+    assert f"losses of steps 1 to 6 differ by at most {gap[1]} of" in capsys.readouterr().out
     log = folder / "log.jsonl"
     whole = log.read_text()
     log.write_text(re.sub(r'("step": 3, "loss/diffusion": )[0-9.]+', r"\g<1>0.01", whole))
