@@ -6,7 +6,7 @@ dopri5, which chooses its steps for a whole batch).
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
 `grid.png`, a row a class. A killed run continues where it was: finished samples are kept in `partial/`. With
-`--reference` it scores the samples as it draws them, and writes `metrics.json` alone.
+`--reference` it scores the samples as it draws them, and writes `metrics.json` and `metrics.safetensors` alone.
 
     python generate.py --ckpt exps/stage2 --classes "golden retriever" otter 974 --per-class 6
     python generate.py --ckpt exps/plain --compare exps/stage1 exps/stage2 --classes 207 88 --per-class 4 --out figure

@@ -185,9 +185,8 @@ def between(records: Sequence[dict[str, Any]], results: Path) -> list[str]:
         where = (str(record["scale"]), str(record["precision"]))
         of: set[tuple[str, ...]] = {(*where, name) for name, _ in known[: len(record["scores"])]}
         for name, digest in known:
-            place = (*where, name)
-            names.setdefault(place, {}).setdefault(digest, []).append(record["folder"])
-            places.setdefault(digest, set()).add(place)
+            names.setdefault((*where, name), {}).setdefault(digest, []).append(record["folder"])
+            places.setdefault(digest, set()).add((*where, name))
         for file in ("metrics.json", "features.safetensors"):
             contents.setdefault(record["files"][file], []).append((record["folder"], of))
     for place, digests in names.items():
