@@ -249,6 +249,11 @@ def section45() -> Iterator[Row]:
         yield _row("section4.5", "SiT-B/2", method, 200, variant="section 4.5", presets=("table1-sde",), stop=stop)
 
 
+# RARE on iREPA: measured release, 250,000 steps at most, and token weights. Its authors choose the encoder's block by a
+# probe; here it is the last one.
+RARE = "--preset irepa --align-schedule plateau --align-stop-steps 250000 --align-token-weights residual"
+
+
 def peers() -> Iterator[Row]:
     """Methods under the protocols of other authors, those that can be trained here.
 
@@ -259,15 +264,16 @@ def peers() -> Iterator[Row]:
         ("none", "none", ""),
         ("repa", "repa", ""),
         ("irepa", "repa", "--preset irepa"),
+        ("rare", "repa", RARE),
         ("haste", "haste", ""),
         ("sra", "sra", ""),
         ("guided", "guided", ""),
     ):
-        variant = "RARE: iREPA" if key == "irepa" else "RARE"
+        variant = {"irepa": "RARE: iREPA", "rare": "RARE: RARE"}.get(key, "RARE")
         more = {"variant": variant, "presets": ("table1-sde",), "seeds": (0,)}
         row = _row("peers", "SiT-B/2", method, 80, f"{key}-80", words, **more)
         yield row
-        cfg = f"{variant} cfg" if key == "irepa" else f"{variant}: cfg"
+        cfg = f"{variant} cfg" if ": " in variant else f"{variant}: cfg"
         yield replace(row, name=f"{row.name}-cfg", variant=cfg, presets=("rare-cfg",))
     half = "--preset dts-as --self-flow-share 0.5 --self-flow-full-share 0.25"
     for key, epochs, words, variant in (
@@ -319,6 +325,12 @@ def digits() -> Iterator[Row]:
         ("muon", "none", "--optimizer muon --learning-rate 3e-3", {}),
         ("stage1", "latent", stage1, {}),
         ("guided", "guided", "", {"teacher": teacher}),
+        (
+            "guided-plateau",
+            "guided",
+            "--align-schedule plateau --align-plateau-steps 100",
+            {"teacher": teacher, "stop": 80},
+        ),
         ("guided-omega-3", "guided", "--guide-scale 3", {"teacher": teacher}),
         ("repa", "repa", "", {}),
         ("haste", "haste", "", {"stop": 20}),
