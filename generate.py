@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import FeatureOptions, require_samples
-from models.peers import PEERS
+from models.peers import SAMPLING
 from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.options import group, option, peek, read
@@ -119,7 +119,7 @@ def resolve(argv: Sequence[str] | None) -> GenerateConfig:
         prog="generate.py",
         description=__doc__,
         between=presets.settings,
-        hints=PEERS,
+        hints=SAMPLING,
         epilog=f"presets: {', '.join(presets.PRESETS)}",
     )
 

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from config import FeatureOptions, require_samples
 from evaluations import drawing
-from models.peers import PEERS
+from models.peers import SAMPLING
 from runtime import errors, files, schema
 from runtime.errors import UserError, require
 from runtime.locks import locked
@@ -260,7 +260,7 @@ def conclude(config: SweepConfig, results: Results, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command; returns the result's folder."""
-    return sweep(read(SweepConfig, argv, prog="python -m evaluations.sweep", description=__doc__, hints=PEERS))
+    return sweep(read(SweepConfig, argv, prog="python -m evaluations.sweep", description=__doc__, hints=SAMPLING))
 
 
 if __name__ == "__main__":

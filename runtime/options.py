@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import shlex
 import sys
 import types
 import typing
@@ -79,6 +80,14 @@ def _require_bounds(schema: type[DataclassInstance], values: Given, section: str
             require(above and below, f"{flags} {number} must lie in {bounds}")
 
 
+class Hint(NamedTuple):
+    """The reply to a flag that is no option here, and its translation."""
+
+    reply: str
+    # To write in its place; VALUE is what was given to the flag. None: only the reply helps.
+    words: tuple[str, ...] | None = ()
+
+
 class Option(NamedTuple):
     """One flag of a schema, wherever it is declared."""
 
@@ -110,7 +119,7 @@ def read(
     first: str | None = None,
     between: Callable[[Given], Given] | None = None,
     epilog: str | None = None,
-    hints: Mapping[str, str] | None = None,
+    hints: Mapping[str, Hint] | None = None,
 ) -> T:
     """The options of a command.
 
@@ -119,7 +128,8 @@ def read(
         first: the option that takes a leading word without a flag.
         between: returns settings between the defaults and the command line, from the given values (a preset).
         epilog: text after the options in `--help`, such as the names of presets.
-        hints: replies to flags of other programs, by flag; used before the nearest flag is suggested.
+        hints: replies to flags of other programs, by flag or by FLAG=VALUE (for a value that is other here); used
+            before the nearest flag is suggested.
 
     Raises:
         UserError: an unknown flag, a value of the wrong type, a missing required option, or a value that the dataclass
@@ -144,7 +154,7 @@ def parse(
     prog: str,
     description: str | None = None,
     epilog: str | None = None,
-    hints: Mapping[str, str] | None = None,
+    hints: Mapping[str, Hint] | None = None,
 ) -> dict[str, Given]:
     """The values that `argv` gives, by section and option name, with the types of the sections' dataclasses.
 
@@ -166,7 +176,9 @@ def parse(
         for opt in options_of(schema):
             if opt.field.metadata["rare"]:
                 file = f'{{"train": {{"{opt.field.name}": ...}}}}'
-                replies[f"--{opt.field.name.replace('_', '-')}"] = f"give it in a file: --config FILE with {file}"
+                replies[f"--{opt.field.name.replace('_', '-')}"] = Hint(
+                    f"give it in a file: --config FILE with {file}", None
+                )
                 continue
             title = f"alignment {section}" if section else opt.heading
             if title not in titled:
@@ -176,7 +188,8 @@ def parse(
     # argparse would end the process at an unknown flag without the hint that helps
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(_unknown(unknown[0].split("=")[0], parser, replies))
+        flags = {flag for action in parser._actions for flag in action.option_strings}
+        raise UserError(_unknown(argv, unknown, flags, replies, prog))
     given: dict[str, Given] = {section: {} for section in schemas}
     for key, value in vars(known).items():
         section, name = key.split(".")
@@ -184,12 +197,73 @@ def parse(
     return given
 
 
-def _unknown(word: str, parser: argparse.ArgumentParser, hints: Mapping[str, str]) -> str:
-    """The message for a word that is not a flag of the parser."""
-    if word in hints:
-        return f"{word} is not an option here: {hints[word]}"
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    return f"unknown option {word}{nearest(word, flags)}; see --help"
+def _unknown(
+    argv: Sequence[str], unknown: Sequence[str], flags: Collection[str], hints: Mapping[str, Hint], prog: str
+) -> str:
+    """The message for all words of `argv` that are no flags here: a reply to each, and the command that is meant."""
+    foreign = [word.split("=")[0] for word in unknown if word.startswith("--")]
+    replies, translated, understood = [], [], True
+    for flag, values in _by_flag(argv):
+        hint = _hint(flag, values, flags, hints)
+        if hint is not None:
+            name = flag if flag in foreign else f"{flag} {shlex.join(values)}"
+            replies.append(f"{name} is not an option here: {hint.reply}")
+            understood = understood and hint.words is not None
+            for word in hint.words or ():
+                translated += values if word == "VALUE" else [word]
+        elif flag in foreign:
+            replies.append(f"unknown option {flag}{_near(flag, flags)}")
+            understood = False
+        else:
+            translated += [flag, *values] if flag else values
+    if not foreign:
+        return f"unknown option {unknown[0]}; see --help"
+    text = " | ".join(dict.fromkeys(replies))
+    if not understood:
+        return f"{text}; see --help"
+    program = f"python {prog}" if prog.endswith(".py") else prog
+    return f"{text} | translated: {shlex.join([*program.split(), *translated])}"
+
+
+def _by_flag(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag of `argv` with its values; words before the first flag belong to ""."""
+    flag, values = "", list[str]()
+    for word in argv:
+        if word.startswith("--"):
+            if flag or values:
+                yield flag, values
+            flag, given, value = word.partition("=")
+            values = [value] if given else []
+        else:
+            values.append(word)
+    yield flag, values
+
+
+def _hint(flag: str, values: Sequence[str], flags: Collection[str], hints: Mapping[str, Hint]) -> Hint | None:
+    """The reply to a flag, None if it is one here or nothing is known of it. Underscores count as dashes."""
+    dashed = flag.replace("_", "-")
+    by_value = hints.get(f"{dashed}={values[0]}" if len(values) == 1 else "")
+    if flag in flags:
+        return by_value
+    if dashed in flags:
+        return by_value or Hint(f"write {dashed}", (dashed, "VALUE"))
+    return hints.get(dashed) or hints.get(dashed.replace("--no-", "--", 1))
+
+
+def _near(flag: str, flags: Collection[str]) -> str:
+    """' (did you mean X?)' for a flag at most two edits away, or ''."""
+    return nearest(flag, [known for known in flags if edits(flag, known) <= 2])
+
+
+def edits(a: str, b: str) -> int:
+    """How many letters must be put in, left out or replaced to turn `a` into `b`."""
+    before = list(range(len(b) + 1))
+    for row, letter in enumerate(a, start=1):
+        line = [row]
+        for column, other in enumerate(b, start=1):
+            line.append(min(before[column] + 1, line[-1] + 1, before[column - 1] + (letter != other)))
+        before = line
+    return before[-1]
 
 
 def peek(schema: type, name: str, argv: Sequence[str]) -> Any:

@@ -6,16 +6,19 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import generate
 from config import RECIPES, TrainConfig
 from generate import GenerateConfig
 from models.peers import PEERS
 from runtime.errors import UserError
-from runtime.options import as_dict, build, flags_of, group, option, options_of, parse, peek, read
+from runtime.options import as_dict, build, edits, flags_of, group, option, options_of, parse, peek, read
 from training import command
 
 
@@ -117,14 +120,14 @@ def test_words_of_the_peers_are_answered() -> None:
     for words in (["--path-type", "linear"], ["--enc-type=dinov2-vit-b"], ["--proj-coeff", "0.5"], ["--fused-attn"]):
         with pytest.raises(UserError) as caught:
             command.resolve(["--data-dir", "d", "--exp-name", "e", *words], "train.py", None)
-        assert PEERS[words[0].split("=")[0]] in str(caught.value) and "did you mean" not in str(caught.value)
+        assert PEERS[words[0].split("=")[0]].reply in str(caught.value) and "did you mean" not in str(caught.value)
     both = {
         flag for schema in (TrainConfig, GenerateConfig) for opt in options_of(schema) for flag in flags_of(opt.field)
     }
     train = {flag for opt in options_of(TrainConfig) for flag in flags_of(opt.field)}
     assert set(PEERS) & both == {"--model", "--qk-norm"} <= train  # options of training, known to a checkpoint
-    for reply in PEERS.values():
-        for flag in re.findall(r"--[a-z][a-z0-9-]+", reply):
+    for hint in PEERS.values():
+        for flag in re.findall(r"--[a-z][a-z0-9-]+", f"{hint.reply} {' '.join(hint.words or ())}"):
             assert flag in both | ALIGNED, flag
 
 
@@ -133,10 +136,75 @@ ALIGNED = {
     "--align-depth",
     "--align-weight",
     "--align-stop-steps",
+    "--align-interval",
+    "--align-mask",
     "--guide-scale",
+    "--guiding-ckpt",
+    "--guiding-depth",
+    "--guided-depth",
     "--out",
     "--stop-epoch",
 }
+REPAS = (
+    "--report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --path-type=linear --prediction=v "
+    "--weighting=uniform --model=SiT-XL/2 --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 "
+    "--output-dir=exps --exp-name=linear-dinov2-b-enc8 --data-dir=data"
+)
+# The authors' train_selftrans.sh and REPA's generate.py, as their pages print them.
+AUTHORS = (
+    "--report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --path-type=linear --prediction=v "
+    "--weighting=uniform --model=SiT-B/2 --stu-depth=6 --tea-depth=8 --cfg_guide=30.0 --output-dir=exps/self_trans "
+    "--ckpt_guided_model=exps/vaeloss@200000 --t-range 0.4 0.7 --batch-size=256 --exp-name=sit-b --data-dir=data"
+)
+SAMPLES = (
+    "--model SiT-XL/2 --num-fid-samples 50000 --ckpt exps/a --path_type=linear --encoder_depth=8 "
+    "--projector_embed_dims=768 --per-proc-batch-size=64 --mode=sde --num_steps=250 --cfg-scale=1.8 --guidance_high=0.7"
+)
+
+
+def refused(words: str, resolve: Callable[[list[str]], object]) -> tuple[set[str], list[str]]:
+    """The flags that a pasted command is refused for, and the words of the command that the message offers."""
+    with pytest.raises(UserError) as caught:
+        resolve(words.split())
+    message, command = str(caught.value).split(" | translated: ")
+    assert "\n" not in message and "did you mean" not in message
+    return {part.split()[0] for part in message.split(" | ")}, shlex.split(command)
+
+
+def test_a_pasted_command_is_answered_as_a_whole() -> None:
+    """One message names every foreign flag, and the command that it offers is the one that was meant."""
+    trained = lambda words: command.resolve(words, "train.py", None)  # noqa: E731
+    flags, words = refused(REPAS, trained)
+    foreign = "--allow-tf32 --mixed-precision --path-type --prediction --weighting --enc-type --proj-coeff"
+    assert flags == {*foreign.split(), "--encoder-depth"} and words[:2] == ["python", "train.py"]
+    config, options = trained(words[2:])
+    assert (config.report_to, config.mixed_precision, config.exp_name) == ("wandb", "bf16", "linear-dinov2-b-enc8")
+    repa = options["repa"]
+    assert (repa.encoder, repa.weight, repa.depth) == ("dinov2-vit-b", 0.5, 8)
+
+    guided = lambda words: command.resolve(words, "train_guide.py", None, ("guided",))  # noqa: E731
+    flags, words = refused(AUTHORS, guided)
+    assert {"--stu-depth", "--tea-depth", "--cfg_guide", "--ckpt_guided_model", "--t-range"} < flags
+    options = guided(words[2:])[1]["guided"]
+    assert (options.guided_depth, options.guiding_depth, options.guide_scale) == (6, 8, 30)
+    assert (options.interval, options.mask, options.guiding_ckpt) == ((0.4, 0.7), "upstream", "exps/vaeloss@200000")
+
+    flags, words = refused(SAMPLES, generate.resolve)
+    assert {"--encoder_depth", "--num_steps", "--guidance_high"} < flags
+    sampling = generate.resolve(words[2:]).sampling
+    assert (sampling.mode, sampling.num_steps, sampling.cfg_scale, sampling.guidance_high) == ("sde", 250, 1.8, 0.7)
+
+
+def test_all_unknown_flags_come_at_once_and_a_hint_is_near() -> None:
+    with pytest.raises(UserError) as caught:
+        command.resolve(["--sed", "3", "--max-steps", "3", "--path-type=cosine", "--keep-every", "2"], "train.py", None)
+    parts = str(caught.value).split(" | ")
+    assert parts[0] == "unknown option --sed (did you mean --seed?)" and parts[1] == "unknown option --max-steps"
+    assert parts[2].startswith("--path-type is not") and "--config FILE" in parts[3] and "translated" not in parts[3]
+    assert [edits("seed", word) for word in ("seed", "sed", "speed", "sade", "")] == [0, 1, 1, 3, 4]
+    with pytest.raises(UserError, match="--align-depth .* add --align .*latent") as caught:
+        command.resolve(["--align-depth", "3"], "train.py", None)
+    assert "guided" not in str(caught.value)
 
 
 def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:

@@ -143,8 +143,8 @@ def test_named_files_and_targets_exist() -> None:
 
 
 def test_the_table_of_other_repositories_flags_is_the_one_that_answers() -> None:
-    for flag, reply in PEERS.items():
-        assert f"| `{flag}` | {reply} |" in PAGES["docs/coming-from-repa.md"]
+    for flag, hint in PEERS.items():
+        assert f"| `{flag}` | {hint.reply} |" in PAGES["docs/coming-from-repa.md"]
 
 
 def test_every_message_of_the_troubleshooting_page_exists_in_the_code() -> None:

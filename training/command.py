@@ -20,7 +20,7 @@ from models.checkpoint import Checkpoint, latest
 from models.peers import PEERS
 from runtime import files, launch
 from runtime.errors import UserError, nearest, require
-from runtime.options import Given, build, parse, peek, values_of
+from runtime.options import Given, Hint, build, flags_of, options_of, parse, peek, values_of
 from training import cost, loop
 from training.between import Callback
 from training.log import Meter
@@ -62,7 +62,7 @@ def resolve(
         prog=prog,
         description=description,
         epilog=catalogue(),
-        hints=PEERS,
+        hints=_of_alignments() | PEERS,
     )
     given = {"": {**train_settings, **flags[""]}}
     for name, kind in kinds.items():
@@ -78,6 +78,24 @@ def resolve(
         common = {key: value for key, value in recipe["align"].items() if key in kind.Options.__dataclass_fields__}
         options[name] = build(kind.Options, common, chosen[name].get("options", {}), given[name], section=name)
     return train, options
+
+
+def _of_alignments() -> dict[str, Hint]:
+    """Replies to options of alignments that the command does not train."""
+    owners: dict[str, list[str]] = {}
+    for name, kind in sorted(Alignment.registry.items()):
+        for opt in options_of(kind.Options):
+            for flag in flags_of(opt.field, name, alone=True):
+                owners.setdefault(flag, []).append(name)
+    return {
+        flag: Hint(
+            "it belongs to train_guide.py"
+            if names == ["guided"]
+            else f"it belongs to an alignment: add --align {' or '.join(name for name in names if name != 'guided')}",
+            None,
+        )
+        for flag, names in owners.items()
+    }
 
 
 def read_settings(file: str) -> dict[str, Given]:

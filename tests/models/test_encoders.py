@@ -115,7 +115,7 @@ def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_repas_names_are_those_of_timm() -> None:
-    assert ALIASES["dinov2-vit-b"] == DINOV2 and "(default: dinov2-vit-b)" in PEERS["--enc-type"]
+    assert ALIASES["dinov2-vit-b"] == DINOV2 and "(default: dinov2-vit-b)" in PEERS["--enc-type"].reply
     assert set(ALIASES.values()) <= set(timm.list_pretrained())
     assert open_encoder("dinov2-vit-s", grid=2, pretrained=False).name == SMALL_DINO
     with pytest.raises(UserError, match=r"timm has no weights of MoCo v3 \(mocov3-vit-b\): give a folder") as error:
