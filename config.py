@@ -349,7 +349,7 @@ def require_precision(wanted: str | None, tf32: bool | None) -> None:
         )
 
 
-_LIGHTNINGDIT = {
+_LIGHTNINGDIT: dict[str, Any] = {
     "model": "LightningDiT-XL/1",
     "batch_size": 1024,
     "max_train_steps": 80_000,
@@ -360,29 +360,23 @@ _LIGHTNINGDIT = {
     "velocity_loss": "mse+cosine",
 }
 
-# Values between the defaults and the command line: options of the run, and of any alignment that has them.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+# Values between the defaults and the command line: options of the run.
+RECIPES: dict[str, dict[str, Any]] = {
     # SiT and REPA: ImageNet, 256 latents a step
-    "sit": {"train": {}, "align": {}},
+    "sit": {},
     # LightningDiT, 64 epochs of 1,251 steps
-    "lightningdit": {"train": _LIGHTNINGDIT, "align": {}},
+    "lightningdit": _LIGHTNINGDIT,
     # LightningDiT, 800 epochs: times are uniform from epoch 480 on
-    "lightningdit-800ep": {
-        "train": {**_LIGHTNINGDIT, "max_train_steps": 1_000_000, "uniform_from_epoch": 480.0},
-        "align": {},
-    },
+    "lightningdit-800ep": {**_LIGHTNINGDIT, "max_train_steps": 1_000_000, "uniform_from_epoch": 480.0},
     # the embedded digits: minutes on a CPU
     "digits": {
-        "train": {
-            "model": "SiT-Tiny/2",
-            "batch_size": 64,
-            "max_train_steps": 800,
-            "learning_rate": 1e-3,
-            "ema_warmup": True,
-            "checkpointing_steps": 400,
-            "log_steps": 20,
-        },
-        "align": {"hidden": 512},
+        "model": "SiT-Tiny/2",
+        "batch_size": 64,
+        "max_train_steps": 800,
+        "learning_rate": 1e-3,
+        "ema_warmup": True,
+        "checkpointing_steps": 400,
+        "log_steps": 20,
     },
 }
 

@@ -5,14 +5,15 @@ dopri5, which chooses its steps for a whole batch).
     accelerate launch --num_processes 8 generate.py ...
 
 Writes `samples.npz` (`arr_0` uint8 NHWC as ADM's evaluator reads it, `labels`), `samples.json` with every setting, and
-`grid.png`, a row a class. A killed run continues where it was: finished samples are kept in `partial/`. With
-`--reference` it scores the samples as it draws them, and writes `metrics.json` and `metrics.safetensors` alone.
+the picture `grid.png`. A killed run continues where it was: finished samples are kept in `partial/`. With `--reference`
+it scores the samples as it draws them, and writes `metrics.json` and `metrics.safetensors` alone.
 
     python generate.py --ckpt exps/stage2 --classes "golden retriever" otter 974 --per-class 6
     python generate.py --ckpt exps/plain --compare exps/stage1 exps/stage2 --classes 207 88 --per-class 4 --out figure
 
-`--classes` draws chosen classes; with `--compare` further checkpoints have a row each in one picture, `compare.png`,
-in which a column has one class and one noise.
+`--classes` draws chosen classes, which `grid.png` shows in their order, all of them (then `grid-2.png`, ...); with
+`--compare` further checkpoints have a row each in one picture, `compare.png`, in which a column has one class and one
+noise.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.options import group, option, peek, read
 from runtime.slices import slices
+from runtime.text import quoted
 from sampling import presets
 from sampling.config import SamplingConfig, SourceOptions
 
@@ -172,9 +174,9 @@ def generate(config: GenerateConfig) -> Path:
         on_main(accelerator, lambda: held.enter_context(locked(out, "wait for it, or choose another --out")))
         # one process looks, since another could write between two looks
         if on_main(accelerator, lambda: finished(out, settings, config.overwrite)):
-            accelerator.print(f"{out} already holds these samples")
+            accelerator.print(f"{quoted(out)} already holds these samples")
             return out
-        accelerator.print(source.introduction(config.sampling, count), f"into {out}", sep="\n")
+        accelerator.print(source.introduction(config.sampling, count), f"into {quoted(out)}", sep="\n")
         store = Store(out, settings, count, sampler.image_shape, accelerator, config.overwrite)
         draw(source, sampler, store, config.source.batch_size, names)
     return out
@@ -182,7 +184,7 @@ def generate(config: GenerateConfig) -> Path:
 
 def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names: Sequence[str]) -> None:
     """Draw the samples that `store` lacks, in all processes together, and finish it; `names` are the classes' names."""
-    accelerator, count, out = source.accelerator, store.count, store.out
+    accelerator, count = source.accelerator, store.count
     todo = store.missing(accelerator.process_index, accelerator.num_processes)
     with progress.bar(
         total=len(todo),
@@ -197,8 +199,7 @@ def draw(source: Source, sampler: Sampler, store: Store, batch_size: int, names:
     store.flush()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        store.finish(names)
-        print(f"wrote {out}/samples.npz, samples.json and grid.png", flush=True)
+        print("wrote", *map(quoted, store.finish(names)), flush=True)
     accelerator.wait_for_everyone()
 
 
@@ -223,10 +224,10 @@ def compare(config: GenerateConfig) -> Path:
         labels = labels_chosen(config, names)
         sampler = source.sampler(config.sampling, len(labels), labels)
         source.accelerator.print(source.introduction(config.sampling, len(labels)))
-        # The first checkpoint decides the folder, the columns and the size of the images.
+        # The first checkpoint decides the folder, the headings and the size of the images.
         if not records:
             out = Path(config.out) if config.out else default_folder(source, config)
-            column_titles, shape = [names[label] for label in labels], sampler.image_shape
+            classes, shape = names, sampler.image_shape
         require(
             sampler.image_shape == shape,
             f"{ckpt} draws images of another size than {config.source.ckpt}: they do not fit into one picture",
@@ -238,9 +239,10 @@ def compare(config: GenerateConfig) -> Path:
         settings = source.settings(config.sampling, len(labels))
         records.append({"row": source.checkpoint.name, **settings, "labels": "chosen", "classes": labels.tolist()})
     if source.accelerator.is_main_process:
-        picture.write(out / "compare.png", rows, [record["row"] for record in records], column_titles)
+        titles = [record["row"] for record in records]
+        written = picture.write_rows(out / "compare.png", rows, titles, records[0]["classes"], classes)
         files.write_json(out / "compare.json", {"preset": config.preset, "rows": records})
-        print(f"wrote {out}/compare.png and compare.json", flush=True)
+        print("wrote", *map(quoted, [*written, out / "compare.json"]), flush=True)
     source.accelerator.wait_for_everyone()
     return out
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignment.base import AlignOptions, BuildContext, Context, Frozen, not_none
 from models.encoders import DINOV2, Encoded, open_encoder
+from models.heads import HIDDEN
 from runtime import progress
 from runtime.errors import require
 from runtime.options import option
@@ -26,7 +27,7 @@ class ExternalOptions(AlignOptions):
     """Options of an alignment with an external encoder."""
 
     depth: int | None = option(None, help="student's block whose output is aligned")
-    hidden: int = option(2048, within="[1, inf)", help="width of the head's hidden layers")
+    hidden: int | None = option(None, within="[1, inf)", help=HIDDEN)
     encoder: str = option(
         DINOV2, help="encoder: a vision transformer of timm, by its name or REPA's, or a folder of one"
     )

@@ -25,7 +25,7 @@ import interpolant
 from alignment.base import Alignment, AlignOptions, BuildContext, Context, Frozen, not_none, squared_error
 from models import ARCHITECTURES, ModelSpec, architecture
 from models.backbone import block_number
-from models.heads import mlp
+from models.heads import HIDDEN, hidden_width, mlp
 from runtime import launch
 from runtime.errors import require
 from runtime.options import option
@@ -67,7 +67,7 @@ class GuidedOptions(AlignOptions):
     guide_scale: float | None = option(
         None, within="[0, inf)", help=f"omega (default: {PUBLISHED})", flag="guide-scale"
     )
-    hidden: int = option(2048, within="[1, inf)", help="width of the head's hidden layers")
+    hidden: int | None = option(None, within="[1, inf)", help=HIDDEN)
 
 
 class Guided(Alignment[GuidedOptions]):
@@ -97,6 +97,7 @@ class Guided(Alignment[GuidedOptions]):
             options,
             guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
             guide_scale=scale,
+            hidden=options.hidden or hidden_width(student.hidden_size),
             stop_epochs=options.stop_epochs if stop_given else 20 if student.hidden_size <= 768 else 10,
         )
 
@@ -110,7 +111,7 @@ class Guided(Alignment[GuidedOptions]):
         self.null = teacher.num_classes
         self.labelled_only = options.guiding_labels == "skip"
         stream = Stream(build_context.seed, "init/guided")
-        self.head = mlp(student.hidden_size, options.hidden, teacher.hidden_size, stream)
+        self.head = mlp(student.hidden_size, not_none(options.hidden), teacher.hidden_size, stream)
         # blocks beyond the guiding one are never run, so they are not loaded
         self.teacher = Frozen(
             checkpoint.network(options.guiding_weights, depth=self.guiding),

@@ -25,7 +25,7 @@ from alignment.base import Alignment, BuildContext, Context, cosine, not_none, t
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
 from models.backbone import block_number
-from models.heads import mlp
+from models.heads import hidden_width, mlp
 from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
@@ -74,6 +74,7 @@ class Haste(Alignment[HasteOptions]):
         return replace(
             options,
             depth=depth,
+            hidden=options.hidden or hidden_width(student.hidden_size),
             attention_depths=student_blocks,
             encoder_depths=encoder_blocks,
             stop_steps=options.stop_steps if stop_given else stop,
@@ -88,7 +89,7 @@ class Haste(Alignment[HasteOptions]):
         self.taps = (not_none(options.depth), *(QK(block) for block, _ in self.pairs))
         self.heads = min(self.student.num_heads, self.external.encoder.heads)
         stream = Stream(build_context.seed, "init/haste")
-        self.head = mlp(self.student.hidden_size, options.hidden, self.external.encoder.width, stream)
+        self.head = mlp(self.student.hidden_size, not_none(options.hidden), self.external.encoder.width, stream)
 
     def forward(self, context: Context) -> Tensor:
         target = self.external(context)

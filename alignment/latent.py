@@ -22,7 +22,7 @@ import interpolant
 from alignment.base import Alignment, AlignOptions, BuildContext, Context, not_none, smooth_l1, squared_error
 from models import ModelSpec, patchify
 from models.backbone import block_number
-from models.heads import VelocityHead
+from models.heads import HIDDEN, VelocityHead, hidden_width
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -43,7 +43,7 @@ class LatentOptions(AlignOptions):
     )
     head: str = option("mlp", choices=("mlp", "mlp-norm-linear"), help="the paper's MLP, or the authors' longer head")
     layers: int = option(3, within="[2, inf)", help="linear layers of the MLP (SRA 2: 5)")
-    hidden: int = option(2048, within="[1, inf)", help="width of the head's hidden layers")
+    hidden: int | None = option(None, within="[1, inf)", help=HIDDEN)
     # Set by presets, used if `depth` is not given: (depth, n) of networks whose block is published, and n as a share of
     # any other depth.
     share: float = 1 / 6
@@ -67,7 +67,7 @@ class Latent(Alignment[LatentOptions]):
     def resolve(cls, options: LatentOptions, student: ModelSpec, batch_size: int = 256) -> LatentOptions:
         published = dict(options.blocks).get(student.depth)
         depth = block_number(student.depth, options.share, options.depth, "--latent-depth", published)
-        return replace(options, depth=depth)
+        return replace(options, depth=depth, hidden=options.hidden or hidden_width(student.hidden_size))
 
     def __init__(self, options: LatentOptions, build_context: BuildContext) -> None:
         super().__init__(options, build_context)
@@ -75,7 +75,12 @@ class Latent(Alignment[LatentOptions]):
         block, (low, high) = not_none(options.depth), options.trained_times
         self.taps = (block,)
         head = VelocityHead(
-            kind=options.head, block=block, hidden=options.hidden, layers=options.layers, low=low, high=high
+            kind=options.head,
+            block=block,
+            hidden=not_none(options.hidden),
+            layers=options.layers,
+            low=low,
+            high=high,
         )
         self.head = head.build(build_context.student, Stream(build_context.seed, "init/latent"))
         self.velocity_head = head if options.target == "velocity" else None

@@ -22,7 +22,7 @@ from alignment.base import Alignment, BuildContext, Context, cosine, not_none
 from alignment.external import External, ExternalOptions
 from models import ModelSpec
 from models.backbone import block_number
-from models.heads import Convolution, mlp
+from models.heads import Convolution, hidden_width, mlp
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -59,7 +59,8 @@ class Repa(Alignment[RepaOptions]):
     @classmethod
     def resolve(cls, options: RepaOptions, student: ModelSpec, batch_size: int = 256) -> RepaOptions:
         published = BLOCKS.get(student.depth)
-        return replace(options, depth=block_number(student.depth, 1 / 3, options.depth, "--repa-depth", published))
+        depth = block_number(student.depth, 1 / 3, options.depth, "--repa-depth", published)
+        return replace(options, depth=depth, hidden=options.hidden or hidden_width(student.hidden_size))
 
     def __init__(self, options: RepaOptions, build_context: BuildContext) -> None:
         super().__init__(options, build_context)
@@ -70,7 +71,7 @@ class Repa(Alignment[RepaOptions]):
         width, out = build_context.student.hidden_size, self.external.encoder.width
         stream = Stream(build_context.seed, "init/repa")
         self.head = (
-            mlp(width, options.hidden, out, stream)
+            mlp(width, not_none(options.hidden), out, stream)
             if options.projector == "mlp"
             else Convolution(width, out, 1 if options.projector == "conv1x1" else 3, stream)
         )

@@ -28,7 +28,7 @@ from evaluations.reference import Reference, read_compact
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
-from runtime.text import aligned
+from runtime.text import aligned, quoted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(aligned([*lines, (name, "", "", f"{result['metrics'][name]:.3f}", "")], left=(0, 4), rule=False))
         if not result["six"]:
             print("note: these are not the six extractors of FDr6: the mean does not compare with published ones")
-        print(f"{len(samples):,} samples; written to {options.out}", flush=True)
+        print(f"{len(samples):,} samples; written to {quoted(options.out)}", flush=True)
     return result
 
 

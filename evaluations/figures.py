@@ -34,6 +34,7 @@ from runtime import errors, files, progress
 from runtime.errors import UserError, nearest, require
 from runtime.options import group, option, read
 from runtime.slices import slices
+from runtime.text import quoted
 from sampling.classes import labels_of, names_of
 from sampling.config import SamplingConfig, SourceOptions
 
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = draw(options)
     # `time` draws no figure: it prints its table and writes --out itself
     if figure is not None:
-        print("wrote", *drawing.save(figure, Path(options.out or words[0])), flush=True)
+        print("wrote", *map(quoted, drawing.save(figure, Path(options.out or words[0]))), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.locks import locked
 from runtime.options import as_dict, option, read
-from runtime.text import aligned
+from runtime.text import aligned, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             written += drawing.save(plot(result["rows"]), out / "probe")
     print(
         f"{result['protocol']['items']} images, {result['protocol']['held_out']} of them held out; written to "
-        f"{', '.join(map(str, written))}"
+        f"{' '.join(map(quoted, written))}"
     )
     for caveat in caveats(result["rows"]):
         print(f"note: {caveat}")

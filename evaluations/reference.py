@@ -33,6 +33,7 @@ from runtime.errors import UserError, require
 from runtime.npy import NpzArchive
 from runtime.options import group, option, read
 from runtime.streams import Stream
+from runtime.text import quoted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -350,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         reference.save(options.out)
         count = reference.describe()["num_images"]
-        print(f"wrote {options.out}: {reference.features} statistics {reference.origin}, features of {count} images")
+        about = f"{reference.features} statistics {reference.origin}, features of {count} images"
+        print(f"wrote {quoted(options.out)}: {about}")
 
 
 def write_images(options: Options) -> None:
@@ -370,7 +372,7 @@ def write_images(options: Options) -> None:
     count = math.ceil(len(chosen) / options.batch_size)
     with progress.bar(batches, total=count, desc="reference", unit="batch") as bar:
         write_npz(options.out, bar, labels[list(chosen)], images.shape)
-    print(f"wrote {options.out}: {len(chosen):,} images of {' x '.join(map(str, images.shape))}")
+    print(f"wrote {quoted(options.out)}: {len(chosen):,} images of {' x '.join(map(str, images.shape))}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from models.pixels import PIXELS, pixels
 from runtime import errors, files
 from runtime.errors import UserError, require
 from runtime.options import option, read
+from runtime.text import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +144,7 @@ def velocity_head(converted: Mapping[str, Converted]) -> dict[str, Any]:
 
 def _done(out: str, ignored: list[str]) -> Path:
     print(f"ignored: {', '.join(ignored) or 'nothing'}")
-    print(f"written: {out}")
+    print(f"written: {quoted(out)}")
     return Path(out)
 
 

@@ -21,6 +21,7 @@ from models.checkpoint import Checkpoint
 from runtime import errors, files
 from runtime.errors import require
 from runtime.options import option, read
+from runtime.text import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     archive = {name: layout(weights, source.spec, options.layout) for name, weights in sets.items()}
     with files.replacing(out) as temporary:
         torch.save({**archive, "steps": source.step}, temporary)
-    print(f"written: {out} ({' and '.join(archive)}, {options.layout}'s layout, step {source.step})")
+    print(f"written: {quoted(out)} ({' and '.join(archive)}, {options.layout}'s layout, step {source.step})")
     return out
 
 

@@ -20,6 +20,7 @@ from preprocessing import shards
 from runtime import files, locks
 from runtime.errors import UserError, require
 from runtime.options import option
+from runtime.text import quoted
 
 JOB = "job.json"
 # Marks that a process of the present start met an error: the others need not go on.
@@ -107,7 +108,7 @@ class Job:
             skipped=skipped,
         )
         left_out = f", {len(skipped)} images left out" if skipped else ""
-        print(f"{self.folder}: {len(LatentSet(self.folder)):,} items in {len(entries)} shards{left_out}")
+        print(f"{quoted(self.folder)}: {len(LatentSet(self.folder)):,} items in {len(entries)} shards{left_out}")
 
 
 def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
@@ -138,7 +139,7 @@ def begin(job: Job, held: ExitStack) -> dict[int, Shard] | None:
         )
     if (folder / MANIFEST).exists():
         shards.forget(folder)  # a kill may have come between the manifest and this
-        print(f"{folder} is finished already: {len(LatentSet(folder)):,} items")
+        print(f"{quoted(folder)} is finished already: {len(LatentSet(folder)):,} items")
         return None
     (folder / STOPPED).unlink(missing_ok=True)
     written = _whole_shards(job) if resumed else {}

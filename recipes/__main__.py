@@ -35,7 +35,7 @@ from recipes.rows import Row
 from runtime import errors, files
 from runtime.errors import nearest, require
 from runtime.options import group, option, read
-from runtime.text import aligned
+from runtime.text import aligned, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def run(names: Sequence[str], options: Run) -> None:
         for row in chosen:
             done = record.finished(record.load(results), row=row.name, scale=size.name, seed=seed)
             if done and row.name not in names:
-                print(f"recorded already: {results / 'records' / done[-1]['folder']}", flush=True)
+                print(f"recorded already: {quoted(results / 'records' / done[-1]['folder'])}", flush=True)
             else:
                 folder = runner.run(
                     row,
@@ -237,7 +237,7 @@ def run(names: Sequence[str], options: Run) -> None:
                     until=options.until,
                     patience=options.wait_hours,
                 )
-                print(f"record: {folder}" if folder else f"{options.until}: done", flush=True)
+                print(f"record: {quoted(folder)}" if folder else f"{options.until}: done", flush=True)
 
 
 def _write_jobs(chosen: Sequence[Row], size: scale.Scale, options: Run, processes: int) -> None:
@@ -254,7 +254,7 @@ def _write_jobs(chosen: Sequence[Row], size: scale.Scale, options: Run, processe
         for job in jobs
     ]
     slurm.write(jobs, texts, folder)
-    print(f"wrote {len(jobs)} jobs into {folder}: submit them with bash {folder / slurm.SUBMIT}")
+    print(f"wrote {len(jobs)} jobs into {quoted(folder)}: submit them with bash {quoted(folder / slurm.SUBMIT)}")
 
 
 def print_table(names: Sequence[str], options: Table) -> None:
@@ -294,14 +294,14 @@ def write_pages(names: Sequence[str], options: Results) -> None:
     if record.folders(results):
         record.write_ledger(results)
     for path in publish.publish(Path(), results):
-        print(f"wrote {path}")
+        print(f"wrote {quoted(path)}")
 
 
 def draw_figure(names: Sequence[str], options: Records) -> None:
     """Draw figures of the paper from records."""
     for name in names:
         for path in figure.draw(f"figure{name}" if name.isdecimal() else name, options.scale, Path(options.results)):
-            print(f"wrote {path}")
+            print(f"wrote {quoted(path)}")
 
 
 def check(names: Sequence[str], options: Results) -> None:

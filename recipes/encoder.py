@@ -23,6 +23,7 @@ from runtime import errors, files, progress
 from runtime.errors import require
 from runtime.options import group, option, read
 from runtime.streams import Stream
+from runtime.text import quoted
 
 ENCODER = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 # Scenes it learns from. A sixth as many are held out, drawn with handwriting that it never saw.
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     config = read(EncoderConfig, argv, prog="python -m recipes.encoder", description=__doc__)
     accuracy = train_encoder(Path(config.out), config.epochs, config.scenes if config.data == "scenes" else None)
-    print(f"{config.out}: {100 * accuracy:.1f}% of what was held out")
+    print(f"{quoted(config.out)}: {100 * accuracy:.1f}% of what was held out")
 
 
 def train_encoder(folder: Path, epochs: int = 30, scenes: Dials | None = None) -> float:

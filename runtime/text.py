@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Collection, Sequence
 
@@ -26,6 +27,11 @@ def code(value: object) -> str:
     """A value from somebody's file as a code span in Markdown: one line that is no heading, link, table or HTML."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(value))
     return f"`{' '.join(text.replace('`', chr(39)).replace('|', '/').split()) or '-'}`"
+
+
+def quoted(path: object) -> str:
+    """A path as it can be pasted into a shell."""
+    return shlex.quote(str(path))
 
 
 def spread(values: Sequence[float], decimals: int = 2) -> str:

@@ -142,8 +142,12 @@ class Store:
         for array in self._arrays.values():
             array.flush()
 
-    def finish(self, names: Sequence[str]) -> None:
-        """Write the npz, the JSON and the grid, whose rows are classes with their `names`; drop the partial files."""
+    def finish(self, names: Sequence[str]) -> list[Path]:
+        """Write the npz, the JSON and the grid, drop the partial files; returns what was written.
+
+        Classes that were asked for stand in the grid in their order, all of them, on pages; of other samples it shows
+        some of some classes. `names` are the classes' names.
+        """
         images, labels = self._open("images"), self._open("labels")
         with (
             files.replacing(self.out / "samples.npz") as temporary,
@@ -153,12 +157,18 @@ class Store:
             for name, array in (("arr_0", images), ("labels", labels)):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.asanyarray(array))
-        shown = picture.by_class(np.asarray(labels))
-        picture.write(
-            self.out / "grid.png",
-            [np.asarray(images[places]) for _, places in shown],
-            [names[label] for label, _ in shown],
-        )
+        grid = self.out / DIGESTS["picture"]
+        for old in self.out.glob("grid-[0-9]*.png"):  # pages of samples that these replace
+            files.remove(old)
+        if (asked := self.settings.get("classes")) is not None:
+            pages = picture.write_groups(
+                grid, [(names[label], images[places]) for label, places in picture.runs(asked)]
+            )
+        else:
+            shown = picture.by_class(np.asarray(labels))
+            rows = [np.asarray(images[places]) for _, places in shown]
+            picture.write(grid, rows, [names[label] for label, _ in shown])
+            pages = [grid]
         files.write_sealed(
             self.out / "samples.json",
             {
@@ -169,6 +179,7 @@ class Store:
         )
         # last: until here the same command does all this again
         files.remove(self.partial)
+        return [self.out / "samples.npz", self.out / "samples.json", *pages]
 
 
 def finished(out: Path, settings: dict[str, Any], overwrite: bool = False) -> bool:

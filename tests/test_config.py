@@ -237,7 +237,7 @@ def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
         "train.py",
         None,
     )
-    assert config.qk_norm and config.learning_rate == RECIPES["digits"]["train"]["learning_rate"]
+    assert config.qk_norm and config.learning_rate == RECIPES["digits"]["learning_rate"]
     assert (
         options["latent"].hidden == 64
         and options["latent"].interval == (0.1, 0.2)
@@ -246,7 +246,7 @@ def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
     config, options = command.resolve(
         [*argv, "--align", "latent", "--preset", "upstream", "--no-qk-norm"], "train.py", None
     )
-    assert not config.qk_norm and options["latent"].hidden == 2048
+    assert not config.qk_norm and options["latent"].mask == "upstream"
     config, _ = command.resolve([*argv, "--recipe", "lightningdit", "--batch-size", "8"], "train.py", None)
     assert (config.batch_size, config.adam_beta2, config.velocity_loss, config.time_sampling, config.max_grad_norm) == (
         8,
@@ -260,9 +260,9 @@ def test_layers_of_a_run(capsys: pytest.CaptureFixture) -> None:
 def test_the_recipe_option_names_every_recipe() -> None:
     opt = next(opt for opt in options_of(TrainConfig) if opt.field.name == "recipe")
     assert set(opt.field.metadata["choices"]) == set(RECIPES)
-    long = RECIPES["lightningdit-800ep"]["train"]
+    long = RECIPES["lightningdit-800ep"]
     assert (long["max_train_steps"], long["uniform_from_epoch"]) == (1_000_000, 480)
-    assert long.items() >= {k: v for k, v in RECIPES["lightningdit"]["train"].items() if k != "max_train_steps"}.items()
+    assert long.items() >= {k: v for k, v in RECIPES["lightningdit"].items() if k != "max_train_steps"}.items()
 
 
 def test_a_config_survives_json() -> None:

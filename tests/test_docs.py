@@ -25,6 +25,7 @@ from alignment import Alignment
 from config import TrainConfig
 from generate import GenerateConfig
 from models.checkpoint import Checkpoint
+from models.heads import hidden_width
 from models.peers import PEERS
 from models.routing import Segments
 from recipes import claims, publish, record, rows
@@ -177,7 +178,7 @@ def test_symbols_name_real_flags_and_defaults() -> None:
     known |= {flag for opt in options_of(type(config)) for flag in flags_of(opt.field)}
     for flag in re.findall(r"`(--[a-z-]+)", table):
         assert flag in known, flag
-    assert options["guided"].weight == latent.weight == 0.5 and latent.hidden == 2048
+    assert options["guided"].weight == latent.weight == 0.5 and hidden_width(768) == 2048
 
 
 def test_options_without_a_flag_are_the_rare_ones(tmp_path: Path) -> None:

@@ -71,12 +71,10 @@ def resolve(
     recipe = RECIPES[str(given[""].get("recipe", taken.get("recipe", "sit")))]
     chosen = _preset(given[""].get("preset"), kinds)
     presets = (preset.get("train", {}) for preset in chosen.values())
-    train = build(TrainConfig, recipe["train"], taken, *presets, given[""])
+    train = build(TrainConfig, recipe, taken, *presets, given[""])
     options = {}
     for name, kind in kinds.items():
-        # a recipe sets options of any alignment that has them
-        common = {key: value for key, value in recipe["align"].items() if key in kind.Options.__dataclass_fields__}
-        options[name] = build(kind.Options, common, chosen[name].get("options", {}), given[name], section=name)
+        options[name] = build(kind.Options, chosen[name].get("options", {}), given[name], section=name)
     return train, options
 
 

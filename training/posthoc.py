@@ -29,6 +29,7 @@ from models.checkpoint import Checkpoint
 from runtime import errors, progress
 from runtime.errors import note, require
 from runtime.options import option, read
+from runtime.text import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +128,7 @@ def write(path: Path, stored: Sequence[Checkpoint], length: float) -> Path:
         **about,
         posthoc={"length": length, "distance": distance, "snapshots": len(stored)},
     )
-    print(f"written: {path}, of length {length:g} after step {last.step}; its profile is off by {distance:.2%}")
+    print(f"written: {quoted(path)}, of length {length:g} after step {last.step}; its profile is off by {distance:.2%}")
     if distance > NEAR:
         lengths = " and ".join(map(str, last.config["train"]["ema_lengths"]))
         note(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,22 @@ def test_blocks_and_stops_as_published(name: str, field: str, expected: tuple) -
     for size, value in zip(("SiT-B/2", "SiT-L/2", "SiT-XL/2"), expected, strict=True):
         spec = models.spec(size, in_channels=4, input_size=32, num_classes=1000)
         assert getattr(kind.resolve(kind.Options(), spec), field) == value, size
+
+
+@pytest.mark.parametrize("name", ["latent", "guided", "repa", "haste"])
+def test_a_head_is_as_wide_as_published_and_follows_a_smaller_network(name: str) -> None:
+    kind = find(name)
+    own = {"guided": {"guiding_ckpt": "c"}}.get(name, {})
+
+    def hidden(width: int, **given: int) -> int:
+        spec = replace(
+            models.spec("SiT-B/2", in_channels=4, input_size=32, num_classes=10), hidden_size=width, num_heads=4
+        )
+        return kind.resolve(kind.Options(**own, **given), spec).hidden
+
+    published = {size[1] for family in models.ARCHITECTURES.values() for size in family.sizes.values()} - {128}
+    assert min(published) == 384 and {hidden(width) for width in published} == {2048}
+    assert [hidden(width) for width in (96, 128, 192)] == [384, 512, 768] and hidden(128, hidden=2048) == 2048
 
 
 def test_both_settings_of_dispersive_and_weights_as_published() -> None:

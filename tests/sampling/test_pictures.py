@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 import generate
 import models
@@ -120,8 +121,8 @@ def test_a_preview_names_its_rows(tmp_path: Path, classes: int, shown: list[int]
         y, x = top + number // 8 * side, left + number % 8 * side
         assert np.array_equal(drawn[y : y + 64 : 8, x : x + 64 : 8, :1], image)
     widths = [(drawn[top + row * side :][:side, :left] < 128).any((0, 2)).nonzero()[0] for row in range(len(shown))]
-    wanted = [ImageFont.load_default(picture.FONT).getlength(names[label]) for label in shown]
-    assert [np.ptp(ink) for ink in widths] == pytest.approx(wanted, abs=3) and all(np.diff(wanted) > 3)
+    wanted = [picture.font().getlength(names[label]) for label in shown]
+    assert [np.ptp(ink) for ink in widths] == pytest.approx(wanted, abs=4) and all(np.diff(wanted) > 3)
 
 
 def test_the_grid_has_a_row_a_class_in_order(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_grid_has_a_row_a_class_in_order(tmp_path: Path) -> None:
     for names, titles in (
         ((), ()),
         (["one", "a longer name", "x"], ()),
-        (["a", "b", "c"], ["first", "second", "a head too long to fit"]),
+        (["a", "b", "c"], [("first", 1), ("a heading too long to fit", 2)]),
     ):
         picture.write(tmp_path / "p.png", [images[:2], images[:3], images[:1]], names, titles)
         shown = np.asarray(Image.open(tmp_path / "p.png"))
@@ -146,3 +147,67 @@ def test_the_grid_has_a_row_a_class_in_order(tmp_path: Path) -> None:
         )
         ink = shown[..., 0] < 100
         assert ink.any() == bool(names)
+
+
+def words_on(picture_: np.ndarray, top: int, bottom: int) -> list[tuple[int, int]]:
+    """The first and last column of each stretch of ink between two rows, gaps of up to 8 pixels left in."""
+    dark = np.flatnonzero((picture_[top:bottom] < 128).any((0, 2)))
+    cuts = np.flatnonzero(np.diff(dark) > 8)
+    return list(zip(dark[[0, *(cuts + 1)]].tolist(), dark[[*cuts, -1]].tolist(), strict=True)) if len(dark) else []
+
+
+def test_the_grid_holds_all_that_was_asked_in_its_order_under_one_heading_a_group(guided: Path, tmp_path: Path) -> None:
+    """Twelve classes of ten samples: pages of 16 rows, the last class on the second page, and no page is left over."""
+    asked = ["7", "2", *"0134568979"]
+    words = ["--ckpt", str(guided), "--num-steps", "2", "--out", str(tmp_path / "a b")]
+    out = generate.main([*words, "--classes", *asked, "--per-class", "10"])
+    assert sorted(p.name for p in out.glob("*.png")) == ["grid-2.png", "grid.png"]
+    with np.load(out / "samples.npz") as drawn:
+        images = drawn["arr_0"].reshape(12, 10, 8, 8, 1)
+    pages = [np.asarray(Image.open(out / name)) for name in ("grid.png", "grid-2.png")]
+    heading, tile = picture.FONT + 2, 66
+    for group in range(12):
+        page, y = pages[group // 8], 2 + group % 8 * (heading + 2 * tile)
+        assert len(words_on(page, y, y + picture.FONT)) == 1
+        for place, image in enumerate(images[group]):
+            top, left = y + heading + place // 8 * tile, 2 + place % 8 * tile
+            assert np.array_equal(page[top : top + 64 : 8, left : left + 64 : 8, :1], image), (group, place)
+    generate.main([*words, "--classes", "3", "--per-class", "2", "--overwrite"])
+    assert [p.name for p in out.glob("*.png")] == ["grid.png"]
+
+
+def test_a_group_that_goes_on_is_named_again_on_the_next_page(tmp_path: Path) -> None:
+    groups = [
+        ("a", np.zeros((picture.COLUMNS * (picture.PAGE + 1), 64, 64, 1), np.uint8)),
+        ("b", np.zeros((1, 64, 64, 1), np.uint8)),
+    ]
+    lines = list(picture._pages(groups))
+    assert [[(name, len(row)) for name, row in page] for page in lines] == [
+        [("a", 8), *[("", 8)] * 15],
+        [("a", 8), ("b", 1)],
+    ]
+    assert picture.runs([7, 7, 2, 7]) == [(7, slice(0, 2)), (2, slice(2, 3)), (7, slice(3, 4))] and not picture.runs([])
+
+
+def test_columns_of_one_class_have_one_heading_on_each_page(tmp_path: Path) -> None:
+    labels, rows = [3] * 2 + [1] * 18, [np.full((20, 64, 64, 3), 255, np.uint8)] * 2
+    written = picture.write_rows(tmp_path / "c.png", rows, ["x", "y"], labels, ["zero", "one", "two", "three"])
+    assert [path.name for path in written] == ["c.png", "c-2.png"]
+    first, second = (np.asarray(Image.open(path)) for path in written)
+    assert first.shape[1] - second.shape[1] == 12 * 68
+    assert len(words_on(first, 0, 4 + picture.FONT)) == 2 and len(words_on(second, 0, 4 + picture.FONT)) == 1
+
+
+def test_umlauts_are_letters_and_long_names_end_in_an_ellipsis() -> None:
+    letters = [np.asarray(picture.font().getmask(letter)) for letter in ("ä", "ö", "ü", "ß", "é", "Ω", "\u0378")]
+    assert len({letter.tobytes() for letter in letters}) == 7, "a letter that the font lacks is a box"
+    short = picture.shortened("a name that is too long", 80)
+    assert short.endswith("…") and short[:-1] == "a name that is too long"[: len(short) - 1]
+    assert picture.font().getlength(short) <= 80 and picture.shortened("kurz", 80) == "kurz"
+
+
+def test_printed_paths_can_be_pasted(guided: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "my photos' samples"
+    generate.main(["--ckpt", str(guided), "--num-steps", "2", "--classes", "3", "--per-class", "1", "--out", str(out)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(last) == ["wrote", *(str(out / name) for name in ("samples.npz", "samples.json", "grid.png"))]
