@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.archives import read_weights
 from models.encoders import open_folder
+from models.hub_client import reached
 from runtime import files
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
@@ -150,14 +151,15 @@ def _timm_model(given: str, name: str, weights: Path | str | None) -> Any:
             f"--features {given}: timm has no such model{nearest(name, timm.list_models())}; see timm.list_models()"
         )
     if weights is None:
-        try:
-            return timm.create_model(name, pretrained=True, num_classes=0)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"the weights of timm's {name} are neither in the cache nor within reach "
-                f"({str(error).splitlines()[0]}); where there is a network, run: hf download timm/{name}; or give "
-                f"--feature-weights FILE where the command takes it"
-            ) from error
+        with reached() as unreached:
+            try:
+                return timm.create_model(name, pretrained=True, num_classes=0)
+            except (OSError, RuntimeError) as error:
+                raise UserError(
+                    f"the weights of timm's {name} are neither in the cache nor within reach "
+                    f"({unreached or str(error).splitlines()[0]}); where there is a network, run: hf download "
+                    f"timm/{name}; or give --feature-weights FILE where the command takes it"
+                ) from error
     # through timm's own loader, which adapts published files to the model without its classifier
     try:
         return timm.create_model(

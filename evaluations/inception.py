@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from evaluations.features import Extractor, Features, checked_digest
+from evaluations.features import MAX_PIXELS, Extractor, Features, checked_digest
 from models.archives import read_weights
 from runtime import files
 from runtime.arithmetic import exact_arithmetic
@@ -138,7 +138,7 @@ def published() -> Path:
     if not path.is_file():
         try:
             with (
-                urllib.request.urlopen(URL, timeout=30) as source,
+                urllib.request.urlopen(URL, timeout=10) as source,
                 files.replacing(path) as temporary,
                 open(temporary, "wb") as target,
             ):
@@ -146,6 +146,7 @@ def published() -> Path:
         except (urllib.error.URLError, TimeoutError) as error:
             raise UserError(
                 f"cannot download {FILE} ({getattr(error, 'reason', error)}); fetch {URL} elsewhere and "
-                f"give it as --feature-weights FILE (evaluations.fdr: --inception-weights)"
+                f"give it as --feature-weights FILE (evaluations.fdr: --inception-weights), or compare images of at "
+                f"most {MAX_PIXELS:,} values (36 x 36 in colour) by --features pixels, on a scale of its own"
             ) from error
     return path

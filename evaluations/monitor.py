@@ -38,7 +38,13 @@ def watch(
     compiling, _ = launch.compiles(config.compile, accelerator.device)
     # scores and previews share the decoder: if the preset brings it, the previews use it too
     vae = config.vae or presets.decoder(config.eval_preset, data.space) or data.space.vae
-    codec = open_codec(vae, space=data.space, device=accelerator.device, compile=compiling)
+    codec = open_codec(
+        vae,
+        space=data.space,
+        device=accelerator.device,
+        compile=compiling,
+        otherwise="; or leave out --sampling-steps and --eval-steps: training itself needs no VAE",
+    )
     watched: list[Scores | Previews] = []
     if config.eval_steps:
         watched.append(Scores(config, codec, accelerator, (spec.in_channels, spec.input_size, spec.input_size)))

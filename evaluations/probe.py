@@ -14,8 +14,9 @@ f_c and f_g were computed with the label as input, so their accuracy measures ho
 at 1. With --labels shuffled the network gets the label of another image: then the accuracy for the image's own class
 measures what the network sees in the image.
 
-Writes probe.json, probe.png and probe.svg. The last line printed holds flags for train_guide.py, chosen by a heuristic:
-the block and omega of f_g with the largest sqrt(knn x miou), averaged over the times. The student regresses f_g by
+Writes probe.json, probe.png and probe.svg. The last line printed holds flags for train_guide.py, unless the score
+cannot tell settings apart (without masks, or where the weakest guidance reaches its ceiling, as with few classes). They
+are chosen by a heuristic: the block and omega of f_g with the largest sqrt(knn x miou), averaged over the times. The student regresses f_g by
 squared error, so what counts is how far apart classes lie in f_g (knn) rather than whether they are linearly separable
 (accuracy), and how much structure it keeps (miou). knn grows with omega; miou eventually falls. Among settings within
 `TIE` of the best, the smallest omega wins, then the shallowest block, which costs least. The guided block is half the
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from models.encoders import Encoder
 
 TIE = 0.005  # two settings whose scores differ by less are level
+CANNOT_TELL = "cannot tell: keep the defaults"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +91,26 @@ def best(rows: Sequence[Row]) -> tuple[str, float, int] | None:
     return min(level, key=lambda key: (key[1], key[2]))
 
 
+def undecided(rows: Sequence[Row]) -> str:
+    """Why the score cannot tell the settings of f_g apart; an empty text if it can.
+
+    It is saturated where `knn` stands within `TIE` of 1 for most settings at the smallest omega, as it does when
+    classes are few and far apart: then the rule for ties would choose, not the data.
+    """
+    guided = [row for row in rows if row["features"] == "g"]
+    if not guided:
+        return ""
+    if "miou" not in guided[0]:
+        return "without --masks structure was not measured, and nothing speaks against a larger omega"
+    smallest = min(row["omega"] for row in guided)
+    weakest = [row["knn"] for row in guided if row["omega"] == smallest]
+    if 2 * sum(knn >= 1 - TIE for knn in weakest) > len(weakest):
+        return f"knn is saturated at omega {smallest:g} already: the classes are too few, or too far apart, to tell"
+    return ""
+
+
 def recommend(rows: Sequence[Row], depths: Mapping[str, int], given: Mapping[str, str]) -> str | None:
-    """The flags for train_guide.py, None if no f_g was measured.
+    """The flags for train_guide.py, CANNOT_TELL if the score decides nothing, None if no f_g was measured.
 
     depths: checkpoint -> its number of blocks; given: checkpoint -> what was typed for it. With several checkpoints the
     flags name the best one.
@@ -100,6 +120,8 @@ def recommend(rows: Sequence[Row], depths: Mapping[str, int], given: Mapping[str
     chosen = best(rows)
     if chosen is None:
         return None
+    if undecided(rows):
+        return CANNOT_TELL
     name, omega, guiding = chosen
     guided = max(1, min(block_number(depths[name], 1 / 2, None, ""), guiding - 1))
     source = f"--guiding-ckpt {shlex.quote(given[name])} " if len(depths) > 1 else ""
@@ -111,8 +133,8 @@ def caveats(rows: Sequence[Row]) -> list[str]:
     chosen, omegas = best(rows), {row["omega"] for row in rows if row["features"] == "g"}
     if chosen is None:
         return []
-    if "miou" not in rows[0]:
-        return ["without --masks structure was not measured, and nothing speaks against a larger omega"]
+    if reason := undecided(rows):
+        return [reason]
     if len(omegas) > 1 and chosen[1] == max(omegas):
         return ["the best omega is the largest given: a larger one may be better, widen --omega"]
     return []
@@ -174,7 +196,7 @@ def _panel(axes: Axes, rows: Sequence[Row], name: str, metric: str, t: float) ->
         points = sorted((row["block"], row[metric]) for row in values if (row["checkpoint"], row["t"]) == (name, t))
         axes.plot(*zip(*points, strict=True), label=feature, markersize=4, **drawing.style(number))
     chosen = best(rows)
-    if chosen is not None and name == chosen[0]:
+    if chosen is not None and name == chosen[0] and not undecided(rows):
         axes.axvline(chosen[2], color="0.85", linewidth=8, zorder=0)
     if metric == "accuracy":  # the first of a checkpoint's metrics
         axes.set_title(f"{name}\nt = {t:g}", fontsize=8)

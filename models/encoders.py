@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.archives import digest, read_weights
+from models.hub_client import reached
 from runtime.errors import UserError, nearest, require
 
 if TYPE_CHECKING:
@@ -173,19 +174,21 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         f"no encoder is called {name}{nearest(name, [*ALIASES, *timm.list_models('vit*')])}: give a model of timm, one "
         f"of REPA's names ({', '.join(ALIASES)}), or a folder with its config.json and weights",
     )
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as error:
-        if not pretrained:
-            raise
+    if not pretrained:
+        return timm.create_model(name, pretrained=False, num_classes=0)
+    with reached() as unreached:
+        try:
+            return timm.create_model(name, pretrained=True, num_classes=0)
+        except (OSError, RuntimeError, ValueError) as error:
+            failure = error
         # the hub's own message has many lines; the first says what failed
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = unreached or (str(failure).strip() or type(failure).__name__).split("\n")[0]
         hub = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else f"timm/{name}"
         raise UserError(
             f"the weights of encoder {name} are neither local nor available from the hub ({reason}); on a machine with "
             f"a network, run: hf download {hub}; or give the file with --align-encoder-weights (training) or "
             f"--encoder-weights (probe)"
-        ) from error
+        ) from failure
 
 
 def _load(model: VisionTransformer, file: Path, name: str) -> None:

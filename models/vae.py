@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
 from models.archives import digest, read_weights
+from models.hub_client import reached
 from models.latents import Codec, LatentSpace
 from models.pixels import PIXELS, PixelCodec, is_pixels, pixels
 from runtime import files, schema
@@ -87,6 +88,7 @@ def open_codec(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
+    otherwise: str = "",
 ) -> Codec:
     """Open a VAE.
 
@@ -98,6 +100,7 @@ def open_codec(
             own.
         device, dtype: of the VAE; images and latents leave it in float32.
         compile: whether to compile the decoder of a VAE.
+        otherwise: what the caller can do without a VAE, for the message if it is missing.
 
     Raises:
         UserError: the VAE is missing, damaged, or not the one that `space` came from.
@@ -108,7 +111,7 @@ def open_codec(
         space = space or pixels(3)
         require(is_pixels(space), f"latents of {space.name} need their VAE: pass its hub id or folder with --vae")
         return PixelCodec(space)
-    model = _load(vae)
+    model = _load(vae, otherwise)
     recorded = _space_of(vae, model, statistics)
     if space is not None:
         same = recorded.channels == space.channels
@@ -122,12 +125,12 @@ def open_codec(
     return VaeCodec(model, space or recorded, device, dtype, compile)
 
 
-def _load(vae: str) -> AutoencoderKL:
+def _load(vae: str, otherwise: str = "") -> AutoencoderKL:
     """The VAE in float32, complete and checked."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.utils import logging
 
-    folder = _folder(vae)
+    folder = _folder(vae, otherwise)
     for name in ("config.json", WEIGHTS):
         require(
             (folder / name).is_file(),
@@ -172,7 +175,7 @@ def _load(vae: str) -> AutoencoderKL:
     return model
 
 
-def _folder(vae: str) -> Path:
+def _folder(vae: str, otherwise: str = "") -> Path:
     """The local folder of a VAE: as given, or from the hub's cache, or downloaded there."""
     if Path(vae).is_dir() or vae.count("/") != 1 or vae.startswith((".", "/", "~")):
         return Path(vae).expanduser()
@@ -182,14 +185,19 @@ def _folder(vae: str) -> Path:
         # the cache first, because a download asks the hub even for a cached file; for a file that the hub once did not
         # have, the cache gives a marker, which is neither a path nor None
         cached = try_to_load_from_cache(vae, name)
-        try:
-            path = cached if isinstance(cached, str) else hf_hub_download(vae, name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(
-                f"VAE {vae} is not a folder, and its {name} is neither in the hub's cache nor can it be downloaded "
-                f"({reason}); on a machine with a network, run: hf download {vae}"
-            ) from error
+        if isinstance(cached, str):
+            path = cached
+            continue
+        with reached() as unreached:
+            try:
+                path = hf_hub_download(vae, name)
+            except (OSError, ValueError) as error:
+                reason = unreached or str(error).strip().split("\n")[0]
+                raise UserError(
+                    f"VAE {vae} is not a folder, and its {name} is neither in the hub's cache nor can it be downloaded "
+                    f"({reason}); on a machine with a network, run: hf download {vae} --local-dir FOLDER, and give "
+                    f"that folder{otherwise}"
+                ) from error
     return Path(path).parent
 
 

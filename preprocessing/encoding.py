@@ -156,6 +156,7 @@ def _codec(options: Options, device: torch.device) -> Codec:
         statistics=options.statistics,
         device=device,
         dtype=dtype,
+        otherwise="; or --vae pixels: small images (up to about 64 pixels) train without an autoencoder",
     )
     require(
         options.resolution % codec.space.stride == 0,

@@ -202,7 +202,7 @@ def test_what_a_score_needs_is_checked_before_sampling(
 def begun(guided: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples in `out` that were all drawn, but not finished."""
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "finish", lambda self, names: None)
+        patch.setattr(Store, "finish", lambda self, names: [])
         draw_words = ["--ckpt", str(guided), "--out", str(out), "--num-fid-samples", "20", "--num-steps", "4"]
         generate.main(draw_words)
 

@@ -152,7 +152,7 @@ def test_without_file_or_network_one_line_says_where_to_get_it(monkeypatch, tmp_
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     with pytest.raises(UserError) as caught:
         open_extractor(FeatureOptions(features="inception"))
-    for word in (inception.FILE, inception.URL, "--feature-weights", "no route to host"):
+    for word in (inception.FILE, inception.URL, "--feature-weights", "no route to host", "--features pixels"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -447,9 +447,8 @@ def test_without_masks_and_with_an_encoder(
         *[("stage2@4", "g")] * 2,
     ]
     assert rows[0]["cknna encoder"] == pytest.approx(1) and "miou" not in rows[0] and rows[1]["cknna encoder"] < 1
-    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[:2] in [
-        ["--guiding-ckpt", str(run)] for run in (teacher, guided)
-    ]
+    # without masks
+    assert capsys.readouterr().out.splitlines()[-1] == "cannot tell: keep the defaults"
     probe.main(
         [
             "--ckpt",
@@ -508,8 +507,24 @@ def test_the_recommendation_follows_its_rule() -> None:
     unguided = [{**rows[0], "features": "u"}]
     assert probe.recommend(unguided, {"a": 6}, given) is None and probe.caveats(unguided) == []
     blind = [{key: value for key, value in line.items() if key != "miou"} for line in rows[:4]]
-    assert probe.recommend(blind, {"a": 12}, given) == "--guiding-depth 2 --guided-depth 1 --guide-scale 30"
+    assert probe.recommend(blind, {"a": 12}, given) == probe.CANNOT_TELL == "cannot tell: keep the defaults"
     assert "without --masks" in probe.caveats(blind)[0]
+
+
+def test_a_saturated_score_recommends_nothing() -> None:
+    """Four classes of photographs: f_g of every block is told apart at omega 3, so that ties alone would choose."""
+    photos = [row("a", block, omega, 1.0, 0.8 - omega / 300) for block in (1, 2, 3, 4) for omega in (3, 10, 30)]
+    assert probe.recommend(photos, {"a": 4}, {"a": "a"}) == probe.CANNOT_TELL
+    assert "saturated at omega 3" in probe.caveats(photos)[0] and "--" not in probe.CANNOT_TELL
+    # half of the blocks are not saturated there
+    apart = [{**line, "knn": 0.7} if line["block"] < 3 and line["omega"] == 3 else line for line in photos]
+    assert probe.recommend(apart, {"a": 4}, {"a": "a"}) == "--guiding-depth 3 --guided-depth 2 --guide-scale 3"
+    assert drawn_bars(photos) == 0 and drawn_bars(apart) == 1
+
+
+def drawn_bars(rows: list[dict]) -> int:
+    """Grey bars of the plot: axvline draws a line from 0 to 1 of the axes' height."""
+    return sum(line.get_color() == "0.85" for axes in probe.plot(rows).axes[:1] for line in axes.get_lines())
 
 
 def test_the_plot_marks_the_recommended_block_of_its_checkpoint() -> None:

@@ -47,6 +47,7 @@ class Hub:
 @pytest.fixture
 def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     stand_in = Hub(tmp_path / "hub")
+    monkeypatch.setattr("models.hub_client._silence", lambda address: None)
     for call in ("create_repo", "upload_folder", "snapshot_download"):
         monkeypatch.setattr(f"huggingface_hub.{call}", getattr(stand_in, call))
     return stand_in

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from models.hub_client import reached
 from models.latents import LatentSpace
 from models.pixels import pixels, to_uint8
 from models.vae import open_codec, read_statistics
+from preprocessing import encode
 from runtime.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -189,6 +193,29 @@ def test_a_vae_that_is_absent_or_damaged_is_one_line(vae, tmp_path, monkeypatch)
     (folder / WEIGHTS).unlink()
     assert f"{folder / WEIGHTS} is missing" in refusal(folder)
     assert "give an AutoencoderKL" in refusal(edited(vae, tmp_path, _class_name="AutoencoderTiny"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """The hub's own client would try five times for each file; here nothing listens at the hub's address."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with reached() as reason:
+        assert constants.HF_HUB_OFFLINE and "http://127.0.0.1:9 does not answer" in reason
+    assert not constants.HF_HUB_OFFLINE
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "a" / "1.png")
+    words = ["--images", str(tmp_path / "images"), "--resolution", "32", "--out", str(tmp_path / "out")]
+    for resolve, remedy in (
+        (lambda: encode.main([*words, "--vae", "someone/some-vae"]), "or --vae pixels"),
+        (lambda: open_codec("someone/some-vae", otherwise="; or leave it out"), "; or leave it out"),
+    ):
+        with pytest.raises(UserError, match="does not answer") as caught:
+            resolve()
+        assert remedy in str(caught.value) and "hf download someone/some-vae" in str(caught.value)
+    assert time.monotonic() - began < 10
 
 
 def test_a_hub_id_is_read_from_the_cache_without_a_network(vae, tmp_path, monkeypatch):
