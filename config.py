@@ -380,6 +380,30 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# What most commands give, in the order in which `--help` shows it first.
+COMMON = (
+    "data_dir",
+    "exp_name",
+    "output_dir",
+    "model",
+    "align",
+    "preset",
+    "recipe",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_train_steps",
+    "learning_rate",
+    "mixed_precision",
+    "init_ckpt",
+    "seed",
+    "checkpointing_steps",
+    "max_hours",
+    "sampling_steps",
+    "eval_steps",
+    "report_to",
+    "dry_run",
+)
+
 # Options that may differ when a run is continued: no number of the steps already taken depends on them.
 FREE_ON_RESUME = frozenset(
     {

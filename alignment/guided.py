@@ -181,14 +181,14 @@ class Guided(Alignment[GuidedOptions]):
     def notes(self) -> list[str]:
         """The teacher's identity, and a warning if it was not trained for as long as the paper's."""
         step, epochs = self.origin["step"], self.origin["epochs"]
-        age = f"step {step}" + ("" if epochs is None else f" = {epochs:g} epochs")
+        age = f"step {step}" + ("" if epochs is None else f" = {epochs:.1f} epochs")
         lines = [
             f"teacher: {self.origin['path']} at {age}, {self.origin['model']}, {self.origin['weights']} weights, "
             f"block {self.guiding}"
         ]
         if epochs is not None and abs(epochs - EPOCHS) > 0.5:
             lines.append(
-                f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:g}: choose its "
+                f"warning: the paper's teacher has trained for {EPOCHS} epochs, this one for {epochs:.1f}: choose its "
                 f"checkpoint with --guiding-ckpt RUN@STEP"
             )
         if self.lacks_tf32:

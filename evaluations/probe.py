@@ -15,13 +15,13 @@ at 1. With --labels shuffled the network gets the label of another image: then t
 measures what the network sees in the image.
 
 Writes probe.json, probe.png and probe.svg. The last line printed holds flags for train_guide.py, unless the score
-cannot tell settings apart (without masks, or where the weakest guidance reaches its ceiling, as with few classes). They
-are chosen by a heuristic: the block and omega of f_g with the largest sqrt(knn x miou), averaged over the times. The student regresses f_g by
-squared error, so what counts is how far apart classes lie in f_g (knn) rather than whether they are linearly separable
-(accuracy), and how much structure it keeps (miou). knn grows with omega; miou eventually falls. Among settings within
-`TIE` of the best, the smallest omega wins, then the shallowest block, which costs least. The guided block is half the
-depth, as in the paper, but at least one below the guiding block if there is one: a probe of the teacher cannot tell
-where its student learns best.
+cannot tell settings apart: without masks, or where the weakest guidance reaches its ceiling, as with few classes. The
+flags are chosen by a heuristic: the block and omega of f_g with the largest sqrt(knn x miou), averaged over the times.
+The student regresses f_g by squared error, so what counts is how far apart classes lie in f_g (knn) rather than whether
+they are linearly separable (accuracy), and how much structure it keeps (miou). knn grows with omega; miou eventually
+falls. Among settings within `TIE` of the best, the smallest omega wins, then the shallowest block, which costs least.
+The guided block is half the depth, as in the paper, but at least one below the guiding block if there is one: a probe
+of the teacher cannot tell where its student learns best.
 """
 
 from __future__ import annotations

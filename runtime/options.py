@@ -97,6 +97,21 @@ class Option(NamedTuple):
 
 
 _hints = functools.cache(typing.get_type_hints)
+# What ends the name of an option that takes a file, a folder or a checkpoint
+_PATHS = (
+    "dir",
+    "out",
+    "ckpt",
+    "config",
+    "reference",
+    "images",
+    "masks",
+    "source",
+    "samples",
+    "folder",
+    "file",
+    "sample",
+)
 
 
 def options_of(schema: type) -> Iterator[Option]:
@@ -108,6 +123,14 @@ def options_of(schema: type) -> Iterator[Option]:
         elif field.metadata:
             heading = field.metadata["heading"] or heading
             yield Option(field, hints[field.name], heading)
+
+
+def _ordered(schema: type, common: Sequence[str]) -> Iterator[Option]:
+    """The options of `schema`, those called `common` first and under a heading of their own."""
+    options = list(options_of(schema))
+    for name in common:
+        yield next(opt for opt in options if opt.field.name == name)._replace(heading="common options")
+    yield from (opt for opt in options if opt.field.name not in common)
 
 
 def read(
@@ -155,11 +178,15 @@ def parse(
     description: str | None = None,
     epilog: str | None = None,
     hints: Mapping[str, Hint] | None = None,
+    common: Sequence[str] = (),
 ) -> dict[str, Given]:
     """The values that `argv` gives, by section and option name, with the types of the sections' dataclasses.
 
     The section called "" has plain flags (`--seed`). Every other section is an alignment: `--repa-depth` sets `depth`
     of section `repa`, and so does `--align-depth` if no other alignment has that option. See `read`.
+
+    Args:
+        common: names of plain options that `--help` shows first, under one heading.
     """
     parser = _Parser(
         prog=prog,
@@ -168,12 +195,13 @@ def parse(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options]",
     )
     owners = Counter(opt.field.name for section, schema in schemas.items() if section for opt in options_of(schema))
     titled: dict[str | None, Any] = {None: parser}
     replies = dict(hints or {})
     for section, schema in schemas.items():
-        for opt in options_of(schema):
+        for opt in _ordered(schema, () if section else common):
             if opt.field.metadata["rare"]:
                 file = f'{{"train": {{"{opt.field.name}": ...}}}}'
                 replies[f"--{opt.field.name.replace('_', '-')}"] = Hint(
@@ -310,17 +338,17 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
     text = field.metadata["help"]
     if field.default is MISSING:
         text += " (required)"  # `build` checks it: a message about an unknown flag comes first
-    elif field.default not in (None, ""):
-        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        text += f" (default {shown})"
+    elif field.default is not False and field.default not in (None, "", ()):
+        text += f" (default {_written(field.default)})"
     if field.metadata["within"]:
-        text += f" in {field.metadata['within']}"
+        text += f"; {_in_words(field.metadata['within'])}"
     arguments: dict[str, Any] = {"dest": dest, "help": text.replace("%", "%%")}
     if kind is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **arguments)
     else:
         choices = field.metadata["choices"]
-        metavar = None if choices else kind.__name__.upper()
+        path = field.name.split("_")[-1] in _PATHS or field.metadata["help"].startswith(("file", "folder"))
+        metavar = None if choices else {int: "N", float: "X"}.get(kind, "PATH" if path else "NAME")
         parser.add_argument(
             *flags,
             action=_Store,
@@ -330,6 +358,23 @@ def _add(parser: Any, opt: Option, flags: list[str], dest: str) -> None:
             metavar=metavar,
             **arguments,
         )
+
+
+def _written(value: Any) -> str:
+    """A default as a person would write it."""
+    if isinstance(value, tuple):
+        return " ".join(map(_written, value))
+    return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _in_words(bounds: str) -> str:
+    """Bounds in mathematical notation as words: "(0, inf)" is "above 0"."""
+    low, high = (part.strip() for part in bounds[1:-1].split(","))
+    least = "" if low == "-inf" else f"{'at least' if bounds[0] == '[' else 'above'} {low}"
+    most = "" if high == "inf" else f"{'at most' if bounds[-1] == ']' else 'below'} {high}"
+    if least.startswith("at least") and most.startswith("at most"):
+        return f"{low} to {high}"
+    return " and ".join(part for part in (least, most) if part)
 
 
 def finite(word: str) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import generate
-from config import RECIPES, TrainConfig
+from config import COMMON, RECIPES, TrainConfig
 from generate import GenerateConfig
 from models.peers import PEERS
 from runtime.errors import UserError
@@ -332,7 +332,24 @@ def test_a_number_outside_its_bounds_is_refused_and_help_shows_them(capsys: pyte
             command.resolve([*argv, flag, *value.split()], "train.py", None)
     with pytest.raises(SystemExit):
         command.resolve(["--help"], "train.py", None)
-    assert "[0, 1)" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "moving average (default 0.9999); at least 0 and below 1" in text
+        and "warm-up (default 0.0001); above 0" in text
+    )
+
+
+def test_help_shows_twenty_common_options_first_and_writes_values_as_people_do(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.resolve(["--help"], "train.py", None)
+    text = capsys.readouterr().out
+    first, others = re.split(r"\n\n(?=data:)", text.split("common options:\n")[1], maxsplit=1)
+    shown = re.findall(r"^  (--[a-z-]+)", first, flags=re.MULTILINE)
+    assert shown == [f"--{name.replace('_', '-')}" for name in COMMON] and len(shown) == 20
+    assert not set(shown) & set(re.findall(r"^  (--[a-z-]+)", others, flags=re.MULTILINE))
+    assert text.startswith("usage: train.py [options]\n") and "--data-dir PATH" in first and "--model NAME" in first
+    assert "--max-train-steps N" in first and "--init-ckpt PATH" in first and "--ema-decay X" in others
+    assert not re.search(r"STR|FLOAT|INT\b|default \)|default False|, inf", text)
 
 
 def test_a_file_of_options_stands_below_flags(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 import models
 from alignment import Alignment, AlignOptions, find
-from config import RECIPES, TrainConfig
+from config import COMMON, RECIPES, TrainConfig
 from models.checkpoint import Checkpoint, latest
 from models.peers import PEERS
 from runtime import files, launch
@@ -63,6 +63,7 @@ def resolve(
         description=description,
         epilog=catalogue(),
         hints=_of_alignments() | PEERS,
+        common=COMMON,
     )
     given = {"": {**train_settings, **flags[""]}}
     for name, kind in kinds.items():
