@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from models.routing import Segments
 from recipes import claims, publish, record, rows
 from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
+from runtime.peaks import PEAKS
 from runtime.text import spread
 from sampling import presets
 from tests.helpers import ROOT, assert_same_bits, inputs
@@ -109,7 +111,7 @@ def test_commands_parse(words: tuple[str, ...]) -> None:
 
 
 def test_pages_are_short_and_none_is_lost() -> None:
-    assert PAGES["README.md"].count("\n") < 250
+    assert PAGES["README.md"].count("\n") <= 150
     for page in PAGES:
         assert page == "README.md" or f"({page})" in PAGES["README.md"], f"README does not lead to {page}"
 
@@ -401,6 +403,49 @@ def test_the_hours_follow_from_the_flops_beside_them() -> None:
     for network, steps, flops, hours in rows:
         computed = int(steps.replace(",", "")) * 256 * float(flops) * 1e9 / (8 * 0.4 * 989e12) / 3600
         assert float(hours) == pytest.approx(computed, abs=0.06), network
+
+
+def test_there_is_one_job_script_and_it_queues_itself_again() -> None:
+    scripts = [
+        block
+        for block in re.findall(r"```\w*\n(.*?)```", "".join(PAGES.values()), flags=re.DOTALL)
+        if "SBATCH" in block
+    ]
+    assert len(scripts) == 1 and subprocess.run(["bash", "-n"], check=False, input=scripts[0], text=True).returncode == 0
+    head, body = re.findall(r"#SBATCH --([a-z-]+)", scripts[0]), scripts[0].replace("\\\n", " ")
+    assert {"signal", "requeue", "time"} <= set(head)
+    (launched,) = re.findall(r"train\.py (.*?)'", body)
+    config, _ = command.resolve(launched.split(), "train.py", None)
+    assert config.max_hours < 24 and "--time=24:00:00" in body
+    assert f"-e {config.output_dir}/{config.exp_name}/ended-early.json" in body and "scontrol requeue" in body
+
+
+def test_the_plans_follow_from_the_hours_of_the_tables() -> None:
+    hours = {
+        name: int(value.replace(",", ""))
+        for name, value in re.findall(
+            r"^\| ((?:Table|Figure|section) [\d.]+) \| \d+ \| [\d,]+ \| ([\d,]+) \|",
+            PAGES["docs/paper.md"],
+            re.MULTILINE,
+        )
+    }
+    ablations = 3 * (hours["Table 4"] + hours["Table 5"] + hours["Figure 4"])
+    plans = (
+        2 * hours["Table 4"],
+        ablations,
+        ablations + 3 * hours["Table 1"] + hours["Figure 8"] + hours["section 4.5"],
+    )
+    rows = re.findall(r"^\| ([\d,]+) \| .* \| ([\d,]+) \| ([\d,]+) \| ", PAGES["docs/first-night.md"], re.MULTILINE)
+    for (budget, h100, a800), computed in zip(rows, plans, strict=True):
+        assert int(h100.replace(",", "")) == computed <= int(budget.replace(",", ""))
+        assert int(a800.replace(",", "")) == round(computed * PEAKS["H100"] / PEAKS["A800"])
+
+
+def test_the_lowest_torch_has_its_driver() -> None:
+    (lowest,) = re.findall(r"^torch>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    (locked,) = re.findall(r"^torch==([\d.]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    section = PAGES["docs/first-night.md"].split("## Which driver")[1]
+    assert f"| {lowest}, the lowest" in section and f"| {locked}, in `requirements.lock`" in section
 
 
 def test_how_to_cite_and_to_contribute() -> None:
