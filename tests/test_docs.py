@@ -411,7 +411,9 @@ def test_there_is_one_job_script_and_it_queues_itself_again() -> None:
         for block in re.findall(r"```\w*\n(.*?)```", "".join(PAGES.values()), flags=re.DOTALL)
         if "SBATCH" in block
     ]
-    assert len(scripts) == 1 and subprocess.run(["bash", "-n"], check=False, input=scripts[0], text=True).returncode == 0
+    assert (
+        len(scripts) == 1 and subprocess.run(["bash", "-n"], check=False, input=scripts[0], text=True).returncode == 0
+    )
     head, body = re.findall(r"#SBATCH --([a-z-]+)", scripts[0]), scripts[0].replace("\\\n", " ")
     assert {"signal", "requeue", "time"} <= set(head)
     (launched,) = re.findall(r"train\.py (.*?)'", body)

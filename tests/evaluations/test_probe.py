@@ -512,7 +512,7 @@ def test_the_recommendation_follows_its_rule() -> None:
 
 
 def test_a_saturated_score_recommends_nothing() -> None:
-    """Four classes of photographs: f_g of every block is told apart at omega 3, so that ties alone would choose."""
+    """Four classes of photographs: f_g of every block separates them at omega 3 already, so only ties could choose."""
     photos = [row("a", block, omega, 1.0, 0.8 - omega / 300) for block in (1, 2, 3, 4) for omega in (3, 10, 30)]
     assert probe.recommend(photos, {"a": 4}, {"a": "a"}) == probe.CANNOT_TELL
     assert "saturated at omega 3" in probe.caveats(photos)[0] and "--" not in probe.CANNOT_TELL
