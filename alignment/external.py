@@ -29,9 +29,16 @@ class ExternalOptions(AlignOptions):
     depth: int | None = option(None, help="student's block whose output is aligned")
     hidden: int | None = option(None, within="[1, inf)", help=HIDDEN)
     encoder: str = option(
-        DINOV2, help="encoder: a vision transformer of timm, by its name or REPA's, or a folder of one"
+        DINOV2,
+        help="encoder: a vision transformer or convolutional network of timm, by its name or REPA's, or its folder",
     )
-    encoder_weights: str | None = option(None, help="file of its weights (default: timm's, from the hub)")
+    encoder_weights: str | None = option(
+        None, help="file of its weights: timm's or torchvision's (default: timm's, from the hub)"
+    )
+    encoder_stage: int | None = option(
+        None,
+        help="stage of a convolutional encoder whose map is aligned, from 1 or from -1 backwards (default: its last)",
+    )
     cache: bool = option(False, help="encode the whole set once and keep the patch tokens in memory (small sets)")
 
 
@@ -50,9 +57,15 @@ class External:
             grid=math.isqrt(build_context.student.tokens),
             weights=options.encoder_weights,
             pretrained=not build_context.dry,
+            stage=options.encoder_stage,
         )
         self.digest = None if build_context.dry else self.encoder.digest()
-        depth = len(self.encoder.blocks)
+        depth = self.encoder.depth
+        require(
+            depth > 0 or not attention,
+            f"encoder {options.encoder} is convolutional and has no attention maps for HASTE: give --haste-attention "
+            f"0, or a vision transformer",
+        )
         self.attention = tuple(number if number > 0 else depth + 1 + number for number in attention)
         for number in self.attention:
             require(

@@ -39,7 +39,9 @@ IMAGES = {12: 25_600_000, 24: 64_000_000, 28: 64_000_000}
 class HasteOptions(ExternalOptions):
     """Options of HASTE; `depth` is 8 of 12, 24 and 28 blocks, two thirds of any other depth."""
 
-    attention: float = option(1.0, help="weight of the attention term beside the feature term")
+    attention: float = option(
+        1.0, within="[0, inf)", help="weight of the attention term beside the feature term; 0: without attention maps"
+    )
     attention_depths: tuple[int, ...] | None = option(
         None, help="student's blocks (default: four that end at the depth)"
     )
@@ -57,7 +59,13 @@ class Haste(Alignment[HasteOptions]):
     @classmethod
     def resolve(cls, options: HasteOptions, student: ModelSpec, batch_size: int = 256) -> HasteOptions:
         depth = block_number(student.depth, 2 / 3, options.depth, "--haste-depth", BLOCKS.get(student.depth))
-        student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
+        require(
+            options.attention > 0 or not (options.attention_depths or options.encoder_depths),
+            "--haste-attention 0 compares no blocks: leave out --haste-attention-depths and --haste-encoder-depths",
+        )
+        student_blocks: tuple[int, ...] = ()
+        if options.attention > 0:
+            student_blocks = options.attention_depths or tuple(range(max(1, depth - 3), depth + 1))
         encoder_blocks = options.encoder_depths or tuple(range(-len(student_blocks), 0))
         require(
             len(student_blocks) == len(encoder_blocks),
@@ -94,6 +102,8 @@ class Haste(Alignment[HasteOptions]):
     def forward(self, context: Context) -> Tensor:
         target = self.external(context)
         features = -cosine(self.head(context.features[self.taps[0]]), target.tokens, weigh=self.weigh(context))
+        if not self.pairs:
+            return features
         maps = [(context.features[QK(block)], target.attention[encoder_block]) for block, encoder_block in self.pairs]
         attention = sum(
             attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads], context.token_weight)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.archives import read_weights
 from models.encoders import open_folder
 from models.hub_client import reached
+from models.torchvision import load_strictly, timm_weights
 from runtime import files
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
@@ -69,8 +70,8 @@ class Timm(Extractor):
     `timm:vit_large_patch14_dinov2.lvd142m@224` gives the features of FD-DINOv2 (Stein et al., 2023). The whole image is
     scaled, bicubic and antialiased, without a crop.
 
-    weights: safetensors or PyTorch file of a state dict, in timm's layout or one that timm converts; None takes the
-    published weights from the hub's cache, or downloads them.
+    weights: safetensors or PyTorch file of a state dict, in timm's layout, one that timm converts, or torchvision's
+    (`models.torchvision`); None takes the published weights from the hub's cache, or downloads them.
 
     Raises:
         UserError: timm has no such model, its weights cannot be loaded, or the file belongs to another model.
@@ -160,11 +161,15 @@ def _timm_model(given: str, name: str, weights: Path | str | None) -> Any:
                     f"({unreached or str(error).splitlines()[0]}); where there is a network, run: hf download "
                     f"timm/{name}; or give --feature-weights FILE where the command takes it"
                 ) from error
-    # through timm's own loader, which adapts published files to the model without its classifier
+    tensors = timm_weights(weights, name)
+    # the networks of this module have one layout, so every tensor must be there
+    if not hasattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn"):
+        model = timm.create_model(name, num_classes=0)
+        load_strictly(model, tensors, weights, name)
+        return model
+    # through timm's own loader, which adapts published files to the model without its classifier, and is not strict
     try:
-        return timm.create_model(
-            name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"state_dict": read_weights(weights)}
-        )
+        return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"state_dict": tensors})
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"{weights} holds no weights of timm's {name} ({str(error).splitlines()[0]}); give its own"

@@ -107,6 +107,7 @@ class Codec(Protocol):
     """Images (N, C, R, R) in [-1, 1] to latents and back."""
 
     space: LatentSpace
+    image_channels: int  # C: 1 for grey images, 3 for RGB
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (N, C, H, W) of the raw latents, float32."""

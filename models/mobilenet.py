@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ class Perceptual(nn.Module):
         super().__init__()
         import timm
 
-        model = timm.create_model(MOBILENET, num_classes=0)
+        model: Any = timm.create_model(MOBILENET, num_classes=0)
         load_strictly(model, timm_weights(weights, MOBILENET), weights, MOBILENET)
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(model.pretrained_cfg[key])[:, None, None], persistent=False)
 

@@ -32,6 +32,7 @@ class PixelCodec:
 
     def __init__(self, space: LatentSpace) -> None:
         self.space = space
+        self.image_channels = space.channels
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images.float(), images.new_zeros(images.shape).float()

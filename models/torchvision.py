@@ -1,7 +1,7 @@
 """torchvision's MobileNetV2 under timm's names, so that its published file serves wherever timm's network does.
 
-torchvision's `mobilenet_v2-b0353104.pth` (IMAGENET1K_V1, BSD licence) fits timm's `mobilenetv2_100`: the tensors are the
-same in the same order, and so are the outputs.
+torchvision's `mobilenet_v2-b0353104.pth` (IMAGENET1K_V1, BSD licence) fits timm's `mobilenetv2_100`: the tensors are
+the same in the same order, and so are the outputs.
 """
 
 from __future__ import annotations
@@ -63,5 +63,6 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     except RuntimeError as error:
         # the first line of torch's message names the class, the second line shows the first misfit
         raise UserError(
-            f"{path} holds no weights of timm's {name} ({str(error).splitlines()[1].strip()}); give its own"
+            f"{path} is of another network than {name} ({str(error).splitlines()[1].strip()}); give the file of this "
+            f"one"
         ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ CHUNK = 32 * 256**2
 class Config(TypedDict):
     """The fields that are read of a diffusers `AutoencoderKL`'s config.json."""
 
+    in_channels: Literal[1, 3]
+    out_channels: Literal[1, 3]
     latent_channels: Annotated[int, Field(ge=1)]
     block_out_channels: list[int]
     norm_num_groups: Annotated[int, Field(ge=1)]
@@ -58,6 +60,7 @@ class VaeCodec:
         compile: bool = False,
     ) -> None:
         self.space = space
+        self.image_channels: int = vae.config["in_channels"]
         nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own `to` warns at every call
         if torch.device(device).type == "cuda":
             nn.Module.to(vae, memory_format=torch.channels_last)  # the layout of its fast convolutions

@@ -144,7 +144,6 @@ def _conclude(job: Encoding, entries: Mapping[int, Shard], codec: Codec) -> None
 def _codec(options: Options, device: torch.device) -> Codec:
     """The codec that the options ask for. Raises UserError for options that contradict each other."""
     plain = options.vae == PIXELS
-    require(plain or not options.grey, "--grey needs --vae pixels: an autoencoder takes RGB")
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" and not plain else torch.float32
     require(
         not (plain and options.statistics),
@@ -157,6 +156,10 @@ def _codec(options: Options, device: torch.device) -> Codec:
         device=device,
         dtype=dtype,
         otherwise="; or --vae pixels: small images (up to about 64 pixels) train without an autoencoder",
+    )
+    require(
+        (codec.image_channels == 1) == options.grey,
+        f"--vae {options.vae} takes {'grey images: give' if codec.image_channels == 1 else 'RGB: leave out'} --grey",
     )
     require(
         options.resolution % codec.space.stride == 0,

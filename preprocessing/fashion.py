@@ -3,9 +3,9 @@
     python -m preprocessing.fashion --out data/fashion
     python -m preprocessing.encode --images data/fashion/train --vae pretrained/vae-fashion --grey --resolution 32 ...
 
-Source: Xiao, Rasul and Vollgraf (arXiv 1708.07747), MIT licence. The four IDX files are read from --source, from Debian's
-package `dataset-fashion-mnist` or from where torchvision puts them, or torchvision downloads them; their content must
-have the published SHA-256. Two pixels of the black background are added on each side.
+Source: Xiao, Rasul and Vollgraf (arXiv 1708.07747), MIT licence. The four IDX files are read from --source, from
+Debian's package `dataset-fashion-mnist` or from where torchvision puts them, or torchvision downloads them; their
+content must have the published SHA-256. Two pixels of the black background are added on each side.
 
 Writes `train/CLASS/NUMBER.png` and `test/CLASS/NUMBER.png`, NUMBER being the image's place in its file, so that the
 classes keep their published numbers, and `train-masks.npz` and `test-masks.npz` for `evaluations.probe`: `masks` uint8
@@ -95,8 +95,8 @@ def find_source(given: str | None) -> Path:
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"Fashion-MNIST is neither in {PLACES[0]} nor in {PLACES[1]}, and torchvision cannot download it ({reason}); "
-            f"install Debian's dataset-fashion-mnist, or give the folder of its files with --source"
+            f"Fashion-MNIST is neither in {PLACES[0]} nor in {PLACES[1]}, and torchvision cannot download it "
+            f"({reason}); install Debian's dataset-fashion-mnist, or give the folder of its files with --source"
         ) from error
     return PLACES[1]
 

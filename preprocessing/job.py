@@ -42,7 +42,7 @@ class Options:
     flip: bool = option(False, help="store a second view, encoded from the mirrored image")
     keep_images: bool = option(False, help="store the cropped images too, as PNG")
     moments: bool = option(True, help="store posterior mean and std; --no-moments: one fixed sample")
-    grey: bool = option(False, help="one channel instead of RGB (with --vae pixels)")
+    grey: bool = option(False, help="one channel instead of RGB (with --vae pixels, or an autoencoder of grey images)")
     dtype: str = option("float16", help="type of the stored latents", choices=("float16", "float32"))
     mixed_precision: str = option("no", help="precision of the encoder", choices=("no", "bf16"))
     batch_size: int = option(32, within="[1, inf)", help="images per call of the encoder")

@@ -42,13 +42,12 @@ def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
-def originals_in(source: ImageSet, latents: LatentSet, chosen: np.ndarray) -> np.ndarray:
+def originals_in(source: ImageSet, latents: LatentSet, chosen: np.ndarray, grey: bool) -> np.ndarray:
     """The images (n, R, R, channels) uint8 in `source` from which the items `chosen` were encoded.
 
     Raises UserError if the source does not hold one of them.
     """
     places: dict[str | None, int] = {name: index for index, name in enumerate(source.names)}
-    grey = is_pixels(latents.space) and latents.channels == 1
     images = []
     for index in chosen:
         place = places.get(latents.source_name(index))
@@ -87,7 +86,7 @@ def report(latents: LatentSet, source: ImageSet, codec: Codec) -> list[str]:
     std = float(latents.space.normalise(raw).std())
     if is_pixels(latents.space):
         return [f"pixels of {len(chosen)} items: standard deviation {std:.2f}"]
-    originals = originals_in(source, latents, chosen)
+    originals = originals_in(source, latents, chosen, codec.image_channels == 1)
     mean = float(psnr(decoded(latents, chosen, codec), originals).mean())
     figures = (
         f"{len(chosen)} items decoded again: PSNR {mean:.2f} dB; their scaled latents have a standard deviation of "

@@ -116,7 +116,7 @@ def build(options: Options) -> AutoencoderKL:
 
 
 def read_images(options: Options) -> tuple[np.ndarray, str]:
-    """All training images, uint8 (N, R, R, C), and the fingerprint of their set. Raises UserError if they are too many."""
+    """All images, uint8 (N, R, R, C), and the fingerprint of their set. Raises UserError if they are too many."""
     from preprocessing.images import ImageFiles, cropped
 
     source = ImageFiles(options.images)

@@ -180,7 +180,7 @@ def reconstruct(latents: LatentSet, options: Options) -> float | None:
     # the same items every time, evenly over the set
     chosen = quality.spread(len(latents), options.num_images)
     rows = [quality.decoded(latents, chosen, codec)]
-    originals = _originals(latents, options, chosen)
+    originals = _originals(latents, options, chosen, codec.image_channels == 1)
     psnr = None
     if originals is not None:
         psnr = quality.psnr(rows[0], originals)
@@ -199,11 +199,11 @@ def reconstruct(latents: LatentSet, options: Options) -> float | None:
     return None if psnr is None else float(psnr.mean())
 
 
-def _originals(latents: LatentSet, options: Options, chosen: np.ndarray) -> np.ndarray | None:
+def _originals(latents: LatentSet, options: Options, chosen: np.ndarray, grey: bool) -> np.ndarray | None:
     """The images (n, R, R, channels) uint8 of the items `chosen`: kept ones, else those of --images."""
     if latents.manifest["images"]:
         return latents.images(chosen)
-    return None if options.images is None else quality.originals_in(ImageFiles(options.images), latents, chosen)
+    return None if options.images is None else quality.originals_in(ImageFiles(options.images), latents, chosen, grey)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ class SmallCodec:
     """An autoencoder of one convolution and stride 4: a new process opens it without diffusers, which takes seconds."""
 
     space = LatentSpace(name="small", channels=4, stride=4, shift=(0.0,), scale=(1.0,))
+    image_channels = 3
 
     def __init__(self) -> None:
         self.kernel = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(0)) / 12
