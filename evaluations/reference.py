@@ -16,6 +16,7 @@ With `--features none` the command writes the images themselves, cropped as for 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from config import FeatureOptions
+from evaluations.classifier import AboutClassifier
 from evaluations.images import Images, NpzImages, open_images, write_npz
 from runtime import errors, files, progress, schema
 from runtime.errors import UserError, require
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from evaluations.classifier import Classifier
     from evaluations.features import Extractor
     from evaluations.metrics import Statistics
 
@@ -57,6 +60,7 @@ class Reference:
     origin: str  # of the statistics
     pool: Tensor | None  # (M, D)
     labels: Tensor | None  # (M,)
+    classifier: Classifier | None = None  # of samples, fitted to training images
 
     @classmethod
     def open(
@@ -140,7 +144,7 @@ class Reference:
 
     def save(self, path: Path | str) -> None:
         """Write a compact reference, atomically."""
-        about = {
+        about: dict[str, Any] = {
             "name": self.name,
             "sha256": self.digest,
             "features": self.features,
@@ -148,10 +152,14 @@ class Reference:
             "shape": self.shape,
             "statistics": self.origin,
         }
+        if self.classifier is not None:
+            about["classifier"] = self.classifier.about
         tensors = {"mu": self.statistics.mean, "sigma": self.statistics.covariance}
         if self.spatial is not None:
             tensors |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
         tensors |= {name: x for name, x in (("pool", self.pool), ("labels", self.labels)) if x is not None}
+        if self.classifier is not None:
+            tensors |= {"classifier_weight": self.classifier.weight, "classifier_bias": self.classifier.bias}
         arrays = {"about": np.array(json.dumps(about))} | {name: x.numpy() for name, x in tensors.items()}
         # A file object, because NumPy appends .npz to a name.
         with files.replacing(path) as temporary, open(temporary, "wb") as handle:
@@ -189,6 +197,7 @@ class Reference:
             "sha256": self.digest,
             "statistics": self.origin,
             "num_images": 0 if self.pool is None else len(self.pool),
+            **({"classifier": self.classifier.about} if self.classifier is not None else {}),
         }
 
 
@@ -236,6 +245,56 @@ class About(TypedDict):
     weights_sha256: str | None
     shape: list[int] | None
     statistics: str
+    classifier: NotRequired[AboutClassifier]
+
+
+def with_classifier(reference: Reference, path: Path | str) -> Reference:
+    """The reference with a classifier fitted to the features in `path`, a compact reference of training images.
+
+    Raises UserError if that file holds other features, or no labels.
+    """
+    from evaluations.classifier import Classifier, accuracy, fit
+
+    train, pool, labels = read_compact(path), reference.pool, reference.labels
+    require(
+        pool is not None and labels is not None,
+        "--classifier measures itself on the reference: give --images in class folders",
+    )
+    assert pool is not None and labels is not None
+    require(
+        (train.features, train.weights) == (reference.features, reference.weights),
+        f"--classifier {path} holds {train.features} features, or those of other weights: make it as this reference",
+    )
+    require(train.digest != reference.digest, f"--classifier {path} is of the same images: give training images")
+    weight, bias, penalty = fit(path, train.pool, train.labels)
+    about: AboutClassifier = {
+        "kind": f"logistic regression on {train.features} features",
+        "trained_on": train.name,
+        "sha256": train.digest,
+        "num_images": 0 if train.pool is None else len(train.pool),
+        "penalty": penalty,
+        "accuracy": accuracy(weight, bias, pool, labels),
+    }
+    return dataclasses.replace(reference, classifier=Classifier(weight, bias, about))
+
+
+def _classifier(archive: NpzArchive, about: About, width: int) -> Classifier | None:
+    """The classifier in a compact reference, if it has one. Raises UserError if its arrays do not fit."""
+    import torch
+
+    from evaluations.classifier import Classifier
+
+    if "classifier" not in about:
+        return None
+    heads = {name: archive.header(name) for name in ("classifier_weight", "classifier_bias") if name in archive.names}
+    require(
+        len(heads) == 2
+        and all(head.dtype == np.float32 for head in heads.values())
+        and heads["classifier_weight"].shape == (width, *heads["classifier_bias"].shape),
+        f"{archive.path}: its classifier must be float32 ({width}, K) and (K,); make it again",
+    )
+    weight, bias = (torch.from_numpy(archive.read(name)) for name in heads)
+    return Classifier(weight, bias, about["classifier"])
 
 
 def read_compact(path: Path | str) -> Reference:
@@ -276,6 +335,7 @@ def read_compact(path: Path | str) -> Reference:
         weights=about["weights_sha256"],
         origin=about["statistics"],
         shape=None if about["shape"] is None else tuple(about["shape"]),
+        classifier=_classifier(archive, about, width),
     )
 
 
@@ -314,8 +374,15 @@ class Options:
         help="images whose features are kept, for precision and recall; statistics are of all",
     )
     batch_size: int = option(64, within="[1, inf)", help="images per pass through the extractor, on each process")
+    classifier: str | None = option(
+        None, help="fit a classifier of samples to the features in this file, a reference of training images"
+    )
 
     def __post_init__(self) -> None:
+        require(
+            self.classifier is None or self.scores.features != IMAGES,
+            f"--classifier needs features: choose --features, not {IMAGES}",
+        )
         require(
             self.num_images is None or self.scores.features == IMAGES,
             f"--num-images goes with --features {IMAGES}: statistics are of all images; leave out one of them",
@@ -328,7 +395,7 @@ IMAGES = "none"  # in place of features: the reference holds the images themselv
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = read(Options, argv, prog="python -m evaluations.reference", description=__doc__)
-    files.require_not_read(options.out, [options.images])
+    files.require_not_read(options.out, [options.images, *filter(None, [options.classifier])])
     if options.scores.features == IMAGES:
         write_images(options)
         return
@@ -349,10 +416,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=options.workers,
     )
     if accelerator.is_main_process:
+        if options.classifier is not None:
+            reference = with_classifier(reference, options.classifier)
         reference.save(options.out)
         count = reference.describe()["num_images"]
         about = f"{reference.features} statistics {reference.origin}, features of {count} images"
         print(f"wrote {quoted(options.out)}: {about}")
+        if reference.classifier is not None:
+            about = reference.classifier.about
+            print(f"classifier: {about['kind']}, {100 * about['accuracy']:.1f} % of these images")
 
 
 def write_images(options: Options) -> None:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from evaluations import metrics, projection
+from evaluations.classifier import accuracy
 from evaluations.collect import Array, Collected, Collector
 from evaluations.features import Extractor
 from evaluations.reference import Reference
@@ -101,6 +102,10 @@ class Scorer:
             values["precision"], values["recall"] = metrics.precision_recall(x, r, mode=self.precision_recall_mode)
             if samples.labels is not None and reference.labels is not None:
                 values["class_accuracy"] = metrics.class_accuracy(x, samples.labels, r, reference.labels)
+        if reference.classifier is not None and samples.labels is not None:
+            values["classifier_accuracy"] = accuracy(
+                reference.classifier.weight, reference.classifier.bias, samples.pool, samples.labels
+            )
         return {
             "metrics": {NAMES.get((self.extractor.name, name), name): value for name, value in values.items()},
             "projected": {"fd": metrics.frechet(*both), "width": len(samples.statistics.mean)},
