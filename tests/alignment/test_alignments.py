@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import interpolant
 import models
-from alignment import Alignment, AlignOptions, Context, find
+import train
+from alignment import Alignment, AlignOptions, BuildContext, Context, find
 from alignment.haste import attention_loss
 from alignment.interval import Selection
 from alignment.sra import SraOptions
@@ -25,7 +28,8 @@ from loss import Batch, Learner
 from models import QK
 from runtime.errors import UserError
 from tests.alignment.conftest import SPEC
-from tests.helpers import PARITY_SIT, context_of, micro_batch, parity, perturbed
+from tests.helpers import PARITY_SIT, Words, context_of, micro_batch, parity, perturbed
+from training.log import read
 
 ALL = sorted(Alignment.registry)
 
@@ -388,6 +392,60 @@ def test_haste_is_repa_plus_the_mean_over_its_pairs(build: Callable[..., Alignme
     features = -F.cosine_similarity(haste.head(seen.features[4]), target.tokens, dim=-1).mean(1)
     maps = torch.stack([attention_loss(seen.features[QK(n)], target.attention[n]) for n in (1, 2, 3, 4)]).mean(0)
     torch.testing.assert_close(haste(seen), features + 0.7 * maps)
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a convolutional encoder with random weights, whose stage of stride 8 has the student's grid."""
+    file = tmp_path_factory.mktemp("mobilenet") / "mobilenet.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("mobilenetv2_100").state_dict(), file)
+    return {"encoder": "mobilenetv2_100", "encoder_weights": str(file), "encoder_stage": 3}
+
+
+def test_repa_takes_a_convolutional_encoder(build: Callable[..., Alignment], mobilenet: dict[str, Any]) -> None:
+    repa, network = build("repa", **mobilenet), perturbed(SPEC)
+    seen = context_of(network, micro_batch(repa), repa.taps)
+    assert repa.external.encoder.side == 32
+    tokens = repa.external.encoder(seen.columns["image"]).tokens
+    assert tokens.shape == (6, 16, 32)
+    expected = -F.cosine_similarity(repa.head(seen.features[repa.taps[0]]), tokens, dim=-1).mean(1)
+    torch.testing.assert_close(repa(seen), expected)
+    repa(seen).mean().backward()
+    assert all(parameter.grad is not None for parameter in repa.head.parameters())
+    assert all(parameter.grad is None for parameter in repa.external.encoder.parameters())
+
+
+def test_a_run_with_a_convolutional_encoder_takes_its_steps(
+    tmp_path: Path, words: Words, mobilenet: dict[str, Any]
+) -> None:
+    more = ["--align", "repa", "--align-hidden", 32, "--max-train-steps", 2]
+    more += ["--align-encoder", "mobilenetv2_100", "--align-encoder-weights", mobilenet["encoder_weights"]]
+    plain, cached = (
+        read(train.main(words(tmp_path, name, *more, "--align-encoder-stage", -3, *rest)) / "log.jsonl")
+        for name, rest in (("plain", ()), ("cached", ("--align-cache",)))
+    )
+    assert len(plain) == 2 and -1 <= plain[0]["loss/repa"] <= 1
+    for first, second in zip(plain, cached, strict=True):
+        assert first["loss/repa"] == pytest.approx(second["loss/repa"], rel=1e-4)
+
+
+def test_haste_needs_attention_maps_unless_their_weight_is_0(
+    build: Callable[..., Alignment], mobilenet: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="convolutional and has no attention maps for HASTE: give --haste-attention 0"):
+        build("haste", **mobilenet)
+    haste, network = build("haste", **mobilenet, attention=0.0), perturbed(SPEC)
+    seen = context_of(network, micro_batch(haste), haste.taps)
+    target = haste.external(seen)
+    features = -F.cosine_similarity(haste.head(seen.features[haste.taps[0]]), target.tokens, dim=-1).mean(1)
+    torch.testing.assert_close(haste(seen), features)
+    assert haste.pairs == () and haste.taps == (4,)
+    with pytest.raises(UserError, match="--haste-attention 0 compares no blocks"):
+        build("haste", attention=0.0, attention_depths=(1,))
+    # the transformer's maps are not computed either
+    assert build("haste", attention=0.0).external.attention == ()
 
 
 def test_haste_compares_the_first_heads_where_the_student_has_more(

@@ -104,14 +104,31 @@ def test_weights_from_a_file_and_positions_on_another_grid(encoder: Path, tmp_pa
 def test_mistakes_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="did you mean vit_small_patch14_dinov2"):
         open_encoder("vit_small_patch14_dinov", grid=2)
-    with pytest.raises(UserError, match="not a plain vision transformer but a ResNet"):
-        open_encoder("resnet10t", grid=2, pretrained=False)
+    with pytest.raises(UserError, match="neither a plain vision transformer nor a convolutional network but a Swin"):
+        open_encoder("swin_tiny_patch4_window7_224", grid=2, pretrained=False)
+    with pytest.raises(UserError, match="test_vit has no stages"):
+        open_encoder("test_vit", grid=2, pretrained=False, stage=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match="weights of encoder vit_small_patch14_dinov2.lvd142m are neither local"
     ) as error:
         open_encoder(SMALL_DINO, grid=2)
     assert "hf download timm/vit_small_patch14_dinov2.lvd142m" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_convolutional_networks_grid_is_the_students() -> None:
+    encoder = open_encoder("resnet10t", grid=3, pretrained=False, stage=3)
+    assert encoder.side == 24 and encoder.heads == encoder.depth == 0 and not encoder.training
+    given = images(2, 8, 1)
+    seen, maps = {}, encoder.model.layer2
+    hook = maps.register_forward_hook(lambda _, inputs, output: seen.update(map=output))
+    tokens = encoder(given).tokens
+    hook.remove()
+    assert tokens.shape == (2, 9, encoder.width)
+    # token 3 y + x is position (y, x) of the map
+    torch.testing.assert_close(tokens[:, 5], seen["map"][:, :, 1, 2])
+    with pytest.raises(UserError, match="has no attention maps"):
+        encoder(given, attention=(1,))
 
 
 def test_repas_names_are_those_of_timm() -> None:

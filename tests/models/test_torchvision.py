@@ -1,4 +1,4 @@
-"""MobileNetV2 with random weights: torchvision's own network is the reference for timm's, through both kinds of file."""
+"""MobileNetV2 with random weights: torchvision's network is the reference for timm's, through both kinds of file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from tiny IDX files: folders in the published classes, masks, subsets, and every mistake in one line."""
+"""Fashion-MNIST from tiny IDX files: folders in the published classes, masks, subsets, mistakes in one line."""
 
 from __future__ import annotations
 

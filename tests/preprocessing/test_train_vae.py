@@ -171,7 +171,9 @@ def test_mistakes_are_one_clear_line(images: Path, trained: Path, tmp_path: Path
         with pytest.raises(UserError, match=message):
             train(images, tmp_path, 1, *more)
     with pytest.raises(UserError, match="holds a run with another kl"):
-        train_vae.main([*words(images, trained, 80, "--learning-rate", "0.02", "--kl", "1"), "--out", str(tmp_path / "vae")])
+        train_vae.main(
+            [*words(images, trained, 80, "--learning-rate", "0.02", "--kl", "1"), "--out", str(tmp_path / "vae")]
+        )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(UserError, match="is not what this command wrote there"):
