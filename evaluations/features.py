@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.encoders import open_folder
+from models.encoders import is_convolutional, open_folder
 from models.hub_client import reached
 from models.torchvision import load_strictly, timm_weights
 from runtime import files
@@ -88,6 +88,8 @@ class Timm(Extractor):
             raise UserError(f"--features {name}: {side} is not a size in pixels; write {name.partition('@')[0]}@224")
         model = _timm_model(name.partition("@")[0], model_name, weights)
         self._model = model.eval().requires_grad_(False).to(self.device)
+        if is_convolutional(model):
+            self._model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         source = self._model.pretrained_cfg
         # Releases of timm differ in the size that a saved folder states.
         own = getattr(getattr(self._model, "patch_embed", None), "img_size", None)

@@ -415,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         grey=options.grey,
         workers=options.workers,
     )
+    reference.require(extractor)  # --images may be a compact reference, which gets a classifier
     if accelerator.is_main_process:
         if options.classifier is not None:
             reference = with_classifier(reference, options.classifier)
