@@ -312,6 +312,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{options.folder} holds a run with another {changed}; choose another --run, or delete the folder",
             )
             training.resume(options.folder / CHECKPOINT)
+            written = Path(options.out) / TRAINING
+            if training.step == options.steps and written.exists() and files.read_json(written)["settings"] == settings:
+                print(f"{options.out} is finished already")
+                return
             print(f"continuing {options.folder} after step {training.step}")
         files.write_json(options.folder / SETTINGS, settings)
         about = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -103,6 +104,25 @@ def test_a_signal_saves_first(images: Path, tmp_path: Path, monkeypatch: pytest.
         train(images, tmp_path, 5)
     assert int(load_file(tmp_path / "run" / train_vae.CHECKPOINT)["taken"]) == 2
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_finished_run_is_left_alone(images: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "vae" / WEIGHTS).stat().st_mtime_ns
+    train(images, trained, 80, "--learning-rate", "0.02")
+    assert "finished already" in capsys.readouterr().out
+    assert (trained / "vae" / WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_the_perceptual_term_joins_the_loss(images: Path, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(torchvision.models.mobilenet_v2(weights=None).state_dict(), tmp_path / "mobilenet.pth")
+    more = ("--perceptual", "0.5", "--perceptual-weights", str(tmp_path / "mobilenet.pth"))
+    with_it, without = train(images, tmp_path / "with", 2, *more), train(images, tmp_path / "without", 2)
+    line, plain = (jsonlines.read(tmp_path / name / "run" / "log.jsonl")[0] for name in ("with", "without"))
+    assert line["loss/perceptual"] > 0 and line["loss/l1"] == plain["loss/l1"]
+    assert line["loss/loss"] == pytest.approx(plain["loss/loss"] + 0.5 * line["loss/perceptual"], rel=1e-4)
+    assert not torch.equal(with_it["decoder.conv_out.weight"], without["decoder.conv_out.weight"])
 
 
 def test_another_seed_draws_other_numbers(images: Path, tmp_path: Path) -> None:
