@@ -38,16 +38,15 @@ def timm_weights(path: Path | str, name: str) -> dict[str, Tensor]:
     if "features.0.0.weight" not in tensors:
         return tensors
     source = mobilenet_v2(weights=None).state_dict()
-    misfit = next(iter(source.keys() ^ tensors.keys()), None)
+    misfit = min(source.keys() ^ tensors.keys(), default=None)
     require(
         name.split(".")[0] == MOBILENET and misfit is None,
         f"{path} is of torchvision's MobileNetV2"
         + (f", but {misfit} does not fit it; fetch it again" if misfit else f", not of {name}: give timm:{MOBILENET}"),
     )
     # the order of the file may be another (safetensors sorts), the order of the modules is that of both networks
-    return {
-        ours: tensors[theirs] for ours, theirs in zip(timm.create_model(MOBILENET).state_dict(), source, strict=True)
-    }
+    names = timm.create_model(MOBILENET).state_dict()
+    return {name: tensors[published_name] for name, published_name in zip(names, source, strict=True)}
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str, name: str) -> None:

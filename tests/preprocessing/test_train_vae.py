@@ -152,11 +152,11 @@ def test_grey_images_go_through_encode_decode_and_verify(images: Path, trained: 
     assert quality.psnr(decoded, opened.images(np.arange(24))).mean() > 10
     capsys.readouterr()
     verify.main([str(out), "--num-images", "4"])
-    kept = capsys.readouterr().out
+    with_images = capsys.readouterr().out
     preprocessing.encode.main([*given[:-1], str(tmp_path / "bare"), "--grey"])
     capsys.readouterr()
     verify.main([str(tmp_path / "bare"), "--images", str(images), "--num-images", "4"])
-    figure = next(line for line in kept.splitlines() if line.startswith("reconstruction"))
+    figure = next(line for line in with_images.splitlines() if line.startswith("reconstruction"))
     assert figure in capsys.readouterr().out
 
 
