@@ -119,7 +119,7 @@ def test_pixels_statistics_grey_and_zip(folder, vae, tmp_path):
     scaled = encode(folder, vae, tmp_path / "scaled", "--statistics", str(tmp_path / "stats.pt"))
     assert scaled.space.shift == (0.0, 1.0, 2.0, 3.0) and scaled.space.scale == (0.25,) * 4
     for wrong, message in (
-        (["--grey"], "--grey needs"),
+        (["--grey"], "takes RGB: leave out --grey"),
         (["--resolution", "18"], "not a multiple of 4"),
         (["--batch-size", "0"], "--batch-size 0 must lie in"),
     ):
