@@ -424,8 +424,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = f"{reference.features} statistics {reference.origin}, features of {count} images"
         print(f"wrote {quoted(options.out)}: {about}")
         if reference.classifier is not None:
-            about = reference.classifier.about
-            print(f"classifier: {about['kind']}, {100 * about['accuracy']:.1f} % of these images")
+            fit = reference.classifier.about
+            print(f"classifier: {fit['kind']}, {100 * fit['accuracy']:.1f} % of these images")
 
 
 def write_images(options: Options) -> None:

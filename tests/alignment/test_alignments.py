@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import interpolant
 import models
 import train
-from alignment import Alignment, AlignOptions, BuildContext, Context, find
+from alignment import Alignment, AlignOptions, Context, find
 from alignment.haste import attention_loss
 from alignment.interval import Selection
 from alignment.sra import SraOptions
