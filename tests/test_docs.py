@@ -218,12 +218,6 @@ def _of_digits() -> Iterator[tuple[str, str]]:
         f"at 400 steps (pixel Fréchet distance {mean(guided):.2f} vs {mean(half):.2f}); at 800 they tie "
         f"({mean(full):.2f}); counting stage 1, plain SiT wins ({mean(longer):.2f} at 1,200)",
     )
-    slow, muon, long = (mean(values.values()) for values in measured("muon-digits")["rows"]["muon"].values())
-    yield (
-        "README.md",
-        f"a Fréchet distance of {muon:.2f} with Muon; with AdamW it reaches {slow:.2f} in as many steps and "
-        f"{long:.2f} in as much time",
-    )
     yield "docs/methods.md", f"One of its steps takes {1415 / 800:.2f} times as long here"
     rows = {name: [*values.values()] for name, values in measured("internal-digits")["rows"]["internal"].items()}
     plain = rows["plain, w = 1"]

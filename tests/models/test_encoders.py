@@ -220,7 +220,8 @@ def test_the_image_column_is_mirrored_as_the_latent_is(tmp_path: Path) -> None:
             "columns": ("image", "row"),
             "draw": lambda *_: {},
             "labelled_only": False,
-            "options": type("O", (), {"interval": None}),
+            "segmented": False,
+            "options": type("O", (), {"interval": None, "time_weights": "none"}),
         },
     )
     ((samples,),) = source.steps(0, 1, {"x": wants})

@@ -119,7 +119,7 @@ CASES: dict[str, tuple[tuple[object, ...], int]] = {
     "route": (("--route", 1, 1, 0.5), 354),
     "route, LightningDiT at two times": (
         ("--model", "LightningDiT-Two/1", "--align", "self-flow", "--align-depth", 1, "--route", 1, 2, 0.5),
-        694,
+        702,
     ),
     "repa": (("--align", "repa", *ENCODER), 471),
     "haste": (("--align", "haste", *ENCODER), 505),

@@ -196,7 +196,8 @@ def assert_near(expected: dict[str, torch.Tensor], *others: dict[str, torch.Tens
     for other in others:
         assert other.keys() == expected.keys()
         for name, value in expected.items():
-            tolerance = 1e-6 if name.startswith("gradient") else 1e-5
+            # the log has six digits of a loss
+            tolerance = 1e-6 if name.startswith("gradient") else 1.1e-5
             torch.testing.assert_close(
                 other[name],
                 value,
