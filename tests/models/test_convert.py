@@ -95,6 +95,20 @@ def test_parity_with_the_published_code(name, suffix, reversed_time, tmp_path, c
         assert (checkpoint.space.name, checkpoint.space.scale, checkpoint.space.digest) == ("sd-vae", (0.18215,), None)
 
 
+def test_self_flow_comes_without_a_null_label(tmp_path, capsys):
+    """Patches by a linear layer, eight output channels of which four count, and no label dropout."""
+    weights, stored = parity("self_flow")
+    source = save(tmp_path / "self_flow.pt", weights)
+    checkpoint = Checkpoint.open(convert.main([str(source), "--out", str(tmp_path / "out"), "--num-heads", "4"]))
+    assert "Self-Flow, noise at t = 0" in (printed := capsys.readouterr().out) and "projector.* (4 tensors)" in printed
+    assert "its null label was not trained: no classifier-free guidance" in printed and not checkpoint.has_null
+    velocity = checkpoint.network("ema")(stored["x"], stored["uniform.t"], stored["y"]).velocity
+    assert (velocity - stored["uniform.velocity"]).abs().max() < 2e-5
+    words = ["--ckpt", str(tmp_path / "out"), "--out", str(tmp_path / "samples"), "--num-fid-samples", "2"]
+    with pytest.raises(UserError, match="no null class to guide with: use --cfg-scale 1"):
+        generate.main([*words, "--cfg-scale", "2"])
+
+
 def test_a_training_checkpoint_gives_both_sets_of_weights_and_names_what_it_leaves(tmp_path, capsys):
     weights, stored = parity("repa_sit")
     source = save(tmp_path / "0400000.pt", weights, wrapped=True)
