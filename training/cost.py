@@ -151,8 +151,11 @@ def estimate(
     context = BuildContext(spec, data.space, config.seed, torch.device("cpu"), None, load, data, dry=True)
     alignments = setup.alignments(list(setup.options), context)
     counter = _Counter(setup, dtype, alignments)
-    plain, _ = counter.count([])
+    plain, _ = counter.count([], whole=True)
     parts = [Part("network", models.parameter_count(counter.network), True, plain)]
+    if config.route is not None:
+        whole, (plain, _) = plain, counter.count([])
+        parts.append(Part("route: what tokens leave out", 0, False, plain - whole))
     for name, alignment in alignments.items():
         total, frozen = counter.count([name])
         share = expected_share(alignment.options.interval, alignment.options.mask, config.time_sampling)
@@ -220,8 +223,11 @@ class _Counter:
         self.small = sum(map(_parameters, [self.network, *alignments.values(), *frozen])) < SMALL
         self.image = setup.data.images(np.zeros(1, int)).shape[1:] if images else ()
 
-    def count(self, names: list[str], checkpointing: str = "none") -> tuple[float, float]:
-        """FLOPs per image of one training step with the alignments `names`, and those of frozen networks among them."""
+    def count(self, names: list[str], checkpointing: str = "none", whole: bool = False) -> tuple[float, float]:
+        """FLOPs per image of one training step with the alignments `names`, and those of frozen networks among them.
+
+        `whole`: no token takes a route.
+        """
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -232,7 +238,7 @@ class _Counter:
             nullcontext() if self.small else FakeTensorMode(allow_non_fake_inputs=True),
             FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
         ):
-            losses = learner(self._batch(alignments))
+            losses = learner(self._batch(alignments, None if whole else Route.of(self.setup.config.route)))
             sum(value.mean() for value in losses.values()).backward()
         for parameter in learner.parameters():
             parameter.grad = None
@@ -241,7 +247,7 @@ class _Counter:
         frozen = sum(flops for name, flops in by_root.items() if name not in ("Global", "Learner"))
         return counter.get_total_flops() / IMAGES, frozen / IMAGES
 
-    def _batch(self, alignments: Mapping[str, Alignment]) -> Batch:
+    def _batch(self, alignments: Mapping[str, Alignment], route: Route | None) -> Batch:
         data = self.setup.data
         x, t, labels = torch.zeros(IMAGES, *data.shape[1:]), torch.zeros(IMAGES), torch.zeros(IMAGES, dtype=torch.long)
         columns = {}
@@ -252,7 +258,6 @@ class _Counter:
             for name, alignment in alignments.items()
         }
         columns["time"] = t
-        route = Route.of(self.setup.config.route)
         uniform = torch.zeros(IMAGES, self.setup.spec.tokens) if route else None
         return arranged(Batch(x, x.clone(), t, labels, labels, columns, draws), alignments, route, uniform)
 

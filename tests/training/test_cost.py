@@ -53,6 +53,20 @@ def imagenet_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_route_and_two_times_are_counted_as_they_run(tmp_path: Path, words: Words) -> None:
+    argv = words(tmp_path, "x", "--align", "self-flow", "--route", 2, 4, 0.5, "--max-train-steps", 1)
+    estimated = estimate(argv)
+    run = build_run(argv)
+    learner = Learner(run.network, run.alignments, ema=run.ema.network)
+    ((batch,),) = Batches(run.config, run.data, run.device, 0, 1).steps(0, 1, run.alignments)
+    with FlopCounterMode(display=False, custom_mapping=cost.attention_on_cpu()) as counter:
+        sum(value.mean() for value in learner(batch).values()).backward()
+    assert sum(part.flops for part in estimated.parts) == pytest.approx(counter.get_total_flops() / 16, rel=1e-6)
+    network, route, *_ = estimated.parts
+    # half of the tokens leave out half of the blocks, which are nearly all of the network
+    assert -0.26 < route.flops / network.flops < -0.22 and estimated.plain == estimate(words(tmp_path, "y")).plain
+
+
 @pytest.mark.parametrize("more", [("repa", "sra"), ("haste",), ("guided",)])
 def test_flops_are_those_of_a_real_step(
     more: tuple, tmp_path: Path, words: Words, encoder: Path, teacher: Path
