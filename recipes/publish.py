@@ -115,7 +115,7 @@ def publish(root: Path, results: Path) -> list[Path]:
 
 def stale(root: Path, results: Path) -> list[Path]:
     """The pages below `root` whose tables differ from the results."""
-    pages = [page for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if page.is_file()]
+    pages = [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.is_file()]
     return [path for path in pages if page(text := path.read_text(encoding="utf-8"), results) != text]
 
 
