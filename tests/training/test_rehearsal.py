@@ -163,7 +163,7 @@ def inner(tmp_path_factory: pytest.TempPathFactory, small: Words) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "heun2", "sde"])
 def test_samples_of_every_solver_wait_for_their_images_alone(
     solver: str, dtype: torch.dtype | None, gpu: FakeGPU, inner: Path, tmp_path: Path
 ) -> None:
