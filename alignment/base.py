@@ -108,6 +108,11 @@ class AlignOptions:
         return self.plateau_steps or STEPS
 
     @property
+    def ends(self) -> bool:
+        """Whether these options say when the loss ends, so that no published stop is put in."""
+        return self.stop_steps is not None or self.stop_epochs is not None or self.schedule == "plateau"
+
+    @property
     def trained_times(self) -> tuple[float, float]:
         """The times (a, b) whose samples a head learns from."""
         return self.interval if self.interval is not None and self.mask == "select" else (0.0, 1.0)
@@ -361,6 +366,20 @@ def cosine(a: Tensor, b: Tensor, dim: int = -1, weigh: Weigh | None = None) -> T
     """
     similarity = F.cosine_similarity(a.float(), b.float(), dim=dim)
     return token_mean(similarity, weigh and (lambda values: weigh(1 - values)))
+
+
+def cosine_distance(a: Tensor, b: Tensor, kind: str, weigh: Weigh | None, route: Tensor | None) -> Tensor:
+    """1 - cosine of tokens (N, T, D) -> (N,): token by token (`cosine`), or along the tokens (`token-cosine`)."""
+    return 1 - (cosine(a, b, weigh=weigh) if kind == "cosine" else token_cosine(a, b, route))
+
+
+def require_distance_per_token(name: str, options: Any) -> None:
+    """Raise UserError if options of the alignment `name` need a distance per token that its `distance` lacks."""
+    require(
+        options.distance != "token-cosine" or (options.token_weights == "none" and options.schedule != "plateau"),
+        f"--{name}-token-weights and --{name}-schedule plateau: the distance token-cosine has no value per token; give "
+        f"--{name}-distance cosine",
+    )
 
 
 def token_cosine(a: Tensor, b: Tensor, route: Tensor | None = None) -> Tensor:

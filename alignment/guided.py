@@ -91,14 +91,12 @@ class Guided(Alignment[GuidedOptions]):
     def resolve(cls, options: GuidedOptions, student: ModelSpec, batch_size: int = 256) -> GuidedOptions:
         scale = architecture(student).guide_scale if options.guide_scale is None else options.guide_scale
         require(scale is not None, f"no guide scale is published for {student.name} ({PUBLISHED}): give --guide-scale")
-        # a measured end replaces the published one
-        stop_given = options.stop_steps is not None or options.stop_epochs is not None or options.schedule == "plateau"
         return replace(
             options,
             guided_depth=block_number(student.depth, 1 / 2, options.guided_depth, "--guided-depth"),
             guide_scale=scale,
             hidden=options.hidden or hidden_width(student.hidden_size),
-            stop_epochs=options.stop_epochs if stop_given else 20 if student.hidden_size <= 768 else 10,
+            stop_epochs=options.stop_epochs if options.ends else 20 if student.hidden_size <= 768 else 10,
         )
 
     def __init__(self, options: GuidedOptions, build_context: BuildContext) -> None:

@@ -75,8 +75,6 @@ class Haste(Alignment[HasteOptions]):
         # only for its error: it refuses a block that the student does not have
         for number in student_blocks:
             block_number(student.depth, 1, number, "--haste-attention-depths")
-        # a measured end replaces the published one
-        stop_given = options.stop_steps is not None or options.stop_epochs is not None or options.schedule == "plateau"
         # other depths stop as SiT-B if they have fewer than 12 blocks, else as SiT-XL
         stop = max(1, round(IMAGES.get(student.depth, IMAGES[12] if student.depth < 12 else IMAGES[28]) / batch_size))
         return replace(
@@ -85,7 +83,7 @@ class Haste(Alignment[HasteOptions]):
             hidden=options.hidden or hidden_width(student.hidden_size),
             attention_depths=student_blocks,
             encoder_depths=encoder_blocks,
-            stop_steps=options.stop_steps if stop_given else stop,
+            stop_steps=options.stop_steps if options.ends else stop,
         )
 
     def __init__(self, options: HasteOptions, build_context: BuildContext) -> None:

@@ -22,15 +22,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import interpolant
-from alignment.base import Alignment, AlignOptions, BuildContext, Context, cosine, not_none, token_cosine
+from alignment.base import (
+    Alignment,
+    AlignOptions,
+    BuildContext,
+    Context,
+    cosine_distance,
+    not_none,
+    require_distance_per_token,
+)
 from models import ModelSpec
 from models.backbone import block_number
-from models.heads import linear
+from models.heads import mlp
 from models.routing import Segments, split
-from runtime.errors import require
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -94,18 +101,14 @@ class SelfFlow(Alignment[SelfFlowOptions]):
     @classmethod
     def check(cls, options: SelfFlowOptions) -> None:
         super().check(options)
-        require(
-            options.distance != "token-cosine" or (options.token_weights == "none" and options.schedule != "plateau"),
-            "--self-flow-token-weights and --self-flow-schedule plateau: the distance token-cosine has no value per "
-            "token; give --self-flow-distance cosine",
-        )
+        require_distance_per_token(cls.name, options)
 
     def __init__(self, options: SelfFlowOptions, build_context: BuildContext) -> None:
         super().__init__(options, build_context)
         self.taps = (not_none(options.depth),)
         self.tokens = build_context.student.tokens
         width, stream = build_context.student.hidden_size, Stream(build_context.seed, "init/self-flow")
-        self.head = nn.Sequential(linear(width, 2 * width, stream), nn.SiLU(), linear(2 * width, width, stream))
+        self.head = mlp(width, 2 * width, width, stream, layers=2)
 
     def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
         return {
@@ -122,9 +125,8 @@ class SelfFlow(Alignment[SelfFlowOptions]):
 
     def forward(self, context: Context) -> Tensor:
         prediction, target = self.head(context.features[self.taps[0]]), self.target(context)
-        if self.options.distance == "cosine":
-            return 1 - cosine(prediction, target, weigh=self.weigh(context))
-        return 1 - token_cosine(prediction, target, context.token_weight)
+        weigh = self.weigh(context)
+        return cosine_distance(prediction, target, self.options.distance, weigh, context.token_weight)
 
     @torch.no_grad()
     def target(self, context: Context) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import interpolant
 from alignment.base import (
@@ -25,15 +25,14 @@ from alignment.base import (
     AlignOptions,
     BuildContext,
     Context,
-    cosine,
+    cosine_distance,
     not_none,
+    require_distance_per_token,
     smooth_l1,
-    token_cosine,
 )
 from models import ModelSpec
 from models.backbone import block_number
-from models.heads import linear
-from runtime.errors import require
+from models.heads import mlp
 from runtime.options import option
 from runtime.streams import Stream
 
@@ -92,17 +91,13 @@ class Sra(Alignment[SraOptions]):
     @classmethod
     def check(cls, options: SraOptions) -> None:
         super().check(options)
-        require(
-            options.distance != "token-cosine" or (options.token_weights == "none" and options.schedule != "plateau"),
-            "--sra-token-weights and --sra-schedule plateau: the distance token-cosine has no value per token; give "
-            "--sra-distance cosine",
-        )
+        require_distance_per_token(cls.name, options)
 
     def __init__(self, options: SraOptions, build_context: BuildContext) -> None:
         super().__init__(options, build_context)
         self.taps = (not_none(options.depth),)
         width, stream = build_context.student.hidden_size, Stream(build_context.seed, "init/sra")
-        self.head = nn.Sequential(linear(width, 2 * width, stream), nn.SiLU(), linear(2 * width, width, stream))
+        self.head = mlp(width, 2 * width, width, stream, layers=2)
 
     def draw(self, stream: Stream, count: int) -> dict[str, np.ndarray]:
         return {"offset": stream.uniform(count) * np.float32(self.options.offset)}
@@ -112,9 +107,7 @@ class Sra(Alignment[SraOptions]):
         weigh = self.weigh(context)
         if self.options.distance == "smooth-l1":
             return smooth_l1(prediction, target, weigh=weigh)
-        if self.options.distance == "cosine":
-            return 1 - cosine(prediction, target, weigh=weigh)
-        return 1 - token_cosine(prediction, target, context.token_weight)
+        return cosine_distance(prediction, target, self.options.distance, weigh, context.token_weight)
 
     @torch.no_grad()
     def target(self, context: Context) -> Tensor:
