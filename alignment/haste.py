@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from alignment.base import Alignment, BuildContext, Context, cosine, not_none, token_mean
+from alignment.base import Alignment, BuildContext, Context, cosine, not_none
 from alignment.external import External, ExternalOptions
 from models import QK, ModelSpec
 from models.backbone import block_number
@@ -104,8 +104,7 @@ class Haste(Alignment[HasteOptions]):
             return features
         maps = [(context.features[QK(block)], target.attention[encoder_block]) for block, encoder_block in self.pairs]
         attention = sum(
-            attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads], context.token_weight)
-            for student, teacher in maps
+            attention_loss(student[:, :, : self.heads], teacher[:, :, : self.heads]) for student, teacher in maps
         ) / len(maps)
         return features + self.options.attention * attention
 
@@ -134,14 +133,10 @@ class Haste(Alignment[HasteOptions]):
         return []  # the encoder is read through hooks, which compiled blocks would not call
 
 
-def attention_loss(student: Tensor, teacher: Tensor, token_weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy of attention maps from queries and keys (N, 2, heads, T, head_dim): (N,) float32.
-
-    `token_weight` (N, T) weighs the queries.
-    """
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of attention maps from queries and keys (N, 2, heads, T, head_dim): (N,) float32."""
     goal, guess = logits(teacher).softmax(-1), logits(student).log_softmax(-1)
-    losses = -(goal * guess).sum(-1)
-    return token_mean(losses if token_weight is None else losses * token_weight[:, None])
+    return -(goal * guess).sum(-1).flatten(1).mean(1)
 
 
 def logits(qk: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def by_segment(function: Callable[..., Tensor], x: Tensor, rows: Sequence[Tensor
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, lengths: Lengths = ()) -> Tensor:
     """Adaptive layer norm: x (N, T, D) times 1 + scale plus shift, both (N, S, D); see `by_segment`."""
-    return by_segment(lambda part, low, high: part * (1 + high) + low, x, (shift, scale), lengths)
+    return by_segment(lambda part, offset, factor: part * (1 + factor) + offset, x, (shift, scale), lengths)
 
 
 def gate(x: Tensor, row: Tensor, lengths: Lengths = ()) -> Tensor:

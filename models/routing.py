@@ -13,6 +13,7 @@ row for each segment, never for each token. With `separate`, attention stays ins
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -88,11 +89,10 @@ class Segments:
     def on_route(self, route: Route) -> Tensor:
         """(N, T) 1 for the tokens that take the route, 0 for the others, over its mean; in the image's order."""
         inside = route.inside(self.lengths)
-        starts = [sum(self.lengths[:number]) for number in range(len(self.lengths))]
-        of_place = torch.zeros(self.order.shape[1], device=self.order.device)
-        for start, count in zip(starts, inside, strict=True):
-            of_place[start : start + count] = self.order.shape[1] / sum(inside)
-        return torch.empty_like(of_place).expand_as(self.order).scatter(1, self.order, of_place.expand_as(self.order))
+        of_place = torch.zeros(self.order.shape, device=self.order.device)
+        for part, count in zip(of_place.split(self.lengths, 1), inside, strict=True):
+            part[:, :count] = self.order.shape[1] / sum(inside)
+        return torch.empty_like(of_place).scatter_(1, self.order, of_place)
 
     def on_grid(self, rows: Tensor, side: int) -> Tensor:
         """Values (N, S) of segments -> (N, 1, side, side), constant on each token's patch of the latent."""
@@ -100,7 +100,7 @@ class Segments:
         values = self.per_token(rows).view(-1, 1, grid, grid)
         return values.repeat_interleave(side // grid, 2).repeat_interleave(side // grid, 3)
 
-    @property
+    @functools.cached_property
     def _segment(self) -> Tensor:
         """(N, T) int64: the segment of each token, in the order of the image."""
         numbers = _numbers(self.lengths, self.order.device)

@@ -238,7 +238,7 @@ class _Counter:
             nullcontext() if self.small else FakeTensorMode(allow_non_fake_inputs=True),
             FlopCounterMode(display=False, custom_mapping=attention_on_cpu()) as counter,
         ):
-            losses = learner(self._batch(alignments, None if whole else Route.of(self.setup.config.route)))
+            losses = learner(self._batch(alignments, None if whole else self.setup.route))
             sum(value.mean() for value in losses.values()).backward()
         for parameter in learner.parameters():
             parameter.grad = None

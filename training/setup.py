@@ -52,6 +52,7 @@ class Setup:
     # The step after which each alignment is gone, None for never. With schedule `plateau` the latest end, until an
     # earlier one is measured.
     stops: dict[str, int | None]
+    route: Route | None
 
     @classmethod
     def of(
@@ -65,11 +66,12 @@ class Setup:
         data = data or LatentSet(config.data_dir, resident=config.resident, device=device)
         epoch_steps = dataset.steps_per_epoch(len(data), config.batch_size)
         spec = spec_of(config, data)
-        if route := Route.of(config.route):
-            route.check(spec.depth)
         resolved = {name: find(name).resolve(chosen, spec, config.batch_size) for name, chosen in options.items()}
         for name, chosen in resolved.items():
             find(name).check(chosen)
+        route = Route.of(config.route)
+        if route is not None:
+            route.check(spec.depth)
         return cls(
             config,
             data,
@@ -77,6 +79,7 @@ class Setup:
             resolved,
             epoch_steps,
             {name: chosen.stop(epoch_steps) for name, chosen in resolved.items()},
+            route,
         )
 
     def ending(self, stops: Mapping[str, int | None]) -> Setup:
@@ -93,7 +96,7 @@ class Setup:
         Raises UserError for those that do not go together, or not with the run's route.
         """
         alignments = {name: find(name)(self.options[name], context) for name in names}
-        _require_one_order(alignments, Route.of(self.config.route))
+        _require_one_order(alignments, self.route)
         return alignments
 
     def learner(
