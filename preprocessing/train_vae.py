@@ -244,9 +244,7 @@ def run(training: Training, folder: Path) -> None:
     import torch
 
     options, log = training.options, folder / LOG
-    lines = [line for line in jsonlines.read(log) if line["step"] <= training.step]
-    with files.replacing(log) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    jsonlines.cut(log, training.step)
     losses: list[dict[str, Tensor]] = []
     since = time.perf_counter()
     with (
@@ -259,9 +257,7 @@ def run(training: Training, folder: Path) -> None:
             if training.step % options.log_steps == 0 or training.step == options.steps:
                 means = {f"loss/{key}": float(torch.stack([x[key] for x in losses]).mean()) for key in losses[0]}
                 rate = len(losses) * options.batch_size / (time.perf_counter() - since)
-                line = {"step": training.step, **means, "images_per_second": rate}
-                with files.writing(log), open(log, "a", encoding="utf-8") as handle:
-                    handle.write(json.dumps({key: float(f"{x:.6g}") if x % 1 else x for key, x in line.items()}) + "\n")
+                jsonlines.append(log, training.step, {**means, "images_per_second": rate})
                 losses, since = [], time.perf_counter()
             if training.step % options.save_steps == 0 or training.step == options.steps or asked.by:
                 training.save(folder / CHECKPOINT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -13,8 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from runtime import files, progress
-from runtime.jsonlines import read
+from runtime import jsonlines, progress
 from training.tracker import Tracker
 
 QUARTERS = ("t 0-1/4", "t 1/4-1/2", "t 1/2-3/4", "t 3/4-1")
@@ -135,9 +133,7 @@ class RunLog:
             total=total, initial=start, desc=folder.name, unit="step", main=accelerator.is_main_process
         )
         if accelerator.is_main_process:
-            lines = [line for line in read(self.path) if line["step"] <= start]
-            with files.replacing(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            jsonlines.cut(self.path, start)
 
     def advance(self) -> None:
         """Count one step."""
@@ -148,9 +144,7 @@ class RunLog:
         self._tracker.log(step, values)
         if not self._accelerator.is_main_process:
             return
-        line = {"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}}
-        with files.writing(self.path), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        jsonlines.append(self.path, step, values)
         self._bar.set_postfix(
             {
                 name.removeprefix("loss/"): f"{value:.4g}"

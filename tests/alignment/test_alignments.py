@@ -27,9 +27,9 @@ from alignment.sra import SraOptions
 from loss import Batch, Learner
 from models import QK
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from tests.alignment.conftest import SPEC
 from tests.helpers import PARITY_SIT, Words, context_of, micro_batch, parity, perturbed
-from training.log import read
 
 ALL = sorted(Alignment.registry)
 

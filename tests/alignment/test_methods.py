@@ -15,9 +15,9 @@ import train_guide
 from loss import Batch
 from models.checkpoint import Checkpoint
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from tests.helpers import Words
 from training import command
-from training.log import read
 from training.run import Run
 
 SHORT = ("--max-train-steps", 4)

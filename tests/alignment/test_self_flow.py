@@ -23,11 +23,11 @@ from models.latents import LatentSpace
 from models.layers import patchify
 from models.routing import Route, Segments
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from runtime.options import build
 from tests.helpers import PARITY_SIT, Words, assert_same_bits, build_run, parity, perturbed
 from training.batches import arranged
 from training.cost import attention_on_cpu
-from training.log import read
 
 SPACE = LatentSpace(name="x", channels=4, stride=1, shift=(0.0,), scale=(1.0,))
 

@@ -20,11 +20,11 @@ from evaluations.sweep import SweepConfig, values
 from generate import GenerateConfig
 from runtime import files, options
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from runtime.locks import LOCK
 from sampling.preview import SETTINGS
 from sampling.store import DIGESTS
 from tests.helpers import ROOT, held_elsewhere
-from training.log import read
 
 FAST = ["--num-steps", "3", "--features", "pixels"]
 

@@ -25,10 +25,9 @@ import train
 import train_guide
 from preprocessing import digits
 from recipes.encoder import train_encoder
-from runtime import errors, files, progress
+from runtime import errors, files, jsonlines, progress
 from runtime.errors import require
 from runtime.options import option, read
-from training import log
 
 # Each logged loss and the gradient norm, as means of every ten steps.
 Curves = dict[str, list[float]]
@@ -79,7 +78,7 @@ def measure(method: str, steps: int, work: Path, words: Sequence[str] = (), name
         argv = ["--exp-name", name or method, "--max-train-steps", str(steps), *METHODS[method].split(), *words]
         command = train_guide if method.startswith("guided") else train
         run = command.main([*_common(work), *(word.format(work=work) for word in argv)])
-    lines = log.read(run / "log.jsonl")
+    lines = jsonlines.read(run / "log.jsonl")
     # "loss/guided t<0.5" and the like are parts of a loss
     names = [key for key in lines[0] if key == "grad_norm" or (key.startswith("loss/") and " " not in key)]
     return {key: [line[key] for line in lines if key in line] for key in names}

@@ -21,9 +21,9 @@ from models.peers import PEERS
 from models.pixels import pixels
 from preprocessing import shards
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from tests.helpers import Words
 from training.batches import Batches
-from training.log import read
 
 SMALL_DINO = "vit_small_patch14_dinov2.lvd142m"
 

@@ -28,12 +28,12 @@ from evaluations.histories import spent
 from preprocessing import digits
 from recipes import __main__ as recipes
 from recipes import chain, record, rehearsal, rows, runner, scale, table
-from runtime import signals
+from runtime import jsonlines, signals
 from runtime.errors import EndedEarly, UserError
 from runtime.options import read
 from sampling import presets
 from tests.helpers import ROOT, class_folders, killed_writer, tiny_vae
-from training import command, log
+from training import command
 
 RUN = (
     "table1/SiT-B-2/repa-80",
@@ -236,7 +236,7 @@ def test_a_row_of_each_table_leaves_a_record_that_holds(place: Path, capsys: pyt
             "guided" in entry["row"] or "full" in entry["row"] or "teacher" in entry["row"]
         )
         assert all(score["metrics"]["fd"] > 0 for score in entry["scores"])
-        assert log.read(folder / "log.jsonl")[0]["step"] == 1  # a branch's with its trunk's
+        assert jsonlines.read(folder / "log.jsonl")[0]["step"] == 1  # a branch's with its trunk's
     assert [len(entry["scores"]) for entry in records if entry["row"].startswith(("table1", "figure4"))] == [8, 2]
     ledger = (place / "results" / "ledger.csv").read_text().splitlines()
     assert len(ledger) == 1 + sum(len(score["metrics"]) for entry in records for score in entry["scores"])

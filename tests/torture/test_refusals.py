@@ -20,7 +20,7 @@ import dataset
 from evaluations.images import open_images
 from models.archives import read_archive
 from models.checkpoint import Checkpoint
-from runtime import errors, files
+from runtime import errors, files, jsonlines
 from runtime.errors import UserError
 from runtime.mapped import map_shard
 from runtime.options import flags_of, options_of
@@ -28,7 +28,6 @@ from tests.torture import bad_files, bad_options, flips, rows
 from tests.torture import world as worlds
 from tests.torture.rows import Answer, Row
 from tests.torture.world import COMMANDS, World
-from training import log
 
 TABLE = bad_files.table()
 JSON_FIELDS = [row for row in TABLE if ".json " in row.name]
@@ -222,4 +221,4 @@ def test_any_bytes_as_a_weight_file_are_refused(tmp_path: Path, content: bytes, 
 @given(lines=st.lists(st.binary(max_size=20) | JSON.map(lambda value: json.dumps(value).encode()), max_size=5))
 def test_any_log_is_read(tmp_path: Path, lines: list[bytes]) -> None:
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3, "loss": 1}']))
-    assert log.read(tmp_path / "log.jsonl")[-1]["step"] == 3
+    assert jsonlines.read(tmp_path / "log.jsonl")[-1]["step"] == 3

@@ -10,10 +10,10 @@ import torch
 
 import train
 import train_guide
+from runtime.jsonlines import read
 from tests.helpers import Words, assert_same_bits, build_run
 from training import balance, command
 from training.batches import Batches
-from training.log import read
 
 
 def ratios_of(run: Path, name: str) -> dict[int, float]:

@@ -13,8 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 import train
 from models.checkpoint import Checkpoint
+from runtime.jsonlines import read
 from tests.helpers import ROOT, Words
-from training.log import read
 
 
 @pytest.mark.parametrize("name, machines, processes", [("one-gpu", 1, 1), ("eight-gpus", 1, 8), ("two-nodes", 2, 16)])

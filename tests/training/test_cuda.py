@@ -16,9 +16,10 @@ import train
 import train_guide
 from models import layouts
 from runtime.arithmetic import exact_arithmetic
+from runtime.jsonlines import read
 from tests.helpers import Words, assert_same_bits, build_run, parity
 from training import loop
-from training.log import Meter, read
+from training.log import Meter
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -23,10 +23,11 @@ from models import checkpoint
 from models.checkpoint import Checkpoint
 from runtime import errors, files, seal, signals
 from runtime.errors import EndedEarly, UserError
+from runtime.jsonlines import read
 from runtime.locks import LOCK
 from tests.helpers import ROOT, Words, assert_same_bits, build_run, held_elsewhere, killed_writer
 from training.between import ENDED_EARLY, Between
-from training.log import RunLog, read
+from training.log import RunLog
 from training.run import Run
 
 

@@ -23,10 +23,10 @@ from models.checkpoint import Checkpoint
 from models.pixels import pixels
 from runtime import files, launch
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from runtime.streams import Stream
 from tests.helpers import Words, build_run, class_folders, context_of, encoding, perturbed, tiny_vae
 from training import command
-from training.log import read
 
 ARGV = ["--data-dir", "d", "--exp-name", "e"]
 

@@ -20,10 +20,10 @@ from models.checkpoint import Checkpoint
 from models.sit import SiT
 from runtime import files
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from tests.helpers import ROOT, Words, assert_same_bits, build_run, saved_tensors
 from training import loop
 from training import release as decisions
-from training.log import read
 
 RAMP = 50
 SMALL = ("--model", "SiT-Two/2", "--batch-size", 8, "--grad-ratio-steps", 0)

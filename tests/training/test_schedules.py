@@ -15,11 +15,11 @@ import train_guide
 from config import TrainConfig
 from models.checkpoint import Checkpoint
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from runtime.options import build
 from tests.helpers import Words, build_run
 from training import command, saving
 from training.ema import EMA
-from training.log import read
 
 
 def config(**options: object) -> TrainConfig:

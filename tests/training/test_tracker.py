@@ -19,10 +19,10 @@ import train
 from models.checkpoint import Checkpoint
 from runtime import launch
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from sampling import preview
 from sampling.config import SamplingConfig
 from tests.helpers import Words
-from training.log import read
 from training.tracker import Tracker
 
 BLOCK = 32768

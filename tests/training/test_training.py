@@ -25,9 +25,9 @@ from alignment.guided import Guided
 from models.checkpoint import Checkpoint
 from runtime import files
 from runtime.errors import UserError
+from runtime.jsonlines import read
 from tests.helpers import ROOT, Words, assert_same_bits, build_run, killed_writer, saved_tensors
 from training import loop
-from training.log import read
 
 
 def losses(run: Path) -> dict[int, dict[str, float]]:
