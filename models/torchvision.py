@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.archives import read_weights
@@ -37,7 +38,9 @@ def timm_weights(path: Path | str, name: str) -> dict[str, Tensor]:
     tensors = read_weights(path)
     if "features.0.0.weight" not in tensors:
         return tensors
-    source = mobilenet_v2(weights=None).state_dict()
+    # of both networks only the names count: on meta no weights are drawn
+    with torch.device("meta"):
+        source, own = mobilenet_v2(weights=None).state_dict(), timm.create_model(MOBILENET).state_dict()
     misfit = min(source.keys() ^ tensors.keys(), default=None)
     require(
         name.split(".")[0] == MOBILENET and misfit is None,
@@ -45,8 +48,7 @@ def timm_weights(path: Path | str, name: str) -> dict[str, Tensor]:
         + (f", but {misfit} does not fit it; fetch it again" if misfit else f", not of {name}: give timm:{MOBILENET}"),
     )
     # the order of the file may be another (safetensors sorts), the order of the modules is that of both networks
-    names = timm.create_model(MOBILENET).state_dict()
-    return {name: tensors[published_name] for name, published_name in zip(names, source, strict=True)}
+    return {name: tensors[published_name] for name, published_name in zip(own, source, strict=True)}
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str, name: str) -> None:
