@@ -20,6 +20,8 @@ from runtime.streams import Stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from runtime.npy import NpzArchive
+
 
 class AboutClassifier(TypedDict):
     """How a classifier was made, and how often it is right on the images of its reference."""
@@ -44,6 +46,24 @@ class Classifier:
 def accuracy(weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor) -> float:
     """Share of features x (N, D) to which the logits x W + b give the class of labels (N,); all on the CPU."""
     return ((x @ weight + bias).argmax(1) == labels).double().mean().item()
+
+
+def read(archive: NpzArchive, about: AboutClassifier | None, width: int) -> Classifier | None:
+    """The classifier in a compact reference, if it has one. Raises UserError if its arrays do not fit."""
+    import numpy as np
+    import torch
+
+    if about is None:
+        return None
+    heads = {name: archive.header(name) for name in ("classifier_weight", "classifier_bias") if name in archive.names}
+    require(
+        len(heads) == 2
+        and all(head.dtype == np.float32 for head in heads.values())
+        and heads["classifier_weight"].shape == (width, *heads["classifier_bias"].shape),
+        f"{archive.path}: its classifier must be float32 ({width}, K) and (K,); make it again",
+    )
+    weight, bias = (torch.from_numpy(archive.read(name)) for name in heads)
+    return Classifier(weight, bias, about)
 
 
 def fit(path: Path | str, pool: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor, float]:

@@ -28,7 +28,7 @@ import numpy as np
 from typing_extensions import NotRequired, TypedDict
 
 from config import FeatureOptions
-from evaluations.classifier import AboutClassifier
+from evaluations import classifier as classifiers
 from evaluations.images import Images, NpzImages, open_images, write_npz
 from runtime import errors, files, progress, schema
 from runtime.errors import UserError, require
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from evaluations.classifier import Classifier
     from evaluations.features import Extractor
     from evaluations.metrics import Statistics
 
@@ -60,7 +59,7 @@ class Reference:
     origin: str  # of the statistics
     pool: Tensor | None  # (M, D)
     labels: Tensor | None  # (M,)
-    classifier: Classifier | None = None  # of samples, fitted to training images
+    classifier: classifiers.Classifier | None = None  # of samples, fitted to training images
 
     @classmethod
     def open(
@@ -245,7 +244,7 @@ class About(TypedDict):
     weights_sha256: str | None
     shape: list[int] | None
     statistics: str
-    classifier: NotRequired[AboutClassifier]
+    classifier: NotRequired[classifiers.AboutClassifier]
 
 
 def with_classifier(reference: Reference, path: Path | str) -> Reference:
@@ -253,8 +252,6 @@ def with_classifier(reference: Reference, path: Path | str) -> Reference:
 
     Raises UserError if that file holds other features, or no labels.
     """
-    from evaluations.classifier import Classifier, accuracy, fit
-
     train, pool, labels = read_compact(path), reference.pool, reference.labels
     require(
         pool is not None and labels is not None,
@@ -266,35 +263,16 @@ def with_classifier(reference: Reference, path: Path | str) -> Reference:
         f"--classifier {path} holds {train.features} features, or those of other weights: make it as this reference",
     )
     require(train.digest != reference.digest, f"--classifier {path} is of the same images: give training images")
-    weight, bias, penalty = fit(path, train.pool, train.labels)
-    about: AboutClassifier = {
+    weight, bias, penalty = classifiers.fit(path, train.pool, train.labels)
+    about: classifiers.AboutClassifier = {
         "kind": f"logistic regression on {train.features} features",
         "trained_on": train.name,
         "sha256": train.digest,
         "num_images": 0 if train.pool is None else len(train.pool),
         "penalty": penalty,
-        "accuracy": accuracy(weight, bias, pool, labels),
+        "accuracy": classifiers.accuracy(weight, bias, pool, labels),
     }
-    return dataclasses.replace(reference, classifier=Classifier(weight, bias, about))
-
-
-def _classifier(archive: NpzArchive, about: About, width: int) -> Classifier | None:
-    """The classifier in a compact reference, if it has one. Raises UserError if its arrays do not fit."""
-    import torch
-
-    from evaluations.classifier import Classifier
-
-    if "classifier" not in about:
-        return None
-    heads = {name: archive.header(name) for name in ("classifier_weight", "classifier_bias") if name in archive.names}
-    require(
-        len(heads) == 2
-        and all(head.dtype == np.float32 for head in heads.values())
-        and heads["classifier_weight"].shape == (width, *heads["classifier_bias"].shape),
-        f"{archive.path}: its classifier must be float32 ({width}, K) and (K,); make it again",
-    )
-    weight, bias = (torch.from_numpy(archive.read(name)) for name in heads)
-    return Classifier(weight, bias, about["classifier"])
+    return dataclasses.replace(reference, classifier=classifiers.Classifier(weight, bias, about))
 
 
 def read_compact(path: Path | str) -> Reference:
@@ -335,7 +313,7 @@ def read_compact(path: Path | str) -> Reference:
         weights=about["weights_sha256"],
         origin=about["statistics"],
         shape=None if about["shape"] is None else tuple(about["shape"]),
-        classifier=_classifier(archive, about, width),
+        classifier=classifiers.read(archive, about.get("classifier"), width),
     )
 
 
