@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 
 from recipes import history, rows, table
 from runtime import schema
-from runtime.errors import require
 from runtime.schema import Field
 
 LEVEL = 0.05
@@ -90,12 +89,7 @@ def of_set(records: Sequence[dict[str, Any]], chosen: ClaimSet) -> list[dict[str
         for record in table.declared(records)
         if record["scale"] == chosen.scale and record["row"] in chosen.rows and record["seed"] in chosen.seeds
     ]
-    keys = {score["key"] for record in used for score in record["scores"]}
-    require(
-        len(keys) < 2,
-        f"the records of these claims are of {len(keys)} protocols, and scores of two are never compared: keep those "
-        f"of one",
-    )
+    table.require_one_protocol(used, "the records of these claims")
     return used
 
 

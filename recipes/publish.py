@@ -46,12 +46,7 @@ def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
     Raises UserError if the scores are of several protocols.
     """
     chosen = [record for record in table.declared(records) if (record["table"], record["scale"]) == ("study", "study")]
-    protocols = {score["key"] for record in chosen for score in record["scores"]}
-    require(
-        len(protocols) < 2,
-        f"the study's records are of {len(protocols)} protocols, and scores of two never stand in one table: keep "
-        f"those of one",
-    )
+    table.require_one_protocol(chosen, "the study's records")
     lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
     for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
         for epochs, scored in table.by_epochs(chosen, row.name).items():

@@ -13,6 +13,7 @@ from recipes import rows as known
 from recipes.record import METRICS, finished, newest
 from recipes.rows import Row, printed
 from recipes.scale import find
+from runtime.errors import require
 from runtime.text import aligned, spread
 
 # A number is reproduced within this share of the published one, or within this distance if that is more.
@@ -47,6 +48,14 @@ def declared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The newest record of each row and each seed that the row declares; other seeds do not count."""
     seeds = {name: row.seeds for name, row in known.rows().items()}
     return [record for record in newest(records) if record["seed"] in seeds.get(record["row"], ())]
+
+
+def require_one_protocol(records: Sequence[dict[str, Any]], what: str) -> None:
+    """Raise UserError if the scores of `records`, which are `what`, are of several protocols."""
+    keys = {score["key"] for record in records for score in record["scores"]}
+    require(
+        len(keys) < 2, f"{what} are of {len(keys)} protocols, and scores of two are never compared: keep those of one"
+    )
 
 
 def failed(records: Sequence[dict[str, Any]], row: str, scale: str) -> set[int]:
