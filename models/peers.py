@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.options import Hint
+from runtime.foreign import Hint
 
 # The flag -> what to write instead, or why there is nothing to write. Flags that mean the same there and here are
 # options under their own names, and are never looked up in this table, except for a value that is other here.

@@ -18,7 +18,8 @@ from config import COMMON, RECIPES, TrainConfig
 from generate import GenerateConfig
 from models.peers import PEERS
 from runtime.errors import UserError
-from runtime.options import as_dict, build, edits, flags_of, group, option, options_of, parse, peek, read
+from runtime.foreign import edits
+from runtime.options import as_dict, build, flags_of, group, option, options_of, parse, peek, read
 from training import command
 
 

@@ -20,7 +20,8 @@ from models.checkpoint import Checkpoint, latest
 from models.peers import PEERS
 from runtime import files, launch
 from runtime.errors import UserError, nearest, require
-from runtime.options import Given, Hint, build, flags_of, options_of, parse, peek, values_of
+from runtime.foreign import Hint
+from runtime.options import Given, build, flags_of, options_of, parse, peek, values_of
 from training import cost, loop
 from training.between import Callback
 from training.log import Meter
