@@ -274,6 +274,14 @@ def _of_others() -> Iterator[tuple[str, str]]:
     yield "README.md", f"All of {flips['counts']['refused']:,} flipped bits were refused"
 
 
+def test_pages_count_the_rows_that_there_are() -> None:
+    count = {name: len(rows.of_table(name)) for name in rows.TABLES}
+    papers = sum(number for name, number in count.items() if name not in ("study", "digits"))
+    assert f"its {papers} rows have not been run" in " ".join(PAGES["README.md"].split())
+    assert f"| other authors' protocols | {count['peers']} |" in PAGES["docs/paper.md"]
+    assert f"| together, shared runs once | {papers + count['study']} |" in PAGES["docs/paper.md"]
+
+
 def test_numbers_in_prose_are_those_of_their_files() -> None:
     for page, sentence in (*_of_digits(), *_of_others()):
         assert sentence in " ".join(PAGES[page].split()), f"{page} should say: {sentence}"
