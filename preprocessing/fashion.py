@@ -1,6 +1,7 @@
 """Fashion-MNIST: 70,000 real grey photographs of clothes in ten classes, as image folders of 32 x 32 pixels.
 
     python -m preprocessing.fashion --out data/fashion
+    python -m preprocessing.fashion --embedded --out data/fashion-8000      (7,000 + 1,000 that this repository holds)
     python -m preprocessing.encode --images data/fashion/train --vae pretrained/vae-fashion --grey --resolution 32 ...
 
 Source: Xiao, Rasul and Vollgraf (arXiv 1708.07747), MIT licence. The four IDX files are read from --source, from
@@ -49,6 +50,14 @@ DIGESTS = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 SPLITS = {"train": "train", "test": "t10k"}
+# The first 700 of each class of the training file and 100 of the test file, in the same form.
+EMBEDDED = Path(__file__).with_name("fashion_8000")
+EMBEDDED_DIGESTS = {
+    "train-images-idx3-ubyte": "70dc4ec56b109894b9cf4c5e744277df4b87454ec5cf1a5ff7145875f8b5fd11",
+    "train-labels-idx1-ubyte": "e3b6f2df163328aabf3a4bebfb84aca9be946c9c83fcb420087dc4abb9115d0f",
+    "t10k-images-idx3-ubyte": "7cee33c3c6414b1b86c25e665a6c4f41584269de3b7cc9768b1d351922845eef",
+    "t10k-labels-idx1-ubyte": "3128d790775889812b73c4f13923559c8b9e281d112c6ea7862acf60a206a909",
+}
 # Debian's package puts the files in the first place, torchvision in the second, below its own `root`.
 PLACES = (Path("/usr/share/datasets/fashion-mnist"), Path("data/FashionMNIST/raw"))
 MARGIN = 2  # pixels of background on each side: 28 -> 32
@@ -61,10 +70,12 @@ class Options:
     source: str | None = option(
         None, help="folder of the four IDX files, packed or not (default: looked for, else downloaded by torchvision)"
     )
+    embedded: bool = option(False, help="the 7,000 and 1,000 images that this repository holds")
     count: int | None = option(None, help="training images: the first of each class, as many of each (default: all)")
     test_count: int | None = option(None, help="test images, likewise")
 
     def __post_init__(self) -> None:
+        require(not (self.embedded and self.source), "--source and --embedded are two places of the images; give one")
         for flag, count in (("--count", self.count), ("--test-count", self.test_count)):
             require(
                 count is None or (count > 0 and count % len(CLASSES) == 0),
@@ -108,7 +119,7 @@ def _file(folder: Path, name: str) -> Path | None:
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
     """The uint8 array in an IDX file. Raises UserError unless its content has the published digest."""
-    path = _file(folder, name)
+    path, published = _file(folder, name), (EMBEDDED_DIGESTS if folder == EMBEDDED else DIGESTS)[name]
     require(path is not None, f"{folder} lacks {name}; get the four IDX files of Fashion-MNIST again")
     assert path is not None
     with files.reading(path):
@@ -119,9 +130,9 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         raise UserError(f"{path} is damaged ({error}); get it again") from error
     digest = hashlib.sha256(content).hexdigest()
     require(
-        digest == DIGESTS[name],
+        digest == published,
         f"{path} is damaged or of another data set: its content has SHA-256 {digest[:8]}..., not "
-        f"{DIGESTS[name][:8]}...; get it again",
+        f"{published[:8]}...; get it again",
     )
     dimensions = content[3]
     shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
@@ -177,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the folders, unless they are there already."""
     options = read(Options, argv, prog="python -m preprocessing.fashion", description=__doc__)
     out = Path(options.out)
-    settings = {key: value for key, value in as_dict(options).items() if "count" in key}
+    settings = {key: value for key, value in as_dict(options).items() if key in ("embedded", "count", "test_count")}
     with locks.locked(out, "wait for it, or choose another --out"):
         if (out / RECORD).exists():
             earlier = files.read_json(out / RECORD)
@@ -193,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             *(f"{split}-masks.npz" for split in SPLITS),
         }
         require(not others, f"{out} holds something else already ({min(others, default='')}); choose another --out")
-        source = find_source(options.source)
+        source = EMBEDDED if options.embedded else find_source(options.source)
         for split, count in (("train", options.count), ("test", options.test_count)):
             write_split(out, split, *load(source, split, count))
         # last, because it says that all is there

@@ -91,7 +91,11 @@ def build(row: Row, scale: Scale, seed: int, work: Path) -> Chain:
     data = work / "data" / scale.data(row)
     options = " ".join(scale.extras[extra] for extra in row.extras if extra in scale.extras)
     encode = scale.fill(f"{scale.encode[row.family]} {options}", row, work)
-    links = [Link("latents", (*encode, "--out", str(data)), data, data / "manifest.json", scale.processes > 1)]
+    links = [
+        Link(name, (*scale.fill(words, row, work), "--out", str(work / out)), work / out, work / makes, False)
+        for name, words, out, makes in scale.first
+    ]
+    links.append(Link("latents", (*encode, "--out", str(data)), data, data / "manifest.json", scale.processes > 1))
     if scale.encoder_command and row.encoded:
         encoder = work / "encoder"
         words = (*scale.encoder_command.split(), "--out", str(encoder))

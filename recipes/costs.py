@@ -69,7 +69,12 @@ class Sketch:
 
 DIGITS = Sketch(1, 8, 10, 1_797, 8, 1, 1)
 # By scale; the paper's depend on the row.
-SKETCHES = {"digits": DIGITS, "tiny": DIGITS, "study": Sketch(3, 16, 10, 8_000, 16, 1, 1)}
+SKETCHES = {
+    "digits": DIGITS,
+    "tiny": DIGITS,
+    "study": Sketch(3, 16, 10, 8_000, 16, 1, 1),
+    "photographs": Sketch(4, 8, 10, 60_000, 32, 1, 2),
+}
 
 
 def sketch(row: Row, scale: Scale) -> Sketch:
@@ -127,8 +132,9 @@ def _cost_of(command_line: tuple[str, ...], data: Sketch) -> Cost:
 
     program, *words = command_line
     guided = program == "train_guide.py"
-    if "--align-encoder" in words:  # the chain makes the encoder; one of its shape costs the same
-        words[words.index("--align-encoder") + 1] = "test_vit"
+    place = words.index("--align-encoder") + 1 if "--align-encoder" in words else 0
+    if "/" in words[place]:  # the chain makes the encoder; one of its shape costs the same
+        words[place] = "test_vit"
     config, options = command.resolve(words, program, None, ("guided",) if guided else ())
     latents = cast("LatentSet", data)
     spec = spec_of(config, latents)

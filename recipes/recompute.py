@@ -110,7 +110,8 @@ def _wrong_digests(plan: Chain, config: dict[str, Any], record: dict[str, Any]) 
     if record["precision"] != config["precision"]:
         yield f"its precision is {record['precision']}, that of config.json {config['precision']}"
     options = dict(itertools.pairwise(plan.scores[-1].link.words))
-    data = dict(itertools.pairwise(plan.links[0].words)).get("--out")
+    latents = next(link for link in plan.links if link.name == "latents")
+    data = dict(itertools.pairwise(latents.words)).get("--out")
     if options["--reference"] == data and any(
         score["protocol"]["reference"] != digests["data"] for score in record["scores"]
     ):

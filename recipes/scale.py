@@ -57,6 +57,9 @@ class Scale:
     processes: int = 1
     # What is trained in place of the paper's network.
     models: dict[str, str] = field(default_factory=dict)
+    # Commands before all others: a name, the words without --out, the value of --out and the file that is there at the
+    # end, both in the work folder.
+    first: tuple[tuple[str, str, str, str], ...] = ()
     # The latent set, by name.
     latents: dict[str, str]
     # The command that makes it.
@@ -158,6 +161,10 @@ _LOG = "--log-steps 20"
 _STUDY = f"--learning-rate 4e-3 {_LOG}"
 _TINY = "--recipe digits --model {model} --batch-size 16"
 
+_WEIGHTS = "{work}/mobilenet_v2-b0353104.pth"
+_MOBILENET = f"--features timm:mobilenetv2_100@96 --feature-weights {_WEIGHTS}"
+_REFERENCE = f"-m evaluations.reference --grey {_MOBILENET}"
+
 SCALES = {
     "paper": Scale(
         name="paper",
@@ -192,6 +199,53 @@ SCALES = {
         preset="study",
         sample={"": "--preset study --batch-size 250"},
         score="--reference {data} --features scenes",
+    ),
+    # photographs of clothes, 32 x 32, 16 tokens of 4 x 8 x 8 latents: docs/photographs.md
+    "photographs": Scale(
+        name="photographs",
+        epoch_steps={"sit": 12.5, "lightningdit": 12.5},
+        checkpointing_steps={"sit": 250, "lightningdit": 250},
+        models={"sit": "SiT-Tiny/2", "lightningdit": "LightningDiT-Tiny/1"},
+        first=(
+            ("images", "-m preprocessing.fashion", "fashion", "fashion/fashion.json"),
+            (
+                "images of the classifier",
+                "-m preprocessing.fashion --count 10000 --test-count 10",
+                "fashion-10k",
+                "fashion-10k/fashion.json",
+            ),
+            (
+                "features of the classifier",
+                f"{_REFERENCE} --images {{work}}/fashion-10k/train",
+                "references/train-10k.npz",
+                "references/train-10k.npz",
+            ),
+            (
+                "reference",
+                f"{_REFERENCE} --images {{work}}/fashion/test --classifier {{work}}/references/train-10k.npz",
+                "references/test.npz",
+                "references/test.npz",
+            ),
+        ),
+        latents=dict.fromkeys(FAMILIES, "photographs"),
+        encode=dict.fromkeys(
+            FAMILIES,
+            "-m preprocessing.encode --images {work}/fashion/train --vae pretrained/vae-fashion --grey --resolution 32 "
+            "--keep-images",
+        ),
+        train={
+            "sit": f"--recipe digits --model {{model}} {_LOG}",
+            "lightningdit": f"--recipe digits --model {{model}}{_LOSS} {_LOG}",
+        },
+        encoder=f"--align-encoder mobilenetv2_100 --align-encoder-weights {_WEIGHTS} --align-encoder-stage -2 "
+        "--align-cache",
+        guided_epochs=20,
+        preset="photographs",
+        sample={
+            "": "--mode ode --solver heun --num-steps 8 --labels balanced --num-fid-samples 5000 --batch-size 250 "
+            "--vae pretrained/vae-fashion"
+        },
+        score=f"--reference {{work}}/references/test.npz {_MOBILENET}",
     ),
     # 8 x 8 pixels, 800 steps: every method beside plain training, in a minute or two each
     "digits": Scale(

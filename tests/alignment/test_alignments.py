@@ -323,6 +323,20 @@ def test_irepa_against_loops(
         assert ours.abs().max().item() == pytest.approx(other.abs().max().item(), rel=0.1)
 
 
+def test_a_label_code_holds_the_true_label_and_nothing_else(build: Callable[..., Alignment]) -> None:
+    network, alignment, other = perturbed(SPEC), build("label-code", size=7.0), build("label-code")
+    codes = alignment.codes
+    assert codes.shape == (10, 128) and codes.square().mean().sqrt() == pytest.approx(7, rel=1e-5)
+    torch.testing.assert_close(codes, 7 * other.codes)  # of the seed alone
+    assert torch.linalg.matrix_rank(codes) == 10
+    whole = micro_batch(alignment)
+    context = context_of(network, whole, alignment.taps, "label-code")
+    prediction = alignment.head(context.features[3]).detach()
+    expected = [float(((prediction[i] - codes[label]) ** 2).mean()) for i, label in enumerate(whole.labels)]
+    assert alignment(context).tolist() == pytest.approx(expected, rel=1e-5)
+    assert (whole.labels != whole.y).any()  # some labels are dropped for the student
+
+
 @pytest.mark.parametrize(
     ("options", "pairs"),
     [
