@@ -40,6 +40,7 @@ class Options:
     to: str = option(help="hub:user/name, or a folder")
     metrics: str | None = option(None, help="metrics.json of this checkpoint's samples, for the model card")
     samples: str | None = option(None, help="folder of this checkpoint's samples, for the picture on the model card")
+    slim: bool = option(False, help="the averages alone, in bfloat16: half the size or less, for sampling and teaching")
     private: bool = option(False, help="make the hub's repository private")
 
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Path | str:
     picture = None if options.samples is None else own_picture(source, Path(options.samples))
     if not options.to.startswith(PREFIX):
         require(not options.private, "--private is for the hub: --to hub:user/name")
-        pack(source, Path(options.to), result, picture)
+        pack(source, Path(options.to), result, picture, options.slim)
         print(f"written: {options.to}")
         return Path(options.to)
     return push(source, options, result, picture)
@@ -96,7 +97,7 @@ def push(source: Checkpoint, options: Options, result: Metrics | None, picture: 
     with tempfile.TemporaryDirectory() as folder, answered(f"push to {options.to}"):
         packed = Path(folder) / "checkpoint"
         # packed first: the hub gets no repository for a checkpoint whose files are damaged
-        pack(source, packed, result, picture)
+        pack(source, packed, result, picture, options.slim)
         huggingface_hub.create_repo(name, private=options.private, exist_ok=True)
         address = huggingface_hub.upload_folder(repo_id=name, folder_path=packed, commit_message=f"step {source.step}")
     print(f"pushed: {address}")
@@ -148,21 +149,37 @@ def packed_files(source: Checkpoint) -> dict[str, str]:
     }
 
 
-def pack(source: Checkpoint, out: Path, result: Metrics | None = None, picture: Path | None = None) -> None:
-    """Write the copy of a checkpoint to the folder `out`, atomically, with a `picture` of its samples."""
+def pack(
+    source: Checkpoint, out: Path, result: Metrics | None = None, picture: Path | None = None, slim: bool = False
+) -> None:
+    """Write the copy of a checkpoint to the folder `out`, atomically, with a `picture` of its samples.
+
+    `slim` leaves out the raw network, and rounds the averages to bfloat16.
+
+    Raises:
+        UserError: damaged files, or `slim` for a checkpoint without averages.
+    """
     names = packed_files(source)
+    if slim:
+        names = {name: digest for name, digest in names.items() if not name.startswith("network")}
+        require(bool(names), f"--slim keeps averages alone, and {source.path} has none: leave it out")
     with files.replacing(out, is_packed) as folder:
         folder.mkdir()
         for name in names:
             source.require_intact(name)
-            shutil.copyfile(source.path / name, folder / name)
+            if slim:
+                tensors = files.load_tensors(source.path / name)
+                files.save_tensors(folder / name, {key: value.bfloat16() for key, value in tensors.items()})
+            else:
+                shutil.copyfile(source.path / name, folder / name)
+        names = {name: files.digest(folder / name) for name in names}
         files.write_sealed(
             folder / "config.json",
             {**source.config, "files": names, "packed_from": source.digest},
         )
         if picture is not None:
             shutil.copyfile(picture, folder / PICTURE)
-        (folder / "README.md").write_text(card(source, result, picture is not None), encoding="utf-8")
+        (folder / "README.md").write_text(card(source, names, result, picture is not None), encoding="utf-8")
 
 
 def is_packed(path: Path) -> bool:
@@ -175,8 +192,8 @@ def is_packed(path: Path) -> bool:
     )
 
 
-def card(source: Checkpoint, result: Metrics | None, pictured: bool = False) -> str:
-    """The model card: the method, data, protocol, numbers and digests that the artefacts record.
+def card(source: Checkpoint, names: dict[str, str], result: Metrics | None, pictured: bool = False) -> str:
+    """The model card of the files `names` (with their digests): method, data, protocol and numbers, as recorded.
 
     Whatever they record as free text becomes a code span (`runtime.text.code`), since they may be a stranger's.
     """
@@ -192,17 +209,18 @@ def card(source: Checkpoint, result: Metrics | None, pictured: bool = False) -> 
         f"- {spec.architecture}",
         "- arxiv:2601.07773",
     ]
+    weights = [name for name in source.weights if name != "raw" or "network.safetensors" in names]
     network = [
         f"{models.parameter_count(models.outline(spec)) / 1e6:.1f}M parameters, {spec.depth} blocks of width "
         f"{spec.hidden_size}{', QK-norm' if spec.qk_norm else ''}; latents {spec.in_channels}x{spec.input_size}x"
         f"{spec.input_size} of {code(space.vae or space.name)}; {spec.num_classes} classes; weights: "
-        f"{', '.join(map(code, source.weights))}.",
+        f"{', '.join(map(code, weights))}.",
         *(["", f"![Samples, a row a class]({PICTURE})"] if pictured else []),
     ]
     digests = [
         f"Packed from the checkpoint {code(source.digest)}, as scores and samples call it.",
         "",
-        *(f"- {code(name)}: {code(digest)}" for name, digest in packed_files(source).items()),
+        *(f"- {code(name)}: {code(digest)}" for name, digest in names.items()),
     ]
     use = ["```bash", "python generate.py --ckpt hub:USER/NAME --num-fid-samples 64", "```"]
     sections = {

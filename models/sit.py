@@ -23,7 +23,7 @@ class SiT(Backbone):
         f"SiT-{size}/{patch}": (*shape, patch)
         for size, shape in {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items()
         for patch in (2, 4, 8)
-    } | {f"SiT-Tiny/{patch}": (6, 128, 4, patch) for patch in (2, 4)}
+    } | {"SiT-Nano/2": (6, 64, 2, 2), **{f"SiT-Tiny/{patch}": (6, 128, 4, patch) for patch in (2, 4)}}
 
     @staticmethod
     def norm(width: int) -> nn.Module:

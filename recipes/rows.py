@@ -312,19 +312,49 @@ class Setting:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-RATE = "--learning-rate 2e-3"
-CLIP = "--max-grad-norm 1"  # the authors of these methods do not clip; here only the alignment may differ
-STAGE1, STAGE2 = ("--align-weight 0.5", "--align-weight 0.1"), ("--align-weight 0.5", "--align-weight 0.02")
-_TEACHER = Teacher(words=(*RATE.split(), *STAGE1[0].split()))
-_GUIDED = {"seeds": TEN, "teacher": _TEACHER}
+# The authors of these methods do not clip; here only the alignment may differ.
+CLIP = "--max-grad-norm 1"
+# The better value comes first, the other was tried as well. Weights: the published one, and the one at which the
+# alignment's gradient is about as large as that of denoising (200 steps of seed 100).
+RATES = ("--learning-rate 4e-3", "--learning-rate 2e-3")
+STAGE1, STAGE2 = ("--align-weight 0.5", "--align-weight 1.5"), ("--align-weight 0.5", "--align-weight 0.02")
+SCALES = ("--cfg-scale 1.5", "--cfg-scale 2")
+_TEACHER = Teacher(words=(*RATES[0].split(), *STAGE1[0].split()))
+_PLAIN = {"epochs": PLAIN_EPOCHS, "at": (80, PLAIN_EPOCHS), "seeds": TEN}
+_GUIDED = {"teacher": _TEACHER}
+
+
+def _weights(*tried: float) -> tuple[str, ...]:
+    return tuple(f"--align-weight {weight:g}" for weight in tried)
+
+
 PHOTOGRAPHS = {
-    "plain": Setting(
-        method="none",
-        tried=(RATE, "--learning-rate 4e-3"),
-        more={"epochs": PLAIN_EPOCHS, "at": (80, PLAIN_EPOCHS), "seeds": TEN},
+    "plain": Setting(method="none", tried=RATES, more=_PLAIN),
+    "stage1": Setting(method="latent", tried=STAGE1, more={"seeds": TEN}),
+    "guided": Setting(method="guided", tried=STAGE2, more={**_GUIDED, "seeds": TEN}),
+    # the weight grows as the square of f_g shrinks: the same as a target of the same size
+    "omega-1": Setting(method="guided", words="--guide-scale 1 --align-weight 1", more={**_GUIDED, "seeds": TEN}),
+    "label-code": Setting(method="label-code", words=f"{STAGE2[0]} --align-size 7", more={"stop": 20, "seeds": TEN}),
+    "plain-teacher": Setting(
+        method="guided", words=STAGE2[0], more={"teacher": Teacher(method="none", words=tuple(RATES[0].split()))}
     ),
-    "stage1": Setting(method="latent", words=RATE, tried=STAGE1, more={"seeds": TEN}),
-    "guided": Setting(method="guided", words=RATE, tried=STAGE2, more=_GUIDED),
+    "late-stop": Setting(method="guided", words=STAGE2[0], more={**_GUIDED, "stop": 40}),
+    "plain-cfg": Setting(method="none", tried=SCALES, sampled=True),
+    "guided-cfg": Setting(method="guided", words=STAGE2[0], tried=SCALES, sampled=True, more=_GUIDED),
+    "guided-plateau": Setting(
+        method="guided",
+        words=f"{STAGE2[0]} --align-schedule plateau --align-plateau-steps 100",
+        more={**_GUIDED, "stop": 80},
+    ),
+    "sra": Setting(method="sra", tried=_weights(0.2, 2.0)),
+    "sra2": Setting(method="latent", words="--preset sra2", tried=_weights(1, 2)),
+    "layersync": Setting(method="layersync", words=CLIP, tried=_weights(0.2, 4)),
+    "dispersive": Setting(method="dispersive", words=CLIP, tried=_weights(0.5, 0.05)),
+    "contrastive": Setting(method="contrastive", tried=_weights(0.05, 0.2)),
+    "internal": Setting(method="internal", tried=_weights(0.5, 0.2)),
+    "self-flow": Setting(method="self-flow", tried=_weights(0.8, 2)),
+    "repa": Setting(method="repa", tried=_weights(0.5, 3)),
+    "haste": Setting(method="haste", words="--haste-attention 0", tried=_weights(0.5, 3), more={"stop": 20}),
 }
 
 
@@ -339,13 +369,14 @@ def photographs() -> Iterator[Row]:
 
         def options(tried: str, samples: str = "", setting: Setting = setting) -> dict[str, Any]:
             trained, drawn = ("", tried) if setting.sampled else (tried, "")
-            return {"words": f"{setting.words} {trained}", "sampling": (f"{drawn} {samples}".strip(),)}
+            rate = "" if "--learning-rate" in trained else RATES[0]
+            return {"words": f"{rate} {setting.words} {trained}", "sampling": (f"{drawn} {samples}".strip(),)}
 
         tuned = row(key, **{"seeds": FIVE, **options(setting.tried[0] if setting.tried else ""), **setting.more})
         yield tuned
-        for number, tried in enumerate(setting.tried, 1):
+        for tried in setting.tried:
             trial = {**setting.more, "epochs": 40, "at": (), "seeds": TUNING, "tunes": tuned.name}
-            yield row(f"{key}-trial-{number}", **{**options(tried, "--num-fid-samples 2000"), **trial})
+            yield row(f"{key}-trial-{tried.split()[-1]}", **{**options(tried, "--num-fid-samples 2000"), **trial})
 
 
 def study() -> Iterator[Row]:

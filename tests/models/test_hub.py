@@ -115,6 +115,26 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(
     assert place.parent == Path("exps/lab--digits/samples")  # not in the hub's cache
 
 
+def test_a_slim_copy_holds_the_averages_in_bfloat16(guided: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(guided)
+    slim = Checkpoint.open(hub.main([str(guided), "--to", str(tmp_path / "slim"), "--slim"]))
+    slim.require_whole()
+    assert (
+        slim.weights == [name for name in source.weights if name != "raw"] and "network.safetensors" not in slim.files
+    )
+    for name, value in source.tensors("ema").items():
+        assert slim.tensors("ema")[name].dtype == torch.bfloat16
+        torch.testing.assert_close(slim.tensors("ema")[name].float(), value, rtol=2**-8, atol=0)
+    card = (tmp_path / "slim" / "README.md").read_text()
+    assert slim.files["ema.safetensors"] in card and "`raw`" not in card
+    grid = generate.main(
+        ["--ckpt", str(slim.path), "--num-fid-samples", "2", "--num-steps", "2", "--out", str(tmp_path)]
+    )
+    assert np.load(grid / "samples.npz")["arr_0"].std() > 0
+    with pytest.raises(UserError, match=r"network.safetensors; its weights are ema"):
+        slim.tensors("raw")
+
+
 HOSTILE = "x\n# Heading\n[link](http://a.example) <img src=y> `code` | cell \u202e"
 
 
@@ -128,6 +148,7 @@ def test_a_card_shows_what_a_stranger_wrote_as_code(guided: Path, tmp_path: Path
     files.write_sealed(copy / "config.json", config)
     text = hub.card(
         Checkpoint.open(copy),
+        hub.packed_files(Checkpoint.open(copy)),
         {
             "metrics": {HOSTILE: 1.0},
             "num_samples": 4,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +16,22 @@ from runtime import files
 from runtime.errors import UserError
 
 
+def recorded(called: list[list[str]], *words: object) -> None:
+    """In place of a command: note it, and write the score that it would."""
+    argv = [str(word) for word in words]
+    called.append(argv)
+    if "evaluations.evaluate" in argv:
+        out = Path(argv[argv.index("--out") + 1])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_sealed(out, {"metrics": {key: float(len(called)) for key in quickstart.METRICS}})
+
+
 def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     called: list[list[str]] = []
-
-    def call(*words: object) -> None:
-        argv = [str(word) for word in words]
-        called.append(argv)
-        if "evaluations.evaluate" in argv:
-            out = Path(argv[argv.index("--out") + 1])
-            out.parent.mkdir(parents=True, exist_ok=True)
-            files.write_sealed(out, {"metrics": {key: float(len(called)) for key in quickstart.METRICS}})
-
-    monkeypatch.setattr(quickstart, "_call", call)
+    monkeypatch.setattr(quickstart, "_call", functools.partial(recorded, called))
     config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
-    rows = quickstart.run_seed(tmp_path / "seed3", config, 3)
+    for chain in (quickstart.guided_chain, quickstart.plain_chain):
+        chain(tmp_path / "seed3", config, 3)
     training = [argv for argv in called if argv[0] in ("train.py", "train_guide.py")]
     assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
     for argv in training:
@@ -38,15 +42,37 @@ def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monk
             ("--seed", "3"),
         ):
             assert argv[argv.index(flag) + 1] == value
-    assert training[1][training[1].index("--align-stop-steps") + 1] == "10"
+    assert training[1][training[1].index("--align-stop-steps") + 1] == "20"
+    rows = quickstart.scores(tmp_path / "seed3", config)
     assert [(row["name"], row["step"], row["total"]) for row in rows][-1] == ("self-guided SiT", 80, 120)
     verdict = quickstart.verdict({3: rows})
     assert "at 40 of its own steps" in verdict and "at 120 total steps, stage 1 counted," in verdict
     assert "self-guided SiT" in quickstart.table({3: rows})
     default = quickstart.QuickstartConfig(out=str(tmp_path))
     assert default.rows == list(quickstart.ROWS)
-    with pytest.raises(UserError, match="multiple of 8"):
-        quickstart.QuickstartConfig(steps=12)
+    with pytest.raises(UserError, match="multiple of 4"):
+        quickstart.QuickstartConfig(steps=10)
+
+
+def test_the_plain_chain_runs_beside_the_guided_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its failure ends the command with the place of its words, and it never outlives the guided chain."""
+    called: list[list[str]] = []
+    monkeypatch.setattr(quickstart, "_call", functools.partial(recorded, called))
+    config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80)
+    (tmp_path / "images").write_text("")  # where a folder should be
+    with pytest.raises(UserError, match=r"plain SiT ended with exit code \d; .*plain.log says why"):
+        quickstart.side_by_side(config, 5)
+    assert str(tmp_path / "images") in (tmp_path / "plain.log").read_text()
+    assert {argv[argv.index("--exp-name") + 1] for argv in called if "--exp-name" in argv} == {"stage1", "guided"}
+
+    def fails(*words: object) -> None:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(quickstart, "_call", fails)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no space left"):
+        quickstart.side_by_side(config, 5)
+    assert time.monotonic() - began < 20
 
 
 def test_the_verdict_compares_the_networks_seed_by_seed() -> None:
@@ -56,15 +82,15 @@ def test_the_verdict_compares_the_networks_seed_by_seed() -> None:
             for row, value in zip(quickstart.ROWS, distances, strict=True)
         ]
 
-    # plain at 400, 800 and 1,200 steps; the teacher; self-guided at 400 and 800 steps
+    # plain at 600, 1,200 and 1,800 steps; the teacher; self-guided at 600 and 1,200 steps
     results = {0: rows(3.0, 1.0, 0.5, 4.0, 2.0, 1.1), 1: rows(3.2, 1.2, 0.4, 4.0, 2.1, 1.1)}
     one_seed = quickstart.verdict({0: results[0]})
     assert one_seed.startswith(
-        "Over one seed (0; other seeds differ): at 400 of its own steps the self-guided network is ahead"
+        "Over one seed (0; other seeds differ): at 600 of its own steps the self-guided network is ahead"
     )
-    assert "at 800 the self-guided network is behind plain SiT (Frechet 1.10 against 1.00)" in one_seed
+    assert "at 1200 the self-guided network is behind plain SiT (Frechet 1.10 against 1.00)" in one_seed
     both = quickstart.verdict(results)
-    assert "ahead of plain SiT (Frechet 2.05 against 3.10); at 800 the self-guided network is level with" in both
+    assert "ahead of plain SiT (Frechet 2.05 against 3.10); at 1200 the self-guided network is level with" in both
     assert both.endswith("behind plain SiT (Frechet 1.10 against 0.45).")
 
 
