@@ -317,7 +317,7 @@ CLIP = "--max-grad-norm 1"
 # The better value comes first, the other was tried as well. Weights: the published one, and the one at which the
 # alignment's gradient is about as large as that of denoising (200 steps of seed 100).
 RATES = ("--learning-rate 4e-3", "--learning-rate 2e-3")
-STAGE1, STAGE2 = ("--align-weight 0.5", "--align-weight 1.5"), ("--align-weight 0.5", "--align-weight 0.02")
+STAGE1, STAGE2 = ("--align-weight 1.5", "--align-weight 0.5"), ("--align-weight 0.5", "--align-weight 0.02")
 SCALES = ("--cfg-scale 1.5", "--cfg-scale 2")
 _TEACHER = Teacher(words=(*RATES[0].split(), *STAGE1[0].split()))
 _PLAIN = {"epochs": PLAIN_EPOCHS, "at": (80, PLAIN_EPOCHS), "seeds": TEN}
@@ -347,14 +347,14 @@ PHOTOGRAPHS = {
         more={**_GUIDED, "stop": 80},
     ),
     "sra": Setting(method="sra", tried=_weights(0.2, 2.0)),
-    "sra2": Setting(method="latent", words="--preset sra2", tried=_weights(1, 2)),
+    "sra2": Setting(method="latent", words="--preset sra2", tried=_weights(1, 1.6)),
     "layersync": Setting(method="layersync", words=CLIP, tried=_weights(0.2, 4)),
-    "dispersive": Setting(method="dispersive", words=CLIP, tried=_weights(0.5, 0.05)),
-    "contrastive": Setting(method="contrastive", tried=_weights(0.05, 0.2)),
-    "internal": Setting(method="internal", tried=_weights(0.5, 0.2)),
-    "self-flow": Setting(method="self-flow", tried=_weights(0.8, 2)),
+    "dispersive": Setting(method="dispersive", words=CLIP, tried=_weights(0.5, 250)),
+    "contrastive": Setting(method="contrastive", tried=_weights(0.05, 0.4)),
+    "internal": Setting(method="internal", tried=_weights(0.5, 1)),
+    "self-flow": Setting(method="self-flow", tried=_weights(0.8, 7)),
     "repa": Setting(method="repa", tried=_weights(0.5, 3)),
-    "haste": Setting(method="haste", words="--haste-attention 0", tried=_weights(0.5, 3), more={"stop": 20}),
+    "haste": Setting(method="haste", words="--haste-attention 0", tried=_weights(0.5, 4), more={"stop": 20}),
 }
 
 
