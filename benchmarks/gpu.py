@@ -62,7 +62,7 @@ SCALES = {
         "loader": "--rows batches 'batches, images'",
         "sample": "--model SiT-XL/2",
         "trace": "--model SiT-XL/2",
-        "run": "--model SiT-S/2 --seeds 0 1 2 3 4",
+        "run": "--scale digits --seeds 0:5",
     },
     "tiny": {
         "train": "--batch-size 2 --latent-size 8 --classes 10 --items 16 --steps 1 --warmup 1 --repetitions 2",
@@ -74,7 +74,7 @@ SCALES = {
         "loader": "--rows batches",
         "sample": "--model SiT-Tiny/2 --latent-size 8 --batch-size 2 --num-steps 3 --repetitions 2 --decoder tiny",
         "trace": "--model SiT-Tiny/2 --latent-size 8 --batch-size 2 --classes 10 --items 16 --warmup 1",
-        "run": "--steps 8 --samples 16 --seeds 0",
+        "run": "--scale tiny --seeds 0",
     },
 }
 # Networks that stand for others at --scale tiny.
@@ -117,6 +117,7 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
         for model, batch in (("SiT-B/2", 32), ("SiT-XL/2", 32), ("SiT-B/2", 256), ("SiT-XL/2", 64)):
             beside.append(train("peer", model, batch, f"--rows plain {words}"))
         beside.append(bench("sample", "peer-sample", f"{scale['sample']} {words}", minutes=4.0))
+    places = ("--work", str(out / "work"), "--results", str(out / "results"))
     return [
         *map(first, methods),
         suite.pop(PARITY),
@@ -130,7 +131,7 @@ def parts(config: GpuConfig, out: Path) -> list[Part]:
         train("ablation", "SiT-B/2", 256, scale["ablation"]),
         train("methods", "SiT-B/2", 256, scale["methods"]),
         train("loader", "SiT-B/2", 256, scale["loader"]),
-        Part("run", ("-m", "recipes.quickstart", "--out", str(out / "run"), *scale["run"].split()), 2.0),
+        Part("run", ("-m", "recipes", "run", "digits/SiT-B-2/guided", *places, *scale["run"].split()), 2.0),
     ]
 
 

@@ -39,6 +39,7 @@ ROWS = {
     "layersync": "--align layersync",
     "sra": "--align sra",
     "contrastive": "--align contrastive",
+    "label code": "--align label-code",
     "internal": "--align internal",
     "self-flow": "--align self-flow",
     "dts-as": "--align self-flow --preset dts-as",

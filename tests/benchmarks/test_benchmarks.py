@@ -261,7 +261,7 @@ small = sys.argv[3:]
 generated = ["--classes", "10", "--items", "16", "--warmup", "1", "--steps", "1", "--repetitions", "1"]
 train_step.main([*small, *generated, "--rows", "plain"])
 sample.main([*small, "--num-steps", "2", "--repetitions", "1"])
-# what the quickstart's commands import
+# what the commands of a row import
 for name in "preprocessing.encoding sampling.source sampling.store evaluations.collect evaluations.score".split():
     importlib.import_module(name)
 raise SystemExit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(gpu.SUITE)]))

@@ -97,8 +97,6 @@ def test_a_chosen_kernel_compiles_without_a_graph_break():
 def test_native_bf16_of_a_cpu_is_what_its_instructions_say(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    from recipes import quickstart
-
     for known, native in (
         ({"avx512_bf16": True}, True),
         ({"amx_bf16": True, "avx512_bf16": False}, True),
@@ -109,5 +107,3 @@ def test_native_bf16_of_a_cpu_is_what_its_instructions_say(
         assert launch.precision(None, CPU) is None  # float32 unless it is asked for
         assert launch.precision("bf16", CPU) is (torch.bfloat16 if native else None)
         assert ("this CPU does not multiply bf16 natively" in capsys.readouterr().out) != native
-        if not torch.cuda.is_available():
-            assert quickstart._precision() == ("bf16" if native else "no")

@@ -89,6 +89,19 @@ def test_a_subset_is_the_first_of_each_class(source: Path, tmp_path: Path) -> No
         make(source, tmp_path / "odd", "--count", "15")
 
 
+def test_the_embedded_images_are_eight_thousand_of_ten_classes(tmp_path: Path) -> None:
+    for split, each in (("train", 700), ("test", 100)):
+        images, labels, places = fashion.load(fashion.EMBEDDED, split)
+        assert images.shape == (10 * each, 32, 32) and np.bincount(labels).tolist() == [each] * 10
+        assert 50 < images.mean() < 60 and not images[:, :2].any()  # real pictures on black, with their margin
+        assert (np.diff(places)[np.diff(labels) == 0] > 0).all()
+    # no test image is a training image
+    train, test = (fashion.load(fashion.EMBEDDED, split)[0] for split in ("train", "test"))
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
+    with pytest.raises(UserError, match="--source and --embedded are two places"):
+        fashion.main(["--embedded", "--source", "raw", "--out", str(tmp_path / "out")])
+
+
 def test_a_killed_command_finishes_and_a_finished_one_does_nothing(source: Path, tmp_path: Path, capsys) -> None:
     out = make(source, tmp_path / "out")
     before = {path: path.read_bytes() for path in out.rglob("*.png")}

@@ -109,6 +109,7 @@ CASES: dict[str, tuple[tuple[object, ...], int]] = {
     "layersync": (SYNC, 376),
     "dispersive": (("--align", "dispersive"), 376),
     "contrastive": (("--align", "contrastive"), 386),
+    "label-code": (("--align", "label-code", "--align-hidden", 32), 392),
     "internal": (("--align", "internal"), 400),
     "self-flow": (("--align", "self-flow", "--align-depth", 1, "--align-target-depth", 2), 611),
     "dts-as": (("--align", "self-flow", "--preset", "dts-as", "--align-depth", 1, "--align-target-depth", 2), 673),
