@@ -317,7 +317,7 @@ CLIP = "--max-grad-norm 1"
 # The better value comes first, the other was tried as well. Weights: the published one, and the one at which the
 # alignment's gradient is about as large as that of denoising (200 steps of seed 100).
 RATES = ("--learning-rate 4e-3", "--learning-rate 2e-3")
-STAGE1, STAGE2 = ("--align-weight 1.5", "--align-weight 0.5"), ("--align-weight 0.5", "--align-weight 0.02")
+STAGE1, STAGE2 = ("--align-weight 1.5", "--align-weight 0.5"), ("--align-weight 0.02", "--align-weight 0.5")
 SCALES = ("--cfg-scale 1.5", "--cfg-scale 2")
 _TEACHER = Teacher(words=(*RATES[0].split(), *STAGE1[0].split()))
 _PLAIN = {"epochs": PLAIN_EPOCHS, "at": (80, PLAIN_EPOCHS), "seeds": TEN}
@@ -333,8 +333,8 @@ PHOTOGRAPHS = {
     "stage1": Setting(method="latent", tried=STAGE1, more={"seeds": TEN}),
     "guided": Setting(method="guided", tried=STAGE2, more={**_GUIDED, "seeds": TEN}),
     # the weight grows as the square of f_g shrinks: the same as a target of the same size
-    "omega-1": Setting(method="guided", words="--guide-scale 1 --align-weight 1", more={**_GUIDED, "seeds": TEN}),
-    "label-code": Setting(method="label-code", words=f"{STAGE2[0]} --align-size 7", more={"stop": 20, "seeds": TEN}),
+    "omega-1": Setting(method="guided", words="--guide-scale 1 --align-weight 2", more={**_GUIDED, "seeds": TEN}),
+    "label-code": Setting(method="label-code", words=f"{STAGE2[0]} --align-size 10", more={"stop": 20, "seeds": TEN}),
     "plain-teacher": Setting(
         method="guided", words=STAGE2[0], more={"teacher": Teacher(method="none", words=tuple(RATES[0].split()))}
     ),
