@@ -41,7 +41,7 @@ GUIDED_STEPS = 300
 PLAIN, GUIDED = "plain", "guided"
 VAE = "pretrained/vae-fashion"
 # tuned on photographs (docs/photographs.md)
-RATE, WEIGHT = "4e-3", ("--align-weight", "0.5")
+RATE, STAGE1_WEIGHT, STAGE2_WEIGHT = 4e-3, 1.5, 0.02
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,16 @@ def side_by_side(config: QuickstartConfig, seed: int) -> None:
 def guided_chain(folder: Path, config: QuickstartConfig, seed: int) -> None:
     """The teacher and the guided student."""
     runs, scaled = folder / "exps", config.scaled
-    stage1 = ["--align", "latent", "--max-train-steps", scaled(TEACHER)]
+    stage1 = ["--align", "latent", "--align-weight", STAGE1_WEIGHT, "--max-train-steps", scaled(TEACHER)]
     _call("train.py", *_common(folder, config, seed), "--exp-name", "stage1", *stage1)
-    guided = ["--guiding-ckpt", runs / "stage1", *WEIGHT, "--align-stop-steps", scaled(GUIDED_STEPS)]
+    guided = [
+        "--guiding-ckpt",
+        runs / "stage1",
+        "--align-weight",
+        STAGE2_WEIGHT,
+        "--align-stop-steps",
+        scaled(GUIDED_STEPS),
+    ]
     guided += ["--max-train-steps", scaled(FULL)]
     _call("train_guide.py", *_common(folder, config, seed), "--exp-name", GUIDED, *guided)
     for row in config.rows:
