@@ -195,7 +195,7 @@ def print_costs(names: Sequence[str], options: Cost) -> None:
     """Print what each table or row still takes for one seed. Finished rows are left out, shared runs counted once."""
     size = scale.find(options.scale)
     finished = {entry["row"] for entry in record.finished(record.load(Path(options.results)), scale=size.name)}
-    left = {name: [row for row in _rows(name) if row.name not in finished] for name in names or rows.TABLES}
+    left = {name: [row for row in _rows(name) if row.name not in finished] for name in names or rows.PAPER}
     left["together"] = [row for chosen in left.values() for row in chosen]
     lines = [["", "rows to run", "EFLOP", f"hours at {options.teraflops:g} TFLOP/s"]]
     for name, chosen in left.items():

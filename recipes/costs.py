@@ -189,4 +189,6 @@ def paper_hours() -> dict[str, float]:
 
 if __name__ == "__main__":
     # counts every row at the paper's scale, which takes minutes
-    files.write_json(COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items()})
+    files.write_json(
+        COUNTED, {name: flops(row, find("paper")) for name, row in rows.rows().items() if row.table in rows.PAPER}
+    )

@@ -25,7 +25,7 @@ def _read(name: str) -> Any:
 
 
 def quickstart() -> Lines:
-    """The rows of `python -m recipes.quickstart` over five seeds."""
+    """The rows of `python -m recipes.quickstart` over its seeds."""
     lines = [["network", "steps", "total steps, stage 1 counted", *_QUICKSTART.values()]]
     for rows in zip(*_read("quickstart")["seeds"].values(), strict=True):
         name, step, total = (str(rows[0][key]) for key in ("name", "step", "total"))

@@ -458,6 +458,10 @@ TABLES = {
 }
 
 
+# Tables whose rows are meant for the paper's scale too.
+PAPER = tuple(name for name in TABLES if name != "photographs")
+
+
 @functools.cache
 def rows() -> dict[str, Row]:
     """Every row by its name."""
