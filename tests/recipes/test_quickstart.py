@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import generate
+from models.checkpoint import Checkpoint
+from preprocessing import fashion
 from recipes import quickstart
 from runtime import files
 from runtime.errors import UserError
+from tests.helpers import ROOT
 
 
 def recorded(called: list[list[str]], *words: object) -> None:
@@ -112,3 +116,22 @@ def test_pictures_show_every_row(tmp_path: Path) -> None:
     assert (tmp_path / "losses.png").stat().st_size > 5000
     with pytest.raises(UserError, match="--samples 9"):
         quickstart.main(["--samples", "9", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_committed_networks_draw_clothes_of_the_class_that_is_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the nearest mean image of each class, which is right for two thirds of the test images."""
+    monkeypatch.chdir(ROOT)  # where the checkpoint names its autoencoder
+    checkpoint = Checkpoint.open(f"pretrained/quickstart-{name}")
+    checkpoint.require_whole()
+    assert checkpoint.config["space"]["vae"] == quickstart.VAE and checkpoint.spec.name == quickstart.MODEL
+    few = ["--labels", "balanced", "--num-fid-samples", "40", "--mode", "ode", "--solver", "heun", "--num-steps", "8"]
+    out = generate.main(["--ckpt", str(checkpoint.path), *few, "--out", str(tmp_path / "out")])
+    with np.load(out / "samples.npz") as drawn:
+        images, labels = drawn["arr_0"][..., 0].astype(float), drawn["labels"]
+    train, classes, _ = fashion.load(fashion.EMBEDDED, "train")
+    means = np.stack([train[classes == label].mean(0) for label in range(10)])
+    nearest = np.square(images[:, None] - means).mean((2, 3)).argmin(1)
+    assert (nearest == labels).mean() > 0.5
