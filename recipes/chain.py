@@ -157,7 +157,10 @@ def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path
 
 
 def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Score]:
-    """One score for each combination of epochs, sampling preset and further options of sampling."""
+    """One score for each combination of epochs, sampling preset and further options of sampling.
+
+    Raises UserError if a preset takes no further options, so that no combination is left.
+    """
     scores = []
     for epochs, preset, more in itertools.product(
         row.at or (row.epochs,), [scale.preset] if scale.preset else row.presets, row.sampling
@@ -171,4 +174,9 @@ def _scores(row: Row, scale: Scale, seed: int, work: Path, run: Path) -> list[Sc
         words = (*scale.sampler.split(), "--ckpt", f"{run}@{step}", *options, "--seed", str(seed), "--out", str(out))
         title = f"score {name}" + (f" at step {step}" if row.at else "")
         scores.append(Score(name, epochs, step, Link(title, words, out, out / "metrics.json", True)))
+    require(
+        bool(scores),
+        f"{row.name} is sampled with {' '.join(row.sampling)}, and no preset of --scale {scale.name} takes further "
+        f"options; choose another --scale",
+    )
     return scores

@@ -105,8 +105,14 @@ def test_every_row_of_the_tables_is_listed_with_its_published_number(
 
 @pytest.mark.parametrize("name", list(rows.rows()))
 def test_every_command_of_every_row_parses(name: str) -> None:
+    row = rows.find(name)
     for size in scale.SCALES.values():
-        plan = chain.build(rows.find(name), size, 3, Path("work"))
+        if row.table not in rows.PAPER and "--preset" in size.sample[""]:  # a preset is complete
+            if row.sampling != ("",):
+                with pytest.raises(UserError, match=f"no preset of --scale {size.name} takes"):
+                    chain.build(row, size, 3, Path("work"))
+            continue
+        plan = chain.build(row, size, 3, Path("work"))
         for link in plan.links:
             program, *words = link.words
             assert shlex.split(link.command())[1:] == list(link.words)
@@ -144,7 +150,7 @@ def test_rows_name_their_recipes_and_no_other_recipe_exists() -> None:
 
 
 def test_a_row_is_trained_with_flips_if_its_published_number_was() -> None:
-    for row in rows.rows().values():
+    for row in (row for row in rows.rows().values() if row.table in rows.PAPER):
         plan = chain.build(row, scale.find("paper"), 0, Path("work"))
         published = row.published is not None and bool(row.published.flips)
         assert ("--flip" in plan.links[0].words) == (published or row.family == "lightningdit"), row.name
