@@ -170,9 +170,9 @@ def pack(
             if slim:
                 tensors = files.load_tensors(source.path / name)
                 files.save_tensors(folder / name, {key: value.bfloat16() for key, value in tensors.items()})
+                names[name] = files.digest(folder / name)
             else:
                 shutil.copyfile(source.path / name, folder / name)
-        names = {name: files.digest(folder / name) for name in names}
         files.write_sealed(
             folder / "config.json",
             {**source.config, "files": names, "packed_from": source.digest},
