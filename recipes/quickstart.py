@@ -39,8 +39,8 @@ MODEL = "SiT-Nano/2"
 TEACHER, HALF, FULL = 600, 600, 1200
 GUIDED_STEPS = 300
 PLAIN, GUIDED = "plain", "guided"
-VAE = "pretrained/vae-fashion"
-# The first two were tuned on SiT-Tiny/2 (docs/photographs.md), the third makes the gradients of both losses alike.
+VAE, REFERENCE = "pretrained/vae-fashion", "reference.npz"
+# The first two were tuned on SiT-Tiny/2 (recipes/photographs.py); at the third both losses have gradients of one size.
 RATE, STAGE1_WEIGHT, STAGE2_WEIGHT = 4e-3, 1.5, 0.005
 
 
@@ -55,12 +55,12 @@ class Row:
 
 
 ROWS = (
-    Row("plain SiT", "plain", HALF, HALF),
-    Row("plain SiT", "plain", FULL, FULL),
-    Row("plain SiT", "plain", TEACHER + FULL, TEACHER + FULL),
+    Row("plain SiT", PLAIN, HALF, HALF),
+    Row("plain SiT", PLAIN, FULL, FULL),
+    Row("plain SiT", PLAIN, TEACHER + FULL, TEACHER + FULL),
     Row("stage 1 (teacher)", "stage1", TEACHER, TEACHER),
-    Row("self-guided SiT", "guided", HALF, TEACHER + HALF),
-    Row("self-guided SiT", "guided", FULL, TEACHER + FULL),
+    Row("self-guided SiT", GUIDED, HALF, TEACHER + HALF),
+    Row("self-guided SiT", GUIDED, FULL, TEACHER + FULL),
 )
 
 
@@ -103,12 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read(QuickstartConfig, argv, prog="python -m recipes.quickstart", description=__doc__)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each chain
     out, started = Path(config.out), time.perf_counter()
-    prepare(out)
+    if not (out / REFERENCE).exists():
+        prepare(out)
     for seed in config.seeds:
         if config.part == "both":
             side_by_side(config, seed)
         else:
-            CHAINS[config.part](out / f"seed{seed}", config, seed)
+            run_chain(config.part, config, seed)
     if config.part != "both":
         return
     results = {seed: scores(out / f"seed{seed}", config) for seed in config.seeds}
@@ -125,30 +126,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(out: Path) -> None:
-    """Images, latents and reference, unless they are there."""
-    images, data = out / "images", out / "data"
+    """Images, latents, and at last the reference; what a killed run has finished stays."""
+    images, grey = out / "images", ("--grey", "--images")
     _call("-m", "preprocessing.fashion", "--embedded", "--out", images)
-    grey = ["--grey", "--images"]
-    encode = ["-m", "preprocessing.encode", "--vae", VAE, "--resolution", 32, *grey, images / "train", "--out", data]
-    _call(*encode)
-    reference = out / "reference.npz"
-    if not reference.exists():
-        _call("-m", "evaluations.reference", *grey, images / "test", "--features", "pixels", "--out", reference)
+    encode = ["-m", "preprocessing.encode", "--vae", VAE, "--resolution", 32, *grey, images / "train"]
+    _call(*encode, "--out", out / "data")
+    _call("-m", "evaluations.reference", *grey, images / "test", "--features", "pixels", "--out", out / REFERENCE)
 
 
 def side_by_side(config: QuickstartConfig, seed: int) -> None:
     """The guided chain in this process and the plain one in another. Raises UserError if that one fails."""
-    out = Path(config.out)
-    log = out / f"{PLAIN}.log"
-    words = [f"--{key.replace('_', '-')}={getattr(config, key)}" for key in ("samples", "model", "steps")]
-    words += ["--mixed-precision", config.mixed_precision, "--out", config.out, "--seeds", str(seed), "--part", PLAIN]
+    log = Path(config.out) / f"{PLAIN}.log"
+    given = {"part": PLAIN, "seeds": seed} | {key: getattr(config, key) for key in ("out", "samples", "model", "steps")}
+    words = [f"--{key}={value}" for key, value in given.items()] + [f"--mixed-precision={config.mixed_precision}"]
     print(f"\nplain SiT runs beside what follows: {log}", flush=True)
     with open(log, "w", encoding="utf-8") as output:
         other = subprocess.Popen(
             [sys.executable, "-m", "recipes.quickstart", *words], stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        guided_chain(out / f"seed{seed}", config, seed)
+        run_chain(GUIDED, config, seed)
         print(f"\nwaiting for plain SiT ({log})", flush=True)
         code = other.wait()
     finally:
@@ -157,50 +154,25 @@ def side_by_side(config: QuickstartConfig, seed: int) -> None:
     require(code == 0, f"plain SiT ended with exit code {code}; {log} says why")
 
 
-def guided_chain(folder: Path, config: QuickstartConfig, seed: int) -> None:
-    """The teacher and the guided student."""
-    runs, scaled = folder / "exps", config.scaled
-    stage1 = ["--align", "latent", "--align-weight", STAGE1_WEIGHT, "--max-train-steps", scaled(TEACHER)]
-    _call("train.py", *_common(folder, config, seed), "--exp-name", "stage1", *stage1)
-    guided = [
-        "--guiding-ckpt",
-        runs / "stage1",
-        "--align-weight",
-        STAGE2_WEIGHT,
-        "--align-stop-steps",
-        scaled(GUIDED_STEPS),
-    ]
-    guided += ["--max-train-steps", scaled(FULL)]
-    _call("train_guide.py", *_common(folder, config, seed), "--exp-name", GUIDED, *guided)
-    for row in config.rows:
-        if row.run != PLAIN:
-            _score(row, folder, config)
-
-
-def plain_chain(folder: Path, config: QuickstartConfig, seed: int) -> None:
-    """Plain SiT for as many steps as teacher and student together."""
-    length = ["--max-train-steps", config.scaled(TEACHER + FULL)]
-    _call("train.py", *_common(folder, config, seed), "--exp-name", PLAIN, *length)
-    for row in config.rows:
-        if row.run == PLAIN:
-            _score(row, folder, config)
-
-
-CHAINS = {PLAIN: plain_chain, GUIDED: guided_chain}
-
-
-def _common(folder: Path, config: QuickstartConfig, seed: int) -> list[object]:
-    """What all three trainings share."""
-    places = ["--data-dir", Path(config.out) / "data", "--output-dir", folder / "exps", "--seed", seed]
+def run_chain(part: str, config: QuickstartConfig, seed: int) -> None:
+    """Train what a part trains: plain SiT for as many steps as teacher and student together, or those two. Score it."""
+    folder, scaled = Path(config.out) / f"seed{seed}", config.scaled
+    runs = folder / "exps"
+    places = ["--data-dir", Path(config.out) / "data", "--output-dir", runs, "--seed", seed]
     network = ["--recipe", "digits", "--model", config.model, "--learning-rate", RATE]
-    return [
-        *network,
-        *places,
-        "--checkpointing-steps",
-        config.scaled(HALF),
-        "--mixed-precision",
-        config.mixed_precision,
-    ]
+    pace = ["--checkpointing-steps", scaled(HALF), "--mixed-precision", config.mixed_precision]
+    common = [*network, *places, *pace, "--max-train-steps"]
+    if part == PLAIN:
+        _call("train.py", *common, scaled(TEACHER + FULL), "--exp-name", PLAIN)
+    else:
+        stage1 = ["--exp-name", "stage1", "--align", "latent", "--align-weight", STAGE1_WEIGHT]
+        _call("train.py", *common, scaled(TEACHER), *stage1)
+        guide = ["--guiding-ckpt", runs / "stage1", "--align-weight", STAGE2_WEIGHT]
+        stop = ["--align-stop-steps", scaled(GUIDED_STEPS)]
+        _call("train_guide.py", *common, scaled(FULL), "--exp-name", GUIDED, *guide, *stop)
+    for row in config.rows:
+        if (row.run == PLAIN) == (part == PLAIN):
+            _score(row, folder, config)
 
 
 def _samples(row: Row, folder: Path) -> Path:
@@ -210,7 +182,7 @@ def _samples(row: Row, folder: Path) -> Path:
 def _score(row: Row, folder: Path, config: QuickstartConfig) -> None:
     """Draw samples from a row's checkpoint and compare them with the test images."""
     checkpoint = folder / "exps" / row.run / "checkpoints" / f"{row.step:07d}"
-    drawn, reference = _samples(row, folder), Path(config.out) / "reference.npz"
+    drawn, reference = _samples(row, folder), Path(config.out) / REFERENCE
     sampler = ["--mode", "ode", "--solver", "heun", "--num-steps", 8, "--labels", "balanced", "--batch-size", 250]
     words = ["--ckpt", checkpoint, "--num-fid-samples", config.samples, *sampler]
     _call("generate.py", *words, "--mixed-precision", config.mixed_precision, "--out", drawn)
@@ -293,7 +265,7 @@ def sample_picture(folder: Path, path: Path, config: QuickstartConfig) -> None:
     """Draw samples of every row below each other: same noise and labels, two of each class."""
     rows = []
     for row in config.rows:
-        with np.load(folder / "samples" / f"{row.run}-{row.step}" / "samples.npz") as drawn:
+        with np.load(_samples(row, folder) / "samples.npz") as drawn:
             images, labels = drawn["arr_0"], drawn["labels"]
         rows.append(images[[place for label in range(10) for place in np.flatnonzero(labels == label)[:2]]])
     picture.write(path, rows, [f"{row.name}, {row.step} steps ({row.total} in all)" for row in config.rows])

@@ -34,8 +34,8 @@ def test_the_quickstart_keeps_its_proportions_at_any_length(tmp_path: Path, monk
     called: list[list[str]] = []
     monkeypatch.setattr(quickstart, "_call", functools.partial(recorded, called))
     config = quickstart.QuickstartConfig(out=str(tmp_path), steps=80, model="SiT-S/2", mixed_precision="bf16")
-    for chain in (quickstart.guided_chain, quickstart.plain_chain):
-        chain(tmp_path / "seed3", config, 3)
+    for part in (quickstart.GUIDED, quickstart.PLAIN):
+        quickstart.run_chain(part, config, 3)
     training = [argv for argv in called if argv[0] in ("train.py", "train_guide.py")]
     assert [argv[argv.index("--max-train-steps") + 1] for argv in training] == ["40", "80", "120"]
     for argv in training:
