@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from recipes import chain, claims, costs, figure, inside, publish, recompute, record, rows, runner, scale, slurm, table
-from recipes.rows import Row
+from recipes.row import Row
 from runtime import errors, files
 from runtime.errors import nearest, require
 from runtime.options import group, option, read

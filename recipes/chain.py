@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipes.rows import ENCODED, PRESET, Row
+from recipes.row import ENCODED, PRESET, Row
 from recipes.scale import Scale
 from runtime.errors import require
 

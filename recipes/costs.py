@@ -13,7 +13,7 @@ import numpy as np
 
 from models.latents import LatentSpace
 from recipes import chain, rows
-from recipes.rows import Row
+from recipes.row import Row
 from recipes.scale import Scale, find
 from runtime import files
 from runtime.peaks import PEAKS, SHARE
@@ -132,9 +132,9 @@ def _cost_of(command_line: tuple[str, ...], data: Sketch) -> Cost:
 
     program, *words = command_line
     guided = program == "train_guide.py"
-    place = words.index("--align-encoder") + 1 if "--align-encoder" in words else 0
-    if "/" in words[place]:  # the chain makes the encoder; one of its shape costs the same
-        words[place] = "test_vit"
+    for place, flag in enumerate(words[:-1], 1):
+        if flag == "--align-encoder" and "/" in words[place]:  # the chain makes it; one of its shape costs the same
+            words[place] = "test_vit"
     config, options = command.resolve(words, program, None, ("guided",) if guided else ())
     latents = cast("LatentSet", data)
     spec = spec_of(config, latents)

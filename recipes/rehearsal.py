@@ -21,7 +21,7 @@ import generate
 from evaluations.images import open_images
 from preprocessing.images import LABELS, ImageFiles
 from recipes import chain, costs, runner
-from recipes.rows import Row
+from recipes.row import Row
 from recipes.scale import VAES, Scale
 from runtime import errors, files
 from runtime.npy import NpzArchive

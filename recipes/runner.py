@@ -14,7 +14,7 @@ from pathlib import Path
 
 from recipes import chain, record
 from recipes.chain import Link
-from recipes.rows import Row
+from recipes.row import Row
 from recipes.scale import Scale
 from runtime import files, locks, signals
 from runtime.errors import TRY_AGAIN, EndedEarly, UserError, require

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import models
-from recipes.rows import ENCODED, PRESET, Row
+from recipes.row import ENCODED, PRESET, Row
 from runtime.errors import nearest, require
 from runtime.options import option
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recipes import chain
 from recipes.chain import Link
-from recipes.rows import Row
+from recipes.row import Row
 from recipes.scale import Scale
 from runtime import files
 from runtime.errors import require

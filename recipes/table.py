@@ -11,7 +11,7 @@ from models.published import Published
 from recipes import costs
 from recipes import rows as known
 from recipes.record import METRICS, finished, newest
-from recipes.rows import Row, printed
+from recipes.row import Row, printed
 from recipes.scale import find
 from runtime.errors import require
 from runtime.text import aligned, spread
