@@ -15,7 +15,8 @@
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
     python -m recipes replay RECORD            trains its first steps again and compares the losses
 
-`--scale study` runs the same chain on scenes, `--scale digits` and `--scale tiny` on the embedded digits.
+`--scale study` runs the same chain on scenes, `--scale photographs` on photographs of clothes, `--scale digits` and
+`--scale tiny` on the embedded digits.
 `run ROW --slurm FOLDER [--nodes 2]` writes jobs for Slurm instead. `python -m recipes run --help` lists the options of
 `run`.
 """
@@ -52,7 +53,7 @@ class AtScale:
     scale: str = option(
         "paper",
         choices=tuple(scale.SCALES),
-        help="the paper's size; study: scenes, or digits: some minutes a row; tiny: digits, a few steps",
+        help="the paper's size; study (scenes), photographs or digits: some minutes a row; tiny: digits, a few steps",
     )
 
 
