@@ -282,18 +282,21 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with -dirty if files differ from it; None if git does not know it."""
+    """The commit of this code, with -dirty if files differ from it; None if git does not know it.
+
+    What lies under results/ is written by the runs themselves, and is not code.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+
     try:
-        description = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        )
+        changed = git("diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return description.stdout.strip()
 
 
 def deterministic() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -141,9 +142,33 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_read(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_commit_is_that_of_this_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = launch.commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed code is dirty, a changed ledger is not."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    code, ledger = tmp_path / "runtime" / "launch.py", tmp_path / "results" / "ledger.csv"
+    for file in (code, ledger):
+        file.parent.mkdir()
+        file.write_text("first")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "HEAD")
+    monkeypatch.setattr(launch, "__file__", str(code))
+    assert launch.commit() == head
+    ledger.write_text("second")
+    assert launch.commit() == head
+    code.write_text("second")
+    assert launch.commit() == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
     assert launch.commit() is None
 
