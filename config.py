@@ -31,7 +31,7 @@ class FeatureOptions:
 
     features: str = option(
         "inception",
-        help="features that scores compare: inception, pixels, scenes, or timm:NAME[@SIDE], a model name or a folder "
+        help="features that scores compare: inception, pixels, or timm:NAME[@SIDE], a model name or a folder "
         "(fdr:NAME[@SIDE]: pooled as FDr does)",
         heading="scores",
     )

@@ -68,6 +68,42 @@ def curves(axes: Axes, points: Mapping[str, Mapping[float, Sequence[float]]]) ->
     axes.legend()
 
 
+def frontier(axes: Axes, points: Mapping[str, tuple[float, Sequence[float]]]) -> None:
+    """Draw points name -> (cost, values over seeds), lower is better in both: means with standard deviations.
+
+    Steps join the points that no other beats in both. The names stand right of the axes in the order of the means.
+    """
+    means = {name: (cost, statistics.mean(values)) for name, (cost, values) in points.items()}
+    best = [
+        (cost, mean)
+        for cost, mean in means.values()
+        if not any(x <= cost and y <= mean and (x, y) != (cost, mean) for x, y in means.values())
+    ]
+    axes.step(*zip(*sorted(best), strict=True), where="post", color="#999999", linestyle="--", zorder=0)
+    names = sorted(means, key=lambda name: means[name][1])
+    for name in names:
+        spread = statistics.stdev(points[name][1]) if len(points[name][1]) > 1 else 0.0
+        filled = "black" if means[name] in best else "white"
+        axes.errorbar(*means[name], spread, capsize=2, color="black", marker="o", markerfacecolor=filled)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    # each name at the height of its point, moved up, then down, until all stand apart
+    apart = np.arange(len(names)) * min(0.05, 1 / len(names))
+    heights = np.maximum.accumulate([(means[name][1] - low) / (high - low) for name in names] - apart)
+    heights = np.minimum(heights, 1 - apart[-1]) + apart
+    for name, height in zip(names, heights, strict=True):
+        axes.annotate(
+            f"{name}: {means[name][1]:.1f}",
+            means[name],
+            (1.04, height),
+            textcoords=axes.transAxes,
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5},
+        )
+    axes.grid(alpha=0.3)
+
+
 def tiles(
     rows: Sequence[Sequence[np.ndarray | None]], names: Sequence[str], titles: Sequence[str] = (), size: float = 1.0
 ) -> Figure:

@@ -5,29 +5,28 @@ from __future__ import annotations
 import torch
 
 from config import FeatureOptions
-from evaluations.features import SCENES, Extractor, FDr, Pixels, Timm
+from evaluations.features import Extractor, FDr, Pixels, Timm
 from evaluations.inception import Inception
 from runtime.errors import UserError, nearest
 
 
 def open_extractor(options: FeatureOptions, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor that `options` names (inception, pixels, scenes, timm:NAME or fdr:NAME) on `device`.
+    """The extractor that `options` names (inception, pixels, timm:NAME or fdr:NAME) on `device`.
 
     Raises UserError for an unknown name, or weights that belong to another extractor.
     """
     name = options.features
-    # pixels have no weights, and those of scenes lie in this package
+    # pixels have no weights
     if options.feature_weights and not name.startswith(("inception", "timm:", "fdr:")):
-        raise UserError(f"--feature-weights: --features {name} brings its own weights; leave it out")
+        raise UserError(f"--feature-weights: --features {name} has no weights; leave it out")
     if name == "pixels":
         return Pixels(device)
     if name == "inception":
         return Inception(options.feature_weights, device)
-    if name == SCENES or name.startswith("timm:"):
+    if name.startswith("timm:"):
         return Timm(name, options.feature_weights, device)
     if name.startswith("fdr:"):
         return FDr(name, options.feature_weights, device)
     raise UserError(
-        f"unknown features {name}{nearest(name, ['inception', 'pixels', SCENES])}; "
-        f"use inception, pixels, scenes, timm:NAME or fdr:NAME"
+        f"unknown features {name}{nearest(name, ['inception', 'pixels'])}; use inception, pixels, timm:NAME or fdr:NAME"
     )

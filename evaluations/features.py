@@ -17,7 +17,6 @@ from runtime import files
 from runtime.arithmetic import exact_arithmetic
 from runtime.errors import UserError, nearest
 
-SCENES = "scenes"
 MAX_PIXELS = 4096  # the covariance of D features takes 8 D^2 bytes
 
 
@@ -65,7 +64,6 @@ class Timm(Extractor):
     """Pooled features of a timm model, as timm pools them: `timm:NAME` or `timm:NAME@SIDE`.
 
     Images are scaled to SIDE, by default to the model's own size. NAME may be a folder that timm's `save_for_hf` wrote.
-    `scenes` is the classifier of the scenes, which this package holds.
 
     `timm:vit_large_patch14_dinov2.lvd142m@224` gives the features of FD-DINOv2 (Stein et al., 2023). The whole image is
     scaled, bicubic and antialiased, without a crop.
@@ -79,9 +77,7 @@ class Timm(Extractor):
 
     def __init__(self, name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
-        model_name, _, side = (
-            name.partition(":")[2] if name != SCENES else str(Path(__file__).with_name(SCENES))
-        ).partition("@")
+        model_name, _, side = name.partition(":")[2].partition("@")
         stored = Path(model_name) / "model.safetensors"
         self.weights = checked_digest(Path(weights)) if weights else files.digest(stored) if stored.is_file() else None
         if side and not side.isdecimal():

@@ -3,20 +3,20 @@
     python -m recipes list [table1]            rows, their published numbers and records
     python -m recipes show ROW                 the exact chain of commands, FLOPs, hours at a measured rate, disk
     python -m recipes run ROW --seeds 0:3      runs what is left of the chain and writes a record
-    python -m recipes run study --scale study --seeds 0:5      every row of a table that has no record yet
+    python -m recipes run photographs --scale photographs --seeds 0:5    every row of a table that has no record yet
     python -m recipes run digits --scale digits --seeds 0:5    every method on the digits
     python -m recipes cost [table1 | ROW ...]  FLOPs and hours that are still to run, shared runs counted once
     python -m recipes table 1                  published | ours | difference | verdict
-    python -m recipes table study --scale study --target 5     ... and the epochs that each row took to that distance
-    python -m recipes claims --scale study     the paper's claims, each with a paired test over seeds
-    python -m recipes inside --scale study --seeds 0:5         class and ink in the features of the study's networks
-    python -m recipes publish                  puts the study's tables into README.md and docs/study.md
+    python -m recipes table photographs --scale photographs --target 120    ... and the epochs to that distance
+    python -m recipes claims --scale photographs     the paper's claims, each with a paired test over seeds
+    python -m recipes inside --scale photographs --seeds 0:5    class and silhouette in the networks' features
+    python -m recipes publish                  puts the tables into README.md and docs
     python -m recipes figure 4                 the curves of a figure, as PNG and SVG
+    python -m recipes figure photographs --scale photographs     a table's distances against the cost of training
     python -m recipes check [RECORD ...]       recomputes and verifies what records state (default: all)
     python -m recipes replay RECORD            trains its first steps again and compares the losses
 
-`--scale study` runs the same chain on scenes, `--scale photographs` on photographs of clothes, `--scale digits` and
-`--scale tiny` on the embedded digits.
+`--scale photographs` runs the same chain on photographs of clothes, `--scale digits` and `--scale tiny` on digits.
 `run ROW --slurm FOLDER [--nodes 2]` writes jobs for Slurm instead. `python -m recipes run --help` lists the options of
 `run`.
 """
@@ -53,7 +53,7 @@ class AtScale:
     scale: str = option(
         "paper",
         choices=tuple(scale.SCALES),
-        help="the paper's size; study (scenes), photographs or digits: some minutes a row; tiny: digits, a few steps",
+        help="the paper's size; photographs or digits: some minutes a row; tiny: digits, a few steps",
     )
 
 
@@ -282,7 +282,7 @@ def print_claims(names: Sequence[str], options: Records) -> None:
 
 
 def look_inside(names: Sequence[str], options: Inside) -> None:
-    """Probe the study's networks under each seed."""
+    """Probe the photographs' networks under each seed."""
     size, results = scale.find(options.scale), Path(options.results)
     for seed in options.seed_range():
         print(f"probed: {inside.probe(size, seed, Path(options.work), results)}", flush=True)
@@ -299,7 +299,7 @@ def write_pages(names: Sequence[str], options: Results) -> None:
 
 
 def draw_figure(names: Sequence[str], options: Records) -> None:
-    """Draw figures of the paper from records."""
+    """Draw figures of the paper, or any table's distances against cost, from records."""
     for name in names:
         for path in figure.draw(f"figure{name}" if name.isdecimal() else name, options.scale, Path(options.results)):
             print(f"wrote {quoted(path)}")
@@ -307,22 +307,17 @@ def draw_figure(names: Sequence[str], options: Records) -> None:
 
 def check(names: Sequence[str], options: Results) -> None:
     """Recompute what records say of themselves. Without names, compare records, ledger, claims and pages too."""
-    results, wrong, older = Path(options.results), [], 0
+    results, wrong = Path(options.results), []
     folders = [Path(name) for name in names] or record.folders(results)
     for folder in folders:
         faults = record.check(folder)
-        old = not record.recomputable(record.open_record(folder))
-        state = "holds (older format)" if old else "holds"
-        print(f"{folder.name}: {'; '.join(faults) or state}")
+        print(f"{folder.name}: {'; '.join(faults) or 'holds'}")
         wrong += [folder.name] if faults else []
-        older += old
     require(
         not wrong,
         f"{len(wrong)} of {len(folders)} records failed the check: {', '.join(wrong[:3])}; "
         "restore them, or remove them",
     )
-    if older:
-        print(f"older format: {older} records cannot be recomputed from their row and statistics")
     if not names:
         _check_together(results)
 
@@ -330,9 +325,8 @@ def check(names: Sequence[str], options: Results) -> None:
 def _check_together(results: Path) -> None:
     """Compare the records with each other, with the claims about them, and with ledger and pages."""
     records = record.load(results)
-    whole = [entry for entry in record.finished(records) if record.recomputable(entry)]
     faults = [
-        *recompute.between(whole, results),
+        *recompute.between(record.finished(records), results),
         *rows.tuning_faults([*rows.rows().values()]),
         *claims.faults(results, records),
     ]

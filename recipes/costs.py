@@ -72,7 +72,6 @@ DIGITS = Sketch(1, 8, 10, 1_797, 8, 1, 1)
 SKETCHES = {
     "digits": DIGITS,
     "tiny": DIGITS,
-    "study": Sketch(3, 16, 10, 8_000, 16, 1, 1),
     "photographs": Sketch(4, 8, 10, 60_000, 32, 1, 2),
 }
 

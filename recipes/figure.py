@@ -1,34 +1,54 @@
-"""Figures 4 and 8 of the paper, drawn from records."""
+"""Figures from records: the paper's Figures 4 and 8 as curves; for every other table, distance against cost."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from evaluations import drawing
-from recipes import record, rows, table
+from recipes import publish, record, rows, scale, table
+from recipes.costs import flops
 from runtime.errors import require
 
-TITLES = {"figure4": "FID of 10,000 samples along training", "figure8": "with and without an early stop"}
+CURVES = {"figure4": "FID of 10,000 samples along training", "figure8": "with and without an early stop"}
+DISTANCE = "Fréchet distance"
 
 
-def draw(name: str, scale: str, results: Path) -> list[Path]:
-    """Draw `figure4` or `figure8`, one picture for each protocol, as PNG and SVG; returns the files.
+def draw(name: str, size: str, results: Path) -> list[Path]:
+    """Draw the rows of a table at a scale, one picture for each protocol, as PNG and SVG; returns the files.
+
+    `figure4` and `figure8` are curves over epochs. For another table a point is a row after some epochs: its distance
+    against the FLOPs of its training, a teacher's included. Trials are left out.
 
     Raises:
-        UserError: no such figure, or no record of its rows at this scale.
+        UserError: no such table, or no record of its rows at this scale.
     """
-    chosen = rows.of_table(name)
-    require(name in TITLES, f"{name} is a table: use python -m recipes table {name.removeprefix('table')}")
-    by_protocol = table.figure_points(chosen, record.load(results), scale)
+    chosen = [row for row in rows.of_table(name) if not row.tunes]
+    by_protocol = table.figure_points(chosen, record.load(results), size)
     require(
         bool(by_protocol),
-        f"no row of {name} has a record at scale {scale}: python -m recipes run {chosen[0].name} --scale {scale}",
+        f"no row of {name} has a record at scale {size}: python -m recipes run {chosen[0].name} --scale {size}",
     )
     written = []
-    for key, curves in by_protocol.items():
-        figure = drawing.canvas(6.4, 4.2)
-        axes = figure.subplots()
-        drawing.curves(axes, {row.split("/")[-1]: points for row, points in curves.items()})
-        axes.set(xlabel="epochs", ylabel="Fréchet distance", title=f"{TITLES[name]} ({scale}, protocol {key})")
-        written += drawing.save(figure, results / "figures" / f"{name}-{scale}-{key}")
+    for key, of_rows in by_protocol.items():
+        curves = {row.split("/")[-1]: points for row, points in of_rows.items()}
+        if name in CURVES:
+            figure = drawing.canvas(6.4, 4.2)
+            axes = figure.subplots()
+            drawing.curves(axes, curves)
+            axes.set(xlabel="epochs", ylabel=DISTANCE, title=f"{CURVES[name]} ({size}, protocol {key})")
+        else:
+            costs = {row.name.split("/")[-1]: row for row in chosen}
+            points = {
+                f"{publish.TITLES.get(row, row)}, {epochs:g} epochs": (
+                    flops(costs[row], scale.find(size), epochs) / 1e12,
+                    values,
+                )
+                for row, at in curves.items()
+                for epochs, values in at.items()
+            }
+            figure = drawing.canvas(8.0, max(4.2, 0.22 * len(points)))
+            axes = figure.subplots()
+            drawing.frontier(axes, points)
+            axes.set(xlabel="TFLOP of training, the teacher's included", ylabel=DISTANCE)
+        written += drawing.save(figure, results / "figures" / f"{name}-{size}-{key}")
     return written

@@ -1,7 +1,8 @@
-"""What the study's networks know inside: `evaluations.probe` on the same four checkpoints of every seed.
+"""What networks know inside: `evaluations.probe` on the same four checkpoints of every seed.
 
-They are the teacher of stage 2, plain SiT after as many epochs, and plain SiT and stage 2 at the end. Scenes have
-masks, which turns both of the paper's criteria into numbers: the class from pooled tokens, the ink from single tokens.
+They are the teacher of stage 2, plain SiT after as many epochs, and plain SiT and stage 2 at the end. Photographs
+of clothes have silhouettes, which turns both of the paper's criteria into numbers: the class from pooled tokens, the
+silhouette from single tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from runtime.errors import require
 from runtime.schema import Number
 from runtime.text import spread
 
-# Name in the tables -> row of the study and epochs.
+# Name in the tables -> row of `photographs` and epochs.
 LOOKED_AT = {
     "plain, 40 epochs": ("plain", 40),
     "stage 1, 40 epochs (the teacher)": ("stage1", 40),
     "plain, 80 epochs": ("plain", 80),
-    "stage 2, 80 epochs": ("full", 80),
+    "stage 2, 80 epochs": ("guided", 80),
 }
 WORDS = ("--t", "0.3", "0.7", "--omega", "3", "10", "30", "--items", "1500")
 
@@ -42,16 +43,14 @@ def probe(scale: Scale, seed: int, work: Path, results: Path) -> Path:
         return target
     names = {}
     for name, (key, epochs) in LOOKED_AT.items():
-        row = rows.find(f"study/SiT-B-2/{key}")
+        row = rows.find(f"photographs/SiT-B-2/{key}")
         run, step = chain.build(row, scale, seed, work).run, scale.steps(row, epochs)
         at = run / "checkpoints" / f"{step:07d}"
         require(at.is_dir(), f"{at} is missing: python -m recipes run {row.name} --scale {scale.name} --seeds {seed}")
         names[f"{run}@{step}"] = name
-    plain = rows.find("study/SiT-B-2/plain")
+    plain = rows.find("photographs/SiT-B-2/plain")
     data, out = work / "data" / scale.data(plain), work / "probes" / f"seed{seed}"
-    words = ["--ckpt", *names, "--data-dir", data, "--masks", data / "masks.npz"]
-    if encoder := scale.fill(scale.encoder, plain, work)[1:2]:
-        words += ["--encoder", *encoder]
+    words = ["--ckpt", *names, "--data-dir", data, "--masks", work / "fashion" / "train-masks.npz"]
     probe.main([str(word) for word in (*words, *WORDS, "--seed", seed, "--out", out)])
     probed = files.read_json(out / "probe.json")
     # the probe calls a checkpoint by its folder; the tables call it by its method and age
@@ -77,7 +76,7 @@ class Probes(TypedDict):
     rows: list[Probe]
 
 
-def load(results: Path, scale: str = "study") -> list[Probes]:
+def load(results: Path, scale: str = "photographs") -> list[Probes]:
     """The probes of every seed. Raises UserError if a file has another form."""
     return [schema.read(Probes, file) for file in sorted((results / "probes").glob(f"{scale}-s*.json"))]
 

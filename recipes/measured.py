@@ -1,4 +1,4 @@
-"""Tables of pages that come from files of `benchmarks/results`: the quickstart, the scenes, Muon, internal guidance."""
+"""Tables of pages that come from files of `benchmarks/results`: the quickstart, Muon, internal guidance."""
 
 from __future__ import annotations
 
@@ -30,15 +30,6 @@ def quickstart() -> Lines:
     for rows in zip(*_read("quickstart")["seeds"].values(), strict=True):
         name, step, total = (str(rows[0][key]) for key in ("name", "step", "total"))
         lines.append([name, step, total, *(spread([row[key] for row in rows], 3) for key in _QUICKSTART)])
-    return lines
-
-
-def scenes() -> Lines:
-    """Lengths and learning rates of plain SiT on the study's scenes, one seed."""
-    lines = [["steps of 32", "learning rate", "class accuracy", "Fréchet distance", "times the floor"]]
-    for row in _read("2026-11-21-scenes")["rows"]:
-        numbers = (f"{row['class_accuracy']:.3f}", f"{row['fd']:.2f}", f"{row['fd_over_floor']:.1f}")
-        lines.append([f"{row['steps']:,}", f"{row['learning_rate']:g}", *numbers])
     return lines
 
 

@@ -26,6 +26,11 @@ class Setting:
     # Further fields of the row.
     more: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def tuned(self) -> str:
+        """What was tuned, as an option."""
+        return self.tried[0].split()[0]
+
     def row(self, key: str, tried: str = "", samples: str = "", **more: Any) -> Row:
         """The row called `key` with the value `tried` of what was tuned, and further options of sampling."""
         trained, drawn = ("", tried) if self.sampled else (tried, "")
@@ -40,7 +45,7 @@ class Setting:
 # alignment's gradient is about as large as that of denoising (200 steps of seed 100).
 RATES = ("--learning-rate 4e-3", "--learning-rate 2e-3")
 STAGE1, STAGE2 = ("--align-weight 1.5", "--align-weight 0.5"), ("--align-weight 0.02", "--align-weight 0.5")
-SCALES = ("--cfg-scale 1.5", "--cfg-scale 2")
+SCALES = ("--cfg-scale 2", "--cfg-scale 1.5")
 _TEACHER = Teacher(words=(*RATES[0].split(), *STAGE1[0].split()))
 _PLAIN = {"epochs": PLAIN_EPOCHS, "at": (80, PLAIN_EPOCHS), "seeds": TEN}
 _GUIDED = {"teacher": _TEACHER}

@@ -13,25 +13,40 @@ from pathlib import Path
 from typing import Any
 
 from recipes import claims, inside, measured, record, rows, table
+from recipes.photographs import SETTINGS
+from recipes.row import TUNING
 from runtime import files
 from runtime.errors import require
 from runtime.text import spread
 
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
-# Rows of the study in words.
+# Rows of `photographs` in words.
 TITLES = {
     "plain": "plain SiT",
     "stage1": "stage 1",
-    "plain-teacher": "stage 2, plain teacher",
-    "full": "stage 2",
+    "guided": "stage 2",
     "omega-1": "stage 2, omega 1",
-    "omega-10": "stage 2, omega 10",
-    "young-teacher": "stage 2, teacher of 20 epochs",
+    "label-code": "a label code as target",
+    "plain-teacher": "stage 2, plain teacher",
     "late-stop": "stage 2, guided for 40 epochs",
-    "stage1-block-n-3": "stage 1 at block n/3",
-    "stage1-block-n-2": "stage 1 at block n/2",
+    "guided-plateau": "stage 2, measured release",
+    "plain-cfg": "plain SiT, CFG",
+    "guided-cfg": "stage 2, CFG",
+    "sra": "SRA",
+    "sra2": "SRA 2",
+    "layersync": "LayerSync",
+    "dispersive": "Dispersive Loss",
+    "contrastive": "Contrastive Flow Matching",
+    "internal": "Internal Guidance (its training alone)",
+    "self-flow": "Self-Flow",
+    "repa": "REPA, MobileNetV2",
+    "haste": "HASTE, MobileNetV2",
 }
+SUMMARY = ("plain", "stage1", "guided", "omega-1", "label-code")
+PHOTOGRAPHS = "photographs"  # table and scale
+# Columns of the photographs' table.
+METRICS = {"precision": "precision", "recall": "recall", "classifier_accuracy": "classifier accuracy"}
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -40,32 +55,50 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([text[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *text[1:]]) + "\n"
 
 
-def study_table(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(TITLES)) -> str:
-    """Every row of the study at every number of epochs at which it was scored.
+def _of_photographs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest records of the photographs' rows and their declared seeds."""
+    here = [record for record in table.declared(records) if (record["table"], record["scale"]) == (PHOTOGRAPHS,) * 2]
+    table.require_one_protocol([record for record in here if not rows.find(record["row"]).tunes], "these records")
+    return here
+
+
+def photographs(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(TITLES)) -> str:
+    """Every row of the photographs at every number of epochs at which it was scored.
 
     Raises UserError if the scores are of several protocols.
     """
-    chosen = [record for record in table.declared(records) if (record["table"], record["scale"]) == ("study", "study")]
-    table.require_one_protocol(chosen, "the study's records")
-    lines = [["network", "epochs", "Fréchet distance", "class accuracy", "seeds", "training in TFLOP, teacher counted"]]
-    for row in (row for row in rows.of_table("study") if row.name.split("/")[-1] in keys):
+    chosen = _of_photographs(records)
+    titles = [*METRICS.values(), "seeds", "training in TFLOP, teacher counted"]
+    lines = [["network", "epochs", "Fréchet distance", *titles]]
+    for row in (row for row in rows.of_table(PHOTOGRAPHS) if row.name.split("/")[-1] in keys):
         for epochs, scored in table.by_epochs(chosen, row.name).items():
             scores = [score for _, score in scored]
-            metrics = [score["metrics"] for score in scores]
             lines.append(
                 [
                     TITLES[row.name.split("/")[-1]],
                     f"{epochs:g}",
-                    spread([table.quality(score) for score in scores]),
-                    spread([values["class_accuracy"] for values in metrics if "class_accuracy" in values]),
+                    spread([table.quality(score) for score in scores], 1),
+                    *(spread([score["metrics"][name] for score in scores]) for name in METRICS),
                     table.counted(
                         {record["seed"] for record, _ in scored},
                         row.seeds,
-                        table.failed(records, row.name, "study"),
+                        table.failed(records, row.name, PHOTOGRAPHS),
                     ),
-                    f"{statistics.mean(score['flops'] for score in scores) / 1e12:.2f}",
+                    f"{statistics.mean(score['flops'] for score in scores) / 1e12:.1f}",
                 ]
             )
+    return markdown(lines)
+
+
+def trials(records: Sequence[dict[str, Any]]) -> str:
+    """Every trial of a setting: what was tried, and its distance on each seed of `TUNING`."""
+    chosen = _of_photographs(records)
+    lines = [["network", "setting", *(f"Fréchet distance, seed {seed}" for seed in TUNING)]]
+    for row in (row for row in rows.of_table(PHOTOGRAPHS) if row.tunes):
+        here = {record["seed"]: record for record in chosen if record["row"] == row.name}
+        distances = [f"{table.quality(here[seed]['scores'][0]):.1f}" if seed in here else "missing" for seed in TUNING]
+        key, _, setting = row.name.split("/")[-1].partition("-trial-")
+        lines.append([TITLES[key], f"{SETTINGS[key].tuned} {setting}", *distances])
     return markdown(lines)
 
 
@@ -75,14 +108,15 @@ def _claims(results: Path, name: str) -> list[list[str]]:
     return claims.cells(claims.test(record.load(results), chosen), chosen)
 
 
-# Name of a table -> what makes it from the folder of results. The summary has the rows of the paper's Table 4.
+# Name of a table -> what makes it from the folder of results. The summary has the rows that ten seeds have.
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "study": lambda results: study_table(record.load(results)),
-    "summary": lambda results: study_table(record.load(results), ("plain", "stage1", "plain-teacher", "full")),
-    "claims": lambda results: markdown(_claims(results, "study")),
+    "photographs": lambda results: photographs(record.load(results)),
+    "summary": lambda results: photographs(record.load(results), SUMMARY),
+    "trials": lambda results: trials(record.load(results)),
+    "claims_ten": lambda results: markdown(_claims(results, "photographs-ten")),
+    "claims_five": lambda results: markdown(_claims(results, "photographs-five")),
     "inside": lambda results: markdown(inside.summary(inside.load(results))),
     "quickstart": lambda results: markdown(measured.quickstart()),
-    "scenes": lambda results: markdown(measured.scenes()),
     "muon": lambda results: markdown(measured.muon()),
     "internal": lambda results: markdown(measured.internal()),
 }

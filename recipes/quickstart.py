@@ -7,7 +7,7 @@
 
 The paper's proportions: a teacher of 600 steps (40 epochs), students of 1,200 (80), omega 30, guidance for the first
 300 (20). Both students have the same hyper-parameters. Scores compare pixels with 1,000 test images that no training
-saw. Every command is printed as a user would type it; those of the second core go to plain.log.
+saw. Every command is printed as a user would type it; those of the second core go to plain.log of their seed.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def prepare(out: Path) -> None:
 
 def side_by_side(config: QuickstartConfig, seed: int) -> None:
     """The guided chain in this process and the plain one in another. Raises UserError if that one fails."""
-    log = Path(config.out) / f"{PLAIN}.log"
+    log = Path(config.out) / f"seed{seed}" / f"{PLAIN}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     given = {"part": PLAIN, "seeds": seed} | {key: getattr(config, key) for key in ("out", "samples", "model", "steps")}
     words = [f"--{key}={value}" for key, value in given.items()] + [f"--mixed-precision={config.mixed_precision}"]
     print(f"\nplain SiT runs beside what follows: {log}", flush=True)

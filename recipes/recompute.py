@@ -169,7 +169,7 @@ def _wrong_distances(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 
 def between(records: Sequence[dict[str, Any]], results: Path) -> list[str]:
-    """What contradicts itself between finished records, in words. Those that cannot be recomputed are left out."""
+    """What contradicts itself between finished records, in words."""
     wrong: list[str] = []
     # a checkpoint, as RUN@STEP at a scale in a precision -> its digest -> the records that name it
     names: dict[tuple[str, ...], dict[str, list[str]]] = {}

@@ -20,7 +20,6 @@ import csv
 import datetime
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -47,8 +46,8 @@ if TYPE_CHECKING:
 
 # Names of the Frechet distance; a table shows the first of these that a score has.
 METRICS = ("fid", "fd")
-# Of record.json. Older records have none and cannot be recomputed; none is younger than the date.
-FORMAT, SINCE = 2, "2026-11-29"
+# Of record.json.
+FORMAT = 2
 FEATURES = "features.safetensors"
 
 
@@ -235,23 +234,14 @@ class Score(TypedDict):
     protocol: dict[str, Any]
     device_hours: DeviceHours
     flops: Number
-
-
-class Scores(TypedDict):
-    scores: list[Score]
-
-
-class RecomputableScore(Score):
-    """What is read beside that of a score whose record has a format."""
-
     fd64: Number
     feature_width: int
     reference_statistics: str
     checkpoint: str
 
 
-class RecomputableScores(TypedDict):
-    scores: list[RecomputableScore]
+class Scores(TypedDict):
+    scores: list[Score]
 
 
 class TrainOptions(TypedDict):
@@ -285,11 +275,6 @@ class Finished(Summary):
     step: int
     images_per_second: Number
     digests: dict[str, str | None]
-
-
-class Recomputable(Finished):
-    """What is read beside that of one that has a format."""
-
     commands: list[str]
     places: Places
     nodes: int
@@ -313,10 +298,9 @@ def open_record(folder: Path) -> dict[str, Any]:
     )
     summary, scores = files.read_json(folder / "record.json"), []
     if schema.checked(Summary, summary, folder / "record.json")["status"] == "finished":
-        whole = recomputable(summary)
-        schema.checked(Recomputable if whole else Finished, summary, folder / "record.json")
+        schema.checked(Finished, summary, folder / "record.json")
         metrics = files.read_json(folder / "metrics.json")
-        schema.checked(RecomputableScores if whole else Scores, metrics, folder / "metrics.json")
+        schema.checked(Scores, metrics, folder / "metrics.json")
         scores = metrics["scores"]
         for score in scores:
             require(
@@ -324,11 +308,6 @@ def open_record(folder: Path) -> dict[str, Any]:
                 f"{folder / 'metrics.json'} has a score without {' or '.join(METRICS)}; restore it from a copy",
             )
     return {**summary, "folder": folder.name, "scores": scores}
-
-
-def recomputable(record: dict[str, Any]) -> bool:
-    """Whether a record holds what it takes to recompute it; older ones do not."""
-    return "format" in record or record["date"] >= SINCE
 
 
 def load(results: Path) -> list[dict[str, Any]]:
@@ -398,9 +377,7 @@ def check(folder: Path) -> list[str]:
     _, rate = spent(folder, batch_size, summary["step"])
     if not math.isclose(summary["images_per_second"], rate, rel_tol=1e-6):
         faults.append(f"its log gives {rate:.6g} images per second, not {summary['images_per_second']:.6g}")
-    if recomputable(summary):
-        faults += recompute.faults(folder, summary)
-    return faults
+    return [*faults, *recompute.faults(folder, summary)]
 
 
 def _changed_files(folder: Path, summary: dict[str, Any]) -> list[str]:
@@ -422,9 +399,7 @@ def _wrong_numbers(score: dict[str, Any], folder: Path, summary: dict[str, Any],
     faults = []
     row, size = rows.find(summary["row"]), scale.find(summary["scale"])
     step, flops = size.steps(row, score["epochs"]), costs.flops(row, size, score["epochs"])
-    # records of omega 1 made a pass of the teacher that is left out today, 3 % of all
-    more = 0.05 if ("--guide-scale", "1") in itertools.pairwise(row.words) else 1e-6
-    if score["step"] != step or not -1e-6 < score["flops"] / flops - 1 < more:
+    if score["step"] != step or not math.isclose(score["flops"], flops, rel_tol=1e-6):
         faults.append(
             f"{score['epochs']:g} epochs of its row are {step} steps and {flops:.6g} FLOPs, "
             f"not {score['step']} and {score['flops']:.6g}"

@@ -33,12 +33,12 @@ def replay(folder: Path, work: Path) -> str:
 
     Raises:
         UserError: a loss differs on the machine and in the precision of the record; the data are others; the record
-            is too old, did not finish or does not hold.
+            did not finish or does not hold.
     """
     entry = record.open_record(folder)
     require(
-        entry["status"] == "finished" and record.recomputable(entry),
-        f"{folder.name} cannot be replayed: it did not finish, or is of the older format; choose another",
+        entry["status"] == "finished",
+        f"{folder.name} cannot be replayed: it did not finish; choose another",
     )
     faults = record.check(folder)
     require(not faults, f"{folder.name} does not hold: {'; '.join(faults)}; restore it")

@@ -1,9 +1,9 @@
 """Every experiment, as rows by table.
 
 The functions below list every row of Tables 1 to 5 that can be trained here, every curve of Figs. 4 and 8, the times of
-section 4.5, RARE's matched table, the study of the paper's claims on scenes, the paper's claims and all methods on
-photographs, and all methods on the digits. Epochs are the paper's: 5,000 steps of 256 latents for SiT, 1,250 of 1,024
-for LightningDiT. Blocks are those of the paper's network. A scale translates both.
+section 4.5, RARE's matched table, the paper's claims and all methods on photographs, and all methods on the digits.
+Epochs are the paper's: 5,000 steps of 256 latents for SiT, 1,250 of 1,024 for LightningDiT. Blocks are those of the
+paper's network. A scale translates both.
 """
 
 from __future__ import annotations
@@ -153,26 +153,6 @@ def peers() -> Iterator[Row]:
     yield new("peers", "SiT-XL/2", "self-flow", 800, presets=("table1-sde",))
 
 
-# Epochs of the study's plain training and of its stage 1 that cost as much as 80 epochs of stage 2. That cost includes
-# the teacher's 40 epochs and its passes up to the stop: a head is large beside six blocks of width 128. Stage 1 has 5 %
-# more, to end at a multiple of ten epochs.
-PLAIN_TOTAL, STAGE1_TOTAL = 146, 120
-
-
-def study() -> Iterator[Row]:
-    """The paper's claims at `--scale study`: Table 4 at equal steps and equal compute, and one setting at a time."""
-    row = functools.partial(ablation, "study", seeds=FIVE)
-    yield row("plain", "none", epochs=PLAIN_TOTAL, at=(40, 80, PLAIN_TOTAL))
-    yield row("stage1", "latent", epochs=130, at=(40, 80, STAGE1_TOTAL, 130))
-    yield row("plain-teacher", "guided", teacher=Teacher(method="none"))
-    yield row("full", "guided", at=(40, 80))
-    yield from (row(f"omega-{omega}", "guided", f"--guide-scale {omega}") for omega in (1, 10))
-    yield row("young-teacher", "guided", teacher=Teacher(epochs=20))
-    yield row("late-stop", "guided", stop=40)
-    for share in (3, 2):  # the default is n/6; SiT-B has twelve blocks
-        yield row(f"stage1-block-n-{share}", "latent", f"--align-depth {12 // share}")
-
-
 def digits() -> Iterator[Row]:
     """Every method at `--scale digits`, for equal steps of one optimiser, beside plain training.
 
@@ -231,7 +211,6 @@ TABLES = {
     "figure8": figure8,
     "section4.5": section45,
     "peers": peers,
-    "study": study,
     "photographs": photographs,
     "digits": digits,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import models
-from recipes.row import ENCODED, PRESET, Row
+from recipes.row import ENCODED, Row
 from runtime.errors import nearest, require
 from runtime.options import option
 
@@ -158,7 +158,6 @@ _ENCODE = "-m preprocessing.encode --images {images} --vae {vae}"
 _LOSS = " --velocity-loss mse+cosine --time-sampling logit-normal"
 # the first line of a log is over the steps that `recipes.replay` trains again
 _LOG = "--log-steps 20"
-_STUDY = f"--learning-rate 4e-3 {_LOG}"
 _TINY = "--recipe digits --model {model} --batch-size 16"
 
 _WEIGHTS = "{work}/mobilenet_v2-b0353104.pth"
@@ -180,25 +179,6 @@ SCALES = {
         train=dict.fromkeys(FAMILIES, "--recipe {recipe} --model {model}"),
         sample={"": "--preset {preset}"},
         score="--reference {reference} --features inception",
-    ),
-    # scenes of 16 x 16 pixels, 16 tokens: docs/study.md
-    "study": Scale(
-        name="study",
-        epoch_steps={"sit": 12.5, "lightningdit": 12.5},
-        checkpointing_steps={"sit": 125, "lightningdit": 125},
-        models={"sit": "SiT-Tiny/4", "lightningdit": "LightningDiT-Tiny/1"},
-        latents=dict.fromkeys(FAMILIES, "scenes"),
-        encode=dict.fromkeys(FAMILIES, "-m preprocessing.scenes"),
-        train={
-            "sit": "--recipe digits --model {model} --batch-size 32",
-            "lightningdit": "--recipe digits --model {model} --batch-size 32" + _LOSS,
-        },
-        methods={"": f"--mixed-precision bf16 {_STUDY}", **dict.fromkeys(PRESET, _STUDY)},
-        encoder="--align-encoder evaluations/scenes --align-cache",
-        guided_epochs=20,
-        preset="study",
-        sample={"": "--preset study --batch-size 250"},
-        score="--reference {data} --features scenes",
     ),
     # photographs of clothes, 32 x 32, 16 tokens of 4 x 8 x 8 latents: docs/photographs.md
     "photographs": Scale(

@@ -11,6 +11,7 @@ from models.published import Published
 from recipes import costs
 from recipes import rows as known
 from recipes.record import METRICS, finished, newest
+from recipes.record import key as protocol_key
 from recipes.row import Row, printed
 from recipes.scale import find
 from runtime.errors import require
@@ -51,8 +52,12 @@ def declared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def require_one_protocol(records: Sequence[dict[str, Any]], what: str) -> None:
-    """Raise UserError if the scores of `records`, which are `what`, are of several protocols."""
-    keys = {score["key"] for record in records for score in record["scores"]}
+    """Raise UserError if the scores of `records`, which are `what`, are of several protocols.
+
+    A scale of guidance does not count: it is a setting of the row, as its weight is.
+    """
+    scores = [score for record in records for score in record["scores"]]
+    keys = {protocol_key({**score["protocol"], "cfg_scale": None}) for score in scores}
     require(
         len(keys) < 2, f"{what} are of {len(keys)} protocols, and scores of two are never compared: keep those of one"
     )

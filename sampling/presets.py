@@ -115,13 +115,6 @@ PRESETS: dict[str, Preset] = {
         {**_DOPRI, "cfg_scale": 1.5, "guidance_channels": "first3"},
         _of("dispersive", _XL, 80, "cfg 1.5, 3 channels", variant=""),
     ),
-    # Ours: equal counts of every class, so that class accuracies of different runs can be compared.
-    "study": Preset(
-        "rows of recipes --scale study",
-        {"mode": "ode", "solver": "heun", "num_steps": 12, "labels": "balanced"},
-        vae=None,
-        samples=1000,
-    ),
     # LightningDiT
     "lightningdit-64ep-nocfg": Preset(
         "LightningDiT-XL/1, 64 epochs",

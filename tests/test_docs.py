@@ -29,7 +29,7 @@ from models.checkpoint import Checkpoint
 from models.heads import hidden_width
 from models.peers import PEERS
 from models.routing import Segments
-from recipes import claims, publish, record, rows
+from recipes import claims, publish, rows
 from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
 from runtime.peaks import PEAKS
@@ -236,36 +236,13 @@ def _of_small_data() -> Iterator[tuple[str, str]]:
 
 
 def _of_others() -> Iterator[tuple[str, str]]:
-    """The same of the study, of torture and of cold rows."""
-    scenes = measured("2026-11-21-scenes")["rows"][0]
-    yield (
-        "docs/study.md",
-        f"1,000 real scenes have a distance of {scenes['floor_of_samples']:.2f} to the rest, and two halves of the "
-        f"data {scenes['floor']:.2f}",
-    )
-    yield "docs/study.md", f"it is right for {scenes['classifier_accuracy']:.0%} of".replace("%", " %")
-    records = [entry for entry in record.load(ROOT / "results") if entry["table"] == "study"]
-    hours = sum(entry["device_hours"]["training"] for entry in records)
-    yield "docs/study.md", f"The fifty records took {hours:.1f} hours of training"
-    tested = claims.load(ROOT / "results")["study"]
-    yield (
-        "docs/study.md",
-        f"A difference of {tested.smallest_effect:g} had a chance of {tested.power.value:.2f} to be seen",
-    )
-    seeds = [json.loads(file.read_text()) for file in sorted((ROOT / "results" / "probes").glob("study-*.json"))]
-    probes = [row for probed in seeds for row in probed["rows"]]
-
-    def accuracy(network: str | None, features: str, block: int | None = None, t: float | None = None) -> str:
-        wanted = (network, features, block, t)
-        same = [row for row in probes if (row["checkpoint"], row["features"], row["block"], row.get("t")) == wanted]
-        return f"{statistics.mean(row['accuracy'] for row in same):.2f}"
-
-    teacher, late = "stage 1, 40 epochs (the teacher)", ("stage 2, 80 epochs", "plain, 80 epochs")
-    first, fifth = (accuracy(teacher, "u", block, 0.3) for block in (1, 5))
-    pixels = accuracy(None, "latents")
-    yield "docs/study.md", f"({first} at block 1, {fifth} at block 5; the clean pixels {pixels})"
-    ours, plain = (accuracy(name, "u", 3, 0.3) for name in late)
-    yield "docs/study.md", f"({ours} against {plain} at block 3 and t = 0.3)"
+    """The same of the study and of torture."""
+    for name, start in (
+        ("photographs-ten", "Ten seeds see a difference of {} with a chance of {}"),
+        ("photographs-five", "Five seeds see a difference of {} with a chance of {} only"),
+    ):
+        tested = claims.load(ROOT / "results")[name]
+        yield "docs/study.md", start.format(f"{tested.smallest_effect:g}", f"{tested.power.value:.2f}")
     torture = measured("2026-11-21-torture-full")
     kills, flips = torture["kills"], torture["flips"]
     assert kills["counts"]["runs with the same bits"] == kills["counts"]["runs"]
@@ -276,10 +253,10 @@ def _of_others() -> Iterator[tuple[str, str]]:
 
 def test_pages_count_the_rows_that_there_are() -> None:
     count = {name: len(rows.of_table(name)) for name in rows.TABLES}
-    papers = sum(number for name, number in count.items() if name not in ("study", "photographs", "digits"))
+    papers = sum(number for name, number in count.items() if name not in ("photographs", "digits"))
     assert f"its {papers} rows have not been run" in " ".join(PAGES["README.md"].split())
     assert f"| other authors' protocols | {count['peers']} |" in PAGES["docs/paper.md"]
-    assert f"| together, shared runs once | {papers + count['study']} |" in PAGES["docs/paper.md"]
+    assert f"| together, shared runs once | {papers} |" in PAGES["docs/paper.md"]
 
 
 def test_numbers_in_prose_are_those_of_their_files() -> None:

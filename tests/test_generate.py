@@ -324,7 +324,6 @@ def test_presets_fix_what_moves_fid(guided: Path, tmp_path: Path, capsys: pytest
         "internal-680ep-nocfg": 1.34,
         "internal-680ep": 1.19,
         "internal-800ep": 1.46,
-        "study": None,
     }
     assert {name: preset.published for name, preset in PRESETS.items()} == published
     assert generate.main(["--list-presets"]) is None

@@ -36,6 +36,23 @@ def test_every_style_differs_without_colour() -> None:
     )
 
 
+def test_the_frontier_joins_what_no_other_point_beats_in_both_and_names_stand_apart() -> None:
+    points = {
+        "cheap": (1.0, [10.0, 12.0]),
+        "beaten": (2.0, [11.5]),
+        "middle": (2.0, [8.0]),
+        "dear": (3.0, [5.0]),
+        "dear and beaten": (3.0, [5.01]),
+    }
+    axes = drawing.canvas(5, 4).subplots()
+    drawing.frontier(axes, points)
+    steps = next(line for line in axes.lines if line.get_linestyle() == "--")
+    np.testing.assert_allclose(steps.get_xydata(), [[1, 11], [2, 8], [3, 5]])
+    names = {text.get_text().split(":")[0]: text.xyann[1] for text in axes.texts}
+    assert sorted(names, key=lambda name: names[name]) == ["dear", "dear and beaten", "middle", "cheap", "beaten"]
+    assert np.diff(sorted(names.values())).min() > 0.049
+
+
 def test_pca_maps_are_scikit_learns_components_of_f_g(data: Path, teacher: Path) -> None:
     figure = drawn(
         "pca", "--ckpt", teacher, "--data-dir", data, "--items", 5, "--blocks", 2, 4, "--t", 0.4, "--omega", 10

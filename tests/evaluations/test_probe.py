@@ -232,7 +232,7 @@ def test_groups_are_never_on_both_sides_of_a_split() -> None:
     assert [len(groups) for groups in seen] == [39, 9, 12]
     assert all((part == again).all() for part, again in zip(parts, split(groups, 3)))
     assert set(split(groups, 4).test) != set(parts.test)
-    five = split(np.arange(50) % 5, 0)  # as preprocessing.scenes has them
+    five = split(np.arange(50) % 5, 0)  # items of five groups
     assert [len(set(part % 5)) for part in five] == [3, 1, 1] and [len(part) for part in five] == [30, 10, 10]
     with pytest.raises(UserError, match="4 images .* too few"):
         split(np.arange(4), 0)

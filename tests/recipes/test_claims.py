@@ -10,33 +10,40 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes import claims, inside, publish, rows, scale
+from recipes import claims, inside, publish, scale
 from recipes.claims import holm
+from recipes.photographs import PLAIN_EPOCHS
 from runtime.errors import UserError
 from tests.helpers import ROOT
 
 
-def record(row: str, seed: int, scores: dict[float, float], key: str = "aaaa", scale: str = "study") -> dict:
+def record(row: str, seed: int, scores: dict[float, float], key: str = "aaaa", scale: str = "photographs") -> dict:
     return {
-        "row": f"study/SiT-B-2/{row}",
-        "table": "study",
+        "row": f"photographs/SiT-B-2/{row}",
+        "table": "photographs",
         "scale": scale,
         "seed": seed,
         "status": "finished",
         "scores": [
-            {"epochs": epochs, "key": key, "metrics": {"fd": value, "class_accuracy": 0.5}, "flops": 2e12}
+            {
+                "epochs": epochs,
+                "key": key,
+                "protocol": {"of": key},
+                "metrics": {"fd": value, **dict.fromkeys(publish.METRICS, 0.5)},
+                "flops": 2e12,
+            }
             for epochs, value in scores.items()
         ],
     }
 
 
 def study(full: tuple[float, ...], plain: tuple[float, ...]) -> list[dict]:
-    return [record("full", seed, {80: value}) for seed, value in enumerate(full)] + [
-        record("plain", seed, {80: value, rows.PLAIN_TOTAL: 1.0}) for seed, value in enumerate(plain)
+    return [record("guided", seed, {80: value}) for seed, value in enumerate(full)] + [
+        record("plain", seed, {80: value, PLAIN_EPOCHS: 1.0}) for seed, value in enumerate(plain)
     ]
 
 
-STUDY = claims.load(ROOT / "results")["study"]
+STUDY = claims.load(ROOT / "results")["photographs-ten"]
 EQUAL_STEPS = "stage 2 improves on plain training, at equal steps"
 
 
@@ -79,7 +86,7 @@ def test_a_paired_test_is_the_t_test_of_the_differences() -> None:
     assert incomplete.seeds == "3 of 5; missing: 3 4" and finding(study(full, plain), 3).seeds == "3 of 3"
     failed = {**record("plain", 4, {}), "status": "failed"}
     assert finding([*study(full, plain[:3]), failed], 5).seeds == "3 of 5; failed: 4; missing: 3"
-    more = [record("full", 7, {80: 1.0}), record("plain", 7, {80: 9.0})]
+    more = [record("guided", 7, {80: 1.0}), record("plain", 7, {80: 9.0})]
     assert finding([*study(full, plain), *more], 5).differences == pytest.approx(gaps)
 
 
@@ -92,15 +99,15 @@ def test_holms_correction() -> None:
 
 def test_scores_of_two_protocols_are_never_paired() -> None:
     with pytest.raises(UserError, match="2 protocols"):
-        claims.test([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")], STUDY)
+        claims.test([record("guided", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")], STUDY)
     with pytest.raises(UserError, match="2 protocols"):
-        publish.study_table([record("full", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
-    assert "| stage 2 | 80 | 1.00 | 0.50 | 1 of 5; missing: 1 2 3 4 |" in publish.study_table(
-        [record("full", 0, {80: 9.0}), record("full", 0, {80: 1.0})]
+        publish.photographs([record("guided", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
+    assert "| stage 2 | 80 | 1.0 | 0.50 | 0.50 | 0.50 | 1 of 10; missing: 1 2 3 4 5 6 7 8 9 |" in publish.photographs(
+        [record("guided", 0, {80: 9.0}), record("guided", 0, {80: 1.0})]
     )
     assert all(
         tested.verdict == "not run"
-        for tested in claims.test([record("full", seed, {80: 1.0}, scale="tiny") for seed in range(5)], STUDY)
+        for tested in claims.test([record("guided", seed, {80: 1.0}, scale="tiny") for seed in range(5)], STUDY)
     )
 
 
@@ -109,13 +116,13 @@ def test_pages_are_rewritten_from_records_and_stale_ones_are_named(
 ) -> None:
     records = study((2.0, 2.2), (3.0, 3.4))
     monkeypatch.setattr("recipes.record.load", lambda results: records)
-    (tmp_path / "README.md").write_text("head\n<!-- results: study -->\nold\n<!-- end -->\ntail\n")
+    (tmp_path / "README.md").write_text("head\n<!-- results: summary -->\nold\n<!-- end -->\ntail\n")
     assert publish.stale(tmp_path, tmp_path) == [tmp_path / "README.md"] == publish.publish(tmp_path, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("<!-- end -->\ntail\n") and "old" not in text
     assert (
-        "| stage 2 | 80 | 2.10 ± 0.14 | 0.50 ± 0.00 | 2 of 5; missing: 2 3 4 | 2.00 |" in text
-        and "| plain SiT | 146 | 1.00 ± 0.00" in text
+        "| stage 2 | 80 | 2.1 ± 0.1 | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.50 ± 0.00 | 2 of 10; missing: 2 3" in text
+        and "| plain SiT | 146 | 1.0 ± 0.0" in text
     )
     assert publish.stale(tmp_path, tmp_path) == []
     records[0]["scores"][0]["metrics"]["fd"] = 2.1
@@ -147,14 +154,14 @@ def test_probes_are_averaged_over_times_and_then_over_seeds(tmp_path: Path) -> N
     assert lines[1] == ["teacher: f_g, omega 3", "0.400 ± 0.141", "0.500 ± 0.000", "0.250 ± 0.000"]
     assert lines[2][:2] == ["latents", "0.100"]
     with pytest.raises(
-        UserError, match="is missing: python -m recipes run study/SiT-B-2/plain --scale study --seeds 3"
+        UserError, match="is missing: python -m recipes run photographs/SiT-B-2/plain --scale photographs --seeds 3"
     ):
-        inside.probe(scale.find("study"), 3, tmp_path, tmp_path)
+        inside.probe(scale.find("photographs"), 3, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"rows": [{}]}', '{"rows": 3}'])
 def test_probes_of_another_shape_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "probes").mkdir()
-    (tmp_path / "probes" / "study-s0.json").write_text(text)
-    with pytest.raises(UserError, match="study-s0.json is damaged or from another version.*restore it"):
+    (tmp_path / "probes" / "photographs-s0.json").write_text(text)
+    with pytest.raises(UserError, match="photographs-s0.json is damaged or from another version.*restore it"):
         inside.load(tmp_path)

@@ -66,7 +66,7 @@ def test_the_plain_chain_runs_beside_the_guided_one(tmp_path: Path, monkeypatch:
     (tmp_path / "images").write_text("")  # where a folder should be
     with pytest.raises(UserError, match=r"plain SiT ended with exit code \d; .*plain.log says why"):
         quickstart.side_by_side(config, 5)
-    assert str(tmp_path / "images") in (tmp_path / "plain.log").read_text()
+    assert str(tmp_path / "images") in (tmp_path / "seed5" / "plain.log").read_text()
     assert {argv[argv.index("--exp-name") + 1] for argv in called if "--exp-name" in argv} == {"stage1", "guided"}
 
     def fails(*words: object) -> None:

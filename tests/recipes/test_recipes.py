@@ -78,7 +78,6 @@ def test_every_row_of_the_tables_is_listed_with_its_published_number(
         "figure8": 10,
         "section4.5": 3,
         "peers": 18,
-        "study": 10,
         "photographs": 47,
         "digits": 22,
     }
@@ -643,10 +642,10 @@ def test_a_seed_that_was_run_again_is_one_sample() -> None:
 
 
 def test_figures_are_drawn_from_records(place: Path, capsys: pytest.CaptureFixture) -> None:
-    for number in ("4", "8"):
-        recipes.main(["figure", number, "--scale", "tiny", "--results", str(place / "results")])
+    for name in ("4", "8", "table4"):
+        recipes.main(["figure", name, "--scale", "tiny", "--results", str(place / "results")])
     written = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert sorted(path.suffix for path in written) == [".png", ".png", ".svg", ".svg"]
+    assert sorted(path.suffix for path in written) == [*[".png"] * 3, *[".svg"] * 3]
     assert all(path.stat().st_size > 5000 for path in written)
     with pytest.raises(UserError, match="no row of figure4 has a record at scale paper"):
         recipes.main(["figure", "4", "--results", str(place / "results")])
@@ -738,7 +737,7 @@ def test_jobs_wait_for_those_that_make_what_they_need(tmp_path: Path, monkeypatc
 
 
 def test_a_job_whose_time_is_over_is_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs_of(tmp_path, "study/SiT-B-2/plain", "--scale", "study")
+    jobs_of(tmp_path, "photographs/SiT-B-2/plain", "--scale", "photographs")
     on_path(
         tmp_path,
         monkeypatch,
@@ -753,7 +752,7 @@ def test_a_job_whose_time_is_over_is_queued_again(tmp_path: Path, monkeypatch: p
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (script,) = (tmp_path / "jobs").glob("*-study-*.sh")
+    (script,) = (tmp_path / "jobs").glob("*-photographs-*plain*.sh")
     assert subprocess.run(["bash", script], check=False, timeout=60).returncode == 0
     assert (tmp_path / "log").read_text().splitlines() == ["show hostnames n1", "requeue 17"]
 
@@ -907,7 +906,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["check", "nowhere"], "nowhere is not a record"),
         (["figure", "3"], "there is no figure3"),
         (["show", RUN[3], "--seeds", "4:2"], "no seed"),
-        (["claims", "study"], "takes no name: leave out study"),
+        (["claims", "photographs"], "takes no name: leave out photographs"),
         (["figure", "table1"], "table1 is a table"),
         (["cost", "table1", "table99"], "no row is called table99"),
         (["list", "--seeds", "3"], "unknown option --seeds"),
@@ -922,7 +921,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["run", "table1", "table3", "--reference", "x"], "256 and 512 pixels need a reference each"),
         (["run", RUN[3], "--nodes", "0"], r"--nodes 0 must lie in \[1, inf\)"),
         (["run", RUN[3], "--work", "/dev/null"], "--work /dev/null is a file"),
-        (["claims", "--scale", "study"], "no file in .*claims has claims at scale study"),
+        (["claims", "--scale", "digits"], "no file in .*claims has claims at scale digits"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], expected: str, tmp_path: Path) -> None:

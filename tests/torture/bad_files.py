@@ -286,7 +286,7 @@ def _references() -> Iterator[Row]:
         for command in ("evaluate", "sweep"):
             changed = partial(_reference, key.split()[0], value)
             yield Row(command, f"reference with another {key}", damage=changed)
-    words = ("--eval-steps", "1", "--features", "scenes")
+    words = ("--eval-steps", "1", "--features", "timm:test_vit")
     yield Row("train.py", "a reference of other features", words, damage=_other_features)
 
 
@@ -297,7 +297,7 @@ def _reference(key: str, value: np.ndarray, world: World, scratch: Path) -> Argu
 
 
 def _other_features(world: World, scratch: Path) -> Arguments:
-    return ["--reference", str(world.path("reference.npz"))], ["scenes", "--features pixels"]
+    return ["--reference", str(world.path("reference.npz"))], ["timm:test_vit", "--features pixels"]
 
 
 def _masks() -> Iterator[Row]:

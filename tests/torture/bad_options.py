@@ -289,28 +289,6 @@ BY_HAND = {
         --file /
     """,
     "digits": "--out /dev/null/x",
-    "scenes": """
-        --out /dev/null/x
-        --count 0
-        --count 9
-        --resolution 15
-        --resolution 6
-        --digits 3
-        --classes 1
-        --classes 11
-        --colours 2
-        --gradient -1
-        --jitter 99
-        --clutter 999999999999999999
-        --count 999999999999999999
-        --resolution 999999999999999999
-        --size 1 99
-        --jitter -1
-        --clutter -1
-        --size 1
-        --size 1 0.5
-        --size 0 1
-    """,
     "probe": f"""{TOKENS}
         --items 4
         --masks /nowhere

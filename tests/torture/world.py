@@ -28,7 +28,7 @@ from evaluations import evaluate, fdr, figures, probe, reference, sweep
 from generate import GenerateConfig
 from models import convert, export, hub
 from models.checkpoint import Checkpoint
-from preprocessing import digits, encode, import_latents, job, scenes, verify
+from preprocessing import digits, encode, import_latents, job, verify
 from recipes import __main__ as recipes
 from runtime import files, seal
 from runtime.streams import Stream
@@ -84,7 +84,6 @@ COMMANDS: dict[str, Command] = {
         import_latents.main, "-m preprocessing.import_latents", "{root}/repa --out {out}", import_latents.Options
     ),
     "verify": Command(verify.main, "-m preprocessing.verify", "{root}/data --num-images 0", verify.Options),
-    "scenes": Command(scenes.main, "-m preprocessing.scenes", "--out {out} --count 10", scenes.Options),
     "convert": Command(
         convert.main, "-m models.convert", "{root}/weights.pt --out {out} --num-heads 4 --vae pixels", convert.Options
     ),
