@@ -29,7 +29,7 @@ from models.checkpoint import Checkpoint
 from models.heads import hidden_width
 from models.peers import PEERS
 from models.routing import Segments
-from recipes import claims, publish, rows
+from recipes import claims, inside, publish, rows
 from recipes.__main__ import COMMANDS
 from runtime.options import flags_of, options_of, read
 from runtime.peaks import PEAKS
@@ -243,6 +243,9 @@ def _of_others() -> Iterator[tuple[str, str]]:
     ):
         tested = claims.load(ROOT / "results")[name]
         yield "docs/study.md", start.format(f"{tested.smallest_effect:g}", f"{tested.power.value:.2f}")
+    networks = {line[0]: float(line[2].split()[0]) for line in inside.summary(inside.load(ROOT / "results"))[1:]}
+    plain, teacher = (networks[f"{name}: f_c"] for name in ("plain, 40 epochs", "stage 1, 40 epochs (the teacher)"))
+    yield "docs/study.md", f"neighbours in f_c from {plain:.2f} to {teacher:.2f} at equal steps"
     torture = measured("2026-11-21-torture-full")
     kills, flips = torture["kills"], torture["flips"]
     assert kills["counts"]["runs with the same bits"] == kills["counts"]["runs"]

@@ -329,7 +329,7 @@ def test_timm_refusals(vit, tmp_path, monkeypatch):
     torch.save({"cls_token": torch.zeros(1, 1, 3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds no weights of timm's test_vit"):
         open_extractor(FeatureOptions(features="timm:test_vit", feature_weights=str(tmp_path / "other.pth")))
-    with pytest.raises(UserError, match="--feature-weights: --features pixels brings its own weights"):
+    with pytest.raises(UserError, match="--feature-weights: --features pixels has no weights"):
         open_extractor(FeatureOptions(features="pixels", feature_weights=str(path)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -907,7 +907,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["figure", "3"], "there is no figure3"),
         (["show", RUN[3], "--seeds", "4:2"], "no seed"),
         (["claims", "photographs"], "takes no name: leave out photographs"),
-        (["figure", "table1"], "table1 is a table"),
+        (["figure", "table1"], "no row of table1 has a record at scale paper"),
         (["cost", "table1", "table99"], "no row is called table99"),
         (["list", "--seeds", "3"], "unknown option --seeds"),
         (["show", RUN[3], "--results", "x"], "unknown option --results"),

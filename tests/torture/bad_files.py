@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -286,8 +287,7 @@ def _references() -> Iterator[Row]:
         for command in ("evaluate", "sweep"):
             changed = partial(_reference, key.split()[0], value)
             yield Row(command, f"reference with another {key}", damage=changed)
-    words = ("--eval-steps", "1", "--features", "timm:test_vit")
-    yield Row("train.py", "a reference of other features", words, damage=_other_features)
+    yield Row("train.py", "a reference of other features", ("--eval-steps", "1"), damage=_other_features)
 
 
 def _reference(key: str, value: np.ndarray, world: World, scratch: Path) -> Arguments:
@@ -297,7 +297,10 @@ def _reference(key: str, value: np.ndarray, world: World, scratch: Path) -> Argu
 
 
 def _other_features(world: World, scratch: Path) -> Arguments:
-    return ["--reference", str(world.path("reference.npz"))], ["timm:test_vit", "--features pixels"]
+    folder = scratch / "vit"
+    timm.models.save_for_hf(timm.create_model("test_vit"), str(folder), safe_serialization=True)
+    words = ["--reference", str(world.path("reference.npz")), "--features", f"timm:{folder}"]
+    return words, [f"timm:{folder}", "--features pixels"]
 
 
 def _masks() -> Iterator[Row]:
