@@ -207,7 +207,10 @@ def print_costs(names: Sequence[str], options: Cost) -> None:
 
 
 def run(names: Sequence[str], options: Run) -> None:
-    """Run each row under each seed, or write the jobs that would. Of a whole table, rows with a record are left out."""
+    """Run each row under each seed, or write the jobs that would.
+
+    Of a whole table, rows with a record are left out, and seeds that a row does not declare.
+    """
     chosen = list(dict.fromkeys(row for name in names for row in _rows(name)))
     size = scale.find(options.scale).at(options.places, chosen)
     work, results = Path(options.work), Path(options.results)
@@ -221,24 +224,28 @@ def run(names: Sequence[str], options: Run) -> None:
 
             rehearsal.rehearse(row, size, seeds.start, work, processes, options.nodes, options.batch_size)
         return
-    for seed in seeds:  # the outer loop, so that finished rows can be compared early
-        for row in chosen:
-            done = record.finished(record.load(results), row=row.name, scale=size.name, seed=seed)
-            if done and row.name not in names:
-                print(f"recorded already: {quoted(results / 'records' / done[-1]['folder'])}", flush=True)
-            else:
-                folder = runner.run(
-                    row,
-                    size,
-                    seed,
-                    work,
-                    results,
-                    processes,
-                    options.nodes,
-                    until=options.until,
-                    patience=options.wait_hours,
-                )
-                print(f"record: {quoted(folder)}" if folder else f"{options.until}: done", flush=True)
+    # seeds are the outer loop, so that finished rows can be compared early
+    wanted = [(seed, row) for seed in seeds for row in chosen if row.name in names or seed in row.seeds]
+    require(
+        bool(wanted), f"no row of {', '.join(names)} has a seed of {options.seeds}: name a row to run it all the same"
+    )
+    for seed, row in wanted:
+        done = record.finished(record.load(results), row=row.name, scale=size.name, seed=seed)
+        if done and row.name not in names:
+            print(f"recorded already: {quoted(results / 'records' / done[-1]['folder'])}", flush=True)
+        else:
+            folder = runner.run(
+                row,
+                size,
+                seed,
+                work,
+                results,
+                processes,
+                options.nodes,
+                until=options.until,
+                patience=options.wait_hours,
+            )
+            print(f"record: {quoted(folder)}" if folder else f"{options.until}: done", flush=True)
 
 
 def _write_jobs(chosen: Sequence[Row], size: scale.Scale, options: Run, processes: int) -> None:

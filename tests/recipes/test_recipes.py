@@ -900,6 +900,7 @@ def test_each_node_fills_in_its_own_number(tmp_path: Path, monkeypatch: pytest.M
         (["runn"], "did you mean run"),
         (["run"], "needs a name"),
         (["run", "table4/SiT-B-2/ful"], "did you mean table4/SiT-B-2/full"),
+        (["run", "table4", "--scale", "tiny", "--seeds", "7:9"], "no row of table4 has a seed of 7:9"),
         (["list", "table9"], "there is no table9"),
         (["run", RUN[3], "--seeds", "3:"], "neither a seed nor"),
         (["--scale", "tiny"], "has no --scale"),
