@@ -54,10 +54,10 @@ def declared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def require_one_protocol(records: Sequence[dict[str, Any]], what: str) -> None:
     """Raise UserError if the scores of `records`, which are `what`, are of several protocols.
 
-    A scale of guidance does not count: it is a setting of the row, as its weight is.
+    A scale of guidance, and the evaluations that it doubles, do not count: it is a setting of its row, like a weight.
     """
     scores = [score for record in records for score in record["scores"]]
-    keys = {protocol_key({**score["protocol"], "cfg_scale": None}) for score in scores}
+    keys = {protocol_key({**score["protocol"], "cfg_scale": None, "evaluations": None}) for score in scores}
     require(
         len(keys) < 2, f"{what} are of {len(keys)} protocols, and scores of two are never compared: keep those of one"
     )

@@ -100,6 +100,9 @@ def test_holms_correction() -> None:
 def test_scores_of_two_protocols_are_never_paired() -> None:
     with pytest.raises(UserError, match="2 protocols"):
         claims.test([record("guided", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")], STUDY)
+    scaled = record("plain", 0, {80: 1.0}, key="cccc")
+    scaled["scores"][0]["protocol"] = {"of": "aaaa", "cfg_scale": 2.0, "evaluations": 30}
+    assert claims.test([record("guided", 0, {80: 1.0}), scaled], STUDY)  # guidance is a setting of the row
     with pytest.raises(UserError, match="2 protocols"):
         publish.photographs([record("guided", 0, {80: 1.0}), record("plain", 0, {80: 1.0}, key="bbbb")])
     assert "| stage 2 | 80 | 1.0 | 0.50 | 0.50 | 0.50 | 1 of 10; missing: 1 2 3 4 5 6 7 8 9 |" in publish.photographs(
