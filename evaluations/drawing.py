@@ -58,12 +58,17 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return written
 
 
+def _bar(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds; 0 for one seed."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def curves(axes: Axes, points: Mapping[str, Mapping[float, Sequence[float]]]) -> None:
     """Draw curve name -> x -> values over seeds: the mean, and of several the standard deviation as a bar."""
     for number, (name, values) in enumerate(points.items()):
         at = sorted(values)
-        spread = [statistics.stdev(values[x]) if len(values[x]) > 1 else 0.0 for x in at]
-        axes.errorbar(at, [statistics.mean(values[x]) for x in at], spread, capsize=3, label=name, **style(number))
+        means, bars = zip(*(_bar(values[x]) for x in at), strict=True)
+        axes.errorbar(at, means, bars, capsize=3, label=name, **style(number))
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -73,7 +78,8 @@ def frontier(axes: Axes, points: Mapping[str, tuple[float, Sequence[float]]]) ->
 
     Steps join the points that no other beats in both. The names stand right of the axes in the order of the means.
     """
-    means = {name: (cost, statistics.mean(values)) for name, (cost, values) in points.items()}
+    bars = {name: _bar(values) for name, (_, values) in points.items()}
+    means = {name: (cost, bars[name][0]) for name, (cost, _) in points.items()}
     best = [
         (cost, mean)
         for cost, mean in means.values()
@@ -82,9 +88,8 @@ def frontier(axes: Axes, points: Mapping[str, tuple[float, Sequence[float]]]) ->
     axes.step(*zip(*sorted(best), strict=True), where="post", color="#999999", linestyle="--", zorder=0)
     names = sorted(means, key=lambda name: means[name][1])
     for name in names:
-        spread = statistics.stdev(points[name][1]) if len(points[name][1]) > 1 else 0.0
         filled = "black" if means[name] in best else "white"
-        axes.errorbar(*means[name], spread, capsize=2, color="black", marker="o", markerfacecolor=filled)
+        axes.errorbar(*means[name], bars[name][1], capsize=2, color="black", marker="o", markerfacecolor=filled)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     # each name at the height of its point, moved up, then down, until all stand apart

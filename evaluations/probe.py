@@ -1,8 +1,8 @@
 """Which guiding block, guided block and omega suit your data: what each block encodes of the class and of the mask.
 
     python -m evaluations.probe --ckpt exps/stage1 --data-dir data/photos --out probes/stage1
-    python -m evaluations.probe --ckpt exps/plain@1000 exps/stage1@1000 --data-dir data/fashion --masks masks.npz \\
-        --t 0.3 0.5 0.7 --omega 3 10 30 --out probes/both
+    python -m evaluations.probe --ckpt exps/plain@1000 exps/stage1@1000 --data-dir data/fashion-latents \\
+        --masks masks.npz --t 0.3 0.5 0.7 --omega 3 10 30 --out probes/both
 
 For each checkpoint, block and time (1 is noise), the probe measures f_u (null label), f_c (label) and
 f_g = f_u + omega (f_c - f_u), beside the clean latents and, with --encoder, an external encoder. `accuracy` is logistic

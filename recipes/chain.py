@@ -128,7 +128,7 @@ def _training(row: Row, scale: Scale, seed: int, work: Path, teacher: tuple[Path
     Rows that differ in length alone share a run, named by a digest of all other options.
     """
     steps = scale.steps(row, row.epochs)
-    method = scale.methods.get(row.method, scale.methods.get("", ""))
+    method = scale.methods.get(row.method, "")
     words = scale.fill(f"{scale.train[row.family]} {method}", row, work)
     words += ["--data-dir", str(work / "data" / scale.data(row)), "--seed", str(seed), *scale.row_words(row)]
     if row.method not in ("none", "guided"):

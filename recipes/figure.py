@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaluations import drawing
-from recipes import publish, record, rows, scale, table
-from recipes.costs import flops
+from recipes import costs, publish, record, rows, scale, table
 from runtime.errors import require
 
 CURVES = {"figure4": "FID of 10,000 samples along training", "figure8": "with and without an early stop"}
@@ -22,33 +21,31 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
     Raises:
         UserError: no such table, or no record of its rows at this scale.
     """
-    chosen = [row for row in rows.of_table(name) if not row.tunes]
-    by_protocol = table.figure_points(chosen, record.load(results), size)
+    chosen = {row.name: row for row in rows.of_table(name) if not row.tunes}
+    by_protocol = table.figure_points([*chosen.values()], record.load(results), size)
     require(
         bool(by_protocol),
-        f"no row of {name} has a record at scale {size}: python -m recipes run {chosen[0].name} --scale {size}",
+        f"no row of {name} has a record at scale {size}: python -m recipes run {next(iter(chosen))} --scale {size}",
     )
     written = []
-    for key, of_rows in by_protocol.items():
-        curves = {row.split("/")[-1]: points for row, points in of_rows.items()}
+    for protocol, of_rows in by_protocol.items():
         if name in CURVES:
             figure = drawing.canvas(6.4, 4.2)
             axes = figure.subplots()
-            drawing.curves(axes, curves)
-            axes.set(xlabel="epochs", ylabel=DISTANCE, title=f"{CURVES[name]} ({size}, protocol {key})")
+            drawing.curves(axes, {chosen[row].key: at for row, at in of_rows.items()})
+            axes.set(xlabel="epochs", ylabel=DISTANCE, title=f"{CURVES[name]} ({size}, protocol {protocol})")
         else:
-            costs = {row.name.split("/")[-1]: row for row in chosen}
             points = {
-                f"{publish.TITLES.get(row, row)}, {epochs:g} epochs": (
-                    flops(costs[row], scale.find(size), epochs) / 1e12,
+                f"{publish.TITLES.get(chosen[row].key, chosen[row].key)}, {epochs:g} epochs": (
+                    costs.flops(chosen[row], scale.find(size), epochs) / 1e12,
                     values,
                 )
-                for row, at in curves.items()
+                for row, at in of_rows.items()
                 for epochs, values in at.items()
             }
             figure = drawing.canvas(8.0, max(4.2, 0.22 * len(points)))
             axes = figure.subplots()
             drawing.frontier(axes, points)
             axes.set(xlabel="TFLOP of training, the teacher's included", ylabel=DISTANCE)
-        written += drawing.save(figure, results / "figures" / f"{name}-{size}-{key}")
+        written += drawing.save(figure, results / "figures" / f"{name}-{size}-{protocol}")
     return written

@@ -57,6 +57,7 @@ def probe(scale: Scale, seed: int, work: Path, results: Path) -> Path:
     named = {checkpoint.split("/")[-1]: name for checkpoint, name in names.items()}
     probed["rows"] = [{**row, "checkpoint": named.get(row["checkpoint"])} for row in probed["rows"]]
     probed["checkpoints"] = {named[checkpoint]: facts for checkpoint, facts in probed["checkpoints"].items()}
+    del probed["recommended"]  # names a folder of this machine
     files.write_json(target, probed)
     return target
 

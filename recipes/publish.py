@@ -70,12 +70,12 @@ def photographs(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
     chosen = _of_photographs(records)
     titles = [*METRICS.values(), "seeds", "training in TFLOP, teacher counted"]
     lines = [["network", "epochs", "Fréchet distance", *titles]]
-    for row in (row for row in rows.of_table(PHOTOGRAPHS) if row.name.split("/")[-1] in keys):
+    for row in (row for row in rows.of_table(PHOTOGRAPHS) if row.key in keys):
         for epochs, scored in table.by_epochs(chosen, row.name).items():
             scores = [score for _, score in scored]
             lines.append(
                 [
-                    TITLES[row.name.split("/")[-1]],
+                    TITLES[row.key],
                     f"{epochs:g}",
                     spread([table.quality(score) for score in scores], 1),
                     *(spread([score["metrics"][name] for score in scores]) for name in METRICS),
@@ -97,7 +97,7 @@ def trials(records: Sequence[dict[str, Any]]) -> str:
     for row in (row for row in rows.of_table(PHOTOGRAPHS) if row.tunes):
         here = {record["seed"]: record for record in chosen if record["row"] == row.name}
         distances = [f"{table.quality(here[seed]['scores'][0]):.1f}" if seed in here else "missing" for seed in TUNING]
-        key, _, setting = row.name.split("/")[-1].partition("-trial-")
+        key, _, setting = row.key.partition("-trial-")
         lines.append([TITLES[key], f"{SETTINGS[key].tuned} {setting}", *distances])
     return markdown(lines)
 

@@ -66,6 +66,11 @@ class Row:
     tunes: str = ""
 
     @property
+    def key(self) -> str:
+        """What it is called within its table and model."""
+        return self.name.split("/")[-1]
+
+    @property
     def family(self) -> str:
         """sit or lightningdit."""
         return "lightningdit" if self.model.startswith("LightningDiT") else "sit"

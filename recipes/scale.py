@@ -68,7 +68,7 @@ class Scale:
     extras: dict[str, str] = field(default_factory=dict)
     # Options of the training commands.
     train: dict[str, str]
-    # Further ones by method; "" is every other method.
+    # Further ones by method.
     methods: dict[str, str] = field(default_factory=dict)
     # Options of a method with an external encoder.
     encoder: str = ""
