@@ -73,14 +73,15 @@ SETTINGS = {
         words=f"{STAGE2[0]} --align-schedule plateau --align-plateau-steps 100",
         more={**_GUIDED, "stop": 80},
     ),
-    "sra": Setting(method="sra", tried=_weights(0.2, 2.0)),
-    "sra2": Setting(method="latent", words="--preset sra2", tried=_weights(1, 1.6)),
+    "muon": Setting(method="none", words="--optimizer muon", tried=("--learning-rate 1e-2", "--learning-rate 4e-3")),
+    "sra": Setting(method="sra", tried=_weights(2, 0.2)),
+    "sra2": Setting(method="latent", words="--preset sra2", tried=_weights(1.6, 1)),
     "layersync": Setting(method="layersync", words=CLIP, tried=_weights(0.2, 4)),
     "dispersive": Setting(method="dispersive", words=CLIP, tried=_weights(0.5, 250)),
     "contrastive": Setting(method="contrastive", tried=_weights(0.05, 0.4)),
     "internal": Setting(method="internal", tried=_weights(0.5, 1)),
     "self-flow": Setting(method="self-flow", tried=_weights(0.8, 7)),
-    "repa": Setting(method="repa", tried=_weights(0.5, 3)),
+    "repa": Setting(method="repa", tried=_weights(3, 0.5)),
     "haste": Setting(method="haste", words="--haste-attention 0", tried=_weights(0.5, 4), more={"stop": 20}),
 }
 

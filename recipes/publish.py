@@ -33,6 +33,7 @@ TITLES = {
     "guided-plateau": "stage 2, measured release",
     "plain-cfg": "plain SiT, CFG",
     "guided-cfg": "stage 2, CFG",
+    "muon": "plain SiT, Muon",
     "sra": "SRA",
     "sra2": "SRA 2",
     "layersync": "LayerSync",
