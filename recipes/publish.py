@@ -6,6 +6,7 @@ publish` rewrites the table; `python -m recipes check` fails if it differs from 
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Collection, Sequence
@@ -91,6 +92,40 @@ def photographs(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple
     return markdown(lines)
 
 
+def compared(records: Sequence[dict[str, Any]]) -> str:
+    """Every row that is sampled without guidance minus plain SiT of the same seeds, at equal steps and at equal FLOPs.
+
+    At equal FLOPs plain SiT is read from its longer curve (`table.at_flops`); a cost beyond it leaves its cell empty.
+    """
+    chosen = _of_photographs(records)
+    plain = {record["seed"]: record["scores"] for record in chosen if rows.find(record["row"]).key == "plain"}
+    lines = [["network", "TFLOP", "minutes", "minus plain SiT, equal steps", "minus plain SiT, equal FLOPs"]]
+    for row in rows.of_table(PHOTOGRAPHS):
+        if row.key not in SETTINGS or row.key == "plain" or SETTINGS[row.key].sampled:
+            continue
+        pairs = [
+            (score, plain[record["seed"]])
+            for record in chosen
+            for score in (record["scores"] if record["row"] == row.name and record["seed"] in plain else ())
+        ]
+        steps = [
+            table.quality(score) - table.quality(other)
+            for score, curve in pairs
+            for other in curve
+            if other["epochs"] == score["epochs"]
+        ]
+        flops = [
+            table.quality(score) - table.at_flops({of["flops"]: table.quality(of) for of in curve}, score["flops"])
+            for score, curve in pairs
+        ]
+        if pairs:
+            tera = statistics.mean(score["flops"] for score, _ in pairs) / 1e12
+            minutes = statistics.median(60 * sum(score["device_hours"].values()) for score, _ in pairs)
+            gaps = [spread(some, 1, "+") if all(map(math.isfinite, some)) else "" for some in (steps, flops)]
+            lines.append([TITLES[row.key], f"{tera:.1f}", f"{minutes:.1f}", *gaps])
+    return markdown(lines)
+
+
 def trials(records: Sequence[dict[str, Any]]) -> str:
     """Every trial of a setting: what was tried, and its distance on each seed of `TUNING`."""
     chosen = _of_photographs(records)
@@ -113,6 +148,7 @@ def _claims(results: Path, name: str) -> list[list[str]]:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "photographs": lambda results: photographs(record.load(results)),
     "summary": lambda results: photographs(record.load(results), SUMMARY),
+    "compared": lambda results: compared(record.load(results)),
     "trials": lambda results: trials(record.load(results)),
     "claims_ten": lambda results: markdown(_claims(results, "photographs-ten")),
     "claims_five": lambda results: markdown(_claims(results, "photographs-five")),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from models.published import Published
 from recipes import costs
@@ -251,6 +253,12 @@ def _costs(scored: Scored) -> dict[str, str]:
 def quality(score: dict[str, Any]) -> float:
     """The Frechet distance of a score."""
     return next(score["metrics"][name] for name in METRICS if name in score["metrics"])
+
+
+def at_flops(points: Mapping[float, float], flops: float) -> float:
+    """A distance on a curve, FLOPs -> distance, at `flops`: a power law between neighbours, nan beyond both ends."""
+    curve = np.log(sorted(points.items()))
+    return float(np.exp(np.interp(math.log(flops), curve[:, 0], curve[:, 1], left=math.nan, right=math.nan)))
 
 
 def epochs_to(rows: Sequence[Row], records: Sequence[dict[str, Any]], scale: str, target: float) -> str:

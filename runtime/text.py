@@ -34,10 +34,13 @@ def quoted(path: object) -> str:
     return shlex.quote(str(path))
 
 
-def spread(values: Sequence[float], decimals: int = 2) -> str:
-    """Mean and, for two or more values, standard deviation (divisor n - 1); an empty text without values."""
+def spread(values: Sequence[float], decimals: int = 2, sign: str = "") -> str:
+    """Mean and, for two or more values, standard deviation (divisor n - 1); an empty text without values.
+
+    With `sign` "+" a positive mean has its sign.
+    """
     if not values:
         return ""
-    return f"{statistics.mean(values):.{decimals}f}" + (
+    return f"{statistics.mean(values):{sign}.{decimals}f}" + (
         f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
     )
