@@ -6,6 +6,7 @@ repeated steps log again. `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_TAGS`, `WANDB_
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import uuid
@@ -39,7 +40,7 @@ class Tracker:
     def __init__(
         self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]
     ) -> None:
-        self._accelerator, self._kind = accelerator, kind
+        self._accelerator, self._kind, self._given_up = accelerator, kind, ""
         if kind == "none":
             return
         project = os.environ.get("WANDB_PROJECT", PROJECT) if kind == "wandb" else kind
@@ -75,6 +76,12 @@ class Tracker:
         """End the tracker's run."""
         # not `end_training`, which ends the process group too, and only where the tracker has not failed
         self._attempt(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
+        if self._given_up == "wandb":
+            import wandb
+
+            # it would print a traceback when Python exits
+            with contextlib.suppress(Exception):
+                wandb.teardown()
 
     def _attempt(self, act: Callable[[], object]) -> None:
         """Let the tracker act; if it fails, print a warning and go on without it."""
@@ -85,7 +92,7 @@ class Tracker:
         # the libraries behind it raise errors of many kinds (lost processes, full disks, their own)
         except Exception as error:
             note(f"warning: --report-to {self._kind} has failed ({error}): the run goes on without it")
-            self._kind = "none"
+            self._kind, self._given_up = "none", self._kind
 
 
 def _wandb(folder: Path) -> dict[str, Any]:

@@ -502,8 +502,8 @@ def test_layersync_follows_and_is_not_followed(build: Callable[..., Alignment]) 
     value = sync(seen)
     for n in range(6):
         pairs = zip(seen.features[2][n], seen.features[4][n], strict=True)
-        assert float(value[n]) == pytest.approx(
-            -np.mean([float(a @ b / (a.norm() * b.norm())) for a, b in pairs]), abs=1e-5
+        assert value[n].item() == pytest.approx(
+            -np.mean([(a @ b / (a.norm() * b.norm())).item() for a, b in pairs]), abs=1e-5
         )
     value.sum().backward()
     assert network.blocks[1].mlp.fc1.weight.grad.any()

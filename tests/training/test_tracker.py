@@ -197,6 +197,7 @@ def test_a_tracker_whose_process_is_killed_does_not_end_the_run(
     output = capsys.readouterr().out
     assert output.count("warning: --report-to wandb has failed (") == 1
     assert Checkpoint.open(run).step == 4 and [line["step"] for line in read(run / "log.jsonl")] == [1, 2, 3, 4]
+    wandb.teardown()  # as at exit: nothing is left that raises
 
 
 @pytest.mark.parametrize("when", ["log", "finish"])
