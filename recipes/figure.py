@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaluations import drawing
-from recipes import costs, publish, record, rows, scale, table
+from recipes import costs, record, rows, scale, table
+from recipes.photographs import SETTINGS
 from runtime.errors import require
 
 CURVES = {"figure4": "FID of 10,000 samples along training", "figure8": "with and without an early stop"}
@@ -27,6 +28,7 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
         bool(by_protocol),
         f"no row of {name} has a record at scale {size}: python -m recipes run {next(iter(chosen))} --scale {size}",
     )
+    titles = {key: setting.title for key, setting in SETTINGS.items()}
     written = []
     for protocol, of_rows in by_protocol.items():
         if name in CURVES:
@@ -36,7 +38,7 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
             axes.set(xlabel="epochs", ylabel=DISTANCE, title=f"{CURVES[name]} ({size}, protocol {protocol})")
         else:
             points = {
-                f"{publish.TITLES.get(chosen[row].key, chosen[row].key)}, {epochs:g} epochs": (
+                f"{titles.get(chosen[row].key, chosen[row].key)}, {epochs:g} epochs": (
                     costs.flops(chosen[row], scale.find(size), epochs) / 1e12,
                     values,
                 )

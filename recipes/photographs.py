@@ -17,6 +17,8 @@ PLAIN_EPOCHS = 146
 class Setting:
     """A row of `photographs` before its table: method, fixed options, and the two values of the one that was tuned."""
 
+    # Its words in tables and pictures.
+    title: str
     method: str
     words: str = ""
     # Both were trained on the seeds of TUNING; the first is the better one, and the row's.
@@ -56,33 +58,62 @@ def _weights(*tried: float) -> tuple[str, ...]:
 
 
 SETTINGS = {
-    "plain": Setting(method="none", tried=RATES, more=_PLAIN),
-    "stage1": Setting(method="latent", tried=STAGE1, more={"seeds": TEN}),
-    "guided": Setting(method="guided", tried=STAGE2, more={**_GUIDED, "seeds": TEN}),
+    "plain": Setting(title="plain SiT", method="none", tried=RATES, more=_PLAIN),
+    "stage1": Setting(title="stage 1", method="latent", tried=STAGE1, more={"seeds": TEN}),
+    "guided": Setting(title="stage 2", method="guided", tried=STAGE2, more={**_GUIDED, "seeds": TEN}),
     # the weight grows as the square of f_g shrinks: the same as a target of the same size
-    "omega-1": Setting(method="guided", words="--guide-scale 1 --align-weight 2", more={**_GUIDED, "seeds": TEN}),
-    "label-code": Setting(method="label-code", words=f"{STAGE2[0]} --align-size 10", more={"stop": 20, "seeds": TEN}),
-    "plain-teacher": Setting(
-        method="guided", words=STAGE2[0], more={"teacher": Teacher(method="none", words=tuple(RATES[0].split()))}
+    "omega-1": Setting(
+        title="stage 2, omega 1",
+        method="guided",
+        words="--guide-scale 1 --align-weight 2",
+        more={**_GUIDED, "seeds": TEN},
     ),
-    "late-stop": Setting(method="guided", words=STAGE2[0], more={**_GUIDED, "stop": 40}),
-    "plain-cfg": Setting(method="none", tried=SCALES, sampled=True),
-    "guided-cfg": Setting(method="guided", words=STAGE2[0], tried=SCALES, sampled=True, more=_GUIDED),
+    "label-code": Setting(
+        title="a label code as target",
+        method="label-code",
+        words=f"{STAGE2[0]} --align-size 10",
+        more={"stop": 20, "seeds": TEN},
+    ),
+    "plain-teacher": Setting(
+        title="stage 2, plain teacher",
+        method="guided",
+        words=STAGE2[0],
+        more={"teacher": Teacher(method="none", words=tuple(RATES[0].split()))},
+    ),
+    "late-stop": Setting(
+        title="stage 2, guided for 40 epochs", method="guided", words=STAGE2[0], more={**_GUIDED, "stop": 40}
+    ),
+    "plain-cfg": Setting(title="plain SiT, CFG", method="none", tried=SCALES, sampled=True),
+    "guided-cfg": Setting(
+        title="stage 2, CFG", method="guided", words=STAGE2[0], tried=SCALES, sampled=True, more=_GUIDED
+    ),
     "guided-plateau": Setting(
+        title="stage 2, measured release",
         method="guided",
         words=f"{STAGE2[0]} --align-schedule plateau --align-plateau-steps 100",
         more={**_GUIDED, "stop": 80},
     ),
-    "muon": Setting(method="none", words="--optimizer muon", tried=("--learning-rate 1e-2", "--learning-rate 4e-3")),
-    "sra": Setting(method="sra", tried=_weights(2, 0.2)),
-    "sra2": Setting(method="latent", words="--preset sra2", tried=_weights(1.6, 1)),
-    "layersync": Setting(method="layersync", words=CLIP, tried=_weights(0.2, 4)),
-    "dispersive": Setting(method="dispersive", words=CLIP, tried=_weights(0.5, 250)),
-    "contrastive": Setting(method="contrastive", tried=_weights(0.05, 0.4)),
-    "internal": Setting(method="internal", tried=_weights(0.5, 1)),
-    "self-flow": Setting(method="self-flow", tried=_weights(0.8, 7)),
-    "repa": Setting(method="repa", tried=_weights(3, 0.5)),
-    "haste": Setting(method="haste", words="--haste-attention 0", tried=_weights(0.5, 4), more={"stop": 20}),
+    "muon": Setting(
+        title="plain SiT, Muon",
+        method="none",
+        words="--optimizer muon",
+        tried=("--learning-rate 1e-2", "--learning-rate 4e-3"),
+    ),
+    "sra": Setting(title="SRA", method="sra", tried=_weights(2, 0.2)),
+    "sra2": Setting(title="SRA 2", method="latent", words="--preset sra2", tried=_weights(1.6, 1)),
+    "layersync": Setting(title="LayerSync", method="layersync", words=CLIP, tried=_weights(0.2, 4)),
+    "dispersive": Setting(title="Dispersive Loss", method="dispersive", words=CLIP, tried=_weights(0.5, 250)),
+    "contrastive": Setting(title="Contrastive Flow Matching", method="contrastive", tried=_weights(0.05, 0.4)),
+    "internal": Setting(title="Internal Guidance (its training alone)", method="internal", tried=_weights(0.5, 1)),
+    "self-flow": Setting(title="Self-Flow", method="self-flow", tried=_weights(0.8, 7)),
+    "repa": Setting(title="REPA, MobileNetV2", method="repa", tried=_weights(3, 0.5)),
+    "haste": Setting(
+        title="HASTE, MobileNetV2",
+        method="haste",
+        words="--haste-attention 0",
+        tried=_weights(0.5, 4),
+        more={"stop": 20},
+    ),
 }
 
 

@@ -9,43 +9,19 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes import claims, inside, measured, record, rows, table
 from recipes.photographs import SETTINGS
-from recipes.row import TUNING
+from recipes.row import TEN, TUNING
 from runtime import files
 from runtime.errors import require
 from runtime.text import spread
 
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
-# Rows of `photographs` in words.
-TITLES = {
-    "plain": "plain SiT",
-    "stage1": "stage 1",
-    "guided": "stage 2",
-    "omega-1": "stage 2, omega 1",
-    "label-code": "a label code as target",
-    "plain-teacher": "stage 2, plain teacher",
-    "late-stop": "stage 2, guided for 40 epochs",
-    "guided-plateau": "stage 2, measured release",
-    "plain-cfg": "plain SiT, CFG",
-    "guided-cfg": "stage 2, CFG",
-    "muon": "plain SiT, Muon",
-    "sra": "SRA",
-    "sra2": "SRA 2",
-    "layersync": "LayerSync",
-    "dispersive": "Dispersive Loss",
-    "contrastive": "Contrastive Flow Matching",
-    "internal": "Internal Guidance (its training alone)",
-    "self-flow": "Self-Flow",
-    "repa": "REPA, MobileNetV2",
-    "haste": "HASTE, MobileNetV2",
-}
-SUMMARY = ("plain", "stage1", "guided", "omega-1", "label-code")
 PHOTOGRAPHS = "photographs"  # table and scale
 # Columns of the photographs' table.
 METRICS = {"precision": "precision", "recall": "recall", "classifier_accuracy": "classifier accuracy"}
@@ -64,20 +40,20 @@ def _of_photographs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return here
 
 
-def photographs(records: Sequence[dict[str, Any]], keys: Collection[str] = tuple(TITLES)) -> str:
-    """Every row of the photographs at every number of epochs at which it was scored.
+def photographs(records: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None) -> str:
+    """Every row of the photographs, or those that declare `seeds`, at every number of epochs at which it was scored.
 
     Raises UserError if the scores are of several protocols.
     """
     chosen = _of_photographs(records)
     titles = [*METRICS.values(), "seeds", "training in TFLOP, teacher counted"]
     lines = [["network", "epochs", "Fréchet distance", *titles]]
-    for row in (row for row in rows.of_table(PHOTOGRAPHS) if row.key in keys):
+    for row in (row for row in rows.of_table(PHOTOGRAPHS) if not row.tunes and seeds in (None, row.seeds)):
         for epochs, scored in table.by_epochs(chosen, row.name).items():
             scores = [score for _, score in scored]
             lines.append(
                 [
-                    TITLES[row.key],
+                    SETTINGS[row.key].title,
                     f"{epochs:g}",
                     spread([table.quality(score) for score in scores], 1),
                     *(spread([score["metrics"][name] for score in scores]) for name in METRICS),
@@ -101,28 +77,21 @@ def compared(records: Sequence[dict[str, Any]]) -> str:
     plain = {record["seed"]: record["scores"] for record in chosen if rows.find(record["row"]).key == "plain"}
     lines = [["network", "TFLOP", "minutes", "minus plain SiT, equal steps", "minus plain SiT, equal FLOPs"]]
     for row in rows.of_table(PHOTOGRAPHS):
-        if row.key not in SETTINGS or row.key == "plain" or SETTINGS[row.key].sampled:
+        if row.tunes or row.key == "plain" or SETTINGS[row.key].sampled:
             continue
-        pairs = [
-            (score, plain[record["seed"]])
-            for record in chosen
-            for score in (record["scores"] if record["row"] == row.name and record["seed"] in plain else ())
-        ]
-        steps = [
-            table.quality(score) - table.quality(other)
-            for score, curve in pairs
-            for other in curve
-            if other["epochs"] == score["epochs"]
-        ]
-        flops = [
-            table.quality(score) - table.at_flops({of["flops"]: table.quality(of) for of in curve}, score["flops"])
-            for score, curve in pairs
-        ]
-        if pairs:
+        for epochs, scored in table.by_epochs(chosen, row.name).items():
+            pairs = [(score, plain[record["seed"]]) for record, score in scored if record["seed"] in plain]
+            if not pairs:
+                continue
+            steps, flops = [], []
+            for score, others in pairs:
+                ours, curve = table.quality(score), {of["flops"]: table.quality(of) for of in others}
+                steps += [ours - table.quality(of) for of in others if of["epochs"] == epochs]
+                flops.append(ours - table.at_flops(curve, score["flops"]))
             tera = statistics.mean(score["flops"] for score, _ in pairs) / 1e12
             minutes = statistics.median(60 * sum(score["device_hours"].values()) for score, _ in pairs)
             gaps = [spread(some, 1, "+") if all(map(math.isfinite, some)) else "" for some in (steps, flops)]
-            lines.append([TITLES[row.key], f"{tera:.1f}", f"{minutes:.1f}", *gaps])
+            lines.append([SETTINGS[row.key].title, f"{tera:.1f}", f"{minutes:.1f}", *gaps])
     return markdown(lines)
 
 
@@ -134,7 +103,7 @@ def trials(records: Sequence[dict[str, Any]]) -> str:
         here = {record["seed"]: record for record in chosen if record["row"] == row.name}
         distances = [f"{table.quality(here[seed]['scores'][0]):.1f}" if seed in here else "missing" for seed in TUNING]
         key, _, setting = row.key.partition("-trial-")
-        lines.append([TITLES[key], f"{SETTINGS[key].tuned} {setting}", *distances])
+        lines.append([SETTINGS[key].title, f"{SETTINGS[key].tuned} {setting}", *distances])
     return markdown(lines)
 
 
@@ -147,7 +116,7 @@ def _claims(results: Path, name: str) -> list[list[str]]:
 # Name of a table -> what makes it from the folder of results. The summary has the rows that ten seeds have.
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "photographs": lambda results: photographs(record.load(results)),
-    "summary": lambda results: photographs(record.load(results), SUMMARY),
+    "summary": lambda results: photographs(record.load(results), TEN),
     "compared": lambda results: compared(record.load(results)),
     "trials": lambda results: trials(record.load(results)),
     "claims_ten": lambda results: markdown(_claims(results, "photographs-ten")),
@@ -171,18 +140,23 @@ def page(text: str, results: Path) -> str:
 
 def publish(root: Path, results: Path) -> list[Path]:
     """Rewrite the pages below `root` whose tables differ from the results; returns them."""
-    changed = stale(root, results)
-    for path in changed:
-        text = page(path.read_text(encoding="utf-8"), results)
+    changed = _renewed(root, results)
+    for path, text in changed.items():
         with files.replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return changed
+    return [*changed]
 
 
 def stale(root: Path, results: Path) -> list[Path]:
     """The pages below `root` whose tables differ from the results."""
+    return [*_renewed(root, results)]
+
+
+def _renewed(root: Path, results: Path) -> dict[Path, str]:
+    """Each of those pages, with what it should be."""
     pages = [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.is_file()]
-    return [path for path in pages if page(text := path.read_text(encoding="utf-8"), results) != text]
+    texts = {path: path.read_text(encoding="utf-8") for path in pages}
+    return {path: new for path, text in texts.items() if (new := page(text, results)) != text}
 
 
 def require_current(results: Path) -> None:

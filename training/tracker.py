@@ -40,7 +40,7 @@ class Tracker:
     def __init__(
         self, accelerator: Accelerator, kind: str, folder: Path, start: int, settings: Mapping[str, Any]
     ) -> None:
-        self._accelerator, self._kind, self._given_up = accelerator, kind, ""
+        self._accelerator, self._kind, self._failed = accelerator, kind, False
         if kind == "none":
             return
         project = os.environ.get("WANDB_PROJECT", PROJECT) if kind == "wandb" else kind
@@ -76,7 +76,7 @@ class Tracker:
         """End the tracker's run."""
         # not `end_training`, which ends the process group too, and only where the tracker has not failed
         self._attempt(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
-        if self._given_up == "wandb":
+        if self._failed and self._kind == "wandb":
             import wandb
 
             # it would print a traceback when Python exits
@@ -85,14 +85,14 @@ class Tracker:
 
     def _attempt(self, act: Callable[[], object]) -> None:
         """Let the tracker act; if it fails, print a warning and go on without it."""
-        if self._kind == "none":
+        if self._kind == "none" or self._failed:
             return
         try:
             act()
         # the libraries behind it raise errors of many kinds (lost processes, full disks, their own)
         except Exception as error:
             note(f"warning: --report-to {self._kind} has failed ({error}): the run goes on without it")
-            self._kind, self._given_up = "none", self._kind
+            self._failed = True
 
 
 def _wandb(folder: Path) -> dict[str, Any]:

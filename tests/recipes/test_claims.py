@@ -12,7 +12,7 @@ from scipy import stats
 
 from recipes import claims, inside, publish, scale
 from recipes.claims import holm
-from recipes.photographs import PLAIN_EPOCHS
+from recipes.photographs import PLAIN_EPOCHS, SETTINGS
 from runtime.errors import UserError
 from tests.helpers import ROOT
 
@@ -55,7 +55,7 @@ def finding(records: list[dict], seeds: int) -> claims.Finding:
 
 def test_the_committed_claims_hold_by_themselves_and_their_rows_have_titles() -> None:
     assert claims.faults(ROOT / "results", []) == []
-    assert {row.split("/")[-1] for row in STUDY.rows} <= publish.TITLES.keys()
+    assert {row.split("/")[-1] for row in STUDY.rows} <= SETTINGS.keys()
 
 
 def test_power_is_the_share_of_drawn_studies_that_see_the_effect() -> None:
