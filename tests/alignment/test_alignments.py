@@ -533,7 +533,7 @@ def test_sra_against_its_formula(distance: str, build: Callable[..., Alignment])
         else:
             axis = 1 if distance == "cosine" else 0  # of (tokens, channels)
             expected = 1 - ((a * b).sum(axis) / (a.norm(dim=axis) * b.norm(dim=axis))).mean()
-        assert float(value[n]) == pytest.approx(float(expected), rel=1e-4)
+        assert value[n].item() == pytest.approx(expected.item(), rel=1e-4)
     value.sum().backward()
     assert all(p.grad is None for p in ema.parameters())
 
