@@ -104,7 +104,7 @@ def frontier(axes: Axes, points: Mapping[str, tuple[float, Sequence[float]]]) ->
             textcoords=axes.transAxes,
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5},
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "relpos": (0, 0.5)},
         )
     axes.grid(alpha=0.3)
 
