@@ -121,6 +121,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "trials": lambda results: trials(record.load(results)),
     "claims_ten": lambda results: markdown(_claims(results, "photographs-ten")),
     "claims_five": lambda results: markdown(_claims(results, "photographs-five")),
+    "claims_encoders": lambda results: markdown(_claims(results, "photographs-encoders")),
     "inside": lambda results: markdown(inside.summary(inside.load(results))),
     "quickstart": lambda results: markdown(measured.quickstart()),
     "muon": lambda results: markdown(measured.muon()),
