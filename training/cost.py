@@ -31,6 +31,7 @@ from runtime import launch
 from runtime.peaks import PEAKS, SHARE
 from runtime.streams import Stream
 from runtime.text import aligned
+from training import muon
 from training.batches import arranged
 from training.setup import Setup
 
@@ -156,6 +157,8 @@ def estimate(
     if config.route is not None:
         whole, (plain, _) = plain, counter.count([])
         parts.append(Part("route: what tokens leave out", 0, False, plain - whole))
+    if config.optimizer == "muon":
+        parts.append(Part("Muon: orthogonalisation", 0, False, muon.flops(counter.network) / config.batch_size))
     for name, alignment in alignments.items():
         total, frozen = counter.count([name])
         share = expected_share(alignment.options.interval, alignment.options.mask, config.time_sampling)

@@ -38,6 +38,18 @@ def orthogonalised(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def flops(network: Backbone) -> int:
+    """FLOPs of orthogonalising the matrices of `network` once, as each step does; nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    weights = dict(network.named_parameters())
+    with FlopCounterMode(display=False) as counter:
+        for name, count in network.matrices().items():
+            rows, columns = weights[name].shape
+            orthogonalised(torch.empty(count, rows // count, columns, device="meta"))
+    return counter.get_total_flops()
+
+
 class Muon:
     """The part of an optimiser's interface that a run uses: groups, state, `step` and `zero_grad`.
 

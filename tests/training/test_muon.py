@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import train
 from models.checkpoint import Checkpoint
 from runtime.errors import UserError
 from tests.helpers import Words, perturbed
+from training import command, cost
 from training import muon as muon_step
 from training.muon import Muon
 
@@ -101,6 +103,24 @@ def test_a_part_is_orthogonalised_by_itself() -> None:
     for move in moves:
         singular = torch.linalg.svdvals(move) / wanted
         assert singular.max() < 1.3 and 0.6 < singular.median() < 1.2
+
+
+def test_the_products_of_a_step_are_counted(tmp_path: Path, words: Words) -> None:
+    network = models.build(SIT)
+    ours = optimiser(network)
+    set_gradients(network, 1)
+    with FlopCounterMode(display=False) as counter:
+        ours.step()
+    # an iteration has X X^T, its square, and their product with X; the MLP's matrices are four times as wide
+    width, depth = SIT.hidden_size, SIT.depth
+    square, wide = 6 * width**3, (2 * 4 * 2 + 2) * width**3
+    assert counter.get_total_flops() == muon_step.flops(network) == depth * 5 * (10 * square + 2 * wide)
+
+    plain, muon = (
+        cost.estimate(*command.resolve(words(tmp_path, name, "--optimizer", name), "train.py", None))
+        for name in ("adamw", "muon")
+    )
+    assert muon.flops(3) - plain.flops(3) == pytest.approx(3 * muon_step.flops(network))
 
 
 def test_a_step_without_a_finite_gradient_is_not_taken() -> None:
