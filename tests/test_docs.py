@@ -25,18 +25,20 @@ import train_guide
 from alignment import Alignment
 from config import TrainConfig
 from generate import GenerateConfig
+from models import published
 from models.checkpoint import Checkpoint
 from models.heads import hidden_width
 from models.peers import PEERS
 from models.routing import Segments
-from recipes import claims, inside, publish, rows
+from recipes import claims, costs, inside, publish, rows, scale, table
 from recipes.__main__ import COMMANDS
+from recipes.record import load
 from runtime.options import flags_of, options_of, read
 from runtime.peaks import PEAKS
 from runtime.text import spread
 from sampling import presets
 from tests.helpers import ROOT, assert_same_bits, inputs
-from training import command
+from training import command, muon
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -130,7 +132,7 @@ def test_named_files_and_targets_exist() -> None:
         name
         for name in names
         if name.endswith((".py", "/", ".csv", ".tsv", ".yaml"))
-        and not name.startswith(("exps/", "--"))
+        and not name.startswith(("exps/", "work/", "--"))
         and "*" not in name
         and name not in ("train/", "alignment/smooth.py", "models/registers.py", "models/uvit.py", "partial/")
     ]
@@ -207,6 +209,9 @@ def test_tables_of_measurements_come_from_their_files() -> None:
     assert all(publish.page(text, ROOT / "results") == text for text in PAGES.values())
 
 
+XL = "table1/SiT-XL-2/none-80"
+
+
 def _of_small_data() -> Iterator[tuple[str, str]]:
     """Page and sentence, with the numbers of quickstart and digits as their files have them."""
     rows = zip(*measured("quickstart")["seeds"].values(), strict=True)
@@ -243,6 +248,20 @@ def _of_others() -> Iterator[tuple[str, str]]:
     ):
         tested = claims.load(ROOT / "results")[name]
         yield "docs/study.md", start.format(f"{tested.smallest_effect:g}", f"{tested.power.value:.2f}")
+    yield "docs/study.md", _of_the_second_processor()
+    ours = costs.training_cost(rows.find("photographs/SiT-B-2/muon"), scale.find("photographs"))
+    yield "docs/study.md", f"Muon's matrix products are {ours.ratio() - 1:.2f} of a step"
+    largest = models.outline(models.spec("SiT-XL/2", in_channels=4, input_size=32, num_classes=1000))
+    plain_step = json.loads(costs.COUNTED.read_text())[XL] / scale.find("paper").steps(rows.find(XL), 80)
+    share = f"{muon.flops(largest) / plain_step:.0%}".replace("%", " %")
+    yield "docs/study.md", f"paper's size and batch they are {share} of one"
+    yield "docs/methods.md", f"at batch 256, {share} of a step of SiT-XL/2"
+    fids = {
+        method: published.first(method=method, variant="RARE", model="SiT-B/2").metrics["fid"]
+        for method in ("none", "sra", "repa", "haste")
+    }
+    numbers = "plain SiT {none:.2f}, SRA {sra:.2f}, REPA {repa:.2f}, HASTE {haste:.2f}".format(**fids)
+    yield "docs/study.md", f"(400,000 steps, one seed, FID: {numbers})"
     networks = {line[0]: float(line[2].split()[0]) for line in inside.summary(inside.load(ROOT / "results"))[1:]}
     plain, teacher = (networks[f"{name}: f_c"] for name in ("plain, 40 epochs", "stage 1, 40 epochs (the teacher)"))
     yield "docs/study.md", f"neighbours in f_c from {plain:.2f} to {teacher:.2f} at equal steps"
@@ -252,6 +271,29 @@ def _of_others() -> Iterator[tuple[str, str]]:
     saving = kills["counts"]["during a save"]
     yield "README.md", f"We killed runs {kills['done']} times at random moments, {saving} times inside a save"
     yield "README.md", f"All of {flips['counts']['refused']:,} flipped bits were refused"
+
+
+def _of_the_second_processor() -> str:
+    plain = "photographs/SiT-B-2/plain"
+    again = {record["seed"]: record["scores"] for record in load(ROOT / "results" / "second-processor")}
+    first = {
+        record["seed"]: record["scores"]
+        for record in load(ROOT / "results")
+        if record["row"] == plain and record["seed"] in again
+    }
+    early, late = (
+        spread([table.quality(again[seed][place]) - table.quality(first[seed][place]) for seed in again], 1, "+")
+        for place in (0, 1)
+    )
+    there, here = (
+        statistics.median(60 * sum(scores[0]["device_hours"].values()) for scores in of.values())
+        for of in (again, first)
+    )
+    assert len(again) == len(first) == 5
+    return (
+        f"plain SiT differs from its records by {early} at 80 epochs and {late} at 146, and takes {there:.1f} minutes "
+        f"to 80 epochs instead of {here:.1f}"
+    )
 
 
 def test_pages_count_the_rows_that_there_are() -> None:
