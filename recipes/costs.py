@@ -141,9 +141,14 @@ def _cost_of(command_line: tuple[str, ...], data: Sketch) -> Cost:
 
 
 def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
-    """FLOPs of the row's training up to `epochs` (default: all), its teacher's included."""
+    """FLOPs of the row's steps up to `epochs` (default: all), its teacher's included."""
     total = training_cost(row, scale).flops(scale.steps(row, row.epochs if epochs is None else epochs))
     return total if row.teacher is None else total + flops(row.of_teacher(), scale)
+
+
+def encoding(row: Row, scale: Scale) -> float:
+    """FLOPs before the row's first step: an encoder's pass over the set, where its output is kept."""
+    return training_cost(row, scale).once
 
 
 def checkpoint_bytes(row: Row, scale: Scale) -> int:

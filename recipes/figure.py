@@ -17,7 +17,7 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
     """Draw the rows of a table at a scale, one picture for each protocol, as PNG and SVG; returns the files.
 
     `figure4` and `figure8` are curves over epochs. For another table a point is a row after some epochs: its distance
-    against the FLOPs of its training, a teacher's included. Trials are left out.
+    against the FLOPs of its training, teacher and encoder included. Trials are left out.
 
     Raises:
         UserError: no such table, or no record of its rows at this scale.
@@ -28,6 +28,7 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
         bool(by_protocol),
         f"no row of {name} has a record at scale {size}: python -m recipes run {next(iter(chosen))} --scale {size}",
     )
+    shape = scale.find(size)
     titles = {key: setting.title for key, setting in SETTINGS.items()}
     written = []
     for protocol, of_rows in by_protocol.items():
@@ -39,7 +40,7 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
         else:
             points = {
                 f"{titles.get(chosen[row].key, chosen[row].key)}, {epochs:g} epochs": (
-                    costs.flops(chosen[row], scale.find(size), epochs) / 1e12,
+                    (costs.encoding(chosen[row], shape) + costs.flops(chosen[row], shape, epochs)) / 1e12,
                     values,
                 )
                 for row, at in of_rows.items()
@@ -48,6 +49,6 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
             figure = drawing.canvas(8.0, max(4.2, 0.22 * len(points)))
             axes = figure.subplots()
             drawing.frontier(axes, points)
-            axes.set(xlabel="TFLOP of training, the teacher's included", ylabel=DISTANCE)
+            axes.set(xlabel="TFLOP of training, teacher and encoder included", ylabel=DISTANCE)
         written += drawing.save(figure, results / "figures" / f"{name}-{size}-{protocol}")
     return written

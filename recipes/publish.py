@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import claims, inside, measured, record, rows, table
+from recipes import claims, costs, inside, measured, record, rows, scale, table
 from recipes.photographs import SETTINGS
-from recipes.row import TEN, TUNING
+from recipes.row import TEN, TUNING, Row
 from runtime import files
 from runtime.errors import require
 from runtime.text import spread
@@ -40,13 +39,18 @@ def _of_photographs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return here
 
 
+def _flops(row: Row, score: dict[str, Any]) -> float:
+    """FLOPs of a score's training: of the steps, as recorded, and of an encoder's pass over the set before them."""
+    return float(score["flops"]) + costs.encoding(row, scale.find(PHOTOGRAPHS))
+
+
 def photographs(records: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None) -> str:
     """Every row of the photographs, or those that declare `seeds`, at every number of epochs at which it was scored.
 
     Raises UserError if the scores are of several protocols.
     """
     chosen = _of_photographs(records)
-    titles = [*METRICS.values(), "seeds", "training in TFLOP, teacher counted"]
+    titles = [*METRICS.values(), "seeds", "training in TFLOP, teacher and encoder counted"]
     lines = [["network", "epochs", "Fréchet distance", *titles]]
     for row in (row for row in rows.of_table(PHOTOGRAPHS) if not row.tunes and seeds in (None, row.seeds)):
         for epochs, scored in table.by_epochs(chosen, row.name).items():
@@ -62,7 +66,7 @@ def photographs(records: Sequence[dict[str, Any]], seeds: Sequence[int] | None =
                         row.seeds,
                         table.failed(records, row.name, PHOTOGRAPHS),
                     ),
-                    f"{statistics.mean(score['flops'] for score in scores) / 1e12:.1f}",
+                    f"{_flops(row, scores[0]) / 1e12:.1f}",
                 ]
             )
     return markdown(lines)
@@ -75,7 +79,7 @@ def compared(records: Sequence[dict[str, Any]]) -> str:
     """
     chosen = _of_photographs(records)
     plain = {record["seed"]: record["scores"] for record in chosen if rows.find(record["row"]).key == "plain"}
-    lines = [["network", "TFLOP", "minutes", "minus plain SiT, equal steps", "minus plain SiT, equal FLOPs"]]
+    lines = [["network", "TFLOP", "minus plain SiT, equal steps", "minus plain SiT, equal FLOPs"]]
     for row in rows.of_table(PHOTOGRAPHS):
         if row.tunes or row.key == "plain" or SETTINGS[row.key].sampled:
             continue
@@ -83,15 +87,13 @@ def compared(records: Sequence[dict[str, Any]]) -> str:
             pairs = [(score, plain[record["seed"]]) for record, score in scored if record["seed"] in plain]
             if not pairs:
                 continue
-            steps, flops = [], []
+            cost, steps, flops = _flops(row, pairs[0][0]), [], []
             for score, others in pairs:
                 ours, curve = table.quality(score), {of["flops"]: table.quality(of) for of in others}
                 steps += [ours - table.quality(of) for of in others if of["epochs"] == epochs]
-                flops.append(ours - table.at_flops(curve, score["flops"]))
-            tera = statistics.mean(score["flops"] for score, _ in pairs) / 1e12
-            minutes = statistics.median(60 * sum(score["device_hours"].values()) for score, _ in pairs)
+                flops.append(ours - table.at_flops(curve, cost))
             gaps = [spread(some, 1, "+") if all(map(math.isfinite, some)) else "" for some in (steps, flops)]
-            lines.append([SETTINGS[row.key].title, f"{tera:.1f}", f"{minutes:.1f}", *gaps])
+            lines.append([SETTINGS[row.key].title, f"{cost / 1e12:.1f}", *gaps])
     return markdown(lines)
 
 

@@ -65,6 +65,8 @@ class Cost:
     batch_size: int
     # FLOPs per image that activation checkpointing adds.
     recomputed: float
+    # FLOPs before the first step: an encoder's pass over the set, where its output is kept.
+    once: float = 0.0
 
     @property
     def plain(self) -> float:
@@ -76,7 +78,7 @@ class Cost:
         return sum(part.flops for part in self.parts if part.stop is None or step < part.stop) / self.plain
 
     def flops(self, step: int) -> float:
-        """FLOPs of the run up to `step`."""
+        """FLOPs of the run's steps up to `step`."""
         ends = [step if part.stop is None else min(step, part.stop) for part in self.parts]
         return self.batch_size * sum(part.flops * end for part, end in zip(self.parts, ends, strict=True))
 
@@ -91,7 +93,7 @@ class Cost:
 
     def computed_hours(self, peak: float) -> float:
         """Hours of one device that sustains `SHARE` of `peak` FLOPs a second, recomputation included."""
-        flops = self.flops(self.steps) + self.recomputed * self.batch_size * self.steps
+        flops = self.once + self.flops(self.steps) + self.recomputed * self.batch_size * self.steps
         return flops / (SHARE * peak) / 3600
 
 
@@ -117,6 +119,8 @@ def report(cost: Cost, rate: float | None = None) -> str:
             f"computed twice in the backward pass: {cost.recomputed / 1e9:.2f} GFLOP per image, "
             f"{cost.recomputed / cost.plain:.4f} of a plain step"
         )
+    if cost.once:
+        lines.append(f"before the first step: {cost.once / 1e12:.3g} TFLOP, the encoder once over the set")
     if rate is None:
         hours = {name: cost.computed_hours(PEAKS[name]) for name in SHOWN}
         lines.append(
@@ -159,6 +163,7 @@ def estimate(
         parts.append(Part("route: what tokens leave out", 0, False, plain - whole))
     if config.optimizer == "muon":
         parts.append(Part("Muon: orthogonalisation", 0, False, muon.flops(counter.network) / config.batch_size))
+    once = 0.0
     for name, alignment in alignments.items():
         total, frozen = counter.count([name])
         share = expected_share(alignment.options.interval, alignment.options.mask, config.time_sampling)
@@ -168,8 +173,9 @@ def estimate(
         parts.append(
             Part(f"{name}: head and loss", _parameters(alignment), True, share * (total - plain - frozen), stop)
         )
-        # a cache encodes the whole set once, before the first step
-        each_step = 0.0 if getattr(alignment.options, "cache", False) else share
+        each_step = share
+        if getattr(alignment.options, "cache", False):
+            each_step, once = 0.0, once + len(data) * data.views * frozen
         for network in alignment.frozen:
             role = "teacher" if isinstance(network, Backbone) else "encoder"
             parts.append(Part(f"{name}: {role}", _parameters(network), False, each_step * frozen, stop))
@@ -179,7 +185,7 @@ def estimate(
     if config.activation_checkpointing != "none":
         everything, mode = list(alignments), config.activation_checkpointing
         recomputed = counter.count(everything, mode)[0] - counter.count(everything)[0]
-    return Cost(parts, config.max_train_steps, setup.epoch_steps, config.batch_size, recomputed)
+    return Cost(parts, config.max_train_steps, setup.epoch_steps, config.batch_size, recomputed, once)
 
 
 def main(config: TrainConfig, options: dict[str, AlignOptions], rate: float | None = None) -> None:
@@ -188,8 +194,7 @@ def main(config: TrainConfig, options: dict[str, AlignOptions], rate: float | No
     if os.environ.get("RANK", "0") != "0":
         return
     notes = [
-        f"{name}: its encoder runs over the set once before the first step and holds the tokens of every image in "
-        f"memory: neither is counted"
+        f"{name}: its encoder holds the tokens of every image in memory"
         for name, chosen in options.items()
         if getattr(chosen, "cache", False)
     ]

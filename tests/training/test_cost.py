@@ -163,12 +163,14 @@ def test_an_alignment_that_ends_costs_its_share_of_the_run(tmp_path: Path, words
     assert "computed" not in cost.report(estimated, 200.0)
 
 
-def test_a_cached_encoder_costs_nothing_in_a_step(tmp_path: Path, words: Words, encoder: Path) -> None:
+def test_a_cached_encoder_costs_one_pass_and_nothing_in_a_step(tmp_path: Path, words: Words, encoder: Path) -> None:
     argv = words(tmp_path, "x", "--align", "repa", "--repa-encoder", encoder)
     every_step, cached = estimate(argv), estimate([*argv, "--align-cache"])
     (running,) = [part for part in every_step.parts if part.name == "repa: encoder"]
     (precomputed,) = [part for part in cached.parts if part.name == "repa: encoder"]
     assert running.flops > 0 and precomputed.flops == 0 and cached.ratio() < every_step.ratio()
+    assert every_step.once == 0 and cached.once == 1797 * running.flops
+    assert "before the first step" in cost.report(cached) and "before the first step" not in cost.report(every_step)
 
 
 def test_plain_training_has_its_published_number_too() -> None:

@@ -1,0 +1,88 @@
+"""What perfect samples of the photographs would score: training images, as they are and through the autoencoder.
+
+    python -m benchmarks.floors --feature-weights mobilenet_v2-b0353104.pth --out benchmarks/results/floors.json
+
+The reference is the 10,000 test images of Fashion-MNIST, as in `recipes`; a classifier is fitted to the first 1,000
+training images of each class. A row of `--counts` images takes the first of each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from evaluations import evaluate, reference
+from models.pixels import to_signed, to_uint8
+from models.vae import open_codec
+from preprocessing import fashion
+from runtime import errors, files
+from runtime.options import option
+
+MOBILENET = "timm:mobilenetv2_100@96"
+METRICS = ("fd", "mind", "precision", "recall", "class_accuracy", "classifier_accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloorsConfig:
+    feature_weights: Path = option(help="file of MobileNetV2's weights")
+    source: str | None = option(None, help="folder of the IDX files (default: as preprocessing.fashion)")
+    vae: str = option("pretrained/vae-fashion", help="autoencoder")
+    counts: tuple[int, ...] = option((10_000, 5_000), help="numbers of images")
+    out: str | None = option(None, help="result file")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark; returns the result that is written to --out."""
+    return measure.run("floors", FloorsConfig, argv, __doc__, rows, report)
+
+
+def rows(config: FloorsConfig, folder: Path, known: Mapping[str, Any]) -> measure.Rows:
+    """The rows that are not known yet."""
+    source = fashion.find_source(config.source)
+
+    def save(name: str, images: np.ndarray, labels: np.ndarray) -> str:
+        np.savez(folder / f"{name}.npz", arr_0=images[..., None], labels=labels)
+        return str(folder / f"{name}.npz")
+
+    test = save("test images", *fashion.load(source, "test")[:2])
+    fitted = save("10000 training images", *fashion.load(source, "train", 10_000)[:2])
+    for features in (MOBILENET, "pixels"):
+        scored = ["--features", features]
+        scored += ["--feature-weights", str(config.feature_weights)] if features == MOBILENET else []
+        train, target = (str(folder / f"{features[:6]}-{name}.npz") for name in ("train", "test"))
+        reference.main([*scored, "--images", fitted, "--out", train])
+        reference.main([*scored, "--images", test, "--classifier", train, "--out", target])
+        for name, path in samples(config, source, save, test):
+            if f"{name}, {features}" not in known:
+                evaluate.main([*scored, "--mind", "--samples", path, "--reference", target, "--out", f"{path}.json"])
+                yield f"{name}, {features}", files.read_sealed(f"{path}.json")["metrics"]
+
+
+def samples(config: FloorsConfig, source: Path, save: Any, test: str) -> Any:
+    """What stands in place of samples: a name and an .npz file each."""
+    yield "the test images themselves", test
+    codec = open_codec(config.vae)
+    for count in config.counts:
+        images, labels, _ = fashion.load(source, "train", count)
+        yield f"{count:,} training images", save(f"{count} training images", images, labels)
+        restored = [
+            to_uint8(codec.decode(codec.space.normalise(codec.encode(to_signed(torch.from_numpy(part[..., None])))[0])))
+            for part in np.array_split(images, -(-count // 250))
+        ]
+        name = f"{count:,} training images through the autoencoder"
+        yield name, save(name, torch.cat(restored).numpy()[..., 0], labels)
+
+
+def report(rows: Mapping[str, Any]) -> str:
+    """The table of a result."""
+    return measure.table(rows, {name: lambda row, name=name: f"{row[name]:.3f}" for name in METRICS})
+
+
+if __name__ == "__main__":
+    errors.run(main)
