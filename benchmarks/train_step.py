@@ -43,6 +43,7 @@ ROWS = {
     "internal": "--align internal",
     "self-flow": "--align self-flow",
     "dts-as": "--align self-flow --preset dts-as",
+    "muon": "--optimizer muon",
     "route": "--route 3 6 0.5",
     "batches": "",
     "batches, images": "--align repa --align-encoder {encoder}",
