@@ -30,7 +30,7 @@ METRICS = ("fd", "mind", "precision", "recall", "class_accuracy", "classifier_ac
 
 @dataclass(frozen=True, kw_only=True)
 class FloorsConfig:
-    feature_weights: Path = option(help="file of MobileNetV2's weights")
+    feature_weights: str = option(help="file of MobileNetV2's weights")
     source: str | None = option(None, help="folder of the IDX files (default: as preprocessing.fashion)")
     vae: str = option("pretrained/vae-fashion", help="autoencoder")
     counts: tuple[int, ...] = option((10_000, 5_000), help="numbers of images")
@@ -54,7 +54,7 @@ def rows(config: FloorsConfig, folder: Path, known: Mapping[str, Any]) -> measur
     fitted = save("10000 training images", *fashion.load(source, "train", 10_000)[:2])
     for features in (MOBILENET, "pixels"):
         scored = ["--features", features]
-        scored += ["--feature-weights", str(config.feature_weights)] if features == MOBILENET else []
+        scored += ["--feature-weights", config.feature_weights] if features == MOBILENET else []
         train, target = (str(folder / f"{features[:6]}-{name}.npz") for name in ("train", "test"))
         reference.main([*scored, "--images", fitted, "--out", train])
         reference.main([*scored, "--images", test, "--classifier", train, "--out", target])
