@@ -10,6 +10,7 @@ autoencoder that `preprocessing.train_vae` trained (README.md in its folder).
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def measure(
 
 def card(options: Options, values: dict[str, Any], count: int) -> str:
     """The text of the model card."""
+    from runtime import launch
+
     about = files.read_json(Path(options.vae) / TRAINING)
     settings = about["settings"]
     words = " ".join(
@@ -114,6 +117,9 @@ def card(options: Options, values: dict[str, Any], count: int) -> str:
         f"| Frechet distance to the images, {options.scores.features} | {values['fd']:.3f} |",
         f"| encoded, decoded per second on {values['device']} | {values['encoded_per_second']:,.0f}, "
         f"{values['decoded_per_second']:,.0f} |",
+        "",
+        f"Measured on {datetime.date.today().isoformat()} at commit {launch.commit()} on {launch.device_name()}, in "
+        "float32.",
         "",
         f"Trained on {about['count']:,} images of {code(about['images'])} by `preprocessing.train_vae` with",
         "",
