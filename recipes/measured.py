@@ -1,4 +1,4 @@
-"""Tables of pages that come from files of `benchmarks/results`: the quickstart, Muon, internal guidance."""
+"""Tables of pages from files of `benchmarks/results`: the quickstart, floors, times, Muon, internal guidance."""
 
 from __future__ import annotations
 
@@ -31,6 +31,29 @@ def quickstart() -> Lines:
         name, step, total = (str(rows[0][key]) for key in ("name", "step", "total"))
         lines.append([name, step, total, *(spread([row[key] for row in rows], 3) for key in _QUICKSTART)])
     return lines
+
+
+def floors() -> Lines:
+    """What images in place of samples score on the photographs, by `python -m benchmarks.floors`."""
+    rows = _read("2026-11-29-floors")["rows"]
+    metrics = [*next(iter(rows.values()))]
+    return [
+        ["images, features", *metrics],
+        *([name, *(f"{round(row[metric], 3) + 0.0:.3f}" for metric in metrics)] for name, row in rows.items()),
+    ]
+
+
+def steps() -> Lines:
+    """A step of each method in units of a plain step of SiT-Tiny/2, by `python -m benchmarks.train_step`."""
+    rates = {name: row["images_per_second"] for name, row in _read("2026-11-29-train-SiT-Tiny-2")["rows"].items()}
+    plain = rates.pop("plain")["median"]
+    return [
+        ["step", "time, of a plain step", "lowest to highest"],
+        *(
+            [name, f"{plain / rate['median']:.2f}", f"{plain / rate['high']:.2f} to {plain / rate['low']:.2f}"]
+            for name, rate in rates.items()
+        ),
+    ]
 
 
 def _less(values: Mapping[str, float], others: Mapping[str, float]) -> str:

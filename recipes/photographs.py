@@ -108,7 +108,7 @@ SETTINGS = {
     "self-flow": Setting(title="Self-Flow", method="self-flow", tried=_weights(0.8, 7)),
     "repa": Setting(title="REPA, MobileNetV2", method="repa", tried=_weights(3, 0.5)),
     "haste": Setting(
-        title="HASTE, MobileNetV2",
+        title="HASTE, MobileNetV2 (features alone)",
         method="haste",
         words="--haste-attention 0",
         tried=_weights(0.5, 4),

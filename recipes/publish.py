@@ -126,6 +126,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "claims_encoders": lambda results: markdown(_claims(results, "photographs-encoders")),
     "inside": lambda results: markdown(inside.summary(inside.load(results))),
     "quickstart": lambda results: markdown(measured.quickstart()),
+    "floors": lambda results: markdown(measured.floors()),
+    "steps": lambda results: markdown(measured.steps()),
     "muon": lambda results: markdown(measured.muon()),
     "internal": lambda results: markdown(measured.internal()),
 }

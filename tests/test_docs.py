@@ -209,9 +209,6 @@ def test_tables_of_measurements_come_from_their_files() -> None:
     assert all(publish.page(text, ROOT / "results") == text for text in PAGES.values())
 
 
-XL = "table1/SiT-XL-2/none-80"
-
-
 def _of_small_data() -> Iterator[tuple[str, str]]:
     """Page and sentence, with the numbers of quickstart and digits as their files have them."""
     rows = zip(*measured("quickstart")["seeds"].values(), strict=True)
@@ -245,23 +242,10 @@ def _of_others() -> Iterator[tuple[str, str]]:
     for name, start in (
         ("photographs-ten", "Ten seeds see a difference of {} with a chance of {}"),
         ("photographs-five", "Five seeds see a difference of {} with a chance of {} only"),
+        ("photographs-encoders", "see a difference of {} with a chance of {} only. REPA"),
     ):
         tested = claims.load(ROOT / "results")[name]
         yield "docs/study.md", start.format(f"{tested.smallest_effect:g}", f"{tested.power.value:.2f}")
-    yield "docs/study.md", _of_the_second_processor()
-    ours = costs.training_cost(rows.find("photographs/SiT-B-2/muon"), scale.find("photographs"))
-    yield "docs/study.md", f"Muon's matrix products are {ours.ratio() - 1:.2f} of a step"
-    largest = models.outline(models.spec("SiT-XL/2", in_channels=4, input_size=32, num_classes=1000))
-    plain_step = json.loads(costs.COUNTED.read_text())[XL] / scale.find("paper").steps(rows.find(XL), 80)
-    share = f"{muon.flops(largest) / plain_step:.0%}".replace("%", " %")
-    yield "docs/study.md", f"paper's size and batch they are {share} of one"
-    yield "docs/methods.md", f"at batch 256, {share} of a step of SiT-XL/2"
-    fids = {
-        method: published.first(method=method, variant="RARE", model="SiT-B/2").metrics["fid"]
-        for method in ("none", "sra", "repa", "haste")
-    }
-    numbers = "plain SiT {none:.2f}, SRA {sra:.2f}, REPA {repa:.2f}, HASTE {haste:.2f}".format(**fids)
-    yield "docs/study.md", f"(400,000 steps, one seed, FID: {numbers})"
     networks = {line[0]: float(line[2].split()[0]) for line in inside.summary(inside.load(ROOT / "results"))[1:]}
     plain, teacher = (networks[f"{name}: f_c"] for name in ("plain, 40 epochs", "stage 1, 40 epochs (the teacher)"))
     yield "docs/study.md", f"neighbours in f_c from {plain:.2f} to {teacher:.2f} at equal steps"
@@ -273,27 +257,68 @@ def _of_others() -> Iterator[tuple[str, str]]:
     yield "README.md", f"All of {flips['counts']['refused']:,} flipped bits were refused"
 
 
+def _of_costs_and_peers() -> Iterator[tuple[str, str]]:
+    """What methods cost, and what RARE reports."""
+    yield "docs/study.md", _of_the_second_processor()
+    yield "docs/study.md", _of_the_release()
+    ours = costs.training_cost(rows.find("photographs/SiT-B-2/muon"), scale.find("photographs"))
+    yield "docs/study.md", f"Muon's matrix products are {ours.ratio() - 1:.2f} of a step"
+    times = {line[0]: line[1] for line in publish.measured.steps()}
+    yield "docs/study.md", f"They are in bfloat16: a step takes {times['muon']} times as long"
+    largest = models.outline(models.spec("SiT-XL/2", in_channels=4, input_size=32, num_classes=1000))
+    row = "table1/SiT-XL-2/none-80"
+    step = json.loads(costs.COUNTED.read_text())[row] / scale.find("paper").steps(rows.find(row), 80)
+    share = f"{muon.flops(largest) / step:.0%}".replace("%", " %")
+    yield "docs/study.md", f"for SiT-XL/2 at batch 256 they are {share} of one"
+    yield "docs/methods.md", f"at batch 256, {share} of a step of SiT-XL/2"
+    fids = {
+        method: published.first(method=method, variant="RARE", model="SiT-B/2").metrics["fid"]
+        for method in ("none", "sra", "repa", "haste")
+    }
+    numbers = "plain SiT {none:.2f}, SRA {sra:.2f}, REPA {repa:.2f}, HASTE {haste:.2f}".format(**fids)
+    yield "docs/study.md", f"(400,000 steps, one seed, FID: {numbers})"
+    floors = measured("2026-11-29-floors")["rows"]
+    images, decoded = (
+        floors[f"5,000 training images{how}, timm:mobilenetv2_100@96"] for how in ("", " through the autoencoder")
+    )
+    yield (
+        "docs/study.md",
+        f"a distance of {images['fd']:.1f}, a precision of {images['precision']:.2f} and a recall of "
+        f"{images['recall']:.2f}; through the autoencoder {decoded['fd']:.1f}, {decoded['precision']:.2f} and "
+        f"{decoded['recall']:.2f}",
+    )
+    right = floors["the test images themselves, timm:mobilenetv2_100@96"]["classifier_accuracy"]
+    yield "docs/study.md", f"the classifier is right on {right:.3f} of the test images"
+
+
 def _of_the_second_processor() -> str:
     plain = "photographs/SiT-B-2/plain"
     again = {record["seed"]: record["scores"] for record in load(ROOT / "results" / "second-processor")}
     first = {
         record["seed"]: record["scores"]
-        for record in load(ROOT / "results")
+        for record in table.declared(load(ROOT / "results"))
         if record["row"] == plain and record["seed"] in again
     }
     early, late = (
         spread([table.quality(again[seed][place]) - table.quality(first[seed][place]) for seed in again], 1, "+")
         for place in (0, 1)
     )
-    there, here = (
-        statistics.median(60 * sum(scores[0]["device_hours"].values()) for scores in of.values())
-        for of in (again, first)
-    )
     assert len(again) == len(first) == 5
-    return (
-        f"plain SiT differs from its records by {early} at 80 epochs and {late} at 146, and takes {there:.1f} minutes "
-        f"to 80 epochs instead of {here:.1f}"
-    )
+    return f"differs from its records by {early} at 80 epochs and {late} at 146."
+
+
+def _of_the_release() -> str:
+    """The last step at which the guide loss was logged, seed by seed."""
+    last = [
+        max(
+            entry["step"]
+            for line in (ROOT / "results" / "records" / record["folder"] / "log.jsonl").read_text().splitlines()
+            if "loss/guided" in (entry := json.loads(line))
+        )
+        for record in table.declared(load(ROOT / "results"))
+        if record["row"] == "photographs/SiT-B-2/guided-plateau"
+    ]
+    return "at step {:,} (the end), {}, {}, {} and {}, later".format(*last)
 
 
 def test_pages_count_the_rows_that_there_are() -> None:
@@ -305,7 +330,7 @@ def test_pages_count_the_rows_that_there_are() -> None:
 
 
 def test_numbers_in_prose_are_those_of_their_files() -> None:
-    for page, sentence in (*_of_small_data(), *_of_others()):
+    for page, sentence in (*_of_small_data(), *_of_others(), *_of_costs_and_peers()):
         assert sentence in " ".join(PAGES[page].split()), f"{page} should say: {sentence}"
 
 
