@@ -45,4 +45,5 @@ def test_the_workflow_runs_the_check_of_a_clean_checkout() -> None:
         "make lint",
         "make test",
         ".venv/bin/python -m recipes check",
+        ".venv/bin/python -m recipes check --results results/second-processor",
     ]
