@@ -2,8 +2,8 @@
 
     python -m benchmarks.floors --feature-weights mobilenet_v2-b0353104.pth --out benchmarks/results/floors.json
 
-The reference is the 10,000 test images of Fashion-MNIST, as in `recipes`; a classifier is fitted to the first 1,000
-training images of each class. A row of `--counts` images takes the first of each class.
+The reference is the 10,000 test images of Fashion-MNIST, as in `recipes`; a classifier is fitted to `--fitted` training
+images. Every choice of some images takes the first of each class.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ METRICS = ("fd", "mind", "precision", "recall", "class_accuracy", "classifier_ac
 
 @dataclass(frozen=True, kw_only=True)
 class FloorsConfig:
-    feature_weights: str = option(help="file of MobileNetV2's weights")
+    features: tuple[str, ...] = option((MOBILENET, "pixels"), help="features that scores compare")
+    feature_weights: str | None = option(None, help="file of their weights (default: downloaded once)")
     source: str | None = option(None, help="folder of the IDX files (default: as preprocessing.fashion)")
     vae: str = option("pretrained/vae-fashion", help="autoencoder")
-    counts: tuple[int, ...] = option((10_000, 5_000), help="numbers of images")
+    fitted: int = option(10_000, help="training images of the classifier")
+    counts: tuple[int, ...] = option((5_000, 10_000), help="numbers of images in place of samples")
     out: str | None = option(None, help="result file")
 
 
@@ -46,37 +48,40 @@ def rows(config: FloorsConfig, folder: Path, known: Mapping[str, Any]) -> measur
     """The rows that are not known yet."""
     source = fashion.find_source(config.source)
 
-    def save(name: str, images: np.ndarray, labels: np.ndarray) -> str:
-        np.savez(folder / f"{name}.npz", arr_0=images[..., None], labels=labels)
-        return str(folder / f"{name}.npz")
-
-    test = save("test images", *fashion.load(source, "test")[:2])
-    fitted = save("10000 training images", *fashion.load(source, "train", 10_000)[:2])
-    for features in (MOBILENET, "pixels"):
+    test = save(folder / "test.npz", *fashion.load(source, "test")[:2])
+    fitted = save(folder / "fitted.npz", *fashion.load(source, "train", config.fitted)[:2])
+    for place, features in enumerate(config.features):
         scored = ["--features", features]
-        scored += ["--feature-weights", config.feature_weights] if features == MOBILENET else []
-        train, target = (str(folder / f"{features[:6]}-{name}.npz") for name in ("train", "test"))
+        if config.feature_weights and features != "pixels":
+            scored += ["--feature-weights", config.feature_weights]
+        train, target = (str(folder / f"{place}-{name}.npz") for name in ("train", "test"))
         reference.main([*scored, "--images", fitted, "--out", train])
         reference.main([*scored, "--images", test, "--classifier", train, "--out", target])
-        for name, path in samples(config, source, save, test):
+        for name, path in {"the test images themselves": test, **samples(config, source, folder)}.items():
             if f"{name}, {features}" not in known:
                 evaluate.main([*scored, "--mind", "--samples", path, "--reference", target, "--out", f"{path}.json"])
                 yield f"{name}, {features}", files.read_sealed(f"{path}.json")["metrics"]
 
 
-def samples(config: FloorsConfig, source: Path, save: Any, test: str) -> Any:
-    """What stands in place of samples: a name and an .npz file each."""
-    yield "the test images themselves", test
-    codec = open_codec(config.vae)
+def samples(config: FloorsConfig, source: Path, folder: Path) -> dict[str, str]:
+    """What stands in place of samples: name -> .npz file."""
+    codec, made = open_codec(config.vae), {}
     for count in config.counts:
         images, labels, _ = fashion.load(source, "train", count)
-        yield f"{count:,} training images", save(f"{count} training images", images, labels)
+        made[f"{count:,} training images"] = save(folder / f"{count}.npz", images, labels)
         restored = [
             to_uint8(codec.decode(codec.space.normalise(codec.encode(to_signed(torch.from_numpy(part[..., None])))[0])))
             for part in np.array_split(images, -(-count // 250))
         ]
-        name = f"{count:,} training images through the autoencoder"
-        yield name, save(name, torch.cat(restored).numpy()[..., 0], labels)
+        decoded = torch.cat(restored).numpy()[..., 0]
+        made[f"{count:,} training images through the autoencoder"] = save(folder / f"{count}d.npz", decoded, labels)
+    return made
+
+
+def save(path: Path, images: np.ndarray, labels: np.ndarray) -> str:
+    """Write grey images (N, H, W) and their labels as samples; returns the file."""
+    np.savez(path, arr_0=images[..., None], labels=labels)
+    return str(path)
 
 
 def report(rows: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from alignment import Alignment
-from benchmarks import gpu, measure, peer, sample, trace, train_step
+from benchmarks import floors, gpu, measure, peer, sample, trace, train_step
+from preprocessing import fashion
 from runtime.errors import UserError
 from runtime.options import option, read
 from tests.helpers import ROOT
@@ -322,3 +323,14 @@ def test_a_part_that_never_ends_starves_no_other(tmp_path: Path, monkeypatch: py
     state = json.loads((tmp_path / "state.json").read_text())
     assert [state[part.name].get("exit") for part in (endless, *others)] == [None, 0, 0]
     assert state["endless"]["cut_off"] and state["endless"]["tries"] == 2
+
+
+def test_floors_of_the_embedded_photographs(tmp_path: Path):
+    words = ["--features", "pixels", "--source", str(fashion.EMBEDDED), "--fitted", "500", "--counts", "200"]
+    floors.main([*words, "--out", str(tmp_path / "floors.json")])
+    rows = json.loads((tmp_path / "floors.json").read_text())["rows"]
+    same, images, decoded = rows.values()
+    assert list(rows)[1:] == ["200 training images, pixels", "200 training images through the autoencoder, pixels"]
+    assert same["fd"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1
+    assert 0 < images["mind"] and 0 < images["fd"] != decoded["fd"] > 0
+    assert min(images["classifier_accuracy"], decoded["classifier_accuracy"]) > 0.6
