@@ -332,5 +332,5 @@ def test_floors_of_the_embedded_photographs(tmp_path: Path):
     same, images, decoded = rows.values()
     assert list(rows)[1:] == ["200 training images, pixels", "200 training images through the autoencoder, pixels"]
     assert same["fd"] == pytest.approx(0, abs=1e-6) and same["precision"] == same["recall"] == 1
-    assert 0 < images["mind"] and 0 < images["fd"] != decoded["fd"] > 0
+    assert images["mind"] > 0 and 0 < images["fd"] != decoded["fd"] > 0
     assert min(images["classifier_accuracy"], decoded["classifier_accuracy"]) > 0.6
