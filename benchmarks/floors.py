@@ -25,7 +25,6 @@ from runtime import errors, files
 from runtime.options import option
 
 MOBILENET = "timm:mobilenetv2_100@96"
-METRICS = ("fd", "mind", "precision", "recall", "class_accuracy", "classifier_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def rows(config: FloorsConfig, folder: Path, known: Mapping[str, Any]) -> measure.Rows:
     """The rows that are not known yet."""
     source = fashion.find_source(config.source)
-
     test = save(folder / "test.npz", *fashion.load(source, "test")[:2])
     fitted = save(folder / "fitted.npz", *fashion.load(source, "train", config.fitted)[:2])
+    compared = {"the test images themselves": test, **samples(config, source, folder)}
     for place, features in enumerate(config.features):
         scored = ["--features", features]
         if config.feature_weights and features != "pixels":
@@ -57,7 +56,7 @@ def rows(config: FloorsConfig, folder: Path, known: Mapping[str, Any]) -> measur
         train, target = (str(folder / f"{place}-{name}.npz") for name in ("train", "test"))
         reference.main([*scored, "--images", fitted, "--out", train])
         reference.main([*scored, "--images", test, "--classifier", train, "--out", target])
-        for name, path in {"the test images themselves": test, **samples(config, source, folder)}.items():
+        for name, path in compared.items():
             if f"{name}, {features}" not in known:
                 evaluate.main([*scored, "--mind", "--samples", path, "--reference", target, "--out", f"{path}.json"])
                 yield f"{name}, {features}", files.read_sealed(f"{path}.json")["metrics"]
@@ -86,7 +85,8 @@ def save(path: Path, images: np.ndarray, labels: np.ndarray) -> str:
 
 def report(rows: Mapping[str, Any]) -> str:
     """The table of a result."""
-    return measure.table(rows, {name: lambda row, name=name: f"{row[name]:.3f}" for name in METRICS})
+    metrics = next(iter(rows.values()))
+    return measure.table(rows, {name: lambda row, name=name: f"{row[name]:.3f}" for name in metrics})
 
 
 if __name__ == "__main__":

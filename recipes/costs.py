@@ -115,12 +115,14 @@ def _teacher(spec: ModelSpec, space: LatentSpace) -> Any:
 
 def training_cost(row: Row, scale: Scale) -> Cost:
     """The account of the row's training command, without its teacher's."""
+    return replace(_cost_of(_counted_words(row, scale), sketch(row, scale)), steps=scale.steps(row, row.epochs))
+
+
+def _counted_words(row: Row, scale: Scale) -> tuple[str, ...]:
+    """The row's training command. Rows that differ in length and names alone share one count."""
     plan = chain.build(row, scale, 0, Path("work"))
     link = next(link for link in reversed(plan.links) if link.name == "train")
-    # rows that differ in length and names alone share one count
-    flags = ("", *link.words)
-    words = tuple(UNCOUNTED.get(flag, word) for flag, word in zip(flags, link.words, strict=False))
-    return replace(_cost_of(words, sketch(row, scale)), steps=scale.steps(row, row.epochs))
+    return tuple(UNCOUNTED.get(flag, word) for flag, word in zip(("", *link.words), link.words, strict=False))
 
 
 @functools.cache
@@ -148,7 +150,13 @@ def flops(row: Row, scale: Scale, epochs: float | None = None) -> float:
 
 def encoding(row: Row, scale: Scale) -> float:
     """FLOPs before the row's first step: an encoder's pass over the set, where its output is kept."""
-    return training_cost(row, scale).once
+    # most rows keep nothing, and counting takes seconds for large networks
+    return training_cost(row, scale).once if "--align-cache" in _counted_words(row, scale) else 0.0
+
+
+def whole(row: Row, scale: Scale, epochs: float | None = None) -> float:
+    """FLOPs of the row's training up to `epochs` (default: all), with its teacher's and an encoder's pass before it."""
+    return encoding(row, scale) + flops(row, scale, epochs)
 
 
 def checkpoint_bytes(row: Row, scale: Scale) -> int:
@@ -168,7 +176,7 @@ def summary(row: Row, scale: Scale, images_per_second: float | None) -> str:
             f"or {fast:.1f} if the rate grows as the FLOPs fall"
         )
     return (
-        f"# {flops(row, scale):.3g} FLOPs in all, {account.mean_ratio():.3f} of plain training per step"
+        f"# {whole(row, scale):.3g} FLOPs in all, {account.mean_ratio():.3f} of plain training per step"
         f"{', the teacher counted' if row.teacher else ''}; latents {data.bytes / 2**30:.1f} GiB on disk, "
         f"each checkpoint {checkpoint / 2**30:.1f} GiB\n# {hours}"
     )

@@ -28,7 +28,6 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
         bool(by_protocol),
         f"no row of {name} has a record at scale {size}: python -m recipes run {next(iter(chosen))} --scale {size}",
     )
-    shape = scale.find(size)
     titles = {key: setting.title for key, setting in SETTINGS.items()}
     written = []
     for protocol, of_rows in by_protocol.items():
@@ -40,7 +39,7 @@ def draw(name: str, size: str, results: Path) -> list[Path]:
         else:
             points = {
                 f"{titles.get(chosen[row].key, chosen[row].key)}, {epochs:g} epochs": (
-                    (costs.encoding(chosen[row], shape) + costs.flops(chosen[row], shape, epochs)) / 1e12,
+                    costs.whole(chosen[row], scale.find(size), epochs) / 1e12,
                     values,
                 )
                 for row, at in of_rows.items()

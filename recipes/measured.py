@@ -37,6 +37,7 @@ def floors() -> Lines:
     """What images in place of samples score on the photographs, by `python -m benchmarks.floors`."""
     rows = _read("2026-11-29-floors")["rows"]
     metrics = [*next(iter(rows.values()))]
+    # + 0.0 makes a rounded -0.0 positive
     return [
         ["images, features", *metrics],
         *([name, *(f"{round(row[metric], 3) + 0.0:.3f}" for metric in metrics)] for name, row in rows.items()),

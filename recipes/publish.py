@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes import claims, costs, inside, measured, record, rows, scale, table
+from recipes import claims, inside, measured, record, rows, table
 from recipes.photographs import SETTINGS
-from recipes.row import TEN, TUNING, Row
+from recipes.row import TEN, TUNING
 from runtime import files
 from runtime.errors import require
 from runtime.text import spread
@@ -39,11 +39,6 @@ def _of_photographs(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return here
 
 
-def _flops(row: Row, score: dict[str, Any]) -> float:
-    """FLOPs of a score's training: of the steps, as recorded, and of an encoder's pass over the set before them."""
-    return float(score["flops"]) + costs.encoding(row, scale.find(PHOTOGRAPHS))
-
-
 def photographs(records: Sequence[dict[str, Any]], seeds: Sequence[int] | None = None) -> str:
     """Every row of the photographs, or those that declare `seeds`, at every number of epochs at which it was scored.
 
@@ -66,7 +61,7 @@ def photographs(records: Sequence[dict[str, Any]], seeds: Sequence[int] | None =
                         row.seeds,
                         table.failed(records, row.name, PHOTOGRAPHS),
                     ),
-                    f"{_flops(row, scores[0]) / 1e12:.1f}",
+                    f"{table.training_flops(*scored[0]) / 1e12:.1f}",
                 ]
             )
     return markdown(lines)
@@ -87,7 +82,7 @@ def compared(records: Sequence[dict[str, Any]]) -> str:
             pairs = [(score, plain[record["seed"]]) for record, score in scored if record["seed"] in plain]
             if not pairs:
                 continue
-            cost, steps, flops = _flops(row, pairs[0][0]), [], []
+            cost, steps, flops = table.training_flops(*scored[0]), [], []
             for score, others in pairs:
                 ours, curve = table.quality(score), {of["flops"]: table.quality(of) for of in others}
                 steps += [ours - table.quality(of) for of in others if of["epochs"] == epochs]

@@ -244,7 +244,7 @@ def _costs(scored: Scored) -> dict[str, str]:
     means = {
         "with stage 1": statistics.mean(hour["training"] + hour["stage 1"] for hour in hours),
         "images/s": statistics.mean(record["images_per_second"] for record, _ in scored),
-        "PFLOPs": statistics.mean(score["flops"] for _, score in scored) / 1e15,
+        "PFLOPs": statistics.mean(training_flops(*entry) for entry in scored) / 1e15,
     }
     accuracy = [score["metrics"]["class_accuracy"] for _, score in scored if "class_accuracy" in score["metrics"]]
     return {"class accuracy": spread(accuracy), **{name: f"{mean:.3g}" for name, mean in means.items()}}
@@ -253,6 +253,11 @@ def _costs(scored: Scored) -> dict[str, str]:
 def quality(score: dict[str, Any]) -> float:
     """The Frechet distance of a score."""
     return next(score["metrics"][name] for name in METRICS if name in score["metrics"])
+
+
+def training_flops(record: dict[str, Any], score: dict[str, Any]) -> float:
+    """FLOPs of a score's training: of its steps, as recorded, and of an encoder's pass over the set before them."""
+    return float(score["flops"]) + costs.encoding(known.find(record["row"]), find(record["scale"]))
 
 
 def at_flops(points: Mapping[float, float], flops: float) -> float:
